@@ -87,7 +87,7 @@ class Part:
     """One thing drawn: control "" (always there), a button's name, "left" / "right" (stick) or "DPAD" (one sprite for each of 9 states)."""
     control: str
     at: tuple                                   # top-left corner of the sprites on the canvas, pixels
-    sprites: list                               # uint8 (h, w, 4) premultiplied, or None: [at rest, pressed] (DPAD: 9 states, see DPAD_STATES)
+    sprites: list                               # uint8 (h, w, 4) premultiplied, or None: [at rest, pressed], sticks [.., .., moved], DPAD_STATES
     travel: tuple = (0.0, 0.0)                  # sticks: displacement in pixels at full deflection
     grow: str = ""                              # analog triggers: pressed sprite uncovered towards up / down / left / right
 
@@ -154,7 +154,8 @@ def draw_part(canvas, part, action):
     x, y = part.at
     if part.control in STICKS:
         ax, ay = action[STICKS[part.control]]
-        sprite = part.sprites[int(action[BUTTON[THUMB[part.control]]] >= 0.5)]
+        clicked, moved = action[BUTTON[THUMB[part.control]]] >= 0.5, max(abs(ax), abs(ay)) > 0.1
+        sprite = part.sprites[1 if clicked else 2 if moved and len(part.sprites) > 2 else 0]
         blend_at(canvas, sprite, x + float(ax) * part.travel[0], y + float(ay) * part.travel[1])
         return
     if part.control == "DPAD":
@@ -284,7 +285,7 @@ def measured(name, family, size, parts, width=None):
         center = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
         if part.control in STICKS:
             skin.sticks[part.control] = {"center": center, "travel": list(part.travel), "radius": (x1 - x0 + y1 - y0) / 4}
-            if len(part.sprites) > 1 and not np.array_equal(*part.sprites):
+            if len(part.sprites) > 1 and not np.array_equal(*part.sprites[:2]):
                 skin.buttons.setdefault(THUMB[part.control], box)
         elif part.control == "DPAD":
             (cx, cy), (w, h) = center, ((box[2] - box[0]) / 6, (box[3] - box[1]) / 6)
@@ -444,7 +445,7 @@ def stamp(size, kind, box, stroke=0.0, text=""):
         return cv2.resize(mask, (w, h), interpolation=cv2.INTER_AREA)
     points = {"cross": [(-1, -.34), (-.34, -.34), (-.34, -1), (.34, -1), (.34, -.34), (1, -.34), (1, .34), (.34, .34), (.34, 1), (-.34, 1), (-.34, .34), (-1, .34)],
               "up": [(0, -1), (.9, .8), (-.9, .8)], "down": [(0, 1), (.9, -.8), (-.9, -.8)], "left": [(-1, 0), (.8, .9), (.8, -.9)],
-              "right": [(1, 0), (-.8, .9), (-.8, -.9)], "^": [(0, -.9), (.85, .6), (-.85, .6)], "#": [(-.7, -.7), (.7, -.7), (.7, .7), (-.7, .7)]}.get(kind)
+              "right": [(1, 0), (-.8, .9), (-.8, -.9)], "horn": [(-1, 1), (-.7, -.2), (-.2, -.9), (.4, -1), (.8, -.4), (1, 1), (0, .75)], "^": [(0, -.9), (.85, .6), (-.85, .6)], "#": [(-.7, -.7), (.7, -.7), (.7, .7), (-.7, .7)]}.get(kind)
     thick = max(1, int(round(stroke * k))) if stroke else -1
     if kind == "x":
         for sign in (-1, 1):
@@ -495,7 +496,7 @@ class Look:
     cap: tuple | None = (20, 20, 22)
     well: tuple | None = (44, 44, 48)
     lit: tuple = (255, 240, 80)                 # what pressed looks like
-    press: str = "light"                        # face buttons and small ones: light tint ring fill dark move show grow
+    press: str = "light"                        # face buttons and small ones: light white tint faint ring fill dark move show grow blob
     press_thumb: str = "light"
     press_dpad: str = "light"
     press_top: str = "light"                    # shoulders and triggers
@@ -503,7 +504,11 @@ class Look:
     dpad: str = "cross"                         # cross four arrows
     shape: str = "ellipse"                      # of the face buttons
     trigger: str = "button"                     # button up down left right (the last four grow with the value)
-    thumb: str = "cap"                          # where L3 / R3 shows: cap label none
+    trigger_shape: str = "rect"                 # rect horn ellipse
+    thumb: str = "cap"                          # where L3 / R3 shows: cap, label, none, behind (a disc where the stick rests)
+    glow: bool = False                          # the cap is lit while it is off centre
+    dish: float = 0.0                           # the cap shaded like a photographed one, 0 .. 1
+    blob: float = 1.0                           # a pressed blob's size beside the button's
     missing: tuple = ()
     shade: float = 0.0                          # 0 flat .. 1 like a photograph
     radius: float = 20.0                        # of the caps, pixels
@@ -537,9 +542,15 @@ def press(look, how, size, kind, label, label_ink, fill, box):
     rest = one(fill, label_ink, look.line, look.width, box)
     lit, shown = look.lit, fill if fill is not None else look.body or (90, 90, 90)
     x0, y0, x1, y1 = box
-    dark_label = label_ink and (mix(lit, (0, 0, 0), 0.8) if sum(lit) > 380 else (255, 255, 255))
+    dark_label = label_ink and (mix(lit, (0, 0, 0), 0.8) if sum(lit[:3]) > 380 else (255, 255, 255))
+    middle = ((x0 + x1) / 2, (y0 + y1) / 2)
+    r = min(x1 - x0, y1 - y0) / 2 * look.blob
+    spot = (middle[0] - r, middle[1] - r, middle[0] + r, middle[1] + r)
     return [None if how == "show" else rest, {
-        "light": lambda: one(lit, dark_label, look.line, look.width, box),
+        "light": lambda: one(lit, dark_label, look.line, look.width, box) if len(lit) == 3 else ink(rest.copy(), stamp(size, kind, box), lit),
+        "white": lambda: one(lit, None, lit, look.width, box),
+        "faint": lambda: one(mix(shown, lit, 0.14), label_ink, look.line, look.width, box),
+        "blob": lambda: ink(rest.copy(), stamp(size, "ellipse", spot), lit),
         "show": lambda: one(lit, dark_label, look.line, look.width, box),
         "fill": lambda: one(look.line or label_ink or lit, shown, look.line, look.width, box),
         "tint": lambda: one(mix(shown, lit, 0.45), label_ink, look.line, look.width, box),
@@ -569,7 +580,7 @@ def pad_skin(name, family, look):
     grow = "" if look.trigger == "button" else look.trigger
     for control, x, label in (("LEFT_TRIGGER", 92, lt), ("RIGHT_TRIGGER", 308, rt)):
         mirrored = {"left": "right", "right": "left"}.get(grow, grow) if control[0] == "R" else grow
-        button(control, x, top - 27, 24, 13, "rect", label, how=look.press_top, grow=mirrored)
+        button(control, x, top - 27, 24, 13, look.trigger_shape, label, how=look.press_top, grow=mirrored)
     for control, x, label in (("LEFT_SHOULDER", 96, lb), ("RIGHT_SHOULDER", 304, rb)):
         button(control, x, top - 2, 32, 8, "rect", label, how=look.press_top)
     parts.append(Part("", (0, 0), [pad_body(family, look, place)]))
@@ -679,13 +690,30 @@ def stick_parts(parts, button, look, side, x, y):
                 ink(canvas, stamp(size, "ellipse", (box[0] + q, box[1] + q, box[2] - q, box[3] - q), width * 0.7), line)
         return canvas
 
+    def dished(canvas):
+        """Shade a cap like a photographed one: light from above left, a concave dish, a dark rim."""
+        yy, xx = (np.mgrid[:2 * m, :2 * m] - m) / cap_r
+        radius = np.hypot(xx, yy)
+        gain = 1 + look.dish * (np.where(radius < 0.68, 0.35 * (xx + yy), -0.45 * (xx + yy)) - 0.7 * np.clip(radius - 0.85, 0, 1) * 4)
+        canvas[..., :3] = np.clip(canvas[..., :3] * gain[..., None] + (look.dish * 26 * (radius < 0.68) * (radius > 0.55))[..., None] * (canvas[..., 3:] / 255),
+                                  0, canvas[..., 3:])
+        return canvas
+
     line = look.line if look.line is not None or cap is not None else look.label or look.lit
     rest = face(cap, line, look.width)
     pressed = {"tint": lambda: face(mix(cap or look.body or (90, 90, 90), look.lit, 0.45), line, look.width),
                "ring": lambda: face(cap, look.lit, max(look.width, 2.5) * 1.4), "dark": lambda: face(mix(cap or (90, 90, 90), (0, 0, 0), 0.6), line, look.width),
-               "fill": lambda: face(line or look.lit, cap, look.width)}.get(look.press_thumb, lambda: face(look.lit, line, look.width))
-    on_cap = look.thumb == "cap" and thumb not in look.missing
-    parts.append(Part(side, (int(x) - m, int(y) - m), [rest, pressed() if on_cap else rest], (travel, travel)))
+               "fill": lambda: face(line or look.lit, cap, look.width), "faint": lambda: face(mix(cap or (90, 90, 90), look.lit, 0.18), line, look.width)
+               }.get(look.press_thumb, lambda: face(look.lit[:3], line, look.width))
+    states = [rest, pressed() if look.thumb == "cap" and thumb not in look.missing else rest]
+    if look.glow:
+        states.append(face(mix(cap or look.body or (90, 90, 90), look.lit, 0.6), line, look.width))
+    if look.thumb == "behind" and thumb not in look.missing:
+        r = cap_r * look.blob * 1.3
+        k = int(r) + 2
+        disc = ink(np.zeros((2 * k, 2 * k, 4), np.uint8), stamp((2 * k, 2 * k), "ellipse", (k - r, k - r, k + r, k + r)), look.lit)
+        parts.append(Part(thumb, (int(x) - k, int(y) - k), [None, disc]))
+    parts.append(Part(side, (int(x) - m, int(y) - m), [dished(s) if look.dish else s for s in states], (travel, travel)))
     if look.thumb == "label":
         button(thumb, x, y + ring + 12, 16, 9, "rect", thumb[0] + "3" if look.label else "", how=look.press)
 
@@ -732,17 +760,22 @@ def random_skin(rng):
     button = choose(None, away(tone(), 60), mix(ground, (0, 0, 0), rng.uniform(0.2, 0.7)), mix(ground, (255, 255, 255), rng.uniform(0.1, 0.5)))
     label = choose(None, away((255, 255, 255), 150), away(tone(), 200)) if button or line else away((255, 255, 255), 150)
     lit = away(choose((255, 255, 255), tone(120, 256), (255, 240, 80), (90, 255, 120), (255, 70, 70), (80, 190, 255), tone()), 150)
-    effects = ["light", "light", "tint", "ring", "dark", "move", "show", "grow"] + (["fill", "fill"] if line or label else [])
-    calm = [e for e in effects if e not in ("move", "grow", "show")]
+    if rng.random() < 0.15:
+        lit = (*lit, rng.uniform(0.4, 0.8))
+    effects = ["light", "light", "white", "tint", "faint", "ring", "dark", "move", "show", "grow", "blob", "blob"] + (["fill", "fill"] if line or label else [])
     if button is None and line is None:
-        calm = effects = ["light", "fill", "ring"]
+        effects = ["light", "white", "fill", "ring", "blob"]
+    calm = [e for e in effects if e not in ("move", "grow", "show", "white", "blob")]
+    cap = choose(mix(ground, (0, 0, 0), rng.uniform(0.3, 0.9)), away(tone(), 60), away(tone(), 120), None if line else (255, 255, 255))
+    well = choose(None, mix(ground, (0, 0, 0), rng.uniform(0.1, 0.6)), mix(ground, (255, 255, 255), rng.uniform(0.05, 0.3)))
+    if cap and rng.random() < 0.18:                                                          # dark on dark: cap and well nearly alike, no line
+        well, line = mix(cap, choose((0, 0, 0), (255, 255, 255)), rng.uniform(0.05, 0.12)), None
     look = Look(body, line, rng.uniform(1, 3.5), button, label, bool(rng.random() < 0.5),
-                choose(mix(ground, (0, 0, 0), rng.uniform(0.3, 0.9)), away(tone(), 60), away(tone(), 120), None if line else (255, 255, 255)),
-                choose(None, mix(ground, (0, 0, 0), rng.uniform(0.1, 0.6)), mix(ground, (255, 255, 255), rng.uniform(0.05, 0.3))), lit,
-                choose(*effects), choose(*calm), choose(*effects), choose(*effects), choose("cap", "cap", "knurl", "knurl", "ring", "dot"),
+                cap, well, lit, choose(*effects), choose(*calm), choose(*effects), choose(*effects), choose("cap", "cap", "knurl", "knurl", "ring", "dot"),
                 choose("cross", "cross", "four", "arrows"), choose("ellipse", "ellipse", "ellipse", "rect"),
-                choose("button", "button", "up", "down", "left", "right"), choose("cap", "cap", "cap", "label", "none"),
-                tuple(b for b in ("GUIDE", "BACK", "START", "LEFT_THUMB", "RIGHT_THUMB") if rng.random() < 0.06), choose(0.0, 0.0, rng.uniform(0.3, 1.2)),
+                choose("button", "button", "up", "down", "left", "right"), choose("rect", "rect", "horn", "ellipse"),
+                choose("cap", "cap", "cap", "cap", "label", "none", "behind"), bool(rng.random() < 0.08), choose(0.0, 0.0, rng.uniform(0.3, 1)),
+                rng.uniform(0.7, 1.25), tuple(b for b in ("GUIDE", "BACK", "START", "LEFT_THUMB", "RIGHT_THUMB") if rng.random() < 0.06), choose(0.0, 0.0, rng.uniform(0.3, 1.2)),
                 rng.uniform(13, 30), rng.uniform(6.5, 26), rng.uniform(9, 15), 0.0)
     look.spread = look.size * rng.uniform(1.75, 2.3)
     look.jitter = {c: tuple(rng.uniform(-7, 7, 2)) for c in ("left", "right", "dpad", "face", "GUIDE", "BACK", "START", "LEFT_TRIGGER", "RIGHT_TRIGGER")}

@@ -781,3 +781,225 @@ def random_skin(rng):
     look.jitter = {c: tuple(rng.uniform(-7, 7, 2)) for c in ("left", "right", "dpad", "face", "GUIDE", "BACK", "START", "LEFT_TRIGGER", "RIGHT_TRIGGER")}
     look.jitter["body"] = rng.uniform(-7, 7, (len(LAYOUTS[family]["half"]), 2)).tolist()
     return pad_skin(f"random_{family}", family, look)
+
+
+# ------------------------------------------------------------------------------------------------------------- video in and out
+VIDEO_ENDINGS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".ts", ".mpg", ".mpeg", ".wmv", ".ogv", ".gif"}
+
+
+def open_video(path):
+    """cv2.VideoCapture of a file with at least one picture stream; UserError otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: expected a video file, found nothing there: check the path")
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    if not capture.isOpened() or capture.get(cv2.CAP_PROP_FRAME_WIDTH) < 1:
+        raise UserError(f"{path}: expected a video, found no picture stream in it (sound only, cut off or another kind of file): download it again")
+    return capture
+
+
+def video_info(path):
+    """{"fps", "size": (w, h), "n": frames by the container's word, which may be wrong or 0}."""
+    capture = open_video(path)
+    return describe(capture)
+
+
+def describe(capture):
+    """What the container of an open capture says of itself."""
+    fps, n = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    size = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+    return {"fps": float(fps) if 1 <= fps <= 1000 else 30.0, "size": size, "n": max(int(n), 0) if n < 1e9 else 0}
+
+
+def slots(times, fps):
+    """Constant rate from presentation times in milliseconds: yields, for each decoded frame, how many rows of the clip it fills.
+
+    1 for every frame of a constant-rate video; 0 drops a frame, 2 or more repeat it, so that row i is what was seen at i / fps.
+    """
+    start, filled = None, 0
+    for time_ms in times:
+        start = time_ms if start is None else start
+        due = int(np.floor((time_ms - start) * fps / 1000 + 0.75)) + 1 if time_ms > start else filled + 1     # late by 1/4 frame still counts as on time
+        count = max(due - filled, 0) if abs(due - filled) < fps * 10 else 1                                # a jump of 10 s is a broken clock, not a pause
+        filled += count
+        yield count
+
+
+def decode(path):
+    """Decode once, in order: yields (row number, uint8 (h, w, 3) BGR as OpenCV gives it, number of rows it fills)."""
+    capture = open_video(path)
+    fps, row, clock = describe(capture)["fps"], 0, Clock()
+    fills = slots(clock, fps)
+    while capture.grab():
+        clock.time = capture.get(cv2.CAP_PROP_POS_MSEC)
+        count = next(fills)
+        if count:
+            ok, bgr = capture.retrieve()
+            if not ok:
+                return
+            yield row, bgr, count
+            row += count
+
+
+class Clock:
+    """An endless iterator over the time last put into .time, so that slots() stays a plain generator."""
+    time = 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.time
+
+
+def read_video(path):
+    """Yields (row number, uint8 (h, w, 3) RGB) at the constant rate video_info(path)["fps"]."""
+    for row, bgr, count in decode(path):
+        rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+        for k in range(count):
+            yield row + k, rgb
+
+
+class VideoWriter:
+    """Write RGB frames to .mp4 (mp4v) or .webm (VP9, which browsers play); the file gets its name when closed."""
+
+    def __init__(self, path, fps, size):
+        self.path = Path(path)
+        codec = {".mp4": "mp4v", ".webm": "VP90", ".avi": "MJPG"}.get(self.path.suffix.lower())
+        if codec is None:
+            raise UserError(f"{path}: expected a name ending in .mp4, .webm or .avi: give another --out")
+        if not self.path.absolute().parent.is_dir():
+            raise UserError(f"{path}: expected a folder to write into, found none: make {self.path.parent} first")
+        self.tmp = self.path.with_name(self.path.stem + ".tmp" + self.path.suffix)
+        self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, tuple(size))
+        if not self.writer.isOpened():
+            raise UserError(f"{path}: can't open a {codec} encoder for {tuple(size)} at {fps} frames/s: try a name ending in .avi")
+
+    def add(self, rgb):
+        """Append one uint8 (h, w, 3) RGB frame."""
+        self.writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+
+    def close(self):
+        """Finish the file and give it its name."""
+        self.writer.release()
+        os.replace(self.tmp, self.path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        self.writer.release()
+        if kind is None:
+            self.close()
+        else:
+            self.tmp.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- the clip folder
+QUALITY = 90                                       # JPEG: about 1-2 GB an hour of 256 x 256 frames at 30 a second, 2,000 decodes a second a core
+
+
+class FramesWriter:
+    """JPEGs back to back in NAME.npy, uint8 (bytes,), with NAME_index.npy, int64 (m+1, 2): [row number, byte offset], last [n, total]."""
+
+    def __init__(self, folder, name, quality=QUALITY):
+        self.path, self.index_path, self.quality = Path(folder) / f"{name}.npy", Path(folder) / f"{name}_index.npy", quality
+        self.tmp, self.index, self.total = self.path.with_name(self.path.name + ".tmp"), [], 0
+        self.file = open(self.tmp, "wb")
+        self._header()
+
+    def _header(self):
+        np.lib.format.write_array_header_1_0(self.file, {"descr": "|u1", "fortran_order": False, "shape": (self.total,)})
+
+    def encode(self, bgr):
+        """uint8 (h, w, 3) BGR -> JPEG bytes, uint8 (k,)."""
+        return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, self.quality])[1].ravel()
+
+    def add(self, number, rgb):
+        """Append one RGB frame as row `number`."""
+        self.add_bytes(number, self.encode(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)))
+
+    def add_bytes(self, number, jpeg):
+        """Append one encoded frame as row `number`."""
+        self.index.append((number, self.total))
+        self.file.write(jpeg)
+        self.total += len(jpeg)
+
+    def close(self, n):
+        """Finish both files for a clip of n rows and give them their names."""
+        self.file.seek(0)
+        self._header()                                          # numpy pads headers, so that a longer shape fits in the same place
+        self.file.close()
+        index = np.array([*self.index, (n, self.total)], np.int64)
+        os.replace(self.tmp, self.path)
+        write_npy(self.index_path, index)
+
+
+def write_npy(path, array):
+    """np.save under a temporary name, then renamed."""
+    def write(tmp):
+        with open(tmp, "wb") as f:
+            np.save(f, array)
+    write_atomic(path, write)
+
+
+def read_npy(path, dtype, dims):
+    """A memory-mapped .npy of a given dtype and number of dimensions; UserError names the file."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected this file of the clip, found none: run the stage that makes it again") from None
+    except (ValueError, OSError, EOFError) as e:
+        raise UserError(f"{path}: expected a whole .npy file, found {e}: delete the clip folder and run its stage again") from None
+    if array.dtype != dtype or array.ndim != dims:
+        raise UserError(f"{path}: expected {np.dtype(dtype)} with {dims} dimensions, found {array.dtype} {array.shape}: delete the clip folder and run its stage again")
+    return array
+
+
+class Frames:
+    """Random access to the JPEGs of a clip: len(frames), frames[i] -> uint8 (h, w, 3) RGB, frames.numbers -> int64 (m,) rows of the clip."""
+
+    def __init__(self, folder, name="frames"):
+        self.path = Path(folder) / f"{name}.npy"
+        self.data = read_npy(self.path, np.uint8, 1)
+        index = np.array(read_npy(self.path.with_name(f"{name}_index.npy"), np.int64, 2))
+        if index.shape[1:] != (2,) or not len(index) or index[-1, 1] != len(self.data) or (np.diff(index[:, 1]) < 0).any():
+            raise UserError(f"{self.path}: expected an index that fits its {len(self.data)} bytes, found another: delete the clip folder and run its stage again")
+        self.numbers, self.offsets, self.n = index[:-1, 0], index[:, 1], int(index[-1, 0])
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def bytes(self, i):
+        """The ith JPEG, uint8 (k,)."""
+        return np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]])
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        jpeg = self.bytes(i)
+        bgr = cv2.imdecode(jpeg, cv2.IMREAD_COLOR) if len(jpeg) else None
+        if bgr is None:
+            raise UserError(f"{self.path}: expected a JPEG as frame {i}, found broken bytes: delete the clip folder and run its stage again")
+        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+
+
+def read_clip(folder):
+    """clip.json of a clip folder as a dict."""
+    return read_json(Path(folder) / "clip.json", dict)
+
+
+def clips_in(data):
+    """The whole clip folders under DATA, sorted by name; UserError when there is none."""
+    data = Path(data)
+    folders = sorted(p.parent for p in data.glob("*/clip.json") if not p.parent.name.endswith(".tmp")) if data.is_dir() else []
+    if not folders:
+        raise UserError(f"{data}: expected a folder of clips (each with clip.json), found none: make them with extract.py or play.py --record")
+    return folders
+
+
+def shard(items):
+    """This process's share of a list of work under torchrun or Slurm (RANK / WORLD_SIZE or SLURM_PROCID / SLURM_NTASKS)."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    return list(items)[rank::world]

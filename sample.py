@@ -1,0 +1,442 @@
+"""Sample actions: the Euler sampler, sessions over it, pictures of what it predicts, and a server. Paper §3.4, arXiv 2601.02427.
+
+    python sample.py image A.png [B.png ...] --ckpt F --out chunk.npy     frames (oldest first) -> float32 (T, 25), file convention
+    python sample.py video IN.mp4 --ckpt F --out OUT.mp4                   the predicted pad drawn beside each frame
+    python sample.py serve --ckpt F [--host 127.0.0.1 --port 5555]         the policy for play.py --server (play.Client) on other machines
+
+F is a .safetensors or a run folder. A Policy is loaded once and shared; a Session holds what one player has seen; both are what play.py and
+bench.py use. Letters as in model.py: B batch, F context frames, N image tokens, T actions of a chunk, A action dims, V vision width, k steps.
+What `--raw` writes is the sampler's own tensor (T, A): the model's layout, sticks (v + 1) / 2, nothing thresholded or clamped.
+"""
+import argparse
+import contextlib
+import multiprocessing.connection as mpc
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import extract
+import model as M
+from extract import BUTTONS, LEGACY, UserError, draw, shrink
+
+# ------------------------------------------------------------------------------------------------------------------ the sampler
+
+
+def buckets(k, n):
+    """The k times 0, 1/k, ... as bucket numbers, truncated as the release does: k = 16 of 1000 -> 0, 62, 125, 187, ..."""
+    return torch.tensor([int(i / k * n) for i in range(k)])
+
+
+@torch.inference_mode()
+def euler(model, context, noise, steps=None, guidance=0.0, uncond=None, times=None, step=None):
+    """Follow the velocity from noise (B, T, A) at t = 0 to actions (B, T, A) at t = 1 in k steps, x += v / k [§3.4].
+
+    guidance s and uncond, a second Context: v = cond + s (cond - uncond), so 0 is off [R; its docstring says (1 - s) u + s c, its code does
+    this]. times: model.times of all steps, where they are at hand; step: model.step in another form (compiled).
+    """
+    k = steps or model.config.steps
+    times = times or model.times(buckets(k, model.config.buckets).to(noise.device))
+    step, x = step or model.step, noise                                                    # (B, T, A)
+    both = context.cat(uncond) if guidance else None                                       # one pass reads the weights for both
+    for i in range(k):
+        if guidance:
+            v, u = step(torch.cat([x, x]), times.at(i), both).chunk(2)
+            v = v + guidance * (v - u)
+        else:
+            v = step(x, times.at(i), context)                                              # (B, T, A)
+        x = x + v / k
+    return x
+
+
+class Graph:
+    """fn recorded as one CUDA graph: at batch 1 a GPU waits for its ~100 kernel launches a step, and a replay needs one for all steps."""
+    def __init__(self, fn, *args):
+        self.args = [a.clone() for a in args]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):                      # a run before recording, as torch's documentation asks
+            fn(*self.args)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = fn(*self.args)
+
+    def __call__(self, *args):
+        for mine, new in zip(self.args, args):
+            mine.copy_(new)
+        self.graph.replay()
+        return self.out.clone()
+
+
+class Policy:
+    """A checkpoint ready to sample, shared by sessions and threads. Vision once a frame, mixing, keys and values once a chunk, time codes and
+    AdaLN of all steps once and for all; the release redoes all of it but vision at each step."""
+    def __init__(self, ckpt, device="auto", dtype="float32", steps=None, guidance=0.0, compile=False):
+        self.device, self.reason = M.pick_device(device)
+        self.name = str(ckpt)
+        self.model, self.meta = M.load(ckpt, self.device, getattr(torch, dtype), unused=False)
+        self.config, self.guidance, self.dtype = self.model.config, guidance, dtype
+        self.steps = steps or self.config.steps
+        self.lock, self.graphs = threading.Lock(), {}
+        self.step = torch.compile(self.model.step) if compile else self.model.step
+        self.use_graph = self.device.type == "cuda" and not compile
+        with torch.inference_mode():
+            self.times = self.model.times(buckets(self.steps, self.config.buckets).to(self.device))
+
+    @torch.inference_mode()
+    def see(self, frames):
+        """uint8 (B, 256, 256, 3) -> image tokens (B, N, V)."""
+        with self.lock:
+            return self.model.see(torch.from_numpy(np.ascontiguousarray(frames))[:, None].to(self.device))[:, 0]
+
+    @torch.inference_mode()
+    def chunk(self, seen, keep, games, noise):
+        """Image tokens (B, F, N, V), which of them exist (B, F), game ids (B,), noise (B, T, A) -> the sampler's tensor (B, T, A)."""
+        with self.lock:
+            model, games, noise = self.model, games.to(self.device), noise.to(self.device)
+            context = model.mix(model.assemble(seen, games, None if keep.all() else keep.to(self.device)))
+            # Unconditional = the newest frame alone and no game. The release also forgets the game of the conditional half; ours does not.
+            uncond = model.mix(model.assemble(seen[:, -1:])) if self.guidance else None
+            return (self.replay if self.use_graph else self.run)(context, uncond, noise).float().cpu()
+
+    def run(self, context, uncond, noise):
+        return euler(self.model, context, noise, self.steps, self.guidance, uncond, self.times, self.step)
+
+    def replay(self, context, uncond, noise):
+        """run() through a CUDA graph, recorded at the first chunk of each batch size."""
+        def flat(c):
+            return [] if c is None else [c.tokens, *(t for kv in c.kv if kv for t in kv)]
+
+        def fill(c, tensors):
+            return c and M.Context(next(tensors), [kv and (next(tensors), next(tensors)) for kv in c.kv])
+
+        def fn(noise, *tensors):
+            tensors = iter(tensors)
+            return self.run(fill(context, tensors), fill(uncond, tensors), noise)
+        args = noise, *flat(context), *flat(uncond)
+        if noise.shape not in self.graphs:
+            self.graphs[noise.shape] = Graph(fn, *args)
+        return self.graphs[noise.shape](*args)
+
+    def game_id(self, game):
+        """--game ID|NAME -> the id; None = no game."""
+        games = self.config.games
+        if game is None:
+            return 0
+        if game in games:
+            return games.index(game) + 1
+        if str(game).isdecimal() and int(game) <= len(games):
+            return int(game)
+        known = f"its games are {', '.join(games[:20])}{', ...' if len(games) > 20 else ''}" if games else "it was trained without games"
+        raise UserError(f"game {game!r} is not known to {self.name}: {known}")
+
+    def to_file(self, raw):
+        """The sampler's tensor (..., T, A) -> float32 (..., T, 25) in file convention."""
+        actions = M.actions_out(raw, self.config.old_layout).numpy()
+        if actions.shape[-1] == len(BUTTONS) + 4:
+            return actions
+        if actions.shape[-1] != len(BUTTONS) - len(LEGACY) + 4:
+            raise UserError(f"{self.name}: expected actions of 25 (21 buttons) or 21 (17 buttons), found {actions.shape[-1]}: only --raw can show them")
+        full = np.zeros((*actions.shape[:-1], len(BUTTONS) + 4), np.float32)
+        full[..., [i for i, b in enumerate(BUTTONS) if b not in LEGACY] + [-4, -3, -2, -1]] = actions
+        return full
+
+
+class Session:
+    """What one player, or B environments side by side, have seen. The same seed, frames and batch size give the same actions."""
+    def __init__(self, policy, game=None, seed=0, envs=1):
+        self.policy, self.envs, self.seed, self.game = policy, envs, seed, game
+        self.reset()
+
+    def reset(self, env=None, seed=None, game=None):
+        """Forget what was seen and restart the noise, for one environment or all. Environment i draws from seed + i."""
+        self.seed = self.seed if seed is None else seed
+        self.game = self.game if game is None else game
+        if env is None:
+            c = self.policy.config
+            self.games = torch.full((self.envs,), self.policy.game_id(self.game))
+            self.seen = [deque(maxlen=c.frames) for _ in range(self.envs)]
+            self.noise = [torch.Generator() for _ in range(self.envs)]
+        for i in range(self.envs) if env is None else [env]:
+            self.seen[i].clear()
+            self.noise[i].manual_seed(self.seed + i)
+
+    def predict(self, rgb, noise=None):
+        """uint8 (h, w, 3) -> float32 (T, 25), or (B, h, w, 3) -> (B, T, 25); file convention."""
+        return self.policy.to_file(self.predict_raw(rgb, noise))
+
+    def predict_raw(self, rgb, noise=None):
+        """The same before decoding: (T, A) or (B, T, A) in the model's convention. noise float32 of that shape replaces the seeded one."""
+        rgb, c = np.asarray(rgb), self.policy.config
+        single = rgb.ndim == 3
+        batch = rgb[None] if single else rgb
+        if batch.ndim != 4 or batch.shape[3] != 3 or batch.dtype != np.uint8 or len(batch) != self.envs:
+            raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), found {rgb.dtype} {rgb.shape}")
+        for seen, tokens in zip(self.seen, self.policy.see(np.stack([shrink(f) for f in batch]))):
+            seen.append(tokens)                                                            # (N, V)
+        n = max(map(len, self.seen))
+        blank = torch.zeros_like(self.seen[0][-1])
+        seen = torch.stack([torch.stack([blank] * (n - len(s)) + list(s)) for s in self.seen])   # (B, n, N, V), oldest first
+        keep = torch.tensor([[i >= n - len(s) for i in range(n)] for s in self.seen])      # (B, n)
+        noise = torch.stack([torch.randn(c.horizon, c.action_dim, generator=g) for g in self.noise]) if noise is None else \
+            torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)             # (B, T, A)
+        raw = self.policy.chunk(seen, keep, self.games, noise)
+        return raw[0] if single else raw
+
+    def info(self):
+        """What a player needs to know, as JSON can carry it."""
+        p = self.policy
+        return {"model": p.name, "step": p.meta.get("step"), "steps": p.steps, "guidance": p.guidance, "game": self.game, "device": str(p.device),
+                "dtype": p.dtype, "config": asdict(p.config)}
+
+
+# ------------------------------------------------------------------------------------------------------------------- the server
+
+class Server:
+    """Sessions over multiprocessing.connection: framed bytes, never pickles; the messages are described in extract.py. A thread and a Session
+    for each client. Whatever a client sends or leaves out costs that client its connection at most."""
+    PATIENCE, IDLE, CLIENTS = 10.0, 600.0, 32      # seconds for a message to arrive or leave, seconds between two, clients at a time
+
+    def __init__(self, policy, host="127.0.0.1", port=5555, key=None, game=None, seed=0):
+        self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
+        self.lock, self.stop, self.due = threading.Lock(), threading.Event(), {}           # due: connection -> when it is given up
+        Session(policy, game)                                                              # a wrong --game is said now
+        try:
+            self.listener = mpc.Listener((host, port), "AF_INET", backlog=64)
+        except OSError as e:
+            raise UserError(f"can't listen on {host}:{port} ({e.strerror}): give another --port, or this machine's --host") from None
+        self.address = self.listener.address
+
+    def run(self):
+        """Serve until `stop` is set or Ctrl-C. Clients that take too long are cut off from here, wherever their thread waits."""
+        threading.Thread(target=self.accept, daemon=True).start()
+        try:
+            while not self.stop.wait(0.1):
+                now = time.monotonic()
+                self.cut(lambda due: due < now)
+        except KeyboardInterrupt:
+            pass
+        self.stop.set()
+        self.cut(lambda due: True)
+        with contextlib.suppress(OSError), socket.create_connection(self.address, 1):      # wakes accept() up
+            pass
+        self.listener.close()
+
+    def cut(self, late):
+        with self.lock:                                    # held while closing too, so that no other connection gets the number meanwhile
+            for connection in [c for c, due in self.due.items() if late(due)]:
+                self.due[connection] = float("inf")
+                with contextlib.suppress(OSError), borrow(connection) as s:
+                    s.shutdown(socket.SHUT_RDWR)
+
+    def accept(self):
+        while not self.stop.is_set():
+            try:
+                connection = self.listener.accept()
+            except OSError:                                # out of handles, or gone before it was accepted
+                self.stop.wait(0.1)
+                continue
+            with self.lock:
+                full = len(self.due) >= self.CLIENTS
+                if not full:
+                    self.due[connection] = time.monotonic() + self.PATIENCE
+            if full or self.stop.is_set():
+                with contextlib.suppress(OSError), connection:
+                    connection.send_bytes(extract.pack_message({"error": f"the server is full: {self.CLIENTS} clients at a time"}))
+            else:
+                threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
+
+    def talk(self, connection):
+        """One client from its key to its end."""
+        try:
+            if self.key:                                   # here, not in Listener.accept, where a silent client would hold up all others
+                mpc.deliver_challenge(connection, self.key)
+                mpc.answer_challenge(connection, self.key)
+            session, wait = Session(self.policy, self.game, self.seed), self.PATIENCE
+            while connection.poll(wait):
+                self.due[connection] = time.monotonic() + self.PATIENCE
+                message = connection.recv_bytes(extract.MESSAGE_LIMIT)
+                self.due[connection] = float("inf")        # as long as it takes to answer
+                reply = self.answer(session, message)
+                self.due[connection] = time.monotonic() + self.PATIENCE
+                connection.send_bytes(reply)
+                self.due[connection], wait = float("inf"), self.IDLE
+        except OSError as e:
+            self.part(connection, e)
+        except (EOFError, mpc.AuthenticationError):
+            pass                                           # gone, cut off or without the key
+        finally:
+            with self.lock:
+                del self.due[connection]
+                connection.close()
+
+    def part(self, connection, error):
+        """A message beyond the limit: say so, and let the rest of it flow off, or the reply is lost with the connection."""
+        if "bad message length" in str(error):
+            with contextlib.suppress(OSError), borrow(connection) as s:
+                connection.send_bytes(extract.pack_message({"error": f"expected at most {extract.MESSAGE_LIMIT} bytes in a message: shrink the frame"}))
+                s.shutdown(socket.SHUT_WR)
+                while s.recv(1 << 16):
+                    pass
+
+    def answer(self, session, message):
+        try:
+            header, array = extract.unpack_message(message)
+            do = header.get("do")
+            if do == "info":
+                return extract.pack_message(session.info())
+            if do == "reset":
+                seed, game = header.get("seed"), header.get("game")
+                if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 63) or not isinstance(game, (str, int, type(None))):
+                    raise ValueError("expected an integer seed >= 0 and a game's name or id")
+                session.reset(seed=seed, game=game)
+                return extract.pack_message({})
+            if do != "predict":
+                raise ValueError(f"expected do = predict, reset or info, found {str(do)[:50]!r}")
+            if array is None or array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != 3 or max(array.shape) > 8192:
+                raise ValueError("expected one frame: uint8 (h, w, 3), sides of 8192 at most")
+            return extract.pack_message({}, session.predict(array))
+        except (ValueError, UserError, M.ModelError) as e:
+            return extract.pack_message({"error": str(e)})
+        except Exception:                                  # our fault, whatever it is: this client hears of it, the others play on
+            traceback.print_exc()
+            return extract.pack_message({"error": "a fault of the server: its terminal shows more"})
+
+
+@contextlib.contextmanager
+def borrow(connection):
+    """The socket inside a Connection, which offers neither shutdown nor time-outs."""
+    s = socket.socket(fileno=connection.fileno())
+    try:
+        yield s
+    finally:
+        s.detach()
+
+
+# -------------------------------------------------------------------------------------------------------------- the command line
+
+def policy_of(args):
+    policy = Policy(args.ckpt, args.device, args.dtype, args.euler, args.cfg, args.compile)
+    print(f"device: {policy.device} ({policy.reason}), {policy.dtype}, {policy.steps} steps")
+    return policy
+
+
+def run_image(args):
+    policy = policy_of(args)
+    c = policy.config
+    if len(args.images) > c.frames:
+        raise UserError(f"expected at most {c.frames} image(s), the context of this checkpoint, found {len(args.images)}: give the newest")
+    frames = [picture(p) for p in args.images]
+    noise = np_noise(args.noise, (c.horizon, c.action_dim)) if args.noise else None
+    session = Session(policy, args.game, args.seed)
+    for frame in frames[:-1]:
+        session.seen[0].append(policy.see(shrink(frame)[None])[0])
+    raw = session.predict_raw(frames[-1], noise)
+    chunk = raw.numpy() if args.raw else policy.to_file(raw)
+
+    def write(tmp):
+        with open(tmp, "wb") as f:
+            np.save(f, chunk)
+    extract.write_atomic(args.out, write)
+    print(f"{args.out}: float32 {chunk.shape}")
+
+
+def picture(path):
+    """An image file -> uint8 (h, w, 3). One resize for all, shrink(): the release's image processor resizes with PIL's bilinear filter here,
+    its player with area interpolation; a 256 x 256 image passes both unchanged, and then the numbers are the release's."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: expected an image, found {'a folder' if Path(path).is_dir() else 'nothing there'}: check the path")
+    return extract.read_rgba(path)[..., :3]
+
+
+def np_noise(path, shape):
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{path}: expected a .npy of noise, found {e}: save float32 {shape} with np.save") from None
+    if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape[-2:] != shape or noise.size != np.prod(shape):
+        raise UserError(f"{path}: expected noise float32 {shape}, found {getattr(noise, 'dtype', '')} {getattr(noise, 'shape', 'an archive')}: save it anew")
+    return noise.reshape(shape)
+
+
+def run_video(args):
+    """A chunk is predicted every T frames and drawn row by row, `action_shift` frames after the frame it was predicted from."""
+    policy = policy_of(args)
+    c, info = policy.config, extract.video_info(args.video)
+    session, skin = Session(policy, args.game, args.seed), extract.our_skins()[0]
+    w, h = (n - n % 2 for n in info["size"])
+    coming, begun = {}, time.monotonic()                                                   # frame number -> action
+    pad_h, pad_w = skin_size(draw(skin).shape, h, w)
+    with extract.VideoWriter(args.out, info["fps"], (w + pad_w, h)) as out:
+        for i, rgb in extract.read_video(args.video):
+            if i % c.horizon == 0:
+                coming |= {i + c.action_shift + j: a for j, a in enumerate(session.predict(rgb))}
+            canvas = np.full((h, w + pad_w, 3), 24, np.uint8)
+            canvas[:, :w] = rgb[:h, :w]
+            pad = extract.cv2.resize(draw(skin, coming.pop(i, extract.neutral())), (pad_w, pad_h), interpolation=extract.cv2.INTER_AREA).astype(np.float32)
+            spot, alpha = canvas[(h - pad_h) // 2:(h - pad_h) // 2 + pad_h, w:], pad[..., 3:] / 255
+            spot[:] = pad[..., :3] * alpha + spot * (1 - alpha) + 0.5
+            out.add(canvas)
+            if i % c.horizon == 0:
+                print(f"\rframe {i}/{info['n']} | {(i + 1) / (time.monotonic() - begun):.1f} frames/s", end="", flush=True)
+    print(f"\n{args.out}")
+
+
+def skin_size(shape, h, w):
+    """The drawn pad beside a video of h x w: half its width, but no higher than the video; even numbers for the encoder."""
+    scale = min(w / 2 / shape[1], h / shape[0])
+    return int(shape[0] * scale) // 2 * 2, int(shape[1] * scale) // 2 * 2
+
+
+def run_serve(args):
+    policy = policy_of(args)
+    server = Server(policy, args.host, args.port, args.key, args.game, args.seed)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: server.stop.set())
+    open_to_all = args.host not in ("127.0.0.1", "localhost") and not args.key
+    print(f"serving {args.ckpt} on {server.address[0]}:{server.address[1]}{', to anyone who can reach it: consider --key' if open_to_all else ''}; Ctrl-C ends it", flush=True)
+    server.run()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Sample actions from a policy.", allow_abbrev=False)
+    sub = parser.add_subparsers(required=True, metavar="image | video | serve")
+
+    def command(name, run, text):
+        p = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
+        p.set_defaults(run=run)
+        p.add_argument("--ckpt", required=True, help="a .safetensors, or a run folder of train.py")
+        p.add_argument("--euler", type=int, metavar="K", help="Euler steps (default: the checkpoint's; 16 in the paper)")
+        p.add_argument("--cfg", type=float, default=0.0, metavar="S", help="guidance: cond + S (cond - uncond), uncond = the newest frame alone, no game (default 0 = off)")
+        p.add_argument("--game", metavar="ID|NAME", help="the game to play, where the checkpoint knows games (default: none)")
+        p.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+        p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+        p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations; bfloat16 pays on GPUs (default float32)")
+        p.add_argument("--compile", action="store_true", help="torch.compile the denoising step: a minute at the start (default off)")
+        return p
+    p = command("image", run_image, "predict one chunk from images")
+    p.add_argument("images", nargs="+", help="the context, oldest first")
+    p.add_argument("--noise", metavar="N.npy", help="float32 (T, A) in place of the seeded noise")
+    p.add_argument("--raw", action="store_true", help="write the sampler's tensor (T, A) as it is")
+    p.add_argument("--out", required=True, help="the .npy to write")
+    p = command("video", run_video, "draw the predicted pad beside each frame of a video")
+    p.add_argument("video", help="the video to look at")
+    p.add_argument("--out", required=True, help="the .mp4 to write")
+    p = command("serve", run_serve, "answer play.py --server and play.Client")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = every network (default 127.0.0.1, this machine only)")
+    p.add_argument("--port", type=int, default=5555, help="TCP port (default 5555)")
+    p.add_argument("--key", help="a secret that clients must give (default: none)")
+    return extract.cli(parser, argv, M.ModelError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1017 @@
+"""parse.py: read buttons and sticks from the overlay crops (NitroGen, arXiv 2601.02427, section 3.1).
+
+    python parse.py run DATA [--ckpt weights/parser.safetensors]        read every clip folder of DATA
+    python parse.py eval DATA [--sheet FILE.png]                        score the clips that have truth.npy
+    python parse.py train --out FILE [--skins DIR --ckpt FILE]          train the reader, or fit it to your own skin
+
+In, per clip folder (extract.py): clip.json with the template's geometry; pads.npy + pads_index.npy, one crop a video frame;
+template.png uint8 (h, w, 4). Out, beside them:
+    actions.npy     float32 (n, 25)   0 or 1 buttons, sticks in [-1, 1], y down; what the skin does not show is 0
+    confidence.npy  float32 (n,)      0..1: is the pad there, and is it read with certainty
+    keep.npy        bool (n,)         the frame may start a training chunk [paper: at least half of the chunk's steps act]
+
+How: each control is cut out of the crop at one scale ("close-up": a stick's travel, or a button's box, has always the same
+size), from the previous frame, from the current frame [paper: a pair of frames] and from the pad at rest, which is the video's
+own median picture [ours]. A narrow SegFormer (arXiv 2105.15203) reads a stick's close-ups into an 11 x 11 grid [paper: a
+segmentation, much better than regression] and a button's into one logit. Reads are then smoothed over the whole video.
+"""
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import extract
+from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, UserError
+
+GRID = 11                                  # cells a side of a stick's grid [paper]: -1, -0.8 ... 1
+STRIDE, SUB = 4, 3                         # a token of the finest map covers 4 x 4 pixels and tells 3 x 3 cells of the grid
+STICK_SIDE, BUTTON_SIDE = 57, 33           # pixels of a close-up: 4 k + 1, so that the middle token sits on the middle pixel
+TRAVEL = (GRID - 1) / 2 * STRIDE / SUB     # pixels from rest to full tilt in a stick's close-up; the rest of it holds the cap
+BOX = 20                                   # pixels of a button's box in its close-up, both ways
+LABEL_WIDTH = 0.12                         # sd of the grid's label: about half a cell (0.1 - 0.15 decode best)
+HORIZON = 16                               # steps of a training chunk [paper]
+DEAD, SURE = 0.15, 0.5                     # a stick within DEAD of rest does not act; a frame below SURE confidence is not used
+SAMPLES = 192                              # frames that the pad at rest is made from
+CKPT = Path(__file__).parent / "weights" / "parser.safetensors"
+
+# ------------------------------------------------------------------------------------------------------------- the net: SegFormer
+# sizes: (widths, blocks a stage, heads, reduction of keys, MLP ratio, head width). mit-b0 .. b2 as published; narrow is the default
+PRESETS = {
+    "narrow": dict(dims=(24, 48, 80, 112), depths=(1, 1, 1, 1), heads=(1, 2, 4, 4), sr=(4, 2, 1, 1), mlp=3, head=64, join="depth"),
+    "b0": dict(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), heads=(1, 2, 5, 8), sr=(8, 4, 2, 1), mlp=4, head=256, join="width"),
+    "b1": dict(dims=(64, 128, 320, 512), depths=(2, 2, 2, 2), heads=(1, 2, 5, 8), sr=(8, 4, 2, 1), mlp=4, head=256, join="width"),
+    "b2": dict(dims=(64, 128, 320, 512), depths=(3, 4, 6, 3), heads=(1, 2, 5, 8), sr=(8, 4, 2, 1), mlp=4, head=768, join="width"),
+}
+
+
+def as_map(x, hw):
+    """Tokens (B, N, D) -> map (B, D, h, w), a view: in memory the channels stay last, which convolutions on a CPU like best."""
+    return x.transpose(1, 2).unflatten(2, hw)
+
+
+class Patches(nn.Module):
+    """Overlapping patches: a strided convolution, then a norm over channels."""
+
+    def __init__(self, cin, cout, kernel, stride):
+        super().__init__()
+        self.proj = nn.Conv2d(cin, cout, kernel, stride, kernel // 2)
+        self.layer_norm = nn.LayerNorm(cout)
+
+    def forward(self, x):                                                      # (B, C, H, W)
+        x = self.proj(x)
+        return self.layer_norm(x.flatten(2).transpose(1, 2)), x.shape[2:]      # (B, N, D)
+
+
+class Attention(nn.Module):
+    """Self-attention whose keys and values come from a map made sr times smaller; nested as the published files name it."""
+
+    def __init__(self, d, heads, sr):
+        super().__init__()
+        self.heads, self.self, self.output = heads, nn.Module(), nn.Module()
+        for name in ("query", "key", "value"):
+            self.self.add_module(name, nn.Linear(d, d))
+        if sr > 1:
+            self.self.sr = nn.Conv2d(d, d, sr, sr)
+            self.self.layer_norm = nn.LayerNorm(d)
+        self.output.dense = nn.Linear(d, d)
+
+    def forward(self, x, hw):                                                  # (B, N, D)
+        B, N, D = x.shape
+        kv = x
+        if hasattr(self.self, "sr"):
+            kv = self.self.sr(as_map(x, hw)).flatten(2).transpose(1, 2)
+            kv = self.self.layer_norm(kv)                                      # (B, N / sr^2, D)
+        q, k, v = (layer(t).view(B, -1, self.heads, D // self.heads).transpose(1, 2)
+                   for layer, t in ((self.self.query, x), (self.self.key, kv), (self.self.value, kv)))
+        x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, N, D / heads)
+        return self.output.dense(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MixFFN(nn.Module):
+    """An MLP with a 3 x 3 depthwise convolution inside: its zero padding is all that tells a token where it is."""
+
+    def __init__(self, d, hidden):
+        super().__init__()
+        self.dense1, self.dense2, self.dwconv = nn.Linear(d, hidden), nn.Linear(hidden, d), nn.Module()
+        self.dwconv.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
+
+    def forward(self, x, hw):
+        x = self.dwconv.dwconv(as_map(self.dense1(x), hw))                     # (B, hidden, h, w)
+        return self.dense2(F.gelu(x.flatten(2).transpose(1, 2)))               # (B, N, D)
+
+
+class Block(nn.Module):
+    def __init__(self, d, heads, sr, mlp):
+        super().__init__()
+        self.layer_norm_1, self.attention = nn.LayerNorm(d), Attention(d, heads, sr)
+        self.layer_norm_2, self.mlp = nn.LayerNorm(d), MixFFN(d, mlp * d)
+
+    def forward(self, x, hw):
+        x = x + self.attention(self.layer_norm_1(x), hw)
+        return x + self.mlp(self.layer_norm_2(x), hw)
+
+
+class Encoder(nn.Module):
+    """MiT: four stages at strides 4, 8, 16, 32."""
+
+    def __init__(self, cin, dims, depths, heads, sr, mlp):
+        super().__init__()
+        self.patch_embeddings = nn.ModuleList(Patches(a, b, 3 if i else 7, 2 if i else STRIDE) for i, (a, b) in enumerate(zip((cin, *dims), dims)))
+        self.block = nn.ModuleList(nn.ModuleList(Block(d, h, s, mlp) for _ in range(n)) for d, n, h, s in zip(dims, depths, heads, sr))
+        self.layer_norm = nn.ModuleList(nn.LayerNorm(d) for d in dims)
+
+    def forward(self, x):                                                      # (B, C, H, W)
+        maps = []
+        for embed, blocks, norm in zip(self.patch_embeddings, self.block, self.layer_norm):
+            x, hw = embed(x)
+            for block in blocks:
+                x = block(x, hw)
+            x = as_map(norm(x), hw)                                            # (B, D, H / stride, W / stride)
+            maps.append(x)
+        return maps
+
+
+class Head(nn.Module):
+    """All-MLP head. The published order is project, upsample, join, fuse; projection and fusion are both linear, so their product
+    is applied at each stage's own resolution and the results are upsampled and summed: equal numbers at a tenth of the cost."""
+
+    def __init__(self, dims, d, labels):
+        super().__init__()
+        self.linear_c = nn.ModuleList(nn.Module() for _ in dims)
+        for module, c in zip(self.linear_c, dims):
+            module.proj = nn.Linear(c, d)
+        self.linear_fuse = nn.Conv2d(d * len(dims), d, 1, bias=False)
+        self.batch_norm = nn.BatchNorm2d(d)
+        self.classifier = nn.Conv2d(d, labels, 1)
+
+    def forward(self, maps):
+        fuse = self.linear_fuse.weight[:, :, 0, 0].chunk(len(maps), 1)[::-1]   # joined coarse to fine, so turned round
+        total = 0
+        for x, module, f in zip(maps, self.linear_c, fuse):
+            x = F.conv2d(x, (f @ module.proj.weight)[..., None, None], f @ module.proj.bias)
+            if x.shape[2:] != maps[0].shape[2:]:
+                x = F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
+            total = total + x                                                  # (B, d, H / 4, W / 4)
+        return self.classifier(F.relu(self.batch_norm(total)))                 # (B, labels, H / 4, W / 4)
+
+
+class SegFormer(nn.Module):
+    """SegFormer with the parameter names of the files on the Hugging Face hub (`nvidia/mit-b0`), so that those load by name."""
+
+    def __init__(self, dims, depths, heads, sr, mlp, head, labels, cin=3, join="width"):
+        super().__init__()
+        self.join, self.segformer = join, nn.Module()
+        self.segformer.encoder = Encoder(cin, dims, depths, heads, sr, mlp)
+        self.decode_head = Head(dims, head, labels)
+
+    def forward(self, x):                                                      # (B, C, H, W) -> (B, labels, H / 4, W / 4)
+        return self.decode_head(self.segformer.encoder(x))
+
+
+class Parser(nn.Module):
+    """Two SegFormers of one preset: one reads sticks (grid and click), one reads buttons, from montages of three panels.
+
+    join "width": previous | current | rest side by side in space, as the paper joins its pair (published weights fit).
+    join "depth": the three panels stacked as channels: the same picture elements meet in the first convolution.
+    """
+
+    def __init__(self, preset="narrow", **sizes):
+        super().__init__()
+        self.config = {"kind": "nitrogen-parser", "preset": preset, **PRESETS[preset], **sizes}
+        arch = {k: v for k, v in self.config.items() if k not in ("kind", "preset")}
+        cin = 9 if arch["join"] == "depth" else 3
+        self.stick = SegFormer(**arch, cin=cin, labels=SUB * SUB + 1)
+        self.button = SegFormer(**arch, cin=cin, labels=1)
+        self.to(memory_format=torch.channels_last)
+
+    def montage(self, panels, mask=None):
+        """uint8 (B, 3, S, S, 3) close-ups -> float montage. Contrast is stretched over all panels together; masked panels are 0."""
+        x = panels.float()
+        mask = x.new_ones(x.shape[:2]) if mask is None else mask
+        mask = mask[:, :, None, None, None]
+        weight = mask / mask.sum(1, keepdim=True)
+        var, mean = torch.var_mean(x[:, :, ::2, ::2], (2, 3), correction=0, keepdim=True)        # (B, panel, 1, 1, C)
+        center = (mean * weight).sum(1, keepdim=True)                          # each colour's mean over the panels that are there
+        var = ((var + (mean - center).square()) * weight).sum(1, keepdim=True).mean(-1, keepdim=True)
+        x = (x - center) * (mask / (var.sqrt() + 6))                           # 6 grey levels: noise is not blown up
+        if self.config["join"] == "depth":
+            return x.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)     # (B, 9, S, S)
+        x = F.pad(x, (0, 0, 0, -x.shape[3] % STRIDE))                          # panels side by side, a whole number of tokens each
+        return x.permute(0, 4, 2, 1, 3).flatten(3)                             # (B, 3, S, 3 S')
+
+    def middle(self, maps):
+        """The current frame's part of the output map."""
+        if self.config["join"] == "depth":
+            return maps
+        w = maps.shape[-1] // 3
+        return maps[..., w:2 * w]
+
+    def sticks(self, panels, mask=None):
+        """uint8 (B, 3, S, S, 3) -> log of the grid (B, 11, 11) [row = y, column = x], logit of the click (B,)."""
+        out = self.middle(self.stick(self.montage(panels, mask)))
+        cells = F.pixel_shuffle(out[:, :SUB * SUB], SUB)[:, 0]                 # (B, cells, cells): one cell = 0.2 of the travel
+        edge = (cells.shape[-1] - GRID) // 2
+        grid = cells[:, edge:edge + GRID, edge:edge + GRID]
+        return F.log_softmax(grid.flatten(1), 1).view(-1, GRID, GRID), out[:, SUB * SUB].mean((1, 2))
+
+    def buttons(self, panels, mask=None):
+        """uint8 (B, 3, S, S, 3) -> logit of "pressed" (B,)."""
+        return self.middle(self.button(self.montage(panels, mask)))[:, 0].mean((1, 2))
+
+
+def save_parser(path, model, **extra):
+    """One safetensors file; its header holds {config, ...} as one JSON string."""
+    header = json.dumps({"config": model.config, **extra})
+    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    extract.write_atomic(path, lambda tmp: save_file(tensors, str(tmp), metadata={"parser": header}))
+
+
+def load_parser(path):
+    """A file of save_parser -> Parser in eval mode. Names the first tensor that does not fit."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: give --ckpt FILE, or train them: python parse.py train --out {path}")
+    try:
+        with safe_open(str(path), "pt") as f:
+            header = json.loads((f.metadata() or {}).get("parser", "null"))
+        tensors = load_file(str(path)) if header else None
+    except Exception as e:                                                     # safetensors raises its own class for any damage
+        raise UserError(f"{path}: expected a safetensors file of parse.py, found {type(e).__name__}: {e}: train or copy it again") from None
+    if not header or header["config"].get("kind") != "nitrogen-parser":
+        raise UserError(f"{path}: expected parser weights, found weights of another kind: use weights/parser.safetensors or parse.py train")
+    model = Parser(**{k: v for k, v in header["config"].items() if k != "kind"})
+    want = model.state_dict()
+    for name in sorted(set(want) ^ set(tensors)):
+        raise UserError(f"{path}: tensor {name} is {'missing' if name in want else 'not of this net'}: the file is of another version, train it again")
+    for name, t in tensors.items():
+        if t.shape != want[name].shape:
+            raise UserError(f"{path}: {name} is {tuple(t.shape)}, expected {tuple(want[name].shape)}: the file is of another preset")
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------- the close-ups
+class Cutter:
+    """Cuts the close-ups of one geometry out of crops of one size."""
+
+    def __init__(self, geometry, pad):
+        fx, fy = pad[0] / geometry["size"][0], pad[1] / geometry["size"][1]    # template pixels -> crop pixels
+        self.sticks = [s for s in STICKS if s in geometry["sticks"]]
+        self.buttons = [b for b in BUTTONS if b in geometry["buttons"] and b not in LEGACY]
+        self.known = {s: bool(geometry["sticks"][s].get("travel")) for s in self.sticks}
+        centers, steps = [], []
+        for s in self.sticks:
+            stick = geometry["sticks"][s]
+            travel = stick.get("travel") or [stick.get("radius", geometry["size"][0] / 16) / 2] * 2     # unknown: half the cap's radius
+            centers.append((stick["center"][0] * fx, stick["center"][1] * fy))
+            steps.append((travel[0] * fx / TRAVEL, travel[1] * fy / TRAVEL))
+        self.stick_map = closeup_map(centers, steps, STICK_SIDE)
+        boxes = np.float32([geometry["buttons"][b] for b in self.buttons]).reshape(-1, 4) * (fx, fy, fx, fy)
+        sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 4)
+        self.button_map = closeup_map((boxes[:, :2] + boxes[:, 2:]) / 2, sides / BOX, BUTTON_SIDE)
+
+    def __call__(self, crop):
+        """uint8 (h, w, 3) -> sticks uint8 (sticks, 57, 57, 3), buttons uint8 (buttons, 33, 33, 3)."""
+        return [cv2.remap(crop, *m, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(-1, side, side, 3) if len(m[0])
+                else np.zeros((0, side, side, 3), np.uint8) for m, side in ((self.stick_map, STICK_SIDE), (self.button_map, BUTTON_SIDE))]
+
+
+def closeup_map(centers, steps, side):
+    """Where each pixel of the close-ups lies in the crop: two float32 (k side, side) maps for cv2.remap."""
+    i = np.arange(side, dtype=np.float32) - (side - 1) / 2
+    c, s = np.float32(centers).reshape(-1, 2, 1), np.float32(steps).reshape(-1, 2, 1)
+    at = c + i * s - 0.5                                                       # (k, xy, side); a pixel's middle is at + 0.5
+    x = np.broadcast_to(at[:, 0, None, :], (len(at), side, side))
+    y = np.broadcast_to(at[:, 1, :, None], (len(at), side, side))
+    return np.ascontiguousarray(x.reshape(-1, side)), np.ascontiguousarray(y.reshape(-1, side))
+
+
+def on_stick(box, stick):
+    """Does this box of L3 / R3 lie on the stick itself (and not on a label beside it)?"""
+    return box is not None and math.hypot((box[0] + box[2]) / 2 - stick["center"][0], (box[1] + box[3]) / 2 - stick["center"][1]) < stick["radius"]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ decoding
+def decode(p, peak=None):
+    """Grids (n, 11, 11) of probability -> values (n, 2): the mean place over the 3 x 3 window around the peak (or around the cells
+    `peak` (n, 2) [row, column]). Better than argmax (0.2 steps) and than the mean over all cells (drawn to 0 by diffuse mass)."""
+    n = len(p)
+    if peak is None:
+        peak = np.stack(np.divmod(p.reshape(n, -1).argmax(1), GRID), 1)
+    padded = np.pad(p, ((0, 0), (1, 1), (1, 1)))
+    at = peak[:, :, None] + np.arange(3)                                       # rows and columns of the window in the padded grid
+    window = padded[np.arange(n)[:, None, None], at[:, 0, :, None], at[:, 1, None, :]] + 1e-9
+    window /= window.sum((1, 2), keepdims=True)
+    offset = np.stack([(window.sum(1) * (-1, 0, 1)).sum(1), (window.sum(2) * (-1, 0, 1)).sum(1)], 1)
+    return np.clip((peak[:, ::-1] + offset) * 2 / (GRID - 1) - 1, -1, 1).astype(np.float32)
+
+
+def cells_walk():
+    """How a stick moves between frames, (121, 121): mostly it stays, often it moves by a cell or two, now and then it jumps."""
+    i = np.arange(GRID)
+    near = np.exp(-0.5 * ((i[:, None] - i) / 1.2) ** 2)
+    near /= near.sum(1, keepdims=True)
+    return 0.95 * (0.6 * np.eye(GRID ** 2) + 0.4 * np.kron(near, near)) + 0.05 / GRID ** 2
+
+
+def smooth_grids(log_p, trust=0.7):
+    """Log grids (n, 11, 11) of one stick -> posterior (n, 11, 11) given all frames: forward-backward over the cells.
+
+    Frames that tell nothing (dark cap over a dark scene) take their answer from their neighbours; `trust` < 1 allows for errors
+    that neighbouring frames share.
+    """
+    n, walk = len(log_p), cells_walk()
+    e = log_p.reshape(n, -1).astype(np.float64) * trust
+    e = np.exp(e - e.max(1, keepdims=True)) + 1e-12
+    passes = []
+    for order in (range(n), range(n - 1, -1, -1)):
+        message, out = np.full(GRID ** 2, 1 / GRID ** 2), np.empty_like(e)
+        for t in order:
+            out[t] = message                                                   # what the other frames on this side say of frame t
+            message = (message * e[t]) @ walk
+            message /= message.sum()
+        passes.append(out)
+    p = passes[0] * passes[1] * e
+    return (p / p.sum(1, keepdims=True)).reshape(n, GRID, GRID)
+
+
+def smooth_buttons(logits, press=0.03, release=0.12, trust=0.8):
+    """Logits (n, k) -> probability of "pressed" (n, k) given all frames: forward-backward over two states, off and on."""
+    walk = np.array([[1 - press, press], [release, 1 - release]])
+    prior = math.log(0.25 / 0.75)                                              # the teacher's share of presses is in the logits
+    e = np.exp(np.stack([np.zeros_like(logits), np.clip(trust * (logits - prior), -20, 20)], -1).astype(np.float64))     # (n, k, 2)
+    passes = []
+    for order, matrix in ((range(len(e)), walk), (range(len(e) - 1, -1, -1), walk.T)):
+        start = np.array([release, press]) / (press + release) if matrix is walk else np.ones(2)
+        message, out = np.broadcast_to(start, e.shape[1:]), np.empty_like(e)
+        for t in order:
+            out[t] = message
+            message = (message * e[t]) @ matrix
+            message = message / message.sum(-1, keepdims=True)
+        passes.append(out)
+    p = passes[0] * passes[1] * e
+    return p[..., 1] / p.sum(-1)
+
+
+def normalise(values, known):
+    """Per video [paper: centre at rest, 99th percentile as scale], guarded. values (n, 2) of one stick.
+
+    Known travel: trusted as it is. Unknown: the centre is the mode (a mean is wrong when a stick is pushed one way only); one
+    scale for both axes (an axis that is never used must not be blown up); a stick that hardly moves keeps its scale.
+    """
+    if known or len(values) < 30:
+        return values
+    counts, xs, ys = np.histogram2d(values[:, 0], values[:, 1], bins=21, range=[[-1.05, 1.05]] * 2)
+    i, j = np.unravel_index(counts.argmax(), counts.shape)
+    centre = np.array([xs[i] + xs[i + 1], ys[j] + ys[j + 1]]) / 2
+    near = np.abs(values - centre).max(1) < 0.1
+    if near.mean() < 0.1 or np.abs(centre).max() > 0.5:                        # never at rest long enough to say where rest is
+        return values
+    values = values - values[near].mean(0)
+    reach = np.percentile(np.hypot(*values.T), 99)
+    return np.clip(values / reach, -1, 1).astype(np.float32) if reach > 0.3 else values.astype(np.float32)
+
+
+def keep_filter(actions, confidence, horizon=HORIZON):
+    """May frame t start a training chunk? bool (n,): the frame is read surely, the chunk t .. t + horizon - 1 is whole, and in at least
+    half of its steps something is pressed or a stick is out of its dead zone [paper]; an unsure step counts as none."""
+    act = (actions[:, :21] > 0).any(1) | (np.hypot(actions[:, 21:25:2], actions[:, 22:25:2]) > DEAD).any(1)
+    total = np.concatenate([[0], np.cumsum(act & (confidence >= SURE))])
+    keep = np.zeros(len(actions), bool)
+    whole = max(len(actions) - horizon + 1, 0)
+    keep[:whole] = (total[horizon:] - total[:whole] >= horizon / 2)[:whole] if whole else []
+    return keep & (confidence >= SURE)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- reading
+def open_clip(folder):
+    """A clip folder -> clip dict, pads (Frames), after checking that they belong together; None for a recorder's clip (no overlay)."""
+    try:
+        clip = json.loads((folder / "clip.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: expected a clip folder with clip.json, found {type(e).__name__}: make it with extract.py") from None
+    if not clip.get("box"):
+        return clip, None
+    if not (folder / "pads.npy").is_file() or not (folder / "pads_index.npy").is_file():
+        raise UserError(f"{folder}: expected pads.npy and pads_index.npy, found none: cut the clip again with extract.py")
+    pads = extract.Frames(folder, "pads")
+    if len(pads) == 0 or "pad" not in clip or "geometry" not in clip:
+        raise UserError(f"{folder}: expected crops and their geometry, found {len(pads)} crops: cut the clip again with extract.py")
+    if tuple(pads[0].shape[1::-1]) != tuple(clip["pad"]):
+        raise UserError(f"{folder}: clip.json says crops of {clip['pad']}, pads.npy holds {list(pads[0].shape[1::-1])}: cut the clip again with extract.py")
+    return clip, pads
+
+
+@torch.inference_mode()
+def net_reads(model, panels, batch=256):
+    """Close-ups ((k, 3, 57, 57, 3), (m, 3, 33, 33, 3)) uint8 -> log grids (k, 11, 11), click logits (k,), button logits (m,)."""
+    device = next(model.parameters()).device
+    sticks, buttons = ([t.to(device) for t in torch.from_numpy(p).split(batch)] if len(p) else [] for p in panels)
+    reads = [model.sticks(t) for t in sticks]
+    logits = [model.buttons(t) for t in buttons]
+    join = lambda parts, *shape: torch.cat(parts).float().cpu().numpy() if parts else np.zeros(shape, np.float32)
+    return join([r[0] for r in reads], 0, GRID, GRID), join([r[1] for r in reads], 0), join(logits, 0)
+
+
+def montages(previous, current, rest):
+    """Cuts of k frames, (k, e, S, S, 3) each, and the rest picture (e, S, S, 3) -> (k e, 3, S, S, 3)."""
+    return np.stack([previous, current, np.broadcast_to(rest, current.shape)], 2).reshape(-1, 3, *current.shape[2:])
+
+
+class Pad:
+    """One clip's pad: its controls, what it looks like at rest, and how a crop is told from a crop without it."""
+
+    def __init__(self, model, clip, pads, template=None):
+        self.model, self.cutter = model, Cutter(clip["geometry"], clip["pad"])
+        at = np.unique(np.linspace(0, len(pads) - 1, SAMPLES).astype(int))
+        crops, before = [pads[i] for i in at], [self.cutter(pads[max(i - 1, 0)]) for i in at]
+        self.outline = edges(np.median(np.stack([cv2.cvtColor(c, cv2.COLOR_RGB2GRAY) for c in crops]), 0).astype(np.uint8))
+        now = [self.cutter(c) for c in crops]
+        before, now = ([np.stack([c[i] for c in cuts]) for i in range(2)] for cuts in (before, now))
+        self.rest = [np.median(c, 0).astype(np.uint8) for c in now]
+        for _ in range(2):                                                     # the median over frames that were read as at rest
+            self.improve(before, now)
+        self.usual = np.median([self.likeness(c) for c in crops])
+
+    def improve(self, before, now):
+        """Make each control's rest picture again from the frames in which the net, given the old one, sees it at rest."""
+        k, e = now[0].shape[:2]
+        grids, clicks, logits = net_reads(self.model, [montages(b, n, r) for b, n, r in zip(before, now, self.rest)])
+        still = np.hypot(*decode(np.exp(grids)).T) < 0.2
+        for i, quiet in enumerate(((still & (clicks < 0)).reshape(k, e), (logits < -0.5).reshape(k, -1))):
+            for j in range(quiet.shape[1]):
+                if quiet[:, j].sum() >= 8:
+                    self.rest[i][j] = np.median(now[i][quiet[:, j], j], 0)
+
+    def likeness(self, crop):
+        """Correlation of the crop's edges with those of the pad at rest: falls towards 0 where the overlay is gone or covered."""
+        e = edges(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))
+        return float((e * self.outline).sum() / (np.linalg.norm(e) * np.linalg.norm(self.outline) + 1e-6))
+
+    def read(self, pads):
+        """All frames -> log grids (n, sticks, 11, 11), click logits (n, sticks), button logits (n, buttons), likeness (n,)."""
+        out, like, last = [], [], None
+        for start in range(0, len(pads), 32):
+            crops = [pads[i] for i in range(start, min(start + 32, len(pads)))]
+            like += [self.likeness(c) for c in crops]
+            cuts = [np.stack(c) for c in zip(*(self.cutter(c) for c in crops))]
+            last = last or [c[:1] for c in cuts]
+            out.append(net_reads(self.model, [montages(np.concatenate([p, c[:-1]]), c, r) for p, c, r in zip(last, cuts, self.rest)]))
+            last = [c[-1:] for c in cuts]
+        n = len(pads)
+        grids, clicks, logits = (np.concatenate(o) for o in zip(*out))
+        return grids.reshape(n, -1, GRID, GRID), clicks.reshape(n, -1), logits.reshape(n, -1), np.array(like)
+
+
+def edges(gray):
+    """Sobel x and y of a half-size picture, float32 (2, h, w): strong edges are cut off, so that no single one decides."""
+    small = cv2.resize(gray, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    return np.clip(np.stack([cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)]), -80, 80)
+
+
+def settle(pad, clip, grids, clicks, logits, like):
+    """The net's reads of a whole video -> actions (n, 25), confidence (n,)."""
+    n, geometry = len(like), clip["geometry"]
+    actions, sure = np.zeros((n, extract.A), np.float32), []
+    logits = logits.copy()
+    for i, side in enumerate(pad.cutter.sticks):
+        p = smooth_grids(grids[:, i])
+        peak = np.stack(np.divmod(p.reshape(n, -1).argmax(1), GRID), 1)
+        actions[:, STICKS[side]] = normalise(decode(np.exp(grids[:, i]), peak), pad.cutter.known[side])
+        sure.append(p.max((1, 2)) ** 0.5)
+        thumb = THUMB[side]
+        if thumb in pad.cutter.buttons and on_stick(geometry["buttons"][thumb], geometry["sticks"][side]):
+            j = pad.cutter.buttons.index(thumb)
+            logits[:, j] = (logits[:, j] + clicks[:, i]) / 2                   # the stick's net follows the moving cap
+    if pad.cutter.buttons:
+        p = smooth_buttons(logits)
+        actions[:, [BUTTON[b] for b in pad.cutter.buttons]] = p > 0.5
+        sure.append(np.abs(2 * p - 1).mean(1))
+    there = np.clip((like / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
+    return actions, (there * np.mean(sure, 0)).astype(np.float32)
+
+
+def unread(folder, n):
+    """Is anything missing of what run writes? (A folder is whole when its three files are, with n rows each.)"""
+    for name, dtype, dims in (("actions", np.float32, 2), ("confidence", np.float32, 1), ("keep", np.bool_, 1)):
+        try:
+            if len(extract.read_npy(folder / f"{name}.npy", dtype, dims)) != n:
+                return True
+        except UserError:
+            return True
+    return False
+
+
+def run_clip(model, folder, again=False):
+    """Read one clip folder and write its three files -> one line that says what came out."""
+    clip, pads = open_clip(folder)
+    if pads is None:
+        return "recorded play, no overlay to read: left as it is"
+    n = len(pads)
+    if not again and not unread(folder, n):
+        return "read already"
+    began, shown = time.time(), len(clip["geometry"].get("buttons") or {}) + len(clip["geometry"].get("sticks") or {})
+    if shown:
+        pad = Pad(model, clip, pads)
+        actions, confidence = settle(pad, clip, *pad.read(pads))
+    else:
+        actions, confidence = np.zeros((n, extract.A), np.float32), np.zeros(n, np.float32)
+    keep = keep_filter(actions, confidence)
+    for name, array in (("keep", keep), ("confidence", confidence), ("actions", actions)):
+        extract.write_npy(folder / f"{name}.npy", array)
+    if not shown:
+        return f"template {clip['template']} has no geometry: confidence 0, nothing kept; give NAME.json with boxes and centres beside its PNG"
+    took = time.time() - began
+    return (f"{n} frames | confidence {confidence.mean():.2f} | kept {keep.mean():.0%} | pressed {(actions[:, :21] > 0).any(1).mean():.0%} | "
+            f"{n / took:.0f} frames/s, {n / clip['fps'] / took:.1f} x real time")
+
+
+def folders_of(data):
+    """The clip folders that DATA names: DATA itself when it is one."""
+    return [Path(data)] if (Path(data) / "clip.json").is_file() else extract.clips_in(data)
+
+
+def run(args):
+    model, wrong = load_parser(args.ckpt).to(args.device), []
+    for folder in extract.shard(folders_of(args.data)):
+        try:
+            print(f"{folder.name}: {run_clip(model, folder)}", flush=True)
+        except UserError as e:                                                 # the other clips are read all the same
+            wrong.append(str(e))
+    if wrong:
+        raise UserError(wrong[0] + (f" (and {len(wrong) - 1} more clips could not be read)" if len(wrong) > 1 else ""))
+
+
+# ------------------------------------------------------------------------------------------------------------------------- scoring
+def r2(got, true):
+    """R2 of one stick (n, 2): the mean over the axes that it is moved on; nan where it never moves."""
+    rows = [1 - ((got[:, i] - true[:, i]) ** 2).sum() / ((true[:, i] - true[:, i].mean()) ** 2).sum() for i in range(2) if true[:, i].std() > 0.02]
+    return float(np.mean(rows)) if rows else float("nan")
+
+
+def score(actions, truth, geometry):
+    """Everything that is reported of one clip, as a dict. Only controls that the skin shows are scored."""
+    shown = [BUTTON[b] for b in geometry["buttons"] if b not in LEGACY]
+    got, true = actions[:, shown] > 0.5, truth[:, shown] > 0.5
+    hit, occurs = (got & true).sum(0), true.any(0)
+    precision, recall = hit / np.maximum(got.sum(0), 1), hit / np.maximum(true.sum(0), 1)
+    f1 = 2 * hit / np.maximum(got.sum(0) + true.sum(0), 1)
+    late = [d for b in range(len(shown)) for d in onset_errors(got[:, b], true[:, b])]
+    lags = {d: agreement(actions, truth, geometry, d) for d in range(-4, 5)}
+    return {**{f"{s} R2": r2(actions[:, STICKS[s]], truth[:, STICKS[s]]) for s in geometry["sticks"]},
+            "accuracy": float((got == true).mean()), "precision": float(precision[occurs].mean()), "recall": float(recall[occurs].mean()),
+            "F1": float(f1[occurs].mean()), "timing": float(np.median(late)) if late else float("nan"), "lag": max(lags, key=lags.get),
+            "by button": {BUTTONS[b]: round(float(f), 3) for b, f, o in zip(shown, f1, occurs) if o}}
+
+
+def onset_errors(got, true, within=8):
+    """|frames| between each true press and the nearest read press, where one lies within reach."""
+    got, true = (np.flatnonzero(np.diff(np.concatenate([[0], x.astype(int)])) == 1) for x in (got, true))
+    nearest = np.abs(true[:, None] - got[None]).min(1) if len(got) and len(true) else np.zeros(0)
+    return nearest[nearest <= within].tolist()
+
+
+def agreement(actions, truth, geometry, lag):
+    """How well the actions fit the truth `lag` frames earlier: the overlay may show inputs late."""
+    n = len(truth)
+    got, true = actions[max(lag, 0):n + min(lag, 0)], truth[max(-lag, 0):n - max(lag, 0)]
+    shown = [BUTTON[b] for b in geometry["buttons"]] + [i for s in geometry["sticks"] for i in range(A_STICK[s], A_STICK[s] + 2)]
+    return -float(((got[:, shown] - true[:, shown]) ** 2).sum()) / max(len(got), 1)
+
+
+A_STICK = {side: s.start for side, s in STICKS.items()}
+
+
+def evaluate(args):
+    """Score every clip that has truth.npy, reading those not read yet; one line a clip, then the means per family and over all."""
+    model, rows = None, {}
+    folders = [f for f in folders_of(args.data) if (f / "truth.npy").is_file()]
+    if not folders:
+        raise UserError(f"{args.data}: expected clips with truth.npy, found none: only rendered or recorded clips can be scored")
+    for folder in folders:
+        clip, pads = open_clip(folder)
+        if pads is None:
+            continue
+        if unread(folder, len(pads)):
+            model = model or load_parser(args.ckpt)
+            run_clip(model, folder)
+        actions, truth = (extract.read_npy(folder / f"{name}.npy", np.float32, 2) for name in ("actions", "truth"))
+        if truth.shape != actions.shape:
+            raise UserError(f"{folder}: truth.npy is {truth.shape}, the clip has {actions.shape}: give one row of 25 a video frame")
+        rows[folder.name] = {"family": clip["controller"], **score(actions, truth, clip["geometry"])}
+        print(line_of(folder.name, rows[folder.name]), flush=True)
+    families = sorted({r["family"] for r in rows.values()})
+    for name, chosen in [*((f, [r for r in rows.values() if r["family"] == f]) for f in families), ("all", list(rows.values()))]:
+        print(line_of(f"= {name} ({len(chosen)})", mean_of(chosen)))
+    if args.out:
+        extract.write_atomic(args.out, lambda tmp: tmp.write_text(json.dumps({"clips": rows, "all": mean_of(list(rows.values()))}, indent=1)))
+    if args.sheet:
+        sheet(args.sheet, [f for f in folders if f.name in rows])
+
+
+def mean_of(rows):
+    """The mean over clips of every figure that any of them has."""
+    keys = ("left R2", "right R2", "accuracy", "precision", "recall", "F1", "timing", "lag")
+    present = {k: [r[k] for r in rows if k in r and not math.isnan(r[k])] for k in keys}
+    return {k: float(np.mean(v)) for k, v in present.items() if v}
+
+
+def line_of(name, row):
+    sticks = [row[k] for k in ("left R2", "right R2") if k in row]
+    return (f"{name}: stick R2 {' '.join(f'{v:.3f}' for v in sticks)} | accuracy {row['accuracy']:.4f} | precision {row['precision']:.3f} | "
+            f"recall {row['recall']:.3f} | F1 {row['F1']:.3f} | press {row['timing']:.1f} frames off | lag {row['lag']:.0f}")
+
+
+def sheet(path, folders, count=20):
+    """The largest errors as pictures: the control at rest, what the net saw, truth and answer. A run of wrong frames is one error."""
+    found = []
+    for folder in folders:
+        clip, pads = open_clip(folder)
+        actions, truth = np.load(folder / "actions.npy"), np.load(folder / "truth.npy")
+        for side in clip["geometry"]["sticks"]:
+            off = np.hypot(*(actions[:, STICKS[side]] - truth[:, STICKS[side]]).T)
+            found += [(size, folder, side, t) for size, t in error_runs(np.where(off > 0.35, off, 0))]
+        for b in clip["geometry"]["buttons"]:
+            found += [(size, folder, b, t) for size, t in error_runs(np.abs(actions[:, BUTTON[b]] - truth[:, BUTTON[b]]))]
+    tiles = []
+    for size, folder, control, t in sorted(found, key=lambda f: -f[0])[:count]:
+        clip, pads = open_clip(folder)
+        actions, truth = np.load(folder / "actions.npy"), np.load(folder / "truth.npy")
+        kind, cutter = int(control not in STICKS), Cutter(clip["geometry"], clip["pad"])
+        j = (cutter.buttons if kind else cutter.sticks).index(control)
+        at = np.linspace(0, len(pads) - 1, 48).astype(int)
+        rest = np.median([cutter(pads[i])[kind][j] for i in at], 0).astype(np.uint8)
+        views = [cv2.resize(v, (160, 160), interpolation=cv2.INTER_NEAREST) for v in (rest, cutter(pads[t])[kind][j])]
+        tile = np.full((200, 320, 3), 24, np.uint8)
+        tile[:160] = np.hstack(views)
+        columns = STICKS[control] if not kind else BUTTON[control]
+        say = lambda v: " ".join(f"{x:+.2f}" for x in np.atleast_1d(v[t, columns])) if not kind else ("up", "PRESSED")[int(v[t, columns])]
+        for y, text in ((174, f"{folder.name} frame {t} {control} error {size:.1f}"), (192, f"true {say(truth)}  read {say(actions)}")):
+            cv2.putText(tile, text, (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
+        tiles.append(tile)
+    tiles += [np.zeros((200, 320, 3), np.uint8)] * (-len(tiles) % 4)
+    if tiles:
+        extract.save_png(path, np.vstack([np.hstack(tiles[i:i + 4]) for i in range(0, len(tiles), 4)]))
+        print(f"{path}: the {min(count, len(found))} largest of {len(found)} errors")
+
+
+def error_runs(off):
+    """Runs of neighbouring frames that are wrong -> [(summed error, the worst frame)]."""
+    starts = np.flatnonzero(np.diff(np.concatenate([[0], (off > 0).astype(int), [0]])))
+    return [(float(off[a:b].sum()), a + int(off[a:b].argmax())) for a, b in zip(starts[::2], starts[1::2])]
+
+
+# -------------------------------------------------------------------------------------------------------------------- the teacher
+# A scene = one skin over one moving background, some frames of play, through one video codec: what a clip folder would hold, with
+# the truth. Everything that differs between channels is drawn per scene: skin, size, opacity, codec, blur, gamma, placement error.
+FRAMES, RESTS = 8, 5                       # frames of a scene; pictures that its pad at rest is the median of
+
+
+def play(rng, n):
+    """Inputs with a person's dynamics, float32 (n, 25): taps, held buttons, chords; sticks that rest, ramp, stay tilted, tremble."""
+    actions = np.zeros((n, extract.A), np.float32)
+    share, dwell = rng.uniform(0.08, 0.45), rng.choice([2, 4, 10, 30], size=21)
+    on = rng.random(21) < share
+    for t in range(n):
+        flip = rng.random(21) < np.where(on, 1, share / (1 - share)) / dwell
+        on = on ^ flip
+        actions[t, :21] = on
+    actions[:, [BUTTON[b] for b in LEGACY]] = 0
+    for s in STICKS.values():
+        idle, square, noise = rng.choice([0.1, 0.35, 0.8]), rng.random() < 0.3, rng.choice([0, 0, 0.03])
+        at, goal, speed = np.zeros(2), np.zeros(2), 1.0
+        if rng.random() > idle:
+            at = goal = tilt(rng, square)
+        for t in range(n):
+            if rng.random() < 0.2:
+                goal, speed = np.zeros(2) if rng.random() < idle else tilt(rng, square), rng.choice([0.3, 0.7, 3])
+            step = goal - at
+            at = at + step * min(1, speed / (np.hypot(*step) + 1e-6))
+            actions[t, s] = np.clip(at + rng.normal(0, 1, 2) * noise, -1, 1)
+    return actions
+
+
+def tilt(rng, square):
+    """Where a stick is pushed to: often full tilt, often along an axis."""
+    angle = rng.integers(8) * np.pi / 4 + rng.normal(0, 0.08) if rng.random() < 0.4 else rng.uniform(0, 2 * np.pi)
+    v = np.array([np.cos(angle), np.sin(angle)])
+    v = v / np.abs(v).max() if square else v
+    return v * (1 if rng.random() < 0.5 else rng.uniform(0.1, 1))
+
+
+class Film:
+    """A moving picture behind the overlay: windows into procedural backdrops that stand still, scroll, shake, zoom or cut."""
+
+    def __init__(self, rng, backdrops, w, h):
+        self.rng, self.backdrops, self.size = rng, backdrops, (w, h)
+        self.mode = rng.choice(["still", "still", "scroll", "shake", "zoom", "cut"])
+        self.cut()
+        self.velocity = rng.normal(0, 1, 2) * rng.choice([1, 4, 12])
+        self.growth = rng.normal(0, 0.03)
+        self.sprites = [(rng.integers(len(backdrops)), rng.uniform(0, 1, 2) * (w, h), rng.normal(0, 6, 2), rng.integers(6, max(7, h // 3)))
+                        for _ in range(rng.integers(0, 4))]
+
+    def cut(self):
+        self.image = self.backdrops[self.rng.integers(len(self.backdrops))]
+        self.zoom = self.rng.choice([0.6, 1, 1, 2, 3])
+        H, W = self.image.shape[:2]
+        self.at = self.rng.uniform(0, 1, 2) * np.maximum((W, H) - np.array(self.size) / self.zoom, 1)
+
+    def window(self):
+        """uint8 (h, w, 3): what is behind the overlay now."""
+        m = np.float64([[1 / self.zoom, 0, self.at[0]], [0, 1 / self.zoom, self.at[1]]])
+        flags = cv2.INTER_LINEAR if self.zoom == 1 or self.rng.random() < 0.5 else cv2.INTER_NEAREST
+        return cv2.warpAffine(self.image, m, self.size, flags=flags | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT)
+
+    def step(self):
+        """The next frame's background."""
+        if self.mode == "cut" and self.rng.random() < 0.3:
+            self.cut()
+        self.at = self.at + {"scroll": self.velocity, "shake": self.rng.normal(0, 1, 2) * np.abs(self.velocity)}.get(self.mode, 0)
+        self.zoom *= 1 + self.growth if self.mode == "zoom" else 1
+        view = self.window()
+        for i, (source, at, velocity, side) in enumerate(self.sprites):
+            at = at + velocity
+            x, y = int(at[0]) % self.size[0], int(at[1]) % self.size[1]
+            patch = self.backdrops[source % len(self.backdrops)][:side, :side][:self.size[1] - y, :self.size[0] - x]
+            view[y:y + patch.shape[0], x:x + patch.shape[1]] = patch
+            self.sprites[i] = source, at, velocity, side
+        return view
+
+
+def codec(rng, frames):
+    """Frames as a video codec leaves them: a JPEG, then JPEGs of what changed, blocks with little change kept as they were."""
+    quality, inter, keep = rng.integers(35, 95), rng.integers(20, 92), rng.choice([0, 1, 3, 6])
+    out, last = [], None
+    jpeg = lambda image, q: cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(q)])[1], 1)
+    for frame in frames:
+        if last is None:
+            last = jpeg(frame, quality)
+        else:
+            change = cv2.addWeighted(frame, 0.5, last, -0.5, 128)
+            small = cv2.resize(cv2.absdiff(frame, last), None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA).max(2)
+            still = cv2.resize((small < keep).astype(np.uint8), frame.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+            change[still > 0] = 128
+            last = np.clip(last.astype(np.int16) + 2 * (jpeg(change, inter).astype(np.int16) - 128), 0, 255).astype(np.uint8)
+        out.append(last)
+    return out
+
+
+class Look:
+    """How one video shows one skin: size, opacity, quality, and where the crop lies a little wrong."""
+
+    def __init__(self, rng, skin):
+        self.rng, self.skin, (W, H) = rng, skin, skin.size
+        self.w = int(np.exp(rng.uniform(np.log(96), np.log(380))))
+        self.h = max(16, round(self.w * H / W))
+        self.opacity = 1.0 if rng.random() < 0.25 else rng.uniform(0.4, 1)
+        self.pad = (320, max(16, round(320 * H / W)))
+        wrong = rng.choice([0.2, 1])                                           # most placements are better than the worst allowed
+        k, shift = 1 + rng.uniform(-0.02, 0.02) * wrong, rng.uniform(-1.5, 1.5, 2) * wrong
+        s = np.array([self.w / self.pad[0], self.h / self.pad[1]]) * k
+        middle = np.array([self.w, self.h]) / 2
+        offset = middle + shift - s * np.array(self.pad) / 2
+        self.warp = np.float64([[s[0], 0, offset[0] + s[0] / 2 - 0.5], [0, s[1], offset[1] + s[1] / 2 - 0.5]])
+        self.passes = rng.choice([0, 1, 1, 2])
+        self.blur = rng.uniform(0.4, 1.2) if rng.random() < 0.3 else 0
+        gamma, gain, lift = np.exp(rng.normal(0, 0.2)), rng.uniform(0.75, 1.1), rng.uniform(0, 20)
+        self.lut = np.clip(255 * gain * (np.arange(256) / 255) ** gamma + lift, 0, 255).astype(np.uint8)
+        self.lut = self.lut if rng.random() < 0.4 else None
+        self.jpeg = 90 if rng.random() < 0.6 else None
+
+    def sprite(self, action):
+        """The skin at the video's size, premultiplied by its alpha and the opacity: float32 (h, w, 4)."""
+        rgba = cv2.resize(extract.premultiply(extract.draw(self.skin, action)), (self.w, self.h), interpolation=cv2.INTER_AREA)
+        return rgba.astype(np.float32) * np.float32(self.opacity)
+
+    def over(self, sprite, view):
+        return np.rint(sprite[..., :3] + view * (1 - sprite[..., 3:] / 255)).astype(np.uint8)
+
+    def crops(self, frames):
+        """Frames -> crops as extract.py would cut them."""
+        for _ in range(self.passes):
+            frames = codec(self.rng, frames)
+        for frame in frames:
+            if self.blur:
+                frame = cv2.GaussianBlur(frame, (0, 0), self.blur)
+            if self.lut is not None:
+                frame = self.lut[frame]
+            crop = cv2.warpAffine(frame, self.warp, self.pad, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+            if self.jpeg:
+                crop = cv2.imdecode(cv2.imencode(".jpg", crop, [cv2.IMWRITE_JPEG_QUALITY, self.jpeg])[1], 1)
+            yield crop
+
+
+def scene(rng, skin, backdrops):
+    """One scene -> close-ups with truth: sticks uint8 (n, 3, 57, 57, 3), values (n, 2), click (n,) (nan: not shown on this pad);
+    buttons uint8 (m, 3, 33, 33, 3), pressed (m,). The panels are previous, current, rest."""
+    look, actions = Look(rng, skin), play(rng, FRAMES)
+    film = Film(rng, backdrops, look.w, look.h)
+    cutter = Cutter({"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}, look.pad)
+    sprites = [look.sprite(a) for a in actions]
+    views = [film.step() for _ in actions]
+    cuts = [cutter(c) for c in look.crops([look.over(s, v) for s, v in zip(sprites, views)])]
+    # the pad at rest: a median over frames that mostly are at rest, over the same background or over others
+    asleep, idle, same = look.sprite(None), rng.choice([0.3, 0.75, 0.95, 1, 1]), rng.random() < 0.4
+    rests = []
+    for _ in range(RESTS):
+        if not same:
+            film.cut()
+        sprite = asleep if rng.random() < idle else sprites[rng.integers(FRAMES)]
+        rests.append(look.over(sprite, views[rng.integers(FRAMES)] if same else film.window()))
+    look.passes = look.passes * (rng.random() < 0.3)                           # a median over a video hardly shows its codec
+    rests = [cutter(c) for c in look.crops(rests)]
+    rest = [np.sort(np.stack([r[i] for r in rests]), 0)[RESTS // 2] for i in range(2)]
+    panels = [np.stack([np.stack([cuts[max(t - 1, 0)][i], cuts[t][i], rest[i]], 1) for t in range(FRAMES)]) for i in range(2)]
+    values = np.stack([actions[:, STICKS[s]] for s in cutter.sticks], 1) if cutter.sticks else np.zeros((FRAMES, 0, 2), np.float32)
+    clicks = [actions[:, BUTTON[THUMB[s]]] if on_stick(skin.buttons.get(THUMB[s]), skin.sticks[s]) else np.full(FRAMES, np.nan, np.float32)
+              for s in cutter.sticks]
+    pressed = actions[:, [BUTTON[b] for b in cutter.buttons]]
+    return (panels[0].reshape(-1, 3, STICK_SIDE, STICK_SIDE, 3), values.reshape(-1, 2).astype(np.float32),
+            np.stack(clicks, 1).reshape(-1).astype(np.float32) if clicks else np.zeros(0, np.float32),
+            panels[1].reshape(-1, 3, BUTTON_SIDE, BUTTON_SIDE, 3), pressed.reshape(-1).astype(np.float32))
+
+
+class Teacher(torch.utils.data.IterableDataset):
+    """Endless scenes: half of the skins drawn anew, half of them ours, or all from `skins` where given."""
+
+    def __init__(self, seed, skins=None):
+        self.seed, self.skins = seed, skins
+
+    def __iter__(self):
+        cv2.setNumThreads(1)
+        torch.set_num_threads(1)
+        rng = np.random.default_rng([self.seed, 7])
+        backdrops = [extract.backdrop(rng, 400, 600) for _ in range(24)]
+        while True:
+            if rng.random() < 0.25:
+                backdrops[rng.integers(24)] = extract.backdrop(rng, 400, 600)
+            skin = self.skins[rng.integers(len(self.skins))] if self.skins else extract.random_skin(rng)
+            yield [torch.from_numpy(a) for a in scene(rng, skin, backdrops)]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ training
+class Pool:
+    """The last `size` close-ups of one kind, drawn from at random: rendering is slow, and each close-up serves several times."""
+
+    def __init__(self, size):
+        self.size, self.n, self.at, self.data = size, 0, 0, None
+
+    def add(self, *tensors):
+        if self.data is None:
+            self.data = [torch.empty((self.size, *t.shape[1:]), dtype=t.dtype) for t in tensors]
+        rows = (self.at + torch.arange(len(tensors[0]))) % self.size
+        for store, t in zip(self.data, tensors):
+            store[rows] = t
+        self.at, self.n = (self.at + len(rows)) % self.size, min(self.n + len(rows), self.size)
+
+    def draw(self, generator, count):
+        rows = torch.randint(self.n, (count,), generator=generator)
+        return [store[rows] for store in self.data]
+
+
+def labels(values):
+    """Stick values (B, 2) -> the grid's label (B, 11, 11): a normal bump around the true place, summing to 1."""
+    cells = torch.linspace(-1, 1, GRID)
+    x, y = (torch.exp(-0.5 * ((cells - values[:, i, None]) / LABEL_WIDTH) ** 2) for i in (0, 1))
+    grid = y[:, :, None] * x[:, None, :]
+    return grid / grid.sum((1, 2), keepdim=True)
+
+
+def augment(generator, panels, grid=None):
+    """Each eighth of the batch turned and mirrored its own way, colours sometimes inverted -> panels, grid, mask (B, 3)."""
+    out, grids = [], []
+    for i, part in enumerate(panels.chunk(8)):
+        part = torch.rot90(part, i % 4, (2, 3))
+        part = part.flip(3) if i >= 4 else part
+        out.append(255 - part if torch.rand((), generator=generator) < 0.15 else part)
+    for i, part in enumerate(grid.chunk(8) if grid is not None else ()):
+        part = torch.rot90(part, i % 4, (1, 2))
+        grids.append(part.flip(2) if i >= 4 else part)
+    mask = torch.ones(len(panels), 3)
+    mask[:, ::2] = (torch.rand(len(panels), 2, generator=generator) > 0.12).float()     # now and then no previous frame, no rest
+    return torch.cat(out), torch.cat(grids) if grids else None, mask
+
+
+def parser_loss(model, generator, sticks, buttons):
+    """Cross-entropy of the grids, binary cross-entropy of clicks and buttons. The teacher presses each button in a tenth to a half of
+    the frames and only shows buttons that the skin has, so a head of all zeros can't win."""
+    panels, values, clicks = sticks
+    panels, grid, mask = augment(generator, panels, labels(values))
+    log_p, click = model.sticks(panels, mask)
+    loss = {"grid": -(grid * log_p).sum((1, 2)).mean()}
+    seen = ~clicks.isnan()
+    if seen.any():
+        loss["click"] = F.binary_cross_entropy_with_logits(click[seen], clicks[seen])
+    panels, _, mask = augment(generator, buttons[0])
+    loss["button"] = F.binary_cross_entropy_with_logits(model.buttons(panels, mask), buttons[1])
+    return loss
+
+
+@torch.no_grad()
+def check(model, scenes):
+    """Single-frame score on drawn scenes: R2 of the sticks, F1 of clicks and buttons together."""
+    model.eval()
+    log_p, clicks = zip(*(model.sticks(s[0]) for s in scenes if len(s[0])))
+    got, true = decode(torch.cat(log_p).exp().numpy()), torch.cat([s[1] for s in scenes]).numpy()
+    r2 = 1 - ((got - true) ** 2).sum() / ((true - true.mean(0)) ** 2).sum()
+    logits = torch.cat([model.buttons(s[3]) for s in scenes] + list(clicks))
+    true = torch.cat([s[4] for s in scenes] + [s[2] for s in scenes])
+    hit = ((logits > 0) & (true == 1)).sum()
+    f1 = 2 * hit / ((logits > 0) & ~true.isnan()).sum().add((true == 1).sum()).clamp(min=1)
+    return {"stick R2": round(float(r2), 4), "button F1": round(float(f1), 4)}
+
+
+def train(args):
+    """Train on drawn scenes; keep the running mean of the weights; write it again and again."""
+    if args.steps < 1 or args.batch < 8:
+        raise UserError(f"--steps {args.steps} --batch {args.batch}: expected at least 1 and 8")
+    skins = extract.load_skins(args.skins) if args.skins else None
+    if skins is not None and not [s for s in skins if s.buttons or s.sticks]:
+        raise UserError(f"--skins {args.skins}: expected an OBS input-overlay preset (layout .json + atlas .png) or skins with geometry, found none that moves")
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    model = load_parser(args.ckpt) if args.ckpt else Parser(args.preset)
+    mean = load_parser(args.ckpt) if args.ckpt else Parser(args.preset)
+    mean.load_state_dict(model.state_dict())
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    held = iter(Teacher(args.seed + 1000, skins))
+    held = [next(held) for _ in range(16)]
+    curve = [{"step": 0, **check(mean, held)}] if args.ckpt else []
+    workers = dict(num_workers=1, prefetch_factor=8) if args.workers else {}
+    scenes = iter(torch.utils.data.DataLoader(Teacher(args.seed, skins), batch_size=None, **workers))
+    stick_pool, button_pool = Pool(args.pool), Pool(8 * args.pool)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98))
+    warmup = min(200, args.steps // 10 + 1)
+    bar = tqdm(range(1, args.steps + 1), desc=f"train {args.preset}", mininterval=10)
+    for step in bar:
+        for _ in range(1 if stick_pool.n else 40):                             # one new scene a step, forty before the first
+            scene_ = next(scenes)
+            stick_pool.add(*scene_[:3])
+            button_pool.add(*scene_[3:])
+        lr = args.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / (args.steps + 1)))
+        # --- one step: everything below the next line is book-keeping
+        model.train()
+        loss = parser_loss(model, generator, stick_pool.draw(generator, args.batch), button_pool.draw(generator, args.batch * 4 // 3))
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        sum(loss.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        # ---
+        decay = min(0.998, step / (step + 10))
+        with torch.no_grad():
+            for a, b in zip(mean.state_dict().values(), model.state_dict().values()):
+                a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
+        bar.set_postfix_str(" | ".join(f"{k} {v.item():.3f}" for k, v in loss.items()) + f" | lr {lr:.1e}", refresh=False)
+        if step % args.every == 0 or step == args.steps:
+            curve.append({"step": step, **{k: round(v.item(), 4) for k, v in loss.items()}, **check(mean, held), "cpu_s": round(time.process_time())})
+            tqdm.write(" | ".join(f"{k} {v}" for k, v in curve[-1].items()))
+            save_parser(args.out, mean, step=step, curve=curve, args={k: str(v) for k, v in vars(args).items() if k != "run"})
+    if args.ckpt:
+        print(f"before {curve[0]['stick R2']:.3f} R2, {curve[0]['button F1']:.3f} F1; after {curve[-1]['stick R2']:.3f} R2, {curve[-1]['button F1']:.3f} F1 (one frame at a time)")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="parse.py", description="Read buttons and sticks from the overlay crops.", allow_abbrev=False)
+    verbs = parser.add_subparsers(required=True, metavar="run | train | eval")
+    p = verbs.add_parser("run", help="read every clip folder of DATA", allow_abbrev=False)
+    p.add_argument("data", help="folder of clip folders (or one of them), as extract.py leaves it")
+    p.add_argument("--ckpt", default=CKPT, help="the reader's weights (default: those that ship)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default: cuda where there is one)")
+    p.set_defaults(run=run)
+    p = verbs.add_parser("eval", help="score the clips that have truth.npy", allow_abbrev=False)
+    p.add_argument("data", help="folder of clip folders; those not read yet are read first")
+    p.add_argument("--ckpt", default=CKPT, help="the reader's weights for clips not read yet (default: those that ship)")
+    p.add_argument("--sheet", metavar="PNG", help="write the 20 largest errors as pictures")
+    p.add_argument("--out", metavar="JSON", help="write the figures")
+    p.set_defaults(run=evaluate)
+    p = verbs.add_parser("train", help="train the reader on drawn skins, or fit it to yours", allow_abbrev=False)
+    p.add_argument("--out", required=True, help="where the weights go (.safetensors)")
+    p.add_argument("--skins", metavar="DIR", help="OBS input-overlay preset(s) to train on instead of random drawn skins")
+    p.add_argument("--ckpt", help="weights to start from (default: none, from scratch)")
+    p.add_argument("--preset", default="narrow", choices=PRESETS, help="size of the nets (default: narrow; b0 and larger want a GPU)")
+    p.add_argument("--steps", type=int, default=5000, help="optimiser steps (default: as shipped)")
+    p.add_argument("--batch", type=int, default=64, help="sticks a step, and 4/3 as many buttons (default: as shipped)")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default: as shipped)")
+    p.add_argument("--pool", type=int, default=12000, help="stick close-ups kept to draw from, 8 x as many buttons: about 1.3 GB by default")
+    p.add_argument("--every", type=int, default=250, help="steps between checks on held-out scenes; the file is written at each")
+    p.add_argument("--workers", type=int, default=1, choices=(0, 1), help="1: scenes are rendered by a process of their own (default)")
+    p.add_argument("--seed", type=int, default=0, help="seed of scenes, initial weights and batches")
+    p.set_defaults(run=train)
+    return extract.cli(parser, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -200,9 +200,24 @@ def linear(x, weight, bias):
     return F.linear(x, weight, bias)
 
 
+# torch's layers without their own random numbers, which init() or a checkpoint would overwrite (on the meta device they cost 70 MB of imports).
+
 class Linear(nn.Linear):
+    def reset_parameters(self):
+        pass
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        pass
+
+
+class Conv2d(nn.Conv2d):
+    def reset_parameters(self):
+        pass
 
 
 class CategoryLinear(nn.Module):
@@ -294,10 +309,11 @@ class Block(nn.Module):
 
 class PoolingHead(nn.Module):
     """SigLIP's attention pooling. Loaded, saved and never run: the policy reads all image tokens, not their average [R]."""
-    def __init__(self, width, heads, ffn):
+    def __init__(self, width, ffn):
         super().__init__()
         self.probe = nn.Parameter(torch.empty(1, 1, width))
-        self.attention = nn.MultiheadAttention(width, heads)
+        self.attention = nn.ParameterDict({"in_proj_weight": torch.empty(3 * width, width), "in_proj_bias": torch.empty(3 * width)})
+        self.attention_out_proj = Linear(width, width)
         self.layernorm = nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"fc1": Linear(width, ffn), "fc2": Linear(ffn, width)})
         self.requires_grad_(False)
@@ -308,12 +324,12 @@ class Vision(nn.Module):
     def __init__(self, c):
         super().__init__()
         s = Stack(c.vision_layers, c.vision_heads, c.vision_width // c.vision_heads, dropout=0.0, final_dropout=False, eps=1e-6)
-        self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch, c.patch)
-        self.position_embedding = nn.Embedding(c.image_tokens, c.vision_width)
+        self.patch_embedding = Conv2d(3, c.vision_width, c.patch, c.patch)
+        self.position_embedding = Embedding(c.image_tokens, c.vision_width)
         self.blocks = nn.ModuleList(Block(c.vision_width, s, ffn=c.vision_ffn) for _ in range(s.layers))
         self.norm = nn.LayerNorm(c.vision_width, eps=1e-6)
         if c.pooling_head:
-            self.head = PoolingHead(c.vision_width, c.vision_heads, c.vision_ffn)
+            self.head = PoolingHead(c.vision_width, c.vision_ffn)
 
 
 class ActionEncoder(nn.Module):
@@ -374,10 +390,10 @@ class NitroGen(nn.Module):
         c, D, V = config, config.width, config.vision_width
         self.config, self.checkpointing = config, False
         self.vision = Vision(c)
-        self.game_embedding = nn.Embedding(len(c.games) + 1, V, padding_idx=0, scale_grad_by_freq=True) if c.games else None     # row 0, zeros: no game
+        self.game_embedding = Embedding(len(c.games) + 1, V, padding_idx=0, scale_grad_by_freq=True) if c.games else None     # row 0, zeros: no game
         self.mixing = nn.ModuleList(Block(V, c.mixing) for _ in range(c.mixing.layers))
         self.action_encoder = ActionEncoder(c.embodiments, c.action_dim, D)
-        self.position_embedding = nn.Embedding(c.position_rows, D) if c.position_rows else None
+        self.position_embedding = Embedding(c.position_rows, D) if c.position_rows else None
         self.time = nn.ModuleDict({"linear_1": Linear(256, D), "linear_2": Linear(D, D)})
         self.dit = nn.ModuleList(Block(D, c.dit, source=V if self.crosses(i) else None) for i in range(c.dit.layers))
         self.proj_out_1, self.proj_out_2 = Linear(D, 2 * D), Linear(D, D)
@@ -485,7 +501,7 @@ class NitroGen(nn.Module):
     def init(self, seed=0):
         """Fresh weights for training from scratch; the same for a seed on every machine."""
         g = torch.Generator().manual_seed(seed)
-        for module in self.modules():
+        for module in (m for name, m in self.named_modules() if not name.startswith("vision.head")):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 fan_in, fan_out = module.weight[0].numel(), len(module.weight)
                 bound = math.sqrt(6 / (fan_in + fan_out))                                           # Glorot
@@ -515,7 +531,7 @@ def empty(config, device="cpu", dtype=torch.float32):
         model = NitroGen(config).to(dtype)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            new = torch.empty_like(p, device=device)
+            new = torch.empty(p.shape, dtype=p.dtype, device=device)
             setattr(module, name, nn.Parameter(new, p.requires_grad))
     return model
 
@@ -695,7 +711,7 @@ RENAME = [(re.compile(a), b) for a, b in (
     (r"^vl_self_attention_model\.transformer_blocks\.", "mixing."), (r"^model\.transformer_blocks\.", "dit."),
     (r"^model\.timestep_encoder\.timestep_embedder\.", "time."), (r"^model\.proj_out_", "proj_out_"), (r"\.norm1\.linear\.", ".ada."),
     (r"\.norm3\.", ".norm2."), (r"\.attn1\.to_out\.0\.", ".attn.out."), (r"\.attn1\.to_(\w)\.", r".attn.\1."),
-    (r"\.ff\.net\.0\.proj\.", ".ff.up."), (r"\.ff\.net\.2\.", ".ff.down."))]
+    (r"\.ff\.net\.0\.proj\.", ".ff.up."), (r"\.ff\.net\.2\.", ".ff.down."), (r"attention\.out_proj", "attention_out_proj"))]
 GOOGLE_HEADS = {"base": 12, "large": 16, "so400m": 16, "giant": 16}     # google/siglip2-NAME-patch...; head counts are not in the weights
 
 

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -420,7 +421,16 @@ PRO = dict(left=(92, 100), right=(246, 162), dpad=(148, 162), face=(304, 100), b
            half=[(200, 46), (260, 46), (320, 54), (352, 78), (372, 130), (390, 210), (384, 256), (358, 264), (334, 234), (318, 204), (268, 200), (200, 200)])
 SLAB = dict(left=(104, 180), right=(296, 180), dpad=(84, 110), face=(316, 110), back=(168, 110), start=(232, 110), guide=(200, 150),
             half=[(200, 58), (300, 58), (362, 66), (384, 110), (384, 170), (362, 222), (300, 234), (200, 234)])
-LAYOUTS = {"xbox_360": XBOX, "xbox_one": XBOX, "xbox_series": XBOX, "ps3": SONY, "ps4": SONY, "ps5": SONY, "switch_pro": PRO, "generic": SLAB}
+LAYOUTS = {                                      # what tells one generation from the next: where the small controls sit and how the grips run
+    "xbox_360": XBOX | dict(back=(160, 106), start=(240, 106), guide=(200, 106), dpad=(146, 170), right=(254, 170),
+                            half=[(200, 44), (236, 44), (284, 40), (326, 46), (358, 76), (382, 136), (398, 206), (392, 250), (364, 264), (338, 246), (306, 212),
+                                  (272, 198), (236, 192), (200, 192)]),
+    "xbox_one": XBOX, "xbox_series": XBOX | dict(back=(170, 96), start=(230, 96), guide=(200, 70), left=(104, 106), face=(297, 106), right=(248, 162)),
+    "ps3": SONY | dict(back=(172, 106), start=(228, 106), guide=(200, 140), left=(142, 162), right=(258, 162)), "ps4": SONY,
+    "ps5": SONY | dict(back=(140, 66), start=(260, 66), left=(148, 172), right=(252, 172),
+                       half=[(200, 54), (250, 52), (290, 48), (336, 60), (364, 88), (384, 140), (394, 200), (390, 246), (370, 262), (344, 244), (322, 214),
+                             (290, 206), (256, 208), (200, 206)]),
+    "switch_pro": PRO, "generic": SLAB}
 FACES = (("NORTH", 0, -1), ("EAST", 1, 0), ("SOUTH", 0, 1), ("WEST", -1, 0))
 FACE_LABELS = {"xbox": "YBAX", "ps": "^ox#", "switch": "XABY", "generic": "4231"}          # north, east, south, west; ^ o x # are drawn shapes
 FACE_INKS = {"xbox": ((250, 205, 40), (235, 60, 50), (110, 200, 60), (60, 130, 235)), "ps": ((70, 200, 160), (240, 90, 80), (120, 150, 230), (225, 130, 200)),
@@ -819,7 +829,7 @@ def slots(times, fps):
     start, filled = None, 0
     for time_ms in times:
         start = time_ms if start is None else start
-        due = int(np.floor((time_ms - start) * fps / 1000 + 0.75)) + 1 if time_ms > start else filled + 1     # late by 1/4 frame still counts as on time
+        due = int(np.floor((time_ms - start) * fps / 1000 + 0.5)) + 1 if time_ms > start else filled + 1
         count = max(due - filled, 0) if abs(due - filled) < fps * 10 else 1                                # a jump of 10 s is a broken clock, not a pause
         filled += count
         yield count
@@ -1003,3 +1013,643 @@ def shard(items):
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     return list(items)[rank::world]
+
+
+# ------------------------------------------------------------------------------------------- XFeat (arXiv 2404.19174), by hand
+
+def xfeat_net():
+    """The network of XFeat (arXiv 2404.19174, Sec. 3.1-3.2), 658 k parameters, with the official parameter names; untrained."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    def basic(i, o, kernel=3, stride=1):
+        """Convolution, batch norm without affine, ReLU; named .layer.0, .layer.1 as in the release."""
+        conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
+        return nn.Sequential(OrderedDict(layer=nn.Sequential(conv, nn.BatchNorm2d(o, affine=False), nn.ReLU(inplace=True))))
+
+    class XFeat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.skip1 = nn.Sequential(nn.AvgPool2d(4, 4), nn.Conv2d(1, 24, 1))
+            self.block1 = nn.Sequential(basic(1, 4), basic(4, 8, stride=2), basic(8, 8), basic(8, 24, stride=2))
+            self.block2 = nn.Sequential(basic(24, 24), basic(24, 24))
+            self.block3 = nn.Sequential(basic(24, 64, stride=2), basic(64, 64), basic(64, 64, 1))
+            self.block4 = nn.Sequential(basic(64, 64, stride=2), basic(64, 64), basic(64, 64))
+            self.block5 = nn.Sequential(basic(64, 128, stride=2), basic(128, 128), basic(128, 128), basic(128, 64, 1))
+            self.block_fusion = nn.Sequential(basic(64, 64), basic(64, 64), nn.Conv2d(64, 64, 1))
+            self.heatmap_head = nn.Sequential(basic(64, 64, 1), basic(64, 64, 1), nn.Conv2d(64, 1, 1), nn.Sigmoid())
+            self.keypoint_head = nn.Sequential(basic(64, 64, 1), basic(64, 64, 1), basic(64, 64, 1), nn.Conv2d(64, 65, 1))
+
+        def maps(self, x):
+            """Normed grey image (B, 1, H, W) -> descriptors (B, 64, H/8, W/8), keypoint logits (B, 65, H/8, W/8: the 64
+            pixels of each cell and "none"), reliability (B, 1, H/8, W/8)."""
+            x2 = self.block2(self.block1(x) + self.skip1(x))                     # (B, 24, H/4, W/4)
+            x3 = self.block3(x2)                                                 # (B, 64, H/8, W/8)
+            x4 = self.block4(x3)                                                 # (B, 64, H/16, W/16)
+            x5 = self.block5(x4)                                                 # (B, 64, H/32, W/32)
+            wide = [F.interpolate(deep, x3.shape[2:], mode="bilinear") for deep in (x4, x5)]
+            features = self.block_fusion(x3 + wide[0] + wide[1])
+            return F.normalize(features, dim=1), self.keypoint_head(F.pixel_unshuffle(x, 8)), self.heatmap_head(features)
+
+        def forward(self, x):
+            """Grey image (B, 1, H, W) of any range, H and W multiples of 32 -> the maps of its normed version."""
+            return self.maps(F.instance_norm(x))
+
+    return XFeat().to(memory_format=torch.channels_last)
+
+
+def load_xfeat(path=None):
+    """A trained network: ours (weights/xfeat.safetensors beside this script) or the official xfeat.pt, by name."""
+    import torch
+    from safetensors.torch import load_file
+    path = Path(path or Path(__file__).parent / "weights" / "xfeat.safetensors")
+    expected = f"expected XFeat weights (ours, or the official xfeat.pt), found {path}"
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if not k.startswith("fine_matcher.")}
+    except FileNotFoundError:
+        raise UserError(f"{expected}, which isn't there: check the path") from None
+    except Exception as e:                                                       # whatever the two unpicklers raise for other files
+        raise UserError(f"{expected}, which is no weights file ({type(e).__name__}): give another --xfeat") from None
+    net = xfeat_net()
+    wrong = sorted(k for k in net.state_dict().keys() | state.keys()
+                   if k not in state or k not in net.state_dict() or state[k].shape != net.state_dict()[k].shape)
+    if wrong:
+        raise UserError(f"{expected}, where {len(wrong)} names or shapes differ, first {wrong[0]}: give another --xfeat")
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def keypoint_scores(logits):
+    """Keypoint logits (B, 65, h, w) -> probability of a keypoint at each pixel (B, 1, 8h, 8w): softmax over the cell's 64
+    pixels and "none", which is dropped."""
+    import torch.nn.functional as F
+    return F.pixel_shuffle(logits.softmax(1)[:, :64], 8)
+
+
+def peaks(scores, threshold=0.05):
+    """Local maxima of scores (1, 1, H, W) in 5 x 5 windows, above the release's threshold: (k, 2) x, y."""
+    import torch.nn.functional as F
+    best = (scores == F.max_pool2d(scores, 5, 1, 2)) & (scores > threshold)
+    return best[0, 0].nonzero().flip(1)
+
+
+def sample(maps, points, size, mode):
+    """maps (1, C, h, w) at points (k, 2) in pixels of an image of size (H, W) -> (k, C). Normalised by W - 1 but without
+    align_corners, as in the release."""
+    import torch
+    import torch.nn.functional as F
+    h, w = size
+    grid = 2 * points.float() / torch.tensor([w - 1, h - 1], dtype=torch.float32) - 1
+    return F.grid_sample(maps, grid[None, None], mode=mode, align_corners=False)[0, :, 0].T
+
+
+def xfeat(net, image, top_k=4096):
+    """Features of an RGB or grey uint8 image -> keypoints float32 (k, 2) x, y in its pixels, scores (k,), descriptors (k, 64)
+    of length 1; the best k <= top_k first. Score = keypoint probability x reliability (arXiv 2404.19174, Sec. 3.2)."""
+    import torch
+    import torch.nn.functional as F
+    x = torch.from_numpy(np.ascontiguousarray(image)).float().reshape(*image.shape[:2], -1).mean(2)[None, None] / 255
+    h, w = (max(n // 32, 1) * 32 for n in image.shape[:2])
+    with torch.inference_mode():
+        x = F.interpolate(x, (h, w), mode="bilinear")
+        descriptors, logits, reliability = net(x)
+        heat = keypoint_scores(logits)
+        points = peaks(heat)
+        scores = (sample(heat, points, (h, w), "nearest") * sample(reliability, points, (h, w), "bilinear"))[:, 0]
+        order = scores.argsort(descending=True, stable=True)[:top_k]
+        order = order[scores[order] > 0]
+        found = F.normalize(sample(descriptors, points[order], (h, w), "bicubic"), dim=1)
+    scale = np.float32([image.shape[1] / w, image.shape[0] / h])
+    return points[order].float().numpy() * scale, scores[order].numpy(), found.numpy()
+
+
+
+# ------------------------------------------------------------------------------------------------- localisation (section 3.1)
+SAMPLES, MIN_INLIERS = 25, 20                      # [P]: 25 frames a video, accept from 20 inliers on
+TEMPLATE_WIDTH = 400                               # templates and views are brought to these widths: overlays are 10-30 % of a frame's width
+LOOKS = {"sift": ((1920, 4096),), "xfeat": ((2560, 4096), (1280, 2048))}      # (width, strongest features kept)
+TEMPLATE_FEATURES = 600
+COARSE_FEATURES, FINALISTS = 96, 10                # many templates: a first round with few features, a full one over the best
+MIN_COSINE, RATIO, PIXELS = 0.7, 0.8, 3.0          # XFeat: cosine of a mutual match; SIFT: ratio test; RANSAC tolerance in pixels of the larger view
+MIN_EDGES = 0.30                                   # agreement of edge directions at the pose found: true poses measure 0.5-0.95, false ones below 0.2
+
+
+def sample_frames(path, n=SAMPLES):
+    """n frames spread over a video -> (list of uint8 (h, w) grey, their frame numbers). Short videos are decoded through, long ones sought."""
+    capture = open_video(path)
+    total = describe(capture)["n"]
+    if total > 100 * n:                                              # a seek costs the decoding of half a group of pictures, some 100 frames
+        frames, numbers = [], []
+        for number in np.linspace(0, total - 1, n + 2)[1:-1].astype(int):
+            capture.set(cv2.CAP_PROP_POS_FRAMES, int(number))
+            ok, bgr = capture.read()
+            if ok:
+                frames.append(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)), numbers.append(int(number))
+        if len(frames) >= n // 2:
+            return frames, numbers
+        capture = open_video(path)                                   # no index to seek by: read it through
+    kept, stride, number = [], 1, 0                                  # every stride-th frame; twice too many -> every second of them
+    stride = max(total // n, 1)
+    while capture.grab():
+        if number % stride == 0:
+            ok, bgr = capture.retrieve()
+            if ok:
+                kept.append((cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), number))
+            if len(kept) > 2 * n:
+                kept, stride = kept[::2], stride * 2
+        number += 1
+    if not kept:
+        raise UserError(f"{path}: expected a video with frames, found none that decode: download it again")
+    kept = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, n).round().astype(int))]
+    return [f for f, _ in kept], [k for _, k in kept]
+
+
+def median_image(frames):
+    """Per-pixel median over time: what stands still (the overlay) stays, what moves (the game) blurs. uint8 like the frames."""
+    stack, out = np.stack(frames), np.empty_like(frames[0])
+    for top in range(0, out.shape[0], 32):
+        rows = stack[:, top:top + 32]
+        out[top:top + 32] = np.partition(rows, len(frames) // 2, axis=0)[len(frames) // 2]
+    return out
+
+
+def flat_template(skin, width=TEMPLATE_WIDTH):
+    """A skin at rest over mid-grey -> (uint8 (h, width) grey, scale from template pixels)."""
+    rgba = draw(skin)
+    scale = width / rgba.shape[1]
+    rgba = cv2.resize(rgba, (width, max(round(rgba.shape[0] * scale), 1)), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    alpha = rgba[..., 3:] / 255.0
+    return cv2.cvtColor((rgba[..., :3] * alpha + 127 * (1 - alpha)).astype(np.uint8), cv2.COLOR_RGB2GRAY), scale
+
+
+def sift_features(gray, limit):
+    """RootSIFT of a grey uint8 picture: points float32 (k, 2), descriptors float32 (k, 128) of length 1, strongest first."""
+    points, descriptors = cv2.SIFT_create(limit, contrastThreshold=0.02).detectAndCompute(gray, None)
+    if not points:
+        return np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32)
+    order = np.argsort([-p.response for p in points], kind="stable")[:limit]
+    descriptors = np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1e-9))
+    return np.float32([points[i].pt for i in order]), descriptors[order].astype(np.float32)
+
+
+class Matcher:
+    """Finds templates in pictures. kinds: which of "sift" and "xfeat"; features of the templates are kept in the file `cache`."""
+
+    def __init__(self, skins, kinds, net=None, cache=None):
+        self.skins, self.kinds, self.net = skins, kinds, net
+        flats = [flat_template(s) for s in skins]
+        self.flats = flats
+        key = fingerprint(*(f[0] for f in flats), *kinds, *(() if net is None else (p.detach().numpy() for p in net.parameters())))
+        self.features = self._load(cache, key) or self._compute(cache, key)
+
+    def _load(self, cache, key):
+        if cache is None or not Path(cache).exists():
+            return None
+        try:
+            with np.load(cache, allow_pickle=False) as file:
+                if str(file["key"]) != key:
+                    return None
+                return [{kind: (file[f"{i}.{kind}.points"], file[f"{i}.{kind}.descriptors"]) for kind in self.kinds} for i in range(len(self.skins))]
+        except (ValueError, OSError, KeyError):                     # a broken cache is only a slower start
+            return None
+
+    def _compute(self, cache, key):
+        found = [{kind: self.describe(flat, kind, ((flat.shape[1], TEMPLATE_FEATURES),)) for kind in self.kinds} for flat, _ in self.flats]
+        for skin_features, (_, scale) in zip(found, self.flats):
+            for kind, (points, descriptors) in skin_features.items():
+                skin_features[kind] = points / scale, descriptors
+        if cache is not None:
+            arrays = {f"{i}.{kind}.{name}": a for i, f in enumerate(found) for kind, pair in f.items() for name, a in zip(("points", "descriptors"), pair)}
+
+            def write(tmp):
+                with open(tmp, "wb") as file:
+                    np.savez(file, key=key, **arrays)
+            write_atomic(cache, write)
+        return found
+
+    def describe(self, gray, kind, looks):
+        """Features of one grey picture brought to several widths -> points (k, 2) in its own pixels, descriptors (k, d)."""
+        found = []
+        for width, limit in looks:
+            scale = width / gray.shape[1]
+            size = width, max(round(gray.shape[0] * scale), 32)
+            big = gray if scale == 1 else cv2.resize(gray, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
+            points, descriptors = xfeat(self.net, big, limit)[::2] if kind == "xfeat" else sift_features(big, limit)
+            found.append(((points + 0.5) / np.float32([scale, size[1] / gray.shape[0]]) - 0.5, descriptors))
+        return np.concatenate([p for p, _ in found]).astype(np.float32), np.concatenate([d for _, d in found])
+
+    def shortlist(self, view):
+        """Which templates are worth a full look: nearest neighbours of each template's strongest features, all templates in a few products."""
+        if len(self.skins) <= 2 * FINALISTS:
+            return list(range(len(self.skins)))
+        kind = "xfeat" if "xfeat" in view else "sift"
+        points, descriptors = view[kind]
+        if len(points) < 4:
+            return []
+        few = [(p[:COARSE_FEATURES], d[:COARSE_FEATURES]) for p, d in (f[kind] for f in self.features)]
+        pooled, scores, start = np.concatenate([d for _, d in few]), [], 0
+        cosines = [pooled[i:i + 4096] @ descriptors.T for i in range(0, len(pooled), 4096)]
+        nearest = np.concatenate([c.argmax(1) for c in cosines])
+        good = np.concatenate([c.max(1) for c in cosines]) > MIN_COSINE
+        for ours, _ in few:
+            chosen = np.arange(start, start + len(ours))[good[start:start + len(ours)]]
+            scores.append(consensus(ours[chosen - start], points[nearest[chosen]], 500)[1].sum() if len(chosen) >= 4 else 0)
+            start += len(ours)
+        return list(np.argsort(scores, kind="stable")[::-1][:FINALISTS])
+
+    def match(self, view, i):
+        """Template i's features against a view -> (template points, view points, kind index), each (m, ..)."""
+        ours, theirs, kinds = [], [], []
+        for k, kind in enumerate(view):
+            (pt, dt), (pv, dv) = self.features[i][kind], view[kind]
+            if len(pt) < 4 or len(pv) < 4:
+                continue
+            cosine = dt @ dv.T                                                                  # (template k, view k)
+            best = cosine.argmax(1)
+            rows = np.arange(len(pt))
+            top = cosine[rows, best]
+            if kind == "xfeat":
+                good = (cosine.argmax(0)[best] == rows) & (top > MIN_COSINE)                    # mutual nearest neighbours
+            else:
+                cosine[rows, best] = -1
+                good = 1 - top < RATIO ** 2 * (1 - cosine.max(1))                               # |a - b|^2 = 2 - 2 cos
+            ours.append(pt[good]), theirs.append(pv[best[good]]), kinds.append(np.full(good.sum(), k))
+        if not ours:
+            return np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32), np.zeros(0, int)
+        return np.concatenate(ours), np.concatenate(theirs), np.concatenate(kinds)
+
+    def search(self, gray, kinds):
+        """The plausible poses of templates in one grey picture -> list of Find, best first."""
+        view = {kind: self.describe(gray, kind, LOOKS[kind]) for kind in kinds}
+        finds = [self.pose(gray, view, i) for i in self.shortlist(view)]
+        return sorted((f for f in finds if f), key=lambda f: -f.inliers)
+
+    def pose(self, gray, view, i):
+        """RANSAC over one template's matches -> Find, or None where no plausible pose has 4 distinct inliers."""
+        ours, theirs, kinds = self.match(view, i)
+        if len(ours) < 4:
+            return None
+        tolerance = PIXELS * gray.shape[1] / LOOKS["xfeat"][1][0]
+        affine, inside = consensus(ours, theirs, 3000, tolerance)
+        if affine is None or not plausible(affine, self.skins[i].size, gray.shape) or spread(ours[inside], self.skins[i].size) < 4:
+            return None
+        by = {kind: distinct(ours[inside & (kinds == k)], theirs[inside & (kinds == k)], tolerance) for k, kind in enumerate(view)}
+        return Find(i, affine, max(by.values()), by)
+
+
+def consensus(ours, theirs, rounds, tolerance=PIXELS):
+    """RANSAC similarity ours -> theirs -> (affine (2, 3) or None, inlier mask bool (m,)). Seeded: the same points, the same pose."""
+    cv2.setRNGSeed(0)
+    affine, inside = cv2.estimateAffinePartial2D(ours, theirs, method=cv2.RANSAC, ransacReprojThreshold=tolerance, maxIters=rounds, confidence=0.999)
+    return affine, inside[:, 0].astype(bool) if affine is not None else np.zeros(len(ours), bool)
+
+
+@dataclass
+class Find:
+    """One template at one pose: affine (2, 3) template pixels -> video pixels; inliers = the better matcher's distinct ones."""
+    skin: int
+    affine: np.ndarray
+    inliers: int
+    by: dict
+    edges: float = 0.0                             # agreement of edge directions in the picture it was found in, -1..1
+    seen: float = 0.0                              # share of the sampled frames in which it stands there
+
+
+def plausible(affine, size, shape):
+    """Is the pose one that a streamer would choose: upright, 5-60 % of the frame's width, hardly stretched, mostly inside?"""
+    (a, b, x), (c, d, y) = affine
+    sx, sy = np.hypot(a, c), np.hypot(b, d)
+    if not (sx > 0 and sy > 0) or a <= 0 or d <= 0 or max(abs(c / sx), abs(b / sy)) > np.sin(np.radians(4)):
+        return False
+    w, h = size[0] * sx, size[1] * sy
+    inside = max(0, min(x + w, shape[1]) - max(x, 0)) * max(0, min(y + h, shape[0]) - max(y, 0))
+    return 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and 0.6 <= sx / sy <= 1.7 and inside >= 0.6 * w * h
+
+
+def distinct(ours, theirs, tolerance):
+    """How many inliers are truly different points on both sides: many template points on one frame point are a collapsed fit."""
+    if not len(ours):
+        return 0
+    return min(len(np.unique((p / max(tolerance / 2, 1)).round(), axis=0)) for p in (ours / 2, theirs))
+
+
+def spread(points, size):
+    """How many cells of a 4 x 3 grid over the template hold inliers: a logo or one letter fills one or two."""
+    cells = np.clip((points / np.float32(size) * (4, 3)).astype(int), 0, (3, 2))
+    return len(np.unique(cells, axis=0))
+
+
+def fingerprint(*parts):
+    """A short hash of arrays, numbers and strings."""
+    import hashlib
+    digest = hashlib.sha1()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def edge_agreement(gray, flat, affine):
+    """Do the template's edges run along edges of the picture? Mean cos(2 angle between gradients), weighted by the template's gradient: 1 = all
+    parallel (either polarity: backgrounds and colour variants may invert it), 0 = chance. gray float32 (h, w), flat = flat_template()."""
+    flat, scale = flat
+    x0, y0, x1, y1 = pose_box(affine, (flat.shape[1] / scale, flat.shape[0] / scale))
+    x0, y0, x1, y1 = max(int(x0) - 2, 0), max(int(y0) - 2, 0), min(int(x1) + 3, gray.shape[1]), min(int(y1) + 3, gray.shape[0])
+    if x1 - x0 < 16 or y1 - y0 < 16:
+        return 0.0
+    to_video = np.array(affine, np.float64) @ np.array([[1 / scale, 0, 0], [0, 1 / scale, 0], [0, 0, 1]])
+    to_video[:, 2] -= (x0, y0)
+    blur = max(0.45 / max(np.hypot(to_video[0, 0], to_video[1, 0]), 0.05) - 0.45, 0.01)              # what shrinking by this much would blur
+    warp = lambda image: cv2.warpAffine(cv2.GaussianBlur(image, (0, 0), blur), to_video, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderValue=127)
+    template, seen = warp(flat.astype(np.float32)), cv2.GaussianBlur(gray[y0:y1, x0:x1], (0, 0), 0.7)
+    (tx, ty), (vx, vy) = gradients(template), gradients(seen)
+    weight, strength = np.hypot(tx, ty), np.hypot(vx, vy)
+    weight[weight < 0.15 * weight.max()] = 0
+    cosine = (tx * vx + ty * vy) / np.maximum(weight * strength, 1e-6)
+    return float((weight * (2 * cosine ** 2 - 1) * np.clip(strength / 12, 0, 1)).sum() / max(weight.sum(), 1e-6))
+
+
+def gradients(image):
+    """Sobel derivatives (x, y) of a float32 picture."""
+    return cv2.Sobel(image, cv2.CV_32F, 1, 0), cv2.Sobel(image, cv2.CV_32F, 0, 1)
+
+
+def pose_box(affine, size):
+    """[x0, y0, x1, y1] in video pixels of a template's canvas of `size` under `affine`."""
+    corners = np.array([[0, 0, 1], [size[0], 0, 1], [0, size[1], 1], [size[0], size[1], 1]]) @ np.array(affine).T
+    return [*corners.min(0), *corners.max(0)]
+
+
+def refine(gray, flat, affine):
+    """Sub-pixel pose: hill-climb edge agreement over shift, then scale of both axes, in steps down to 1/16 pixel at the pad's edge -> (affine, edges)."""
+    affine = np.array(affine, np.float64)
+    affine[0, 1] = affine[1, 0] = 0                                                                 # overlays stand upright
+    w, h = flat[0].shape[1] / flat[1], flat[0].shape[0] / flat[1]
+    best = edge_agreement(gray, flat, affine)
+    for step in (1.0, 0.5, 0.25, 0.125):
+        moves = [(0, 2, step, 0), (1, 2, step, 0), (0, 0, step / w, w / 2), (1, 1, step / h, h / 2)]
+        for _ in range(6):
+            before = best
+            for row, column, size, anchor in moves:
+                for sign in (1, -1):
+                    trial = affine.copy()
+                    trial[row, column] += sign * size
+                    trial[row, 2] -= sign * size * anchor                                           # scale about the middle
+                    score = edge_agreement(gray, flat, trial)
+                    if score > best:
+                        affine, best = trial, score
+            if best - before < 1e-4:
+                break
+    return affine, best
+
+
+def localise(frames, matcher):
+    """The overlay in sampled grey frames -> (Find or None, the best rejected score): the median of all first, then of halves, then one frame."""
+    n = len(frames)
+    groups = [frames, frames[:n // 2], frames[n // 2:], frames[n // 2:n // 2 + 1]]
+    best, rejected = None, 0
+    floats = [f.astype(np.float32) for f in frames]
+    for group in groups[:1] if n < 4 else groups:
+        picture = median_image(group)
+        gray = picture.astype(np.float32)
+        kinds = matcher.kinds if group is frames else matcher.kinds[-1:]                            # SIFT adds little where XFeat saw nothing
+        for find in matcher.search(picture, kinds)[:4]:
+            rejected = max(rejected, find.inliers)
+            if find.inliers < MIN_INLIERS or (best and find.inliers <= best.inliers):
+                continue
+            flat = matcher.flats[find.skin]
+            find.affine, find.edges = refine(gray, flat, find.affine)
+            find.seen = float(np.mean([edge_agreement(g, flat, find.affine) > 0.5 * find.edges for g in floats]))
+            if find.edges >= MIN_EDGES and find.seen >= 0.2:                                        # stands in at least 5 of 25 frames
+                best = find
+        if best and best.inliers >= 1.5 * MIN_INLIERS:
+            break
+    return best, rejected
+
+
+# ------------------------------------------------------------------------------------------------------------ cutting the clip
+PAD_WIDTH = 320                                    # crops of the overlay: at least as fine as a tenth to a quarter of a 720p or 1080p frame
+AHEAD = 8                                          # frames decoded ahead of the two threads that shrink, warp and encode
+
+
+class Cutter:
+    """The one pass over a video: shrinks, masks, warps and encodes each frame. find = None cuts no pads (released labels bring actions)."""
+
+    def __init__(self, size, every, skin=None, affine=None, box=None, window=None):
+        self.every, self.window = every, window                     # window = [x0, y0, x1, y1]: the part of the frame that is the game
+        x0, y0, x1, y1 = window or (0, 0, *size)
+        self.hole = None if box is None else [int(np.floor((box[0] - x0) / (x1 - x0) * SIDE)), int(np.floor((box[1] - y0) / (y1 - y0) * SIDE)),
+                                              int(np.ceil((box[2] - x0) / (x1 - x0) * SIDE)), int(np.ceil((box[3] - y0) / (y1 - y0) * SIDE))]
+        self.pad = None
+        if skin is not None:
+            self.pad = PAD_WIDTH, max(round(skin.size[1] * PAD_WIDTH / skin.size[0]), 1)
+            scale = np.diag([skin.size[0] / self.pad[0], skin.size[1] / self.pad[1], 1.0])
+            scale[:2, 2] = (scale[0, 0] - 1) / 2, (scale[1, 1] - 1) / 2                            # pixel centres, not corners
+            self.to_video = np.array(affine) @ scale
+            self._plan_crop(size)
+
+    def _plan_crop(self, size):
+        """The region of the frame that the crop needs, and the whole number by which large overlays are shrunk before warping."""
+        x0, y0, x1, y1 = pose_box(self.to_video, self.pad)
+        self.shrink = max(1, int((x1 - x0) / self.pad[0] / 1.5))
+        self.region = max(int(x0) - 8, 0), max(int(y0) - 8, 0), min(int(x1) + 9, size[0]), min(int(y1) + 9, size[1])
+        self.warp = self.to_video.copy()
+        self.warp[:, 2] = (self.to_video[:, 2] - self.region[:2] + 0.5) / self.shrink - 0.5
+        self.warp[:, :2] /= self.shrink
+
+    def policy(self, bgr):
+        """uint8 (256, 256, 3) BGR: what a model sees, the overlay's box black [P]."""
+        if self.window:
+            bgr = bgr[self.window[1]:self.window[3], self.window[0]:self.window[2]]
+        small = shrink(bgr)
+        if self.hole:
+            x0, y0, x1, y1 = (max(v, 0) for v in self.hole)
+            small[y0:y1, x0:x1] = 0
+        return small
+
+    def crop(self, bgr):
+        """uint8 (h, 320, 3) BGR: the overlay in its template's frame."""
+        x0, y0, x1, y1 = self.region
+        cut = bgr[y0:y1, x0:x1]
+        if self.shrink > 1:
+            cut = cv2.resize(cut, (max((x1 - x0) // self.shrink, 1), max((y1 - y0) // self.shrink, 1)), interpolation=cv2.INTER_AREA)
+        return cv2.warpAffine(cut, self.warp, self.pad, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+
+    def run(self, video, folder, rows=None):
+        """Decode `video` once and write frames (and pads) into `folder`; rows = (first, last + 1) of the video to keep -> number of rows."""
+        from collections import deque
+        from concurrent.futures import ThreadPoolExecutor
+        frames, pads, waiting, n = FramesWriter(folder, "frames"), FramesWriter(folder, "pads") if self.pad else None, deque(), 0
+
+        def work(row, count, bgr):
+            wanted = [k for k in range(row, row + count) if k % self.every == 0]
+            return row, count, wanted, frames.encode(self.policy(bgr)) if wanted else None, pads.encode(self.crop(bgr)) if pads else None
+
+        def write(done):
+            row, count, wanted, frame, pad = done
+            for k in wanted:
+                frames.add_bytes(k, frame)
+            for k in range(row, row + count if pads else row):
+                pads.add_bytes(k, pad)
+
+        with ThreadPoolExecutor(2) as pool:
+            for row, bgr, count in decode(video):
+                if rows and row >= rows[1]:
+                    break
+                if rows and row < rows[0]:
+                    continue
+                row -= rows[0] if rows else 0
+                waiting.append(pool.submit(work, row, count, bgr))
+                n = row + count
+                if len(waiting) > AHEAD:
+                    write(waiting.popleft().result())
+            while waiting:
+                write(waiting.popleft().result())
+        frames.close(n)
+        if pads:
+            pads.close(n)
+        return n
+
+
+def geometry_of(skin, matcher):
+    """A skin's geometry for clip.json; a bare PNG borrows that of the best matching pad of ours (an affine between the two pictures)."""
+    donor, affine = skin, np.eye(2, 3)
+    if not skin.buttons and not skin.sticks:
+        lender = Matcher(our_skins(), matcher.kinds, matcher.net)
+        finds = lender.search(flat_template(skin)[0], lender.kinds)
+        if not finds or finds[0].inliers < MIN_INLIERS // 2:
+            return {"size": list(skin.size), "buttons": {}, "sticks": {}}
+        donor = lender.skins[finds[0].skin]
+        affine = finds[0].affine / flat_template(skin)[1]
+    place = lambda x, y: [round(float(v), 2) for v in affine @ (x, y, 1)]
+    stretch = affine[0, 0], affine[1, 1]
+    return {"size": list(skin.size), "buttons": {n: [*place(*b[:2]), *place(*b[2:])] for n, b in donor.buttons.items()},
+            "sticks": {s: {"center": place(*g["center"]), "travel": [round(g["travel"][i] * float(stretch[i]), 2) for i in (0, 1)],
+                           "radius": round(g["radius"] * float(stretch[0]), 2)} for s, g in donor.sticks.items()}}
+
+
+def visible_box(skin):
+    """[x0, y0, x1, y1] of what a skin shows at rest, in template pixels."""
+    x, y, w, h = cv2.boundingRect((draw(skin)[..., 3] > 20).astype(np.uint8))
+    return [x, y, x + w, y + h]
+
+
+def cut_clip(video, folder, matcher, find, args, key):
+    """Write the whole clip folder of a found overlay, under a temporary name until it is whole -> clip.json's dict."""
+    info, skin = video_info(video), matcher.skins[find.skin]
+    x0, y0, x1, y1 = visible_box(skin)
+    (ax, ay), (bx, by) = find.affine @ (x0 - 0.5, y0 - 0.5, 1), find.affine @ (x1 - 0.5, y1 - 0.5, 1)
+    box = [ax + 0.5, ay + 0.5, bx + 0.5, by + 0.5]
+    cutter = Cutter(info["size"], args.every, skin, find.affine, [box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1])
+    tmp = fresh_folder(folder)
+    n = cutter.run(video, tmp)
+    clip = {"video": Path(video).name, "game": Path(video).stem, "fps": info["fps"], "n": n, "size": list(info["size"]),
+            "box": [round(v, 2) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])], "template": skin.name, "controller": skin.family,
+            "affine": [[round(float(v), 6) for v in row] for row in corners_convention(find.affine)], "inliers": int(find.inliers),
+            "matcher": max(find.by, key=find.by.get), "every": args.every, "lag": 0, "by": find.by, "edges": round(find.edges, 3), "seen": round(find.seen, 3),
+            "pad": list(cutter.pad), "geometry": geometry_of(skin, matcher), "run": key}
+    save_png(tmp / "template.png", cv2.resize(draw(skin), cutter.pad, interpolation=cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR))
+    write_json(tmp / "clip.json", clip)
+    os.replace(tmp, folder)
+    return clip
+
+
+def corners_convention(affine):
+    """An affine between pixel centres (OpenCV's) as one between pixel corners (0 = the picture's edge), which clip.json states."""
+    out = np.array(affine, np.float64)
+    out[:, 2] += 0.5 - out[:, :2] @ (0.5, 0.5)
+    return out
+
+
+def fresh_folder(folder):
+    """An empty FOLDER.tmp beside `folder`; what an interrupted run left there, and an outdated folder, are removed."""
+    import shutil
+    tmp = Path(folder).with_name(Path(folder).name + ".tmp")
+    for old in (tmp, Path(folder)):
+        if old.exists():
+            shutil.rmtree(old)
+    tmp.mkdir(parents=True)
+    return tmp
+
+
+def write_json(path, value):
+    """JSON under a temporary name, then renamed."""
+    write_atomic(path, lambda tmp: Path(tmp).write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+# -------------------------------------------------------------------------------------------- the released labels (CC BY-NC 4.0)
+def label_chunks(labels):
+    """Every chunk under NVIDIA's SHARD/<video_id>/<video_id>_chunk_NNNN/ -> sorted list of (folder, metadata dict)."""
+    chunks = [(p.parent, read_json(p, dict)) for p in sorted(Path(labels).rglob("metadata.json"))] if Path(labels).is_dir() else []
+    if not chunks:
+        raise UserError(f"{labels}: expected SHARD/<video_id>/<video_id>_chunk_NNNN/metadata.json, found none: unpack the SHARD_*.tar.gz there")
+    return chunks
+
+
+def label_actions(folder):
+    """One chunk's parquet -> float32 (rows, 25); the filtered and remapped table where it exists, else the raw one."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError("--labels reads parquet files: expected the package pyarrow, found none: pip install pyarrow") from None
+    path = next((folder / n for n in ("actions_processed.parquet", "actions_raw.parquet") if (folder / n).exists()), None)
+    if path is None:
+        raise UserError(f"{folder}: expected actions_raw.parquet, found none: unpack this chunk again")
+    try:
+        table = pq.read_table(path).to_pydict()
+        actions = np.zeros((len(table["j_left"]), A), np.float32)
+        for name in (b for b in BUTTONS if b not in LEGACY):
+            actions[:, BUTTON[name]] = np.array(table[name.lower()], np.float32)
+        actions[:, STICKS["left"]], actions[:, STICKS["right"]] = np.array(table["j_left"], np.float32), np.array(table["j_right"], np.float32)
+    except (KeyError, ValueError, OSError) as e:
+        raise UserError(f"{path}: expected 17 button columns, j_left and j_right, found {type(e).__name__} {e}: download this shard again") from None
+    return actions
+
+
+def cut_labelled(folder, meta, video, out, args, key):
+    """One released chunk + its video -> a clip folder with actions, at the video's own rate -> clip.json's dict."""
+    info = video_info(video)
+    try:
+        source = meta["original_video"]
+        height, width = source["resolution"]
+        start, end, chunk = float(source["start_time"]), float(source["end_time"]), int(meta["chunk_size"])
+        sx, sy = info["size"][0] / width, info["size"][1] / height
+        x, y, w, h = meta["bbox_controller_overlay"]
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{folder / 'metadata.json'}: expected original_video, chunk_size and bbox_controller_overlay, found no {e}: download this shard again") from None
+    actions = label_actions(folder)
+    if len(actions) != chunk or end <= start:
+        raise UserError(f"{folder}: expected {chunk} rows over {start}-{end} s, found {len(actions)}: download this shard again")
+    area, window = meta.get("bbox_game_area"), None
+    if area:
+        window = [round(area["xtl"] * info["size"][0]), round(area["ytl"] * info["size"][1]), round(area["xbr"] * info["size"][0]), round(area["ybr"] * info["size"][1])]
+    box = [x * sx, y * sy, (x + w) * sx, (y + h) * sy]
+    rows = round(start * info["fps"]), round(end * info["fps"])
+    tmp = fresh_folder(out)
+    n = Cutter(info["size"], args.every, box=box, window=window).run(video, tmp, rows)
+    if n < 0.5 * (rows[1] - rows[0]):
+        raise UserError(f"{video}: expected frames {rows[0]}-{rows[1]} of chunk {folder.name}, found {n} of them: download the whole video")
+    at = np.minimum((np.arange(n) + 0.5) / info["fps"] * chunk / (end - start), chunk - 1).astype(int)      # frames and label rows may differ in rate
+    write_npy(tmp / "actions.npy", actions[at])
+    write_npy(tmp / "confidence.npy", np.ones(n, np.float32))
+    write_npy(tmp / "keep.npy", dense(actions[at]))
+    clip = {"video": Path(video).name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n, "size": list(info["size"]), "box": [x * sx, y * sy, w * sx, h * sy],
+            "template": "released labels", "controller": meta.get("controller_type", "generic"), "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0,
+            "matcher": "labels", "every": args.every, "lag": 0, "run": key}
+    write_json(tmp / "clip.json", clip)
+    os.replace(tmp, out)
+    return clip
+
+
+HORIZON, DEAD_ZONE = 16, 0.1                       # a chunk's steps [P]; a stick nearer to its centre does not count as acting [O]
+
+
+def dense(actions, confidence=None, least=0.5):
+    """The quality filter [P 3.1]: bool (n,), frame i may start a chunk when >= 50 % of its HORIZON steps act and its confidence is >= least."""
+    n = len(actions)
+    acts = (actions[:, :21] > 0.5).any(1) | (np.abs(actions[:, 21:]) > DEAD_ZONE).any(1)
+    total = np.concatenate([[0], np.cumsum(acts)])
+    start, end = np.arange(n), np.minimum(np.arange(n) + HORIZON, n)
+    keep = (total[end] - total[start]) * 2 >= HORIZON
+    return keep if confidence is None else keep & (confidence >= least)

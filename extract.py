@@ -15,6 +15,7 @@ folder, video in and out, shrink() and draw().
 """
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -102,6 +103,7 @@ class Skin:
     parts: list
     buttons: dict = field(default_factory=dict)     # NAME -> [x0, y0, x1, y1]
     sticks: dict = field(default_factory=dict)      # left / right -> {"center": [x, y], "travel": [tx, ty], "radius": r}
+    bbox: list | None = None                        # [x0, y0, x1, y1] of the visible pad, where the template's JSON says it
     _base: list = field(default_factory=list, repr=False)
 
 
@@ -146,8 +148,7 @@ def draw(skin, action=None):
     for part in parts:
         draw_part(canvas, part, action)
     rgb, alpha = canvas[..., :3], np.ascontiguousarray(canvas[..., 3])
-    straight = cv2.divide(rgb, cv2.merge([alpha] * 3), scale=255)
-    return np.dstack([straight, alpha])
+    return cv2.merge([*cv2.split(cv2.divide(rgb, cv2.merge([alpha] * 3), scale=255)), alpha])
 
 
 def draw_part(canvas, part, action):
@@ -202,7 +203,8 @@ def family_of(name):
 
 def premultiply(rgba):
     """Straight -> premultiplied alpha, uint8."""
-    return np.dstack([cv2.multiply(rgba[..., :3], cv2.merge([rgba[..., 3]] * 3), scale=1 / 255), rgba[..., 3]])
+    alpha = np.ascontiguousarray(rgba[..., 3])
+    return cv2.merge([*cv2.split(cv2.multiply(rgba[..., :3], cv2.merge([alpha] * 3), scale=1 / 255)), alpha])
 
 
 def read_rgba(path):
@@ -334,7 +336,7 @@ def load_picture(png, width=None):
     parts = [Part("", (0, 0), [base])]
     if not set(rgba[..., 3].ravel()[::97]) - {255}:                                          # opaque picture: its corner colour is a key colour
         key = np.abs(rgba[..., :3].astype(np.int16) - rgba[0, 0, :3]).max(2) <= 12
-        if key.mean() > 0.1:
+        if key.mean() > 0.1 and np.ptp(rgba[0, 0, :3]) > 150:                                # a chroma key, which no streamer leaves in the picture
             base[flood(key)] = 0
     for name, (x0, y0, x1, y1) in buttons.items():
         if name not in THUMB.values():
@@ -346,6 +348,7 @@ def load_picture(png, width=None):
         parts.append(cap_of(base, side, stick))
     skin = measured(png.stem, geometry.get("controller") or family_of(png.stem), (w, h), parts, width)
     scale = skin.size[0] / w
+    skin.bbox = [float(v) * scale for v in geometry["bbox"]] if isinstance(geometry.get("bbox"), list) and len(geometry["bbox"]) == 4 else None
     skin.buttons = {n: [v * scale for v in b] for n, b in buttons.items()}
     skin.sticks = {s: {"center": [v * scale for v in g["center"]], "travel": [v * scale for v in g["travel"]], "radius": g["radius"] * scale}
                    for s, g in sticks.items()}
@@ -1015,6 +1018,42 @@ def shard(items):
     return list(items)[rank::world]
 
 
+# --------------------------------------------------------------------------------------------------------------------- messages
+# sample.py serve and play.py's Client exchange frames of multiprocessing.connection, as bytes (send_bytes, recv_bytes), never as pickles.
+# One message = a JSON object, a newline, and the raw C-order bytes of the array that its "shape" and "dtype" describe, if any.
+#   {"do": "info"} -> {...}      {"do": "reset", "seed": 0, "game": "celeste"} -> {}      (seed and game may be left out)
+#   {"do": "predict", "shape": [h, w, 3], "dtype": "uint8"} + pixels -> {"shape": [T, 25], "dtype": "float32"} + actions
+# A request that can't be served is answered by {"error": "why"}.
+MESSAGE_LIMIT = 32 << 20                           # bytes: a 4K frame is 25 MB
+
+
+def pack_message(header, array=None):
+    """A JSON object and, if given, a uint8 or float32 array -> bytes."""
+    if array is None:
+        return json.dumps(header).encode() + b"\n"
+    return json.dumps({**header, "shape": array.shape, "dtype": array.dtype.name}).encode() + b"\n" + np.ascontiguousarray(array).tobytes()
+
+
+def unpack_message(message):
+    """bytes -> (header, array or None). ValueError says what is wrong with bytes that nobody vouches for."""
+    head, newline, body = message[:4096].partition(b"\n")
+    try:
+        header = json.loads(head) if newline else None
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError("expected a JSON object and a newline in the first 4096 bytes")
+    body = message[len(head) + 1:]
+    shape, dtype = header.get("shape"), header.get("dtype")
+    if shape is None and not body:
+        return header, None
+    if dtype not in ("uint8", "float32") or not isinstance(shape, list) or not 1 <= len(shape) <= 4 or any(type(n) is not int or n < 1 for n in shape):
+        raise ValueError("expected a shape of 1 to 4 positive numbers and a dtype uint8 or float32 with the bytes")
+    if math.prod(shape) * np.dtype(dtype).itemsize != len(body):
+        raise ValueError(f"shape {shape} of {dtype} is not {len(body)} bytes")
+    return header, np.frombuffer(body, dtype).reshape(shape)
+
+
 # ------------------------------------------------------------------------------------------- XFeat (arXiv 2404.19174), by hand
 
 def xfeat_net():
@@ -1531,6 +1570,8 @@ def geometry_of(skin, matcher):
 
 def visible_box(skin):
     """[x0, y0, x1, y1] of what a skin shows at rest, in template pixels."""
+    if skin.bbox:
+        return skin.bbox
     x, y, w, h = cv2.boundingRect((draw(skin)[..., 3] > 20).astype(np.uint8))
     return [x, y, x + w, y + h]
 
@@ -1653,3 +1694,220 @@ def dense(actions, confidence=None, least=0.5):
     start, end = np.arange(n), np.minimum(np.arange(n) + HORIZON, n)
     keep = (total[end] - total[start]) * 2 >= HORIZON
     return keep if confidence is None else keep & (confidence >= least)
+
+
+# ------------------------------------------------------------------------------------------------------------------ command line
+def find_videos(paths):
+    """Files and folders -> sorted list of (video path, clip name): the name is the file's, made unique by its folder's where two agree."""
+    videos = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            videos += sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
+        elif path.exists():
+            videos.append(path)
+        else:
+            raise UserError(f"{path}: expected a video or a folder of videos, found nothing there: check the path")
+    if not videos:
+        raise UserError(f"{' '.join(map(str, paths))}: expected videos ({' '.join(sorted(VIDEO_ENDINGS))}), found none in there")
+    videos = list(dict.fromkeys(p.absolute() for p in videos))
+    stems = [p.stem for p in videos]
+    return [(p, p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}_{p.stem}_{fingerprint(str(p))[:6]}") for p in videos]
+
+
+def journal(path):
+    """extract.jsonl -> {video: its last line's dict}; a line cut off by a kill is passed over."""
+    lines = {}
+    if Path(path).exists():
+        for text in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+                lines[line["video"]] = line
+            except (ValueError, KeyError, TypeError):
+                continue
+    return lines
+
+
+def log_line(path, line):
+    """Append one line to extract.jsonl in a single write, so that several processes may share the file."""
+    with open(path, "a+b", buffering=0) as f:
+        whole = not f.seek(0, os.SEEK_END) or (f.seek(-1, os.SEEK_END), f.read(1) == b"\n")[1]         # a kill may have cut the last line
+        f.write((("" if whole else "\n") + json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def extract_one(video, name, matcher, args, settings, done):
+    """One video: skip it when its result is whole and of these settings, else localise and cut -> its line for extract.jsonl, or None."""
+    key, folder, start = fingerprint(settings, video.stat().st_size, video.stat().st_mtime_ns), Path(args.out) / name, time.time()
+    line = {"video": str(video), "status": "none", "template": None, "box": None, "inliers": 0, "seconds": 0.0, "reason": "", "run": key}
+    old = done.get(str(video))
+    if (folder / "clip.json").exists() and read_clip(folder).get("run") == key:
+        if old and old.get("run") == key:
+            return None
+        clip = read_clip(folder)                                                                    # killed between the folder and its line
+    elif old and old.get("run") == key and old["status"] == "none":
+        return None
+    else:
+        frames, _ = sample_frames(video)
+        find, rejected = localise(frames, matcher)
+        clip = find and cut_clip(video, folder, matcher, find, args, key)
+        line["inliers"], line["reason"] = int(rejected), "" if find else f"best of {len(matcher.skins)} templates has {rejected} inliers, {MIN_INLIERS} and agreeing edges are needed"
+        if not find:
+            remove_outdated(folder)
+    if clip:
+        line |= {"status": "found", "template": clip["template"], "box": clip["box"], "inliers": clip["inliers"], "by": clip["by"], "edges": clip["edges"]}
+    return line | {"seconds": round(time.time() - start, 2)}
+
+
+def remove_outdated(folder):
+    """A clip of an earlier run whose video no longer shows an overlay to these templates is no longer true."""
+    import shutil
+    for old in (Path(folder), Path(folder).with_name(Path(folder).name + ".tmp")):
+        if old.exists():
+            shutil.rmtree(old)
+
+
+def report(line, i, n):
+    """One line a video."""
+    if line["status"] == "found":
+        what = f"{line['template']} | box {[round(v) for v in line['box']]} | {line['inliers']} inliers " + " ".join(f"{k} {v}" for k, v in line["by"].items())
+    else:
+        what = line["reason"]
+    print(f"video {i}/{n} | {Path(line['video']).name} | {line['status']} | {what} | {line['seconds']:.1f} s", flush=True)
+
+
+def run_extract(args):
+    """The main command: localise and cut every video, or cut along released labels."""
+    videos, out = shard(find_videos(args.videos)), Path(args.out)
+    if args.every < 1 or (args.limit is not None and args.limit < 1):
+        raise UserError(f"--every {args.every} --limit {args.limit}: expected whole numbers from 1 on")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{out}: expected a folder to write to, found {e.strerror}: give another --out") from None
+    videos = videos[:args.limit]
+    if args.labels:
+        return run_labels(videos, args, out)
+    skins = load_skins(args.templates) if args.templates else our_skins()
+    kinds = ("sift", "xfeat") if args.matcher == "both" else (args.matcher,)
+    net = load_xfeat(args.xfeat) if "xfeat" in kinds else None
+    matcher = Matcher(skins, kinds, net, out / f"templates-{os.environ.get('RANK', '0')}.npz")
+    settings = (fingerprint(*(f[0] for f in matcher.flats), *[s.name for s in skins]), kinds, args.every, "" if net is None else str(args.xfeat))
+    log, failed = out / "extract.jsonl", 0
+    done = journal(log)
+    for i, (video, name) in enumerate(videos, 1):
+        try:
+            line = extract_one(video, name, matcher, args, settings, done)
+        except UserError as e:
+            line = {"video": str(video), "status": "error", "template": None, "box": None, "inliers": 0, "seconds": 0.0, "reason": str(e)}
+            failed += 1
+        if line:
+            log_line(log, line)
+            report(line, i, len(videos))
+    if args.sheet:
+        contact_sheet(args.sheet, videos, journal(log), out)
+    if failed == len(videos):
+        raise UserError(f"{failed} of {failed} videos can't be read: see the lines above")
+
+
+def run_labels(videos, args, out):
+    """--labels: one clip folder for each released chunk whose video is here."""
+    by_id = {name: video for video, name in videos}
+    chunks = label_chunks(args.labels)
+    known = [(folder, meta, next((v for s, v in by_id.items() if str(meta.get("original_video", {}).get("video_id", "\0")) in s), None)) for folder, meta in chunks]
+    matched = [k for k in known if k[2] is not None]
+    if not matched:
+        raise UserError(f"{args.labels}: expected videos whose names hold one of its {len(known)} chunks' video ids, found none: name them <video_id>.mp4")
+    for i, (folder, meta, video) in enumerate(matched, 1):
+        start, target = time.time(), out / folder.name
+        key = fingerprint(args.every, video.stat().st_size, video.stat().st_mtime_ns, meta)
+        if (target / "clip.json").exists() and read_clip(target).get("run") == key:
+            continue
+        line = {"video": str(video), "chunk": folder.name, "status": "error", "template": None, "box": None, "inliers": 0, "reason": ""}
+        try:
+            line |= {"status": "found", "template": "released labels", "by": {}, "box": cut_labelled(folder, meta, video, target, args, key)["box"]}
+        except UserError as e:
+            line["reason"] = str(e)
+        line["seconds"] = round(time.time() - start, 2)
+        log_line(out / "extract.jsonl", line)
+        report(line, i, len(matched))
+
+
+def contact_sheet(path, videos, lines, out):
+    """One picture of every video's find for a person to check: a frame with the box, the crop, the template beside it."""
+    cells = []
+    for video, name in videos:
+        line, cell = lines.get(str(video)), np.full((200, 640, 3), 32, np.uint8)
+        if line is None:
+            continue
+        if line["status"] != "error":
+            frame = middle_frame(video)
+            if line["status"] == "found":
+                x, y, w, h = line["box"]
+                cv2.rectangle(frame, (int(x), int(y)), (int(x + w), int(y + h)), (0, 255, 0), max(2, frame.shape[1] // 400))
+                pads = Frames(out / name, "pads")
+                crop = cv2.cvtColor(pads[len(pads) // 2], cv2.COLOR_RGB2BGR)
+                rest = cv2.cvtColor(read_rgba(out / name / "template.png"), cv2.COLOR_RGBA2BGRA)
+                flat = (rest[..., :3] * (rest[..., 3:] / 255.0) + 96 * (1 - rest[..., 3:] / 255.0)).astype(np.uint8)
+                for k, picture in enumerate((crop, flat)):
+                    paste(cell, picture, 320 + 160 * k, 0, 160, 176)
+            paste(cell, frame, 0, 0, 320, 176)
+        text = f"{name}: {line['status']} {line['template'] or ''} {line['inliers']} inliers"
+        cv2.putText(cell, text.encode("ascii", "replace").decode(), (6, 192), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
+        cells.append(cell)
+    cells += [np.full((200, 640, 3), 32, np.uint8)] * (len(cells) % 2)
+    rows = [np.hstack(cells[i:i + 2]) for i in range(0, len(cells), 2)]
+    save_png(path, cv2.cvtColor(np.vstack(rows), cv2.COLOR_BGR2RGB))
+
+
+def middle_frame(video):
+    """One BGR frame from the middle of a video."""
+    capture = open_video(video)
+    capture.set(cv2.CAP_PROP_POS_FRAMES, describe(capture)["n"] // 2)
+    ok, frame = capture.read()
+    return frame if ok else np.full((176, 320, 3), 64, np.uint8)
+
+
+def paste(canvas, picture, x, y, w, h):
+    """Fit a picture into a w x h place of a canvas."""
+    scale = min(w / picture.shape[1], h / picture.shape[0])
+    small = cv2.resize(picture, (max(int(picture.shape[1] * scale), 1), max(int(picture.shape[0] * scale), 1)), interpolation=cv2.INTER_AREA)
+    canvas[y:y + small.shape[0], x:x + small.shape[1]] = small
+
+
+def run_templates(args):
+    """Write our templates as NAME.png + NAME.json."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for skin in our_skins():
+        save_png(out / f"{skin.name}.png", draw(skin))
+        middle = lambda b: [(b[0] + b[2]) / 2, (b[1] + b[3]) / 2]
+        write_json(out / f"{skin.name}.json", {"name": skin.name, "controller": skin.family, "size": list(skin.size), "bbox": visible_box(skin),
+                                               "buttons": {n: {"center": middle(b), "box": list(b)} for n, b in skin.buttons.items()}, "sticks": skin.sticks})
+    print(f"wrote {len(our_skins())} templates to {out}")
+
+
+def main(argv=None):
+    """Parse the command line; without a sub-command's name the main command runs."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"templates": (run_templates, "write our own templates as PNG + JSON")}
+    if argv[:1] and argv[0] in commands:
+        run, text = commands[argv[0]]
+        parser = argparse.ArgumentParser(prog=f"extract.py {argv[0]}", description=text, allow_abbrev=False)
+        parser.add_argument("--out", required=True, help="folder to write to")
+        parser.set_defaults(run=run)
+        return cli(parser, argv[1:])
+    parser = argparse.ArgumentParser(prog="extract.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them")
+    parser.add_argument("--out", required=True, help="the data folder: one clip folder a video, and extract.jsonl")
+    parser.add_argument("--templates", help="folder of NAME.png (+ NAME.json) or of OBS input-overlay presets (default: our own, about 300)")
+    parser.add_argument("--every", type=int, default=1, help="keep each Kth policy frame; actions stay at full rate (default 1)")
+    parser.add_argument("--matcher", choices=("sift", "xfeat", "both"), default="both", help="features to match with (default both, as the paper)")
+    parser.add_argument("--xfeat", help="matching weights: a .safetensors of ours or the official xfeat.pt (default weights/xfeat.safetensors)")
+    parser.add_argument("--labels", help="NVIDIA's released labels, unpacked: cut their chunks from the given videos instead of localising")
+    parser.add_argument("--limit", type=int, help="stop after N videos (default: all)")
+    parser.add_argument("--sheet", help="also write a contact sheet PNG of all finds")
+    parser.set_defaults(run=run_extract)
+    return cli(parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

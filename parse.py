@@ -42,7 +42,7 @@ BOX = 20                                   # pixels of a button's box in its clo
 LABEL_WIDTH = 0.12                         # sd of the grid's label: about half a cell (0.1 - 0.15 decode best)
 HORIZON = 16                               # steps of a training chunk [paper]
 DEAD, SURE = 0.15, 0.5                     # a stick within DEAD of rest does not act; a frame below SURE confidence is not used
-SAMPLES = 192                              # frames that the pad at rest is made from
+SAMPLES = 128                              # frames that the pad at rest is made from
 CKPT = Path(__file__).parent / "weights" / "parser.safetensors"
 
 # ------------------------------------------------------------------------------------------------------------- the net: SegFormer
@@ -269,7 +269,7 @@ class Cutter:
         fx, fy = pad[0] / geometry["size"][0], pad[1] / geometry["size"][1]    # template pixels -> crop pixels
         self.sticks = [s for s in STICKS if s in geometry["sticks"]]
         self.buttons = [b for b in BUTTONS if b in geometry["buttons"] and b not in LEGACY]
-        self.known = {s: bool(geometry["sticks"][s].get("travel")) for s in self.sticks}
+        self.known = {s: bool(geometry["sticks"][s].get("travel")) and not geometry.get("borrowed") for s in self.sticks}
         centers, steps = [], []
         for s in self.sticks:
             stick = geometry["sticks"][s]
@@ -318,50 +318,41 @@ def decode(p, peak=None):
 
 
 def cells_walk():
-    """How a stick moves between frames, (121, 121): mostly it stays, often it moves by a cell or two, now and then it jumps."""
-    i = np.arange(GRID)
+    """How a stick moves from one frame to the next, (121, 121): it mostly stays, moves by a cell or so, springs home, or jumps."""
+    i, home = np.arange(GRID), np.zeros(GRID ** 2)
     near = np.exp(-0.5 * ((i[:, None] - i) / 1.2) ** 2)
     near /= near.sum(1, keepdims=True)
-    return 0.95 * (0.6 * np.eye(GRID ** 2) + 0.4 * np.kron(near, near)) + 0.05 / GRID ** 2
+    home[GRID ** 2 // 2] = 1
+    return 0.55 * np.eye(GRID ** 2) + 0.25 * np.kron(near, near) + 0.1 * home + 0.1 / GRID ** 2
 
 
-def smooth_grids(log_p, trust=0.7):
-    """Log grids (n, 11, 11) of one stick -> posterior (n, 11, 11) given all frames: forward-backward over the cells.
-
-    Frames that tell nothing (dark cap over a dark scene) take their answer from their neighbours; `trust` < 1 allows for errors
-    that neighbouring frames share.
-    """
-    n, walk = len(log_p), cells_walk()
-    e = log_p.reshape(n, -1).astype(np.float64) * trust
-    e = np.exp(e - e.max(1, keepdims=True)) + 1e-12
+def smooth(e, walk, start):
+    """Forward-backward: likelihoods e (n, k, states) of k controls in n frames -> posterior (n, k, states) given all frames."""
     passes = []
-    for order in (range(n), range(n - 1, -1, -1)):
-        message, out = np.full(GRID ** 2, 1 / GRID ** 2), np.empty_like(e)
+    for order, matrix, message in ((range(len(e)), walk, start), (range(len(e) - 1, -1, -1), walk.T, np.ones_like(start))):
+        out = np.empty_like(e)
         for t in order:
-            out[t] = message                                                   # what the other frames on this side say of frame t
-            message = (message * e[t]) @ walk
-            message /= message.sum()
-        passes.append(out)
-    p = passes[0] * passes[1] * e
-    return (p / p.sum(1, keepdims=True)).reshape(n, GRID, GRID)
-
-
-def smooth_buttons(logits, press=0.03, release=0.12, trust=0.8):
-    """Logits (n, k) -> probability of "pressed" (n, k) given all frames: forward-backward over two states, off and on."""
-    walk = np.array([[1 - press, press], [release, 1 - release]])
-    prior = math.log(0.25 / 0.75)                                              # the teacher's share of presses is in the logits
-    e = np.exp(np.stack([np.zeros_like(logits), np.clip(trust * (logits - prior), -20, 20)], -1).astype(np.float64))     # (n, k, 2)
-    passes = []
-    for order, matrix in ((range(len(e)), walk), (range(len(e) - 1, -1, -1), walk.T)):
-        start = np.array([release, press]) / (press + release) if matrix is walk else np.ones(2)
-        message, out = np.broadcast_to(start, e.shape[1:]), np.empty_like(e)
-        for t in order:
-            out[t] = message
+            out[t] = message                                                   # what the frames on this side say of frame t
             message = (message * e[t]) @ matrix
             message = message / message.sum(-1, keepdims=True)
         passes.append(out)
     p = passes[0] * passes[1] * e
-    return p[..., 1] / p.sum(-1)
+    return p / p.sum(-1, keepdims=True)
+
+
+def smooth_grids(log_p, trust=0.8):
+    """Log grids (n, k, 11, 11) of k sticks -> posterior, same shape. Frames that tell nothing (a dark cap over a dark scene) take their
+    answer from their neighbours; `trust` < 1 allows for errors that neighbouring frames share."""
+    e = log_p.reshape(*log_p.shape[:2], -1).astype(np.float64) * trust
+    e = np.exp(e - e.max(-1, keepdims=True)) + 1e-12
+    return smooth(e, cells_walk(), np.full(GRID ** 2, 1 / GRID ** 2)).reshape(log_p.shape)
+
+
+def smooth_buttons(logits, press=0.03, release=0.12, trust=0.8):
+    """Logits (n, k) of k buttons -> probability of "pressed" (n, k) given all frames."""
+    prior = math.log(0.25 / 0.75)                                              # the teacher's share of presses is in the logits
+    e = np.stack([np.zeros(logits.shape), np.clip(trust * (logits - prior), -20, 20)], -1)
+    return smooth(np.exp(e), np.array([[1 - press, press], [release, 1 - release]]), np.array([release, press]) / (press + release))[..., 1]
 
 
 def normalise(values, known):
@@ -430,33 +421,50 @@ def montages(previous, current, rest):
 
 
 class Pad:
-    """One clip's pad: its controls, what it looks like at rest, and how a crop is told from a crop without it."""
+    """One clip's pad: its controls, what they look like at rest in this video, and how a crop is told from a crop without it."""
 
     def __init__(self, model, clip, pads, template=None):
         self.model, self.cutter = model, Cutter(clip["geometry"], clip["pad"])
         at = np.unique(np.linspace(0, len(pads) - 1, SAMPLES).astype(int))
         crops, before = [pads[i] for i in at], [self.cutter(pads[max(i - 1, 0)]) for i in at]
-        self.outline = edges(np.median(np.stack([cv2.cvtColor(c, cv2.COLOR_RGB2GRAY) for c in crops]), 0).astype(np.uint8))
         now = [self.cutter(c) for c in crops]
         before, now = ([np.stack([c[i] for c in cuts]) for i in range(2)] for cuts in (before, now))
-        self.rest = [np.median(c, 0).astype(np.uint8) for c in now]
+        usual = np.median(np.stack(crops[::2]), 0).astype(np.uint8)
+        self.rest = self.cutter(usual)
+        self.trust_template(usual, template)
         for _ in range(2):                                                     # the median over frames that were read as at rest
             self.improve(before, now)
+        self.outline = edges(usual)
         self.usual = np.median([self.likeness(c) for c in crops])
+
+    def trust_template(self, usual, template):
+        """A control that the net, given the template as rest, sees deflected or pressed in the video's median picture seldom rests:
+        its rest picture is the template's. `template` uint8 (h, w, 4), in the video's own brightness by a line fitted where it is opaque."""
+        solid = template[..., 3] > 200 if template is not None else np.zeros((1, 1), bool)
+        if solid.sum() < 200 or template[..., :3][solid].std() < 8:
+            return
+        gain, lift = np.polyfit(template[..., :3][solid].ravel().astype(float), usual[solid].ravel(), 1)
+        alpha = template[..., 3:] / 255.0
+        drawn = alpha * np.clip(np.clip(gain, 0.3, 1.1) * template[..., :3] + lift, 0, 255) + (1 - alpha) * usual
+        drawn = self.cutter(np.rint(drawn).astype(np.uint8))
+        grids, clicks, logits = net_reads(self.model, [montages(r[None], r[None], d) for r, d in zip(self.rest, drawn)])
+        away = (np.hypot(*decode(np.exp(grids)).T) > 0.5) & (grids.max((1, 2), initial=-9) > math.log(0.15))
+        for kind, seldom in enumerate((away | (clicks > 3), logits > 3)):
+            self.rest[kind][seldom] = drawn[kind][seldom]
 
     def improve(self, before, now):
         """Make each control's rest picture again from the frames in which the net, given the old one, sees it at rest."""
         k, e = now[0].shape[:2]
         grids, clicks, logits = net_reads(self.model, [montages(b, n, r) for b, n, r in zip(before, now, self.rest)])
         still = np.hypot(*decode(np.exp(grids)).T) < 0.2
-        for i, quiet in enumerate(((still & (clicks < 0)).reshape(k, e), (logits < -0.5).reshape(k, -1))):
+        for kind, quiet in enumerate(((still & (clicks < 0)).reshape(k, e), (logits < -0.5).reshape(k, -1))):
             for j in range(quiet.shape[1]):
                 if quiet[:, j].sum() >= 8:
-                    self.rest[i][j] = np.median(now[i][quiet[:, j], j], 0)
+                    self.rest[kind][j] = np.median(now[kind][quiet[:, j], j], 0)
 
     def likeness(self, crop):
         """Correlation of the crop's edges with those of the pad at rest: falls towards 0 where the overlay is gone or covered."""
-        e = edges(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))
+        e = edges(crop)
         return float((e * self.outline).sum() / (np.linalg.norm(e) * np.linalg.norm(self.outline) + 1e-6))
 
     def read(self, pads):
@@ -474,32 +482,31 @@ class Pad:
         return grids.reshape(n, -1, GRID, GRID), clicks.reshape(n, -1), logits.reshape(n, -1), np.array(like)
 
 
-def edges(gray):
-    """Sobel x and y of a half-size picture, float32 (2, h, w): strong edges are cut off, so that no single one decides."""
-    small = cv2.resize(gray, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+def edges(crop):
+    """Sobel x and y of the crop in grey at half its size, float32 (2, h, w); strong edges are cut off, so that no single one decides."""
+    small = cv2.resize(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     return np.clip(np.stack([cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)]), -80, 80)
 
 
 def settle(pad, clip, grids, clicks, logits, like):
     """The net's reads of a whole video -> actions (n, 25), confidence (n,)."""
-    n, geometry = len(like), clip["geometry"]
-    actions, sure = np.zeros((n, extract.A), np.float32), []
-    logits = logits.copy()
-    for i, side in enumerate(pad.cutter.sticks):
-        p = smooth_grids(grids[:, i])
-        peak = np.stack(np.divmod(p.reshape(n, -1).argmax(1), GRID), 1)
-        actions[:, STICKS[side]] = normalise(decode(np.exp(grids[:, i]), peak), pad.cutter.known[side])
-        sure.append(p.max((1, 2)) ** 0.5)
-        thumb = THUMB[side]
-        if thumb in pad.cutter.buttons and on_stick(geometry["buttons"][thumb], geometry["sticks"][side]):
-            j = pad.cutter.buttons.index(thumb)
+    n, geometry, cutter = len(like), clip["geometry"], pad.cutter
+    actions, sure, logits = np.zeros((n, extract.A), np.float32), [np.ones(n)], logits.copy()
+    smoothed = smooth_grids(grids) if cutter.sticks else grids
+    for i, side in enumerate(cutter.sticks):
+        p = smoothed[:, i].reshape(n, -1)
+        peak = np.stack(np.divmod(p.argmax(1), GRID), 1)                       # which cell: from all frames; where in it: from this frame
+        actions[:, STICKS[side]] = normalise(decode(np.exp(grids[:, i]), peak), cutter.known[side])
+        sure.append(np.sqrt(p.max(1)))
+        if THUMB[side] in cutter.buttons and on_stick(geometry["buttons"][THUMB[side]], geometry["sticks"][side]):
+            j = cutter.buttons.index(THUMB[side])
             logits[:, j] = (logits[:, j] + clicks[:, i]) / 2                   # the stick's net follows the moving cap
-    if pad.cutter.buttons:
+    if cutter.buttons:
         p = smooth_buttons(logits)
-        actions[:, [BUTTON[b] for b in pad.cutter.buttons]] = p > 0.5
+        actions[:, [BUTTON[b] for b in cutter.buttons]] = p > 0.5
         sure.append(np.abs(2 * p - 1).mean(1))
     there = np.clip((like / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
-    return actions, (there * np.mean(sure, 0)).astype(np.float32)
+    return actions, (there * np.mean(sure[1:] or sure, 0)).astype(np.float32)
 
 
 def unread(folder, n):
@@ -523,7 +530,8 @@ def run_clip(model, folder, again=False):
         return "read already"
     began, shown = time.time(), len(clip["geometry"].get("buttons") or {}) + len(clip["geometry"].get("sticks") or {})
     if shown:
-        pad = Pad(model, clip, pads)
+        template = folder / "template.png"
+        pad = Pad(model, clip, pads, extract.read_rgba(template) if template.is_file() else None)
         actions, confidence = settle(pad, clip, *pad.read(pads))
     else:
         actions, confidence = np.zeros((n, extract.A), np.float32), np.zeros(n, np.float32)
@@ -586,11 +594,8 @@ def agreement(actions, truth, geometry, lag):
     """How well the actions fit the truth `lag` frames earlier: the overlay may show inputs late."""
     n = len(truth)
     got, true = actions[max(lag, 0):n + min(lag, 0)], truth[max(-lag, 0):n - max(lag, 0)]
-    shown = [BUTTON[b] for b in geometry["buttons"]] + [i for s in geometry["sticks"] for i in range(A_STICK[s], A_STICK[s] + 2)]
+    shown = [BUTTON[b] for b in geometry["buttons"]] + [i for s in geometry["sticks"] for i in range(extract.A)[STICKS[s]]]
     return -float(((got[:, shown] - true[:, shown]) ** 2).sum()) / max(len(got), 1)
-
-
-A_STICK = {side: s.start for side, s in STICKS.items()}
 
 
 def evaluate(args):
@@ -637,33 +642,26 @@ def sheet(path, folders, count=20):
     """The largest errors as pictures: the control at rest, what the net saw, truth and answer. A run of wrong frames is one error."""
     found = []
     for folder in folders:
-        clip, pads = open_clip(folder)
-        actions, truth = np.load(folder / "actions.npy"), np.load(folder / "truth.npy")
-        for side in clip["geometry"]["sticks"]:
-            off = np.hypot(*(actions[:, STICKS[side]] - truth[:, STICKS[side]]).T)
-            found += [(size, folder, side, t) for size, t in error_runs(np.where(off > 0.35, off, 0))]
-        for b in clip["geometry"]["buttons"]:
-            found += [(size, folder, b, t) for size, t in error_runs(np.abs(actions[:, BUTTON[b]] - truth[:, BUTTON[b]]))]
+        geometry, actions, truth = open_clip(folder)[0]["geometry"], np.load(folder / "actions.npy"), np.load(folder / "truth.npy")
+        for control in [*geometry["sticks"], *geometry["buttons"]]:
+            columns = np.arange(extract.A)[STICKS.get(control, slice(BUTTON.get(control), BUTTON.get(control, 0) + 1))]
+            off = np.linalg.norm(actions[:, columns] - truth[:, columns], axis=1)
+            found += [(size, folder, control, t, truth[t, columns], actions[t, columns]) for size, t in error_runs(np.where(off > 0.35, off, 0))]
+    found.sort(key=lambda f: -f[0])
     tiles = []
-    for size, folder, control, t in sorted(found, key=lambda f: -f[0])[:count]:
+    for size, folder, control, t, true, read in found[:count]:
         clip, pads = open_clip(folder)
-        actions, truth = np.load(folder / "actions.npy"), np.load(folder / "truth.npy")
         kind, cutter = int(control not in STICKS), Cutter(clip["geometry"], clip["pad"])
-        j = (cutter.buttons if kind else cutter.sticks).index(control)
-        at = np.linspace(0, len(pads) - 1, 48).astype(int)
-        rest = np.median([cutter(pads[i])[kind][j] for i in at], 0).astype(np.uint8)
+        j = (cutter.sticks, cutter.buttons)[kind].index(control)
+        rest = np.median([cutter(pads[i])[kind][j] for i in np.linspace(0, len(pads) - 1, 48).astype(int)], 0).astype(np.uint8)
         views = [cv2.resize(v, (160, 160), interpolation=cv2.INTER_NEAREST) for v in (rest, cutter(pads[t])[kind][j])]
-        tile = np.full((200, 320, 3), 24, np.uint8)
-        tile[:160] = np.hstack(views)
-        columns = STICKS[control] if not kind else BUTTON[control]
-        say = lambda v: " ".join(f"{x:+.2f}" for x in np.atleast_1d(v[t, columns])) if not kind else ("up", "PRESSED")[int(v[t, columns])]
-        for y, text in ((174, f"{folder.name} frame {t} {control} error {size:.1f}"), (192, f"true {say(truth)}  read {say(actions)}")):
-            cv2.putText(tile, text, (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
+        tile = cv2.copyMakeBorder(np.hstack(views), 0, 40, 0, 0, cv2.BORDER_CONSTANT)
+        for y, text in ((174, f"{folder.name} frame {t} {control} error {size:.1f}"), (192, f"true {np.round(true, 2)}  read {np.round(read, 2)}")):
+            cv2.putText(tile, text, (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (255, 255, 255), 1, cv2.LINE_AA)
         tiles.append(tile)
-    tiles += [np.zeros((200, 320, 3), np.uint8)] * (-len(tiles) % 4)
-    if tiles:
-        extract.save_png(path, np.vstack([np.hstack(tiles[i:i + 4]) for i in range(0, len(tiles), 4)]))
-        print(f"{path}: the {min(count, len(found))} largest of {len(found)} errors")
+    tiles += [np.zeros((200, 320, 3), np.uint8)] * (-len(tiles) % 4 if tiles else 4)
+    extract.save_png(path, np.vstack([np.hstack(tiles[i:i + 4]) for i in range(0, len(tiles), 4)]))
+    print(f"{path}: the {min(count, len(found))} largest of {len(found)} errors")
 
 
 def error_runs(off):
@@ -676,6 +674,7 @@ def error_runs(off):
 # A scene = one skin over one moving background, some frames of play, through one video codec: what a clip folder would hold, with
 # the truth. Everything that differs between channels is drawn per scene: skin, size, opacity, codec, blur, gamma, placement error.
 FRAMES, RESTS = 8, 5                       # frames of a scene; pictures that its pad at rest is the median of
+STEPS = 5000                               # of the default training
 
 
 def play(rng, n):
@@ -844,7 +843,7 @@ def scene(rng, skin, backdrops):
 
 
 class Teacher(torch.utils.data.IterableDataset):
-    """Endless scenes: half of the skins drawn anew, half of them ours, or all from `skins` where given."""
+    """Endless scenes, each of a skin drawn anew, or of one of `skins`."""
 
     def __init__(self, seed, skins=None):
         self.seed, self.skins = seed, skins
@@ -935,8 +934,10 @@ def check(model, scenes):
 
 def train(args):
     """Train on drawn scenes; keep the running mean of the weights; write it again and again."""
-    if args.steps < 1 or args.batch < 8:
-        raise UserError(f"--steps {args.steps} --batch {args.batch}: expected at least 1 and 8")
+    steps = (600 if args.skins else STEPS) if args.steps is None else args.steps
+    peak = (5e-4 if args.skins else 2e-3) if args.lr is None else args.lr
+    if steps < 1 or args.batch < 8:
+        raise UserError(f"--steps {steps} --batch {args.batch}: expected at least 1 and 8")
     skins = extract.load_skins(args.skins) if args.skins else None
     if skins is not None and not [s for s in skins if s.buttons or s.sticks]:
         raise UserError(f"--skins {args.skins}: expected an OBS input-overlay preset (layout .json + atlas .png) or skins with geometry, found none that moves")
@@ -952,15 +953,15 @@ def train(args):
     workers = dict(num_workers=1, prefetch_factor=8) if args.workers else {}
     scenes = iter(torch.utils.data.DataLoader(Teacher(args.seed, skins), batch_size=None, **workers))
     stick_pool, button_pool = Pool(args.pool), Pool(8 * args.pool)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98))
-    warmup = min(200, args.steps // 10 + 1)
-    bar = tqdm(range(1, args.steps + 1), desc=f"train {args.preset}", mininterval=10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.02, betas=(0.9, 0.98))
+    warmup = min(200, steps // 10 + 1)
+    bar = tqdm(range(1, steps + 1), desc=f"train {args.preset}", mininterval=10)
     for step in bar:
         for _ in range(1 if stick_pool.n else 40):                             # one new scene a step, forty before the first
             scene_ = next(scenes)
             stick_pool.add(*scene_[:3])
             button_pool.add(*scene_[3:])
-        lr = args.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / (args.steps + 1)))
+        lr = peak * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / (steps + 1)))
         # --- one step: everything below the next line is book-keeping
         model.train()
         loss = parser_loss(model, generator, stick_pool.draw(generator, args.batch), button_pool.draw(generator, args.batch * 4 // 3))
@@ -975,7 +976,7 @@ def train(args):
             for a, b in zip(mean.state_dict().values(), model.state_dict().values()):
                 a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
         bar.set_postfix_str(" | ".join(f"{k} {v.item():.3f}" for k, v in loss.items()) + f" | lr {lr:.1e}", refresh=False)
-        if step % args.every == 0 or step == args.steps:
+        if step % args.every == 0 or step == steps:
             curve.append({"step": step, **{k: round(v.item(), 4) for k, v in loss.items()}, **check(mean, held), "cpu_s": round(time.process_time())})
             tqdm.write(" | ".join(f"{k} {v}" for k, v in curve[-1].items()))
             save_parser(args.out, mean, step=step, curve=curve, args={k: str(v) for k, v in vars(args).items() if k != "run"})
@@ -1002,9 +1003,9 @@ def main(argv=None):
     p.add_argument("--skins", metavar="DIR", help="OBS input-overlay preset(s) to train on instead of random drawn skins")
     p.add_argument("--ckpt", help="weights to start from (default: none, from scratch)")
     p.add_argument("--preset", default="narrow", choices=PRESETS, help="size of the nets (default: narrow; b0 and larger want a GPU)")
-    p.add_argument("--steps", type=int, default=5000, help="optimiser steps (default: as shipped)")
+    p.add_argument("--steps", type=int, help=f"optimiser steps (default: {STEPS}; with --skins 600)")
     p.add_argument("--batch", type=int, default=64, help="sticks a step, and 4/3 as many buttons (default: as shipped)")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default: as shipped)")
+    p.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: 2e-3; with --skins 5e-4)")
     p.add_argument("--pool", type=int, default=12000, help="stick close-ups kept to draw from, 8 x as many buttons: about 1.3 GB by default")
     p.add_argument("--every", type=int, default=250, help="steps between checks on held-out scenes; the file is written at each")
     p.add_argument("--workers", type=int, default=1, choices=(0, 1), help="1: scenes are rendered by a process of their own (default)")

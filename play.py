@@ -22,7 +22,7 @@ class Client:
                 self._wait("a request for the key; the server has none: leave out --key")
                 mpc.answer_challenge(self.connection, key.encode())
                 mpc.deliver_challenge(self.connection, key.encode())
-        except mpc.AuthenticationError:
+        except (mpc.AuthenticationError, AssertionError, ValueError):      # Python 3.11's handshake asserts
             raise UserError(f"server {self.where}: the key is wrong: give the server's --key") from None
         except (OSError, EOFError) as e:
             raise UserError(f"server {self.where}: expected a server, found {e or 'a closed connection'}: start one with python sample.py serve") from None

@@ -85,7 +85,9 @@ class Policy:
         self.name = str(ckpt)
         self.model, self.meta = M.load(ckpt, self.device, getattr(torch, dtype), unused=False)
         self.config, self.guidance, self.dtype = self.model.config, guidance, dtype
-        self.steps = steps or self.config.steps
+        self.steps = self.config.steps if steps is None else steps
+        if self.steps < 1:
+            raise UserError(f"expected at least 1 Euler step, found {self.steps}: give another --euler")
         self.lock, self.graphs = threading.Lock(), {}
         self.step = torch.compile(self.model.step) if compile else self.model.step
         self.use_graph = self.device.type == "cuda" and not compile
@@ -168,7 +170,7 @@ class Session:
             self.noise = [torch.Generator() for _ in range(self.envs)]
         for i in range(self.envs) if env is None else [env]:
             self.seen[i].clear()
-            self.noise[i].manual_seed(self.seed + i)
+            self.noise[i].manual_seed((self.seed + i) % 2**63)
 
     def predict(self, rgb, noise=None):
         """uint8 (h, w, 3) -> float32 (T, 25), or (B, h, w, 3) -> (B, T, 25); file convention."""
@@ -204,7 +206,7 @@ class Session:
 class Server:
     """Sessions over multiprocessing.connection: framed bytes, never pickles; the messages are described in extract.py. A thread and a Session
     for each client. Whatever a client sends or leaves out costs that client its connection at most."""
-    PATIENCE, IDLE, CLIENTS = 10.0, 600.0, 32      # seconds for a message to arrive or leave, seconds between two, clients at a time
+    PATIENCE, IDLE, CLIENTS = 10.0, 3600.0, 32     # seconds for a message to arrive or leave, seconds between two, clients at a time
 
     def __init__(self, policy, host="127.0.0.1", port=5555, key=None, game=None, seed=0):
         self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
@@ -212,24 +214,23 @@ class Server:
         Session(policy, game)                                                              # a wrong --game is said now
         try:
             self.listener = mpc.Listener((host, port), "AF_INET", backlog=64)
-        except OSError as e:
-            raise UserError(f"can't listen on {host}:{port} ({e.strerror}): give another --port, or this machine's --host") from None
+        except (OSError, OverflowError) as e:
+            raise UserError(f"can't listen on {host}:{port} ({e}): give another --port, or this machine's --host") from None
         self.address = self.listener.address
 
     def run(self):
-        """Serve until `stop` is set or Ctrl-C. Clients that take too long are cut off from here, wherever their thread waits."""
+        """Serve until `stop` is set. Clients that take too long are cut off from here, wherever their thread waits."""
         threading.Thread(target=self.accept, daemon=True).start()
-        try:
-            while not self.stop.wait(0.1):
-                now = time.monotonic()
-                self.cut(lambda due: due < now)
-        except KeyboardInterrupt:
-            pass
-        self.stop.set()
+        while not self.stop.wait(0.1):
+            now = time.monotonic()
+            self.cut(lambda due: due < now)
         self.cut(lambda due: True)
         with contextlib.suppress(OSError), socket.create_connection(self.address, 1):      # wakes accept() up
             pass
         self.listener.close()
+        ends = time.monotonic() + self.PATIENCE            # a chunk that is being computed is waited for
+        while self.due and time.monotonic() < ends:
+            time.sleep(0.05)
 
     def cut(self, late):
         with self.lock:                                    # held while closing too, so that no other connection gets the number meanwhile
@@ -246,10 +247,10 @@ class Server:
                 self.stop.wait(0.1)
                 continue
             with self.lock:
-                full = len(self.due) >= self.CLIENTS
-                if not full:
+                welcome = len(self.due) < self.CLIENTS and not self.stop.is_set()
+                if welcome:
                     self.due[connection] = time.monotonic() + self.PATIENCE
-            if full or self.stop.is_set():
+            if not welcome:
                 with contextlib.suppress(OSError), connection:
                     connection.send_bytes(extract.pack_message({"error": f"the server is full: {self.CLIENTS} clients at a time"}))
             else:
@@ -272,8 +273,8 @@ class Server:
                 self.due[connection], wait = float("inf"), self.IDLE
         except OSError as e:
             self.part(connection, e)
-        except (EOFError, mpc.AuthenticationError):
-            pass                                           # gone, cut off or without the key
+        except (EOFError, mpc.AuthenticationError, AssertionError, ValueError):
+            pass                                           # gone, cut off or without the key; Python 3.11's handshake asserts
         finally:
             with self.lock:
                 del self.due[connection]
@@ -401,7 +402,8 @@ def run_serve(args):
     policy = policy_of(args)
     server = Server(policy, args.host, args.port, args.key, args.game, args.seed)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: server.stop.set())
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, lambda *_: server.stop.set())
     open_to_all = args.host not in ("127.0.0.1", "localhost") and not args.key
     print(f"serving {args.ckpt} on {server.address[0]}:{server.address[1]}{', to anyone who can reach it: consider --key' if open_to_all else ''}; Ctrl-C ends it", flush=True)
     server.run()
@@ -435,7 +437,7 @@ def main(argv=None):
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = every network (default 127.0.0.1, this machine only)")
     p.add_argument("--port", type=int, default=5555, help="TCP port (default 5555)")
     p.add_argument("--key", help="a secret that clients must give (default: none)")
-    return extract.cli(parser, argv, M.ModelError)
+    return extract.cli(parser, argv, M.ModelError, OSError)
 
 
 if __name__ == "__main__":

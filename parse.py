@@ -227,7 +227,7 @@ class Parser(nn.Module):
 
     def buttons(self, panels, mask=None):
         """uint8 (B, 3, S, S, 3) -> logit of "pressed" (B,)."""
-        return self.middle(self.button(self.montage(panels, mask)))[:, 0].mean((1, 2))
+        return self.middle(self.button(self.montage(panels, mask)))[:, 0, 2:-2, 2:-2].mean((1, 2))     # the box, not its neighbours
 
 
 def save_parser(path, model, **extra):
@@ -303,56 +303,80 @@ def on_stick(box, stick):
 
 
 # ------------------------------------------------------------------------------------------------------------------------ decoding
-def decode(p, peak=None):
-    """Grids (n, 11, 11) of probability -> values (n, 2): the mean place over the 3 x 3 window around the peak (or around the cells
-    `peak` (n, 2) [row, column]). Better than argmax (0.2 steps) and than the mean over all cells (drawn to 0 by diffuse mass)."""
-    n = len(p)
-    if peak is None:
-        peak = np.stack(np.divmod(p.reshape(n, -1).argmax(1), GRID), 1)
-    padded = np.pad(p, ((0, 0), (1, 1), (1, 1)))
+def decode(p):
+    """Grids (n, 11, 11) of probability -> values (n, 2) one frame at a time: the mean place over the 3 x 3 window around the peak. Better
+    than argmax (steps of 0.2) and than the mean over all cells (drawn to 0 by diffuse mass)."""
+    peak = np.stack(np.divmod(p.reshape(len(p), GRID ** 2).argmax(1), GRID), 1)
     at = peak[:, :, None] + np.arange(3)                                       # rows and columns of the window in the padded grid
-    window = padded[np.arange(n)[:, None, None], at[:, 0, :, None], at[:, 1, None, :]] + 1e-9
+    window = np.pad(p, ((0, 0), (1, 1), (1, 1)))[np.arange(len(p))[:, None, None], at[:, 0, :, None], at[:, 1, None, :]] + 1e-9
     window /= window.sum((1, 2), keepdims=True)
     offset = np.stack([(window.sum(1) * (-1, 0, 1)).sum(1), (window.sum(2) * (-1, 0, 1)).sum(1)], 1)
     return np.clip((peak[:, ::-1] + offset) * 2 / (GRID - 1) - 1, -1, 1).astype(np.float32)
 
 
-def cells_walk():
-    """How a stick moves from one frame to the next, (121, 121): it mostly stays, moves by a cell or so, springs home, or jumps."""
-    i, home = np.arange(GRID), np.zeros(GRID ** 2)
-    near = np.exp(-0.5 * ((i[:, None] - i) / 1.2) ** 2)
-    near /= near.sum(1, keepdims=True)
-    home[GRID ** 2 // 2] = 1
-    return 0.55 * np.eye(GRID ** 2) + 0.25 * np.kron(near, near) + 0.1 * home + 0.1 / GRID ** 2
+def expect(p):
+    """Posterior grids (n, 11, 11) -> values (n, 2), the mean over all cells: the least squared error where a posterior has several peaks
+    (what smooth_grids leaves is free of diffuse mass), and their spread (n,), 1 standard deviation."""
+    cells = np.linspace(-1, 1, GRID)
+    x, y = p.sum(1), p.sum(2)                                                  # (n, 11) each
+    mean = np.stack([x @ cells, y @ cells], 1)
+    return mean.astype(np.float32), np.sqrt(np.maximum((x + y) @ cells ** 2 - (mean ** 2).sum(1), 0))
 
 
-def smooth(e, walk, start):
-    """Forward-backward: likelihoods e (n, k, states) of k controls in n frames -> posterior (n, k, states) given all frames."""
-    passes = []
+def smooth(e, walk, start, trust, own):
+    """Forward-backward: log likelihoods e (n, k, states) of k controls in n frames -> posterior (n, k, states) given all frames. What
+    the other frames say counts `trust` < 1, since errors of neighbouring frames are alike (same skin, same scene behind); the frame
+    itself counts `own`."""
+    near, passes = np.exp(trust * (e - e.max(-1, keepdims=True))) + 1e-12, []
     for order, matrix, message in ((range(len(e)), walk, start), (range(len(e) - 1, -1, -1), walk.T, np.ones_like(start))):
-        out = np.empty_like(e)
+        out = np.empty_like(near)
         for t in order:
             out[t] = message                                                   # what the frames on this side say of frame t
-            message = (message * e[t]) @ matrix
+            message = (message * near[t]) @ matrix
             message = message / message.sum(-1, keepdims=True)
         passes.append(out)
-    p = passes[0] * passes[1] * e
+    p = passes[0] * passes[1] * (np.exp(own * (e - e.max(-1, keepdims=True))) + 1e-12)
     return p / p.sum(-1, keepdims=True)
 
 
-def smooth_grids(log_p, trust=0.8):
-    """Log grids (n, k, 11, 11) of k sticks -> posterior, same shape. Frames that tell nothing (a dark cap over a dark scene) take their
-    answer from their neighbours; `trust` < 1 allows for errors that neighbouring frames share."""
-    e = log_p.reshape(*log_p.shape[:2], -1).astype(np.float64) * trust
-    e = np.exp(e - e.max(-1, keepdims=True)) + 1e-12
-    return smooth(e, cells_walk(), np.full(GRID ** 2, 1 / GRID ** 2)).reshape(log_p.shape)
+def smooth_grids(log_p, trust=0.3, own=0.8):
+    """Log grids (n, k, 11, 11) of k sticks -> posterior, same shape. A dark cap over a dark scene tells little in one frame; its
+    neighbours tell the rest. The walk: a stick stays, moves by a cell or so, or goes anywhere, most often home.
+
+    The net's answer holds how often the teacher's sticks are in a cell; that is divided out first, or home would win each doubt."""
+    i = np.arange(GRID)
+    near = np.exp(-0.5 * ((i[:, None] - i) / 1.2) ** 2)
+    near /= near.sum(1, keepdims=True)
+    usual = 0.36 * labels(torch.zeros(1, 2)).numpy().ravel().astype(np.float64) + 0.64 / GRID ** 2
+    walk = 0.3 * np.eye(GRID ** 2) + 0.4 * np.kron(near, near) + 0.3 * usual
+    e = log_p.reshape(*log_p.shape[:2], -1).astype(np.float64) - np.log(usual)
+    return smooth(e, walk, usual, trust, own).reshape(log_p.shape)
 
 
 def smooth_buttons(logits, press=0.03, release=0.12, trust=0.8):
     """Logits (n, k) of k buttons -> probability of "pressed" (n, k) given all frames."""
     prior = math.log(0.25 / 0.75)                                              # the teacher's share of presses is in the logits
-    e = np.stack([np.zeros(logits.shape), np.clip(trust * (logits - prior), -20, 20)], -1)
-    return smooth(np.exp(e), np.array([[1 - press, press], [release, 1 - release]]), np.array([release, press]) / (press + release))[..., 1]
+    e = np.stack([np.zeros(logits.shape), np.clip(logits - prior, -20, 20)], -1)
+    return smooth(e, np.array([[1 - press, press], [release, 1 - release]]), np.array([release, press]) / (press + release), trust, trust)[..., 1]
+
+
+def level(logits):
+    """Logits (n, k) -> the same with each button's own threshold at 0: where a video's logits fall into two tight groups, pressed and not,
+    their middle is a better threshold than the net's. A button that is never pressed has one group and stays as it is."""
+    out = logits.copy()
+    for x in out.T:
+        ranked = np.sort(x)
+        k, n = np.arange(1, len(x)), len(x)
+        total = np.cumsum(ranked)[:-1]
+        lo, hi = total / k, (ranked.sum() - total) / (n - k)
+        best = (k * (n - k) * (hi - lo) ** 2).argmax() if n > 1 else None      # Otsu's split: the largest variance between the groups
+        if best is None or hi[best] - lo[best] < 2 or min(best + 1, n - best - 1) < 4:
+            continue
+        spread = np.sqrt((ranked[:best + 1].var() * (best + 1) + ranked[best + 1:].var() * (n - best - 1)) / n)
+        if hi[best] - lo[best] > 3.5 * spread:
+            x -= np.clip((lo[best] + hi[best]) / 2, -2, 2)
+            x *= max(1, 6 / (hi[best] - lo[best]))
+    return out
 
 
 def normalise(values, known):
@@ -388,14 +412,9 @@ def keep_filter(actions, confidence, horizon=HORIZON):
 # ------------------------------------------------------------------------------------------------------------------------- reading
 def open_clip(folder):
     """A clip folder -> clip dict, pads (Frames), after checking that they belong together; None for a recorder's clip (no overlay)."""
-    try:
-        clip = json.loads((folder / "clip.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: expected a clip folder with clip.json, found {type(e).__name__}: make it with extract.py") from None
+    clip = extract.read_clip(folder)
     if not clip.get("box"):
         return clip, None
-    if not (folder / "pads.npy").is_file() or not (folder / "pads_index.npy").is_file():
-        raise UserError(f"{folder}: expected pads.npy and pads_index.npy, found none: cut the clip again with extract.py")
     pads = extract.Frames(folder, "pads")
     if len(pads) == 0 or "pad" not in clip or "geometry" not in clip:
         raise UserError(f"{folder}: expected crops and their geometry, found {len(pads)} crops: cut the clip again with extract.py")
@@ -494,15 +513,14 @@ def settle(pad, clip, grids, clicks, logits, like):
     actions, sure, logits = np.zeros((n, extract.A), np.float32), [np.ones(n)], logits.copy()
     smoothed = smooth_grids(grids) if cutter.sticks else grids
     for i, side in enumerate(cutter.sticks):
-        p = smoothed[:, i].reshape(n, -1)
-        peak = np.stack(np.divmod(p.argmax(1), GRID), 1)                       # which cell: from all frames; where in it: from this frame
-        actions[:, STICKS[side]] = normalise(decode(np.exp(grids[:, i]), peak), cutter.known[side])
-        sure.append(np.sqrt(p.max(1)))
+        values, spread = expect(smoothed[:, i])
+        actions[:, STICKS[side]] = normalise(values, cutter.known[side])
+        sure.append(np.clip(1.2 - spread, 0, 1))
         if THUMB[side] in cutter.buttons and on_stick(geometry["buttons"][THUMB[side]], geometry["sticks"][side]):
             j = cutter.buttons.index(THUMB[side])
             logits[:, j] = (logits[:, j] + clicks[:, i]) / 2                   # the stick's net follows the moving cap
     if cutter.buttons:
-        p = smooth_buttons(logits)
+        p = smooth_buttons(level(logits))
         actions[:, [BUTTON[b] for b in cutter.buttons]] = p > 0.5
         sure.append(np.abs(2 * p - 1).mean(1))
     there = np.clip((like / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
@@ -751,7 +769,7 @@ class Film:
 
 def codec(rng, frames):
     """Frames as a video codec leaves them: a JPEG, then JPEGs of what changed, blocks with little change kept as they were."""
-    quality, inter, keep = rng.integers(35, 95), rng.integers(20, 92), rng.choice([0, 1, 3, 6])
+    quality, inter, keep = rng.integers(45, 95), rng.integers(30, 92), rng.choice([0, 1, 3, 6])
     out, last = [], None
     jpeg = lambda image, q: cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(q)])[1], 1)
     for frame in frames:
@@ -774,7 +792,7 @@ class Look:
         self.rng, self.skin, (W, H) = rng, skin, skin.size
         self.w = int(np.exp(rng.uniform(np.log(96), np.log(380))))
         self.h = max(16, round(self.w * H / W))
-        self.opacity = 1.0 if rng.random() < 0.25 else rng.uniform(0.4, 1)
+        self.opacity = 1.0 if rng.random() < 0.25 else rng.uniform(0.5, 1)
         self.pad = (320, max(16, round(320 * H / W)))
         wrong = rng.choice([0.2, 1])                                           # most placements are better than the worst allowed
         k, shift = 1 + rng.uniform(-0.02, 0.02) * wrong, rng.uniform(-1.5, 1.5, 2) * wrong
@@ -783,7 +801,7 @@ class Look:
         offset = middle + shift - s * np.array(self.pad) / 2
         self.warp = np.float64([[s[0], 0, offset[0] + s[0] / 2 - 0.5], [0, s[1], offset[1] + s[1] / 2 - 0.5]])
         self.passes = rng.choice([0, 1, 1, 2])
-        self.blur = rng.uniform(0.4, 1.2) if rng.random() < 0.3 else 0
+        self.blur = rng.uniform(0.4, 1.2) if rng.random() < 0.2 else 0
         gamma, gain, lift = np.exp(rng.normal(0, 0.2)), rng.uniform(0.75, 1.1), rng.uniform(0, 20)
         self.lut = np.clip(255 * gain * (np.arange(256) / 255) ** gamma + lift, 0, 255).astype(np.uint8)
         self.lut = self.lut if rng.random() < 0.4 else None
@@ -843,10 +861,10 @@ def scene(rng, skin, backdrops):
 
 
 class Teacher(torch.utils.data.IterableDataset):
-    """Endless scenes, each of a skin drawn anew, or of one of `skins`."""
+    """Endless scenes, each of a skin drawn anew, or of one of `skins` (then a share `fresh` is drawn anew, lest the net forget)."""
 
-    def __init__(self, seed, skins=None):
-        self.seed, self.skins = seed, skins
+    def __init__(self, seed, skins=None, fresh=0.25):
+        self.seed, self.skins, self.fresh = seed, skins, fresh
 
     def __iter__(self):
         cv2.setNumThreads(1)
@@ -856,7 +874,7 @@ class Teacher(torch.utils.data.IterableDataset):
         while True:
             if rng.random() < 0.25:
                 backdrops[rng.integers(24)] = extract.backdrop(rng, 400, 600)
-            skin = self.skins[rng.integers(len(self.skins))] if self.skins else extract.random_skin(rng)
+            skin = extract.random_skin(rng) if not self.skins or rng.random() < self.fresh else self.skins[rng.integers(len(self.skins))]
             yield [torch.from_numpy(a) for a in scene(rng, skin, backdrops)]
 
 
@@ -922,14 +940,14 @@ def parser_loss(model, generator, sticks, buttons):
 def check(model, scenes):
     """Single-frame score on drawn scenes: R2 of the sticks, F1 of clicks and buttons together."""
     model.eval()
-    log_p, clicks = zip(*(model.sticks(s[0]) for s in scenes if len(s[0])))
+    log_p, clicks = zip(*(model.sticks(s[0]) for s in scenes if len(s[0]))) if any(len(s[0]) for s in scenes) else ([torch.zeros(0, GRID, GRID)], [])
     got, true = decode(torch.cat(log_p).exp().numpy()), torch.cat([s[1] for s in scenes]).numpy()
-    r2 = 1 - ((got - true) ** 2).sum() / ((true - true.mean(0)) ** 2).sum()
+    fit = 1 - ((got - true) ** 2).sum() / ((true - true.mean(0)) ** 2).sum() if len(true) else float("nan")
     logits = torch.cat([model.buttons(s[3]) for s in scenes] + list(clicks))
     true = torch.cat([s[4] for s in scenes] + [s[2] for s in scenes])
     hit = ((logits > 0) & (true == 1)).sum()
     f1 = 2 * hit / ((logits > 0) & ~true.isnan()).sum().add((true == 1).sum()).clamp(min=1)
-    return {"stick R2": round(float(r2), 4), "button F1": round(float(f1), 4)}
+    return {"stick R2": round(float(fit), 4), "button F1": round(float(f1), 4)}
 
 
 def train(args):
@@ -938,7 +956,7 @@ def train(args):
     peak = (5e-4 if args.skins else 2e-3) if args.lr is None else args.lr
     if steps < 1 or args.batch < 8:
         raise UserError(f"--steps {steps} --batch {args.batch}: expected at least 1 and 8")
-    skins = extract.load_skins(args.skins) if args.skins else None
+    skins = extract.load_skins(args.skins, 480) if args.skins else None       # larger is slower to draw
     if skins is not None and not [s for s in skins if s.buttons or s.sticks]:
         raise UserError(f"--skins {args.skins}: expected an OBS input-overlay preset (layout .json + atlas .png) or skins with geometry, found none that moves")
     torch.manual_seed(args.seed)
@@ -947,7 +965,7 @@ def train(args):
     mean = load_parser(args.ckpt) if args.ckpt else Parser(args.preset)
     mean.load_state_dict(model.state_dict())
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    held = iter(Teacher(args.seed + 1000, skins))
+    held = iter(Teacher(args.seed + 1000, skins, fresh=0))
     held = [next(held) for _ in range(16)]
     curve = [{"step": 0, **check(mean, held)}] if args.ckpt else []
     workers = dict(num_workers=1, prefetch_factor=8) if args.workers else {}
@@ -964,7 +982,7 @@ def train(args):
         lr = peak * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / (steps + 1)))
         # --- one step: everything below the next line is book-keeping
         model.train()
-        loss = parser_loss(model, generator, stick_pool.draw(generator, args.batch), button_pool.draw(generator, args.batch * 4 // 3))
+        loss = parser_loss(model, generator, stick_pool.draw(generator, args.batch), button_pool.draw(generator, 3 * args.batch))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         sum(loss.values()).backward()
@@ -1004,7 +1022,7 @@ def main(argv=None):
     p.add_argument("--ckpt", help="weights to start from (default: none, from scratch)")
     p.add_argument("--preset", default="narrow", choices=PRESETS, help="size of the nets (default: narrow; b0 and larger want a GPU)")
     p.add_argument("--steps", type=int, help=f"optimiser steps (default: {STEPS}; with --skins 600)")
-    p.add_argument("--batch", type=int, default=64, help="sticks a step, and 4/3 as many buttons (default: as shipped)")
+    p.add_argument("--batch", type=int, default=64, help="sticks a step, and three times as many buttons (default: as shipped)")
     p.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: 2e-3; with --skins 5e-4)")
     p.add_argument("--pool", type=int, default=12000, help="stick close-ups kept to draw from, 8 x as many buttons: about 1.3 GB by default")
     p.add_argument("--every", type=int, default=250, help="steps between checks on held-out scenes; the file is written at each")

@@ -368,6 +368,8 @@ class Context(NamedTuple):
 
     def repeat(self, r):
         """Each sample r times in a row: r noises and times share one context, in training the cheapest samples there are."""
+        if r == 1:
+            return self
         return Context(self.tokens.repeat_interleave(r, 0), [kv and tuple(x.repeat_interleave(r, 0) for x in kv) for kv in self.kv])
 
     def cat(self, other):
@@ -391,7 +393,8 @@ class NitroGen(nn.Module):
         c, D, V = config, config.width, config.vision_width
         self.config, self.checkpointing = config, False
         self.vision = Vision(c)
-        self.game_embedding = Embedding(len(c.games) + 1, V, padding_idx=0, scale_grad_by_freq=True) if c.games else None     # row 0, zeros: no game
+        # Row 0, zeros: no game. A game's gradient is the mean over its samples in a batch, not the sum [R, seen in the golden gradients].
+        self.game_embedding = Embedding(len(c.games) + 1, V, padding_idx=0, scale_grad_by_freq=True) if c.games else None
         self.mixing = nn.ModuleList(Block(V, c.mixing) for _ in range(c.mixing.layers))
         self.action_encoder = ActionEncoder(c.embodiments, c.action_dim, D)
         self.position_embedding = Embedding(c.position_rows, D) if c.position_rows else None
@@ -428,7 +431,7 @@ class NitroGen(nn.Module):
         games (B,) ids, 0 or None = no game. keep (B, F) bool: a dropped frame leaves no token, its room becomes padding [R]. Fewer
         frames than the model has room for are the newest ones.
         """
-        c, (B, n, N, V) = self.config, seen.shape
+        c, (B, n, N) = self.config, seen.shape[:3]
         x = seen.flatten(1, 2)                                                                      # (B, F N, V)
         if c.games:
             games = torch.zeros(B, dtype=torch.long, device=x.device) if games is None else games

@@ -355,8 +355,7 @@ def smooth_grids(log_p, trust=0.3, own=0.8):
 
 def smooth_buttons(logits, press=0.03, release=0.12, trust=0.8):
     """Logits (n, k) of k buttons -> probability of "pressed" (n, k) given all frames."""
-    prior = math.log(0.25 / 0.75)                                              # the teacher's share of presses is in the logits
-    e = np.stack([np.zeros(logits.shape), np.clip(logits - prior, -20, 20)], -1)
+    e = np.stack([np.zeros(logits.shape), np.clip(logits, -20, 20)], -1)       # (n, k, 2): off, on
     return smooth(e, np.array([[1 - press, press], [release, 1 - release]]), np.array([release, press]) / (press + release), trust, trust)[..., 1]
 
 
@@ -450,9 +449,13 @@ class Pad:
         before, now = ([np.stack([c[i] for c in cuts]) for i in range(2)] for cuts in (before, now))
         usual = np.median(np.stack(crops[::2]), 0).astype(np.uint8)
         self.rest = self.cutter(usual)
+        median = [r.copy() for r in self.rest]
         self.trust_template(usual, template)
-        for _ in range(2):                                                     # the median over frames that were read as at rest
-            self.improve(before, now)
+        seldom = [(r != m).any((1, 2, 3)) for r, m in zip(self.rest, median)]
+        for turn in range(2):                                                  # the median over frames that were read as at rest
+            for kind, few in enumerate(self.improve(before, now)):
+                if turn == 0:                                                  # never at rest beside the template: the template is at fault
+                    self.rest[kind][seldom[kind] & few] = median[kind][seldom[kind] & few]
         self.outline = edges(usual)
         self.usual = np.median([self.likeness(c) for c in crops])
 
@@ -472,14 +475,16 @@ class Pad:
             self.rest[kind][seldom] = drawn[kind][seldom]
 
     def improve(self, before, now):
-        """Make each control's rest picture again from the frames in which the net, given the old one, sees it at rest."""
+        """Make each control's rest picture again from the frames in which the net, given the old one, sees it at rest. -> of sticks and
+        of buttons: which have too few such frames."""
         k, e = now[0].shape[:2]
         grids, clicks, logits = net_reads(self.model, [montages(b, n, r) for b, n, r in zip(before, now, self.rest)])
         still = np.hypot(*decode(np.exp(grids)).T) < 0.2
-        for kind, quiet in enumerate(((still & (clicks < 0)).reshape(k, e), (logits < -0.5).reshape(k, -1))):
-            for j in range(quiet.shape[1]):
-                if quiet[:, j].sum() >= 8:
-                    self.rest[kind][j] = np.median(now[kind][quiet[:, j], j], 0)
+        quiets = (still & (clicks < 0)).reshape(k, e), (logits < -0.5).reshape(k, -1)
+        for kind, quiet in enumerate(quiets):
+            for j in np.flatnonzero(quiet.sum(0) >= 8):
+                self.rest[kind][j] = np.median(now[kind][quiet[:, j], j], 0)
+        return [quiet.sum(0) < 8 for quiet in quiets]
 
     def likeness(self, crop):
         """Correlation of the crop's edges with those of the pad at rest: falls towards 0 where the overlay is gone or covered."""

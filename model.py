@@ -164,6 +164,7 @@ class Config:
 
 
 def dit_stack(layers, heads, head_width):
+    """The DiT half of a preset: interleaved, AdaLN, norms without affine."""
     return Stack(layers, heads, head_width, interleave=True, ada=True, affine=False)
 
 
@@ -204,6 +205,8 @@ def linear(x, weight, bias):
 # torch's layers without their own random numbers, which init() or a checkpoint would overwrite (on the meta device they cost 70 MB of imports).
 
 class Linear(nn.Linear):
+    """nn.Linear that skips its random fill (a checkpoint or create() fills it) and multiplies by linear() above."""
+
     def reset_parameters(self):
         pass
 
@@ -212,11 +215,15 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
+    """nn.Embedding without its random fill."""
+
     def reset_parameters(self):
         pass
 
 
 class Conv2d(nn.Conv2d):
+    """nn.Conv2d without its random fill."""
+
     def reset_parameters(self):
         pass
 
@@ -241,6 +248,8 @@ def sine_table(rows, width, device, dtype):
 
 
 class Attention(nn.Module):
+    """Multi-head attention of x over itself, or over a context of width `source`; keys and values can be computed once and handed in."""
+
     def __init__(self, width, heads, source=None, bias=True):
         super().__init__()
         self.heads = heads
@@ -263,6 +272,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """width -> inner -> width with one of the named activations, gated or not."""
+
     def __init__(self, width, inner, activation, dropout=0.0):
         super().__init__()
         self.gated, self.dropout = activation in GATED, dropout
@@ -351,6 +362,8 @@ class ActionEncoder(nn.Module):
 
 
 class ActionDecoder(nn.Module):
+    """Two category-wise layers with a ReLU: DiT output (B, T, D) -> velocity (B, T, A)."""
+
     def __init__(self, n, D, A):
         super().__init__()
         self.layer1, self.layer2 = CategoryLinear(n, D, D), CategoryLinear(n, D, A)
@@ -388,6 +401,8 @@ class Times(NamedTuple):
 
 
 class NitroGen(nn.Module):
+    """The policy: encode(frames) -> Context, velocity(a, t, context), forward = both."""
+
     def __init__(self, config):
         super().__init__()
         c, D, V = config, config.width, config.vision_width
@@ -721,6 +736,7 @@ GOOGLE_HEADS = {"base": 12, "large": 16, "so400m": 16, "giant": 16}     # google
 
 
 def rename(name):
+    """A released tensor's name -> ours."""
     for pattern, new in RENAME:
         name = pattern.sub(new, name)
     return name
@@ -822,11 +838,13 @@ def convert_siglip(path, name):
 # -------------------------------------------------------------------------------------------------------------- the command line
 
 def count(model):
+    """(parameters, tensors) of a model."""
     state = model.state_dict()
     return sum(t.numel() for t in state.values()), len(state)
 
 
 def show_presets(args):
+    """Print the table of presets."""
     print(f"{'preset':10}{'parameters':>13}{'tensors':>9}{'image tokens':>14}{'actions':>10}{'weights':>10}{'training':>11}")
     for name, c in PRESETS.items():
         with torch.device("meta"):
@@ -851,6 +869,7 @@ def read_games(path):
 
 
 def run_convert(args):
+    """Convert a released checkpoint, or Google's vision weights, to one .safetensors."""
     path = Path(args.file)
     if not path.is_file():
         raise ModelError(f"{path}: expected ng.pt or SigLIP2's model.safetensors, found {'a folder' if path.is_dir() else 'nothing there'}: check the path")
@@ -868,6 +887,7 @@ def run_convert(args):
 
 
 def run_info(args):
+    """Print what a checkpoint says of itself."""
     meta, table, path = read_meta(args.file)
     c = meta["config"]
     print(f"{path}: step {meta.get('step')}, {sum(math.prod(s) for _, s, _ in table.values()):,} parameters in {len(table)} tensors")
@@ -877,11 +897,14 @@ def run_info(args):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse with its mistakes as one error line."""
+
     def error(self, message):
         raise ModelError(f"{message}: {self.prog} --help tells more")
 
 
 def main(argv=None):
+    """Parse the command line; without a command, the table of presets."""
     parser = Parser(description="The policy's sizes and weights.", allow_abbrev=False)
     parser.set_defaults(run=show_presets)
     sub = parser.add_subparsers()

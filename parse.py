@@ -18,7 +18,6 @@ segmentation, much better than regression] and a button's into one logit. Reads 
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -112,6 +111,8 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention, then x + feed-forward, each after its norm (arXiv 2105.15203, Sec. 3.1)."""
+
     def __init__(self, d, heads, sr, mlp):
         super().__init__()
         self.layer_norm_1, self.attention = nn.LayerNorm(d), Attention(d, heads, sr)
@@ -574,6 +575,7 @@ def folders_of(data):
 
 
 def run(args):
+    """Read every clip folder of this process's share."""
     model, wrong = load_parser(args.ckpt).to(args.device), []
     for folder in extract.shard(folders_of(args.data)):
         try:
@@ -656,6 +658,7 @@ def mean_of(rows):
 
 
 def line_of(name, row):
+    """One line of scores."""
     sticks = [row[k] for k in ("left R2", "right R2") if k in row]
     return (f"{name}: stick R2 {' '.join(f'{v:.3f}' for v in sticks)} | accuracy {row['accuracy']:.4f} | precision {row['precision']:.3f} | "
             f"recall {row['recall']:.3f} | F1 {row['F1']:.3f} | press {row['timing']:.1f} frames off | lag {row['lag']:.0f}")
@@ -1008,6 +1011,7 @@ def train(args):
 
 
 def main(argv=None):
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="parse.py", description="Read buttons and sticks from the overlay crops.", allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="run | train | eval")
     p = verbs.add_parser("run", help="read every clip folder of DATA", allow_abbrev=False)

@@ -326,12 +326,14 @@ def borrow(connection):
 # -------------------------------------------------------------------------------------------------------------- the command line
 
 def policy_of(args):
+    """The policy that the common flags ask for; prints the device and why."""
     policy = Policy(args.ckpt, args.device, args.dtype, args.euler, args.cfg, args.compile)
     print(f"device: {policy.device} ({policy.reason}), {policy.dtype}, {policy.steps} steps")
     return policy
 
 
 def run_image(args):
+    """One chunk from one or more pictures -> chunk.npy."""
     policy = policy_of(args)
     c = policy.config
     if len(args.images) > c.frames:
@@ -360,6 +362,7 @@ def picture(path):
 
 
 def np_noise(path, shape):
+    """Noise float32 (T, A) from a .npy; UserError names what is wrong with it."""
     try:
         noise = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
@@ -399,6 +402,7 @@ def skin_size(shape, h, w):
 
 
 def run_serve(args):
+    """Serve until Ctrl-C or SIGTERM."""
     policy = policy_of(args)
     server = Server(policy, args.host, args.port, args.key, args.game, args.seed)
     if threading.current_thread() is threading.main_thread():
@@ -410,6 +414,7 @@ def run_serve(args):
 
 
 def main(argv=None):
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Sample actions from a policy.", allow_abbrev=False)
     sub = parser.add_subparsers(required=True, metavar="image | video | serve")
 

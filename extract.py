@@ -1653,13 +1653,13 @@ def localise(frames, matcher):
         picture = median_image(group)
         gray = picture.astype(np.float32)
         kinds = matcher.kinds if group is frames else matcher.kinds[-1:]                            # SIFT adds little where XFeat saw nothing
-        for find in matcher.search(picture, kinds)[:4]:
-            rejected = max(rejected, find.inliers)
-            if find.inliers < MIN_INLIERS or (best and find.inliers <= best.inliers):
-                continue
-            flat = matcher.flats[find.skin]
-            find.affine, find.edges = refine(gray, flat, find.affine)
-            find.seen = float(np.mean([edge_agreement(g, flat, find.affine) > 0.5 * find.edges for g in floats]))
+        finds = matcher.search(picture, kinds)
+        rejected = max([rejected, *(f.inliers for f in finds)])
+        close = [f for f in finds if f.inliers >= max(MIN_INLIERS, 0.5 * finds[0].inliers, best.inliers + 1 if best else 0)][:4]
+        for find in close:
+            find.affine, find.edges = refine(gray, matcher.flats[find.skin], find.affine)
+        for find in sorted(close, key=lambda f: -f.edges)[:1]:                                      # colour siblings share corners; their edges tell them apart
+            find.seen = float(np.mean([edge_agreement(g, matcher.flats[find.skin], find.affine) > 0.5 * find.edges for g in floats]))
             if find.edges >= MIN_EDGES and find.seen >= 0.2:                                        # stands in at least 5 of 25 frames
                 best = find
         if best and best.inliers >= 1.5 * MIN_INLIERS:

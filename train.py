@@ -1,0 +1,959 @@
+"""Train the policy by conditional flow matching, from scratch or from a checkpoint. Paper §3.4, arXiv 2601.02427.
+
+    python train.py DATA... --out RUN --preset toy [--steps N]                 from scratch, on clip folders with actions
+    python train.py DATA... --out RUN --ckpt ng.safetensors --freeze vision    post-training
+    python train.py --resume RUN                                               goes on where it stopped, bit for bit on a CPU
+    torchrun --standalone --nproc-per-node 8 train.py DATA... --out RUN        the same batch, shared by 8 GPUs (nccl) or processes (gloo)
+
+In: DATA/CLIP/ with clip.json, frames.npy, frames_index.npy, actions.npy float32 (n, 25), and where they exist keep.npy bool (n,): this row may
+start a chunk; human.npy bool (n,): here a person took over; truth.npy for --truth. Out, under RUN:
+    model.safetensors    the average of the weights (EMA): what sample.py, play.py and --ckpt load
+    state.safetensors    raw weights, average, AdamW's moments, step: what --resume needs
+    log.csv, curve.png   a line a step; the curves drawn
+
+Every random number is a function of the seed and of the sample's or the step's global number, so a resumed run, another number of processes or
+another size of micro-batch draws the same frames, noises, times and augmentations.
+Letters as in model.py, and M draws: pairs of noise and time for each encoded frame.
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+import weakref
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import extract
+import model as M
+from extract import BUTTONS, UserError
+
+OPEN_CLIPS = 100                     # clips held open at a time, two files each: under every system's limit
+WEIGHT_DECAY, EMA = 0.001, 0.9999    # [P]
+BETAS, CLIP = (0.9, 0.99), 1.0       # AdamW's, and the largest gradient norm [O: the paper gives none]
+ROTATION = 5.0                       # degrees each way [P]
+COLOUR, HUE, CROP = 0.1, 0.02, 0.95  # brightness, contrast, saturation 1 +- COLOUR; turns of hue; least side of a crop [O: the paper names them without ranges]
+DIVERGED = 4.0                       # a velocity of zero costs 1 + E[a^2], at most 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the loss
+def draw_times(rng, n, config):
+    """n times t = (1 - Beta(1.6, 0.8)) s: two thirds of them below 0.4, where noise has to become a plan [§3.4; the numbers: R]."""
+    return ((1 - rng.beta(*config.beta, n)) * config.noise_s).astype(np.float32)
+
+
+def cfm_loss(model, frames, actions, mask=None, games=None, keep=None, noise=None, t=None, total=None):
+    """Conditional flow matching [§3.4]: how far the network's velocity at a point between noise and action is from action - noise.
+
+    frames (B, F, 256, 256, 3), actions (B, T, A) in the model's convention, mask (B, T) or (B, T, A): which of them count, games (B,) ids,
+    keep (B, F). noise (M B, T, A) and t (M B,): sample i owns the rows i M to i M + M - 1; drawn anew, M = 1, where not given. total: how many
+    action values to divide by where this is a part of a larger batch (default: those of the mask). -> a scalar.
+    """
+    config = getattr(model, "module", model).config
+    noise = torch.randn_like(actions) if noise is None else noise                                         # (M B, T, A)
+    t = torch.from_numpy(draw_times(np.random.default_rng(int(torch.randint(2**62, ()))), len(noise), config)).to(noise) if t is None else t
+    draws = len(noise) // len(actions)
+    a = actions.repeat_interleave(draws, 0)                                                               # (M B, T, A)
+    w = torch.ones_like(actions) if mask is None else (mask if mask.ndim == 3 else mask[..., None]).expand_as(actions).to(actions.dtype)
+    w = w.repeat_interleave(draws, 0)                                                                     # (M B, T, A)
+    at = t[:, None, None]
+    x = (1 - at) * noise + at * a                              # x_t: the straight line from noise (t = 0) to action (t = 1)
+    v = model(x, t, frames, games, keep)                       # what the network takes for dx/dt
+    square = (v.float() - (a - noise)) ** 2                    # dx/dt is a - noise everywhere on that line
+    return (square * w).sum() / ((w.sum() if total is None else total) + 1e-6)                            # [R: masked mean]
+
+
+@torch.no_grad()
+def sample_chunks(model, frames, noise, games=None, keep=None):
+    """Noise (B, T, A) -> the sampler's tensor (B, T, A): x += v / k from t = 0, sample.py's Euler steps without its guidance and graphs."""
+    config, context, x = model.config, model.encode(frames, games, keep), noise
+    for i in range(config.steps):
+        x = x + model.velocity(x, torch.full((len(x),), int(i / config.steps * config.buckets), device=x.device), context) / config.steps
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the clips
+@functools.lru_cache(OPEN_CLIPS)
+def open_clip(folder, actions):
+    """(Frames, the actions of file `actions`, memory-mapped) of a clip."""
+    return extract.Frames(folder), extract.read_npy(Path(folder) / actions, np.float32, 2)
+
+
+class Clip:
+    """One clip folder, checked: which frames may start a chunk, and chunks at the model's rate from a clip of any rate."""
+
+    def __init__(self, folder, config, truth=False, human_weight=1.0):
+        self.folder, self.file, meta = Path(folder), "truth.npy" if truth else "actions.npy", extract.read_clip(folder)
+        frames, actions = open_clip(str(folder), self.file)
+        self.n, self.fps, self.game = len(actions), meta.get("fps"), str(meta.get("game") or "unknown")
+        if type(self.fps) not in (int, float) or not 1 <= self.fps <= 1000:
+            raise UserError(f"{folder}: expected 1 to 1000 frames a second as \"fps\" in clip.json, found {self.fps!r}: mend it or delete the clip")
+        if actions.shape != (frames.n, extract.A):
+            raise UserError(f"{folder}/{self.file}: expected {frames.n} x {extract.A}, one row a video frame, found {actions.shape}: delete it and run its stage again")
+        low, high = (actions.min(0), actions.max(0)) if self.n else (np.zeros(extract.A),) * 2             # NaN passes through both
+        if not (low >= [0] * len(BUTTONS) + [-1.001] * 4).all() or not (high <= 1.001).all():
+            bad = int(np.flatnonzero(~((actions[:, :-4] >= 0).all(1) & (np.abs(actions) <= 1.001).all(1)))[0])
+            raise UserError(f"{folder}/{self.file}: expected buttons in 0..1 and sticks in -1..1, found "
+                            f"{'NaN' if np.isnan(actions[bad]).any() else 'others'} in row {bad}: run its stage again or delete the clip")
+        self.ratio = self.fps / config.hz                                                                  # rows of the clip for one action
+        self.shift, self.horizon = config.action_shift, config.horizon
+        keep = self.flags("keep.npy", np.ones(self.n, bool))[frames.numbers]
+        self.kept = np.flatnonzero(keep & (self.edges(frames.numbers)[:, 0] < self.n)).astype(np.int32)    # frames that may start a chunk
+        self.rows = frames.numbers[self.kept]                                                              # and their rows, int64
+        self.weight, self.cumulative = float(len(self.kept)), None
+        if human_weight != 1 and len(self.kept):
+            weights = np.where(self.flags("human.npy", np.zeros(self.n, bool))[self.rows], human_weight, 1.0)
+            self.cumulative = np.cumsum(weights)
+            self.weight = float(self.cumulative[-1])
+        self.sum = actions.sum(0, dtype=np.float64)
+
+    def flags(self, name, default):
+        """A bool (n,) file of the clip, or the default where there is none."""
+        if not (self.folder / name).is_file():
+            return default
+        flags = extract.read_npy(self.folder / name, np.dtype(bool), 1)
+        if len(flags) != self.n:
+            raise UserError(f"{self.folder / name}: expected {self.n} rows, one a video frame, found {len(flags)}: delete it and run its stage again")
+        return flags
+
+    def edges(self, row):
+        """Rows (...) of frames -> (..., T + 1): the row at which each action of the chunk begins, and where the last one ends."""
+        steps = self.shift + np.arange(self.horizon + 1)
+        return np.floor(np.asarray(row)[..., None] + steps * self.ratio + 1e-6).astype(np.int64)
+
+    def chunk(self, row):
+        """Row of a frame -> actions float32 (T, 25), mask bool (T,) (False: past the clip's end), the last action before the frame (25,).
+
+        A faster clip: a button counts as pressed when it was at any of the action's rows. A slower one: a row is held. Sticks: the first row.
+        """
+        _, actions = open_clip(str(self.folder), self.file)
+        edges = np.minimum(self.edges(row), self.n)
+        begin = np.minimum(edges[:-1], self.n - 1)
+        rows = actions[begin[0]:max(edges[-1], begin[-1] + 1)]
+        out = rows[begin - begin[0]]
+        out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
+        return out, edges[:-1] < self.n, actions[max(row - 1, 0)]
+
+    def pictures(self, j, config):
+        """Kept frame j and what was before it -> uint8 (F, 256, 256, 3), oldest first, and bool (F,): which of them the clip has."""
+        frames, row = open_clip(str(self.folder), self.file)[0], self.rows[j]
+        pictures, keep = [frames[int(self.kept[j])]], [True]
+        if pictures[0].shape != (config.image, config.image, 3):
+            raise UserError(f"{self.folder}: expected frames of {config.image} x {config.image}, found {pictures[0].shape[1]} x {pictures[0].shape[0]}: cut the clip again")
+        for back in range(1, config.frames):
+            i = np.searchsorted(frames.numbers, row - back * config.frame_spacing * self.ratio + 1e-6, "right") - 1
+            pictures.append(frames[i] if i >= 0 else np.zeros_like(pictures[0]))
+            keep.append(i >= 0)
+        return np.stack(pictures[::-1]), np.array(keep[::-1])
+
+
+def load_clips(data, config, truth=False, human_weight=1.0, say=print):
+    """Every clip of the folders `data` that has a chunk to learn from; one line names those left out, UserError when none is left."""
+    clips, short = [], []
+    for folder in data:
+        for path in [Path(folder)] if (Path(folder) / "clip.json").is_file() else extract.clips_in(folder):
+            clip = Clip(path, config, truth, human_weight)
+            if len(clip.kept):
+                clip.pictures(0, config)                                                       # a broken first picture is said now
+            (clips if len(clip.kept) else short).append(clip)
+    if short:
+        why = f"{short[0].folder}: {short[0].n} rows, none of its frames may start a chunk (too short, or all filtered out by keep.npy)"
+        if not clips:
+            raise UserError(f"{why}{f', and {len(short) - 1} more like it' if len(short) > 1 else ''}: nothing is left to train on: give longer clips")
+        say(f"left out {len(short)} clip(s) | {why}")
+    return clips
+
+
+def split(clips, share):
+    """Clips -> (training, held out), by a hash of each clip's name: stable when clips are added. A game of two or more clips has at least one
+    on each side, so that validation can speak of it."""
+    place = {clip: zlib.crc32(clip.folder.name.encode()) / 2**32 for clip in clips}
+    held = set()
+    for game in {c.game for c in clips} if share > 0 else ():
+        mine = sorted((c for c in clips if c.game == game), key=lambda c: (place[c], c.folder.name))
+        n = sum(place[c] < share for c in mine)
+        held |= set(mine[:min(max(n, 1), len(mine) - 1)])
+    return [c for c in clips if c not in held], [c for c in clips if c in held]
+
+
+# ------------------------------------------------------------------------------------------------------------------- the sampler
+def stream(seed, number, kind=0):
+    """A generator of its own for sample or step `number`: counter-based (Philox), so nothing has to be drawn before it."""
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, number], counter=[0, 0, 0, kind]))
+
+
+class Batch(NamedTuple):
+    """What one forward pass needs."""
+    frames: Tensor                            # uint8 (B, F, 256, 256, 3)
+    actions: Tensor                           # (B, T, A) in the model's convention
+    mask: Tensor                              # bool (B, T)
+    games: Tensor                             # (B,) ids, 0 = none
+    keep: Tensor                              # bool (B, F)
+    noise: Tensor                             # (M B, T, A)
+    t: Tensor                                 # (M B,)
+    colour: Tensor                            # (B, 3, 4), see augmentation
+    warp: Tensor                              # (B, 2, 3)
+    last: Tensor                              # (B, A) the action before the frame, in file convention
+    clip: Tensor                              # (B,) number of the clip
+
+    def to(self, device):
+        if device.type == "cpu":
+            return self
+        return Batch(*(x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device) for x in self))
+
+
+class Sampler:
+    """Chunks drawn uniformly over all kept frames, or each game alike (`balance`). A batch of B takes one frame from each of B equal shares of
+    the (weighted) frames in a row, so it holds every clip and game in its share, which is less noise for nothing than independent draws [O]."""
+
+    def __init__(self, clips, config, batch, draws=1, seed=0, balance=False, augment=True, game_ids=None, drop_games=0.0, on_cpu=True):
+        self.clips, self.config, self.batch, self.draws, self.seed = clips, config, batch, draws, seed
+        self.augment, self.on_cpu, self.drop_games = augment, on_cpu, drop_games
+        self.ids = [(game_ids or {}).get(c.game, 0) for c in clips]
+        weights = np.array([c.weight for c in clips])
+        if balance:
+            games = np.array([c.game for c in clips])
+            weights = weights / np.array([max(weights[games == g].sum(), 1e-300) for g in games])
+        if not weights.sum() > 0:
+            raise UserError("expected frames of weight above 0 to draw from, found none: give another --human-weight")
+        self.edges = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
+
+    def picks(self, step):
+        """The batch of a step: (number of the clip, which of its kept frames), int64 (B,) each."""
+        u = (np.arange(self.batch) + stream(self.seed, step, 1).random(self.batch)) / self.batch           # one in each share
+        clip = np.clip(np.searchsorted(self.edges, u, "right") - 1, 0, len(self.clips) - 1)
+        inside = np.clip((u - self.edges[clip]) / np.maximum(np.diff(self.edges)[clip], 1e-300), 0, 1 - 1e-12)
+        frame = np.empty(self.batch, np.int64)
+        for i, (c, x) in enumerate(zip(clip, inside)):
+            c = self.clips[c]
+            j = int(x * len(c.kept)) if c.cumulative is None else int(np.searchsorted(c.cumulative, x * c.weight, "right"))
+            frame[i] = min(j, len(c.kept) - 1)
+        return clip, frame
+
+    def total(self, step):
+        """How many action values count in the whole batch of a step, all processes' shares together."""
+        steps = sum(int((self.clips[k].edges(self.clips[k].rows[j])[:-1] < self.clips[k].n).sum()) for k, j in zip(*self.picks(step)))
+        return steps * self.draws * self.config.action_dim
+
+    def load(self, step, begin=0, end=None):
+        """Samples begin..end of a step's batch -> Batch. Runs in threads: decoding and warping leave Python's lock."""
+        clips, frames = self.picks(step)
+        rows = [self.sample(step * self.batch + j, int(clips[j]), int(frames[j])) for j in range(begin, self.batch if end is None else end)]
+        frames, actions, mask, game, keep, noise, t, colour, warp, last = (np.stack(x) for x in zip(*rows))
+        actions = M.actions_in(torch.from_numpy(actions), self.config.old_layout)
+        return Batch(torch.from_numpy(frames), actions, *map(torch.from_numpy, (mask, game, keep)), torch.from_numpy(noise).flatten(0, 1),
+                     torch.from_numpy(t).flatten(), *map(torch.from_numpy, (colour, warp, last)), torch.from_numpy(clips[begin:end]))
+
+    def sample(self, number, k, j):
+        """Everything of the sample with this global number: kept frame j of clip k."""
+        rng, clip, c = stream(self.seed, number), self.clips[k], self.config
+        frames, keep = clip.pictures(j, c)
+        actions, mask, last = clip.chunk(int(clip.rows[j]))
+        noise = rng.standard_normal((self.draws, c.horizon, c.action_dim), np.float32)
+        t = draw_times(rng, self.draws, c)
+        game = np.int64(self.ids[k] if rng.random() >= self.drop_games else 0)         # without its game now and then: guidance needs both
+        colour, warp = augmentation(rng, c.image)
+        if self.augment and self.on_cpu:
+            frames = np.stack([augment_cpu(frame, colour, warp) for frame in frames])
+        return frames, narrow(actions, c.action_dim), mask, game, keep, noise, t, colour, warp, last
+
+
+def narrow(actions, dim):
+    """Actions (T, 25) -> (T, dim): models of 21 values know only the 17 buttons of a real pad."""
+    if dim == extract.A:
+        return actions
+    if dim != extract.A - len(extract.LEGACY):
+        raise UserError(f"expected a model of 25 or 21 action values, found {dim}: give another --ckpt")
+    return np.delete(actions, [extract.BUTTON[b] for b in extract.LEGACY], -1)
+
+
+def augmentation(rng, side):
+    """One sample's augmentation: colour float32 (3, 4), RGB -> matrix, then offset; warp float32 (2, 3), pixel of the result -> pixel of the frame."""
+    brightness, contrast, saturation = rng.uniform(1 - COLOUR, 1 + COLOUR, 3)
+    turn = rng.uniform(-HUE, HUE) * 2 * math.pi
+    grey, one = np.full((3, 3), 1 / 3), np.eye(3)
+    axis = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)                                # hue: a rotation about the grey axis
+    colour = grey + math.cos(turn) * (one - grey) + math.sin(turn) * axis
+    colour = contrast * brightness * (saturation * one + (1 - saturation) * grey) @ colour
+    offset = np.full((3, 1), (1 - contrast) * 127.5)
+    angle, size = math.radians(rng.uniform(-ROTATION, ROTATION)), rng.uniform(CROP, 1)
+    turned = size * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    middle = np.full(2, (side - 1) / 2)
+    corner = middle + rng.uniform(-1, 1, 2) * (1 - size) * side / 2 - turned @ middle
+    return np.hstack([colour, offset]).astype(np.float32), np.hstack([turned, corner[:, None]]).astype(np.float32)
+
+
+def augment_cpu(frame, colour, warp):
+    """uint8 (h, w, 3) -> the same, augmented; what OpenCV does in 0.5 ms takes torch 5 on a core."""
+    frame = cv2.warpAffine(frame, warp, frame.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.transform(frame, colour)
+
+
+def augment_gpu(frames, colour, warp):
+    """uint8 (B, F, h, w, 3) -> float (B, F, h, w, 3) in 0..255, augmented on their own device, as augment_cpu does within a grey level."""
+    B, n, h, w, _ = frames.shape
+    half = torch.tensor([(w - 1) / 2, (h - 1) / 2], device=frames.device)                               # grid_sample counts from -1 to 1
+    turned, corner = warp[:, :, :2], warp[:, :, 2]
+    theta = torch.cat([turned * half / half[:, None], ((turned @ half + corner) / half - 1)[..., None]], dim=2)
+    grid = F.affine_grid(theta, (B, 3, h, w), align_corners=True).repeat_interleave(n, 0)
+    x = F.grid_sample(frames.flatten(0, 1).permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=True)
+    colour = colour.repeat_interleave(n, 0)
+    x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], x.flatten(2)).clamp(0, 255)                   # (B F, 3, h w)
+    return x.transpose(1, 2).reshape(B, n, h, w, 3)
+
+
+def feed(sampler, jobs, workers):
+    """The batches of jobs (step, begin, end), in order, made ahead of time by threads."""
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(sampler.load, *job))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the optimiser
+def groups(model):
+    """What trains, as AdamW's groups: matrices decay, norms, biases and embeddings do not."""
+    decay, free = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim < 2 or name.endswith((".b", ".bias")) or "embedding.weight" in name and "patch" not in name
+            (free if plain else decay).append(p)
+    return [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
+
+
+def rate(step, args):
+    """Warm-up, stable, decay (WSD): up in a straight line, constant, down to a hundredth over the last steps [P names it; lengths: O]."""
+    left = (args.steps - step + 1) / (args.decay + 1) if args.decay else 1.0
+    return args.lr * min(step / max(args.warmup, 1), 1.0, max(left, 0.01))
+
+
+class Average:
+    """EMA of the weights [P: 0.9999]. Its first steps average over a tenth of what has been, or a short run would stay at its start."""
+
+    def __init__(self, params, device, decay=EMA):
+        self.params, self.decay = list(params), decay
+        self.mean = [p.detach().to(device, copy=True) for p in self.params]
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        now = [p.detach().to(m.device) for p, m in zip(self.params, self.mean)]
+        torch._foreach_lerp_(self.mean, now, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """The model holds the average within."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        for p, m in zip(self.params, self.mean):
+            other = p.detach().to(m.device, copy=True)
+            p.copy_(m)
+            m.copy_(other)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the model
+FREEZE = {"vision": ["vision"], "mixing": ["mixing"], "all-but-head": ["vision", "mixing", "dit", "games"]}
+
+
+def build(args, games):
+    """The model to train, on the CPU: a fresh preset or --ckpt, with what the command line changes in its configuration."""
+    changes = {name: value for name, value in (("hz", args.hz), ("horizon", args.horizon), ("action_shift", args.action_shift)) if value is not None}
+    if args.resume:                                            # its frozen weights are there too, and its configuration as it was settled
+        model, _ = M.load(args.resume)
+    elif args.ckpt:
+        model, _ = M.load(args.ckpt)
+        c = model.config
+        new = [g for g in games if g not in c.games]
+        if new:                                                # rows for games that the checkpoint does not know
+            c.games = c.games + new
+            c.context_tokens = c.context_tokens and max(c.context_tokens, c.frames * c.image_tokens + 1)
+            old, row = model.game_embedding, torch.Generator().manual_seed(args.seed)
+            table = M.Embedding(len(c.games) + 1, c.vision_width, padding_idx=0, scale_grad_by_freq=True)
+            with torch.no_grad():
+                table.weight.normal_(0, 0.02, generator=row)[0] = 0
+                if old is not None:
+                    table.weight[:len(old.weight)] = old.weight
+            model.game_embedding = table
+        for name, value in changes.items():
+            setattr(c, name, value)
+        c.check()
+    else:
+        model = M.create(M.preset(args.preset or "toy", games=games, **changes), args.seed)
+    if args.dropout is not None and not args.resume:
+        for block in (*model.mixing, *model.dit):
+            block.dropout = block.ff.dropout = args.dropout
+            block.final_dropout = args.dropout if block.final_dropout else 0.0
+        model.config.mixing.dropout = model.config.dit.dropout = args.dropout
+    for what in args.freeze:
+        model.freeze(*FREEZE[what])
+    model.checkpointing = args.checkpointing
+    return model
+
+
+def training_mode(model):
+    """train() for what trains: a frozen part answers as it will when it plays, without dropout."""
+    model.train()
+    for part in (model.vision, model.mixing, model.dit):
+        part.train(any(p.requires_grad for p in part.parameters()))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside, as long as they live. On fake tensors it tells what a step will need without computing it."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor) and x.untyped_storage() not in self.known:
+                storage = x.untyped_storage()
+                self.known[storage] = True
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes()).atexit = False
+        return out
+
+    def free(self, n):
+        self.now -= n
+
+
+def step_bytes(model, frames, draws, dtype):
+    """Most bytes alive at once in a forward and backward pass of so many frames, beside weights and gradients: counted on tensors without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode                          # here: its import takes a second
+    c = model.config
+    with FakeTensorMode():
+        fake = M.NitroGen(c)
+        for mine, theirs in zip(fake.parameters(), model.parameters()):
+            mine.requires_grad_(theirs.requires_grad)
+            mine.grad = torch.empty_like(mine) if theirs.requires_grad else None
+        fake.checkpointing = model.checkpointing
+        training_mode(fake)
+        actions = torch.empty(frames, c.horizon, c.action_dim)
+        pictures = torch.empty(frames, c.frames, c.image, c.image, 3, dtype=torch.uint8)
+        live = LiveBytes()
+        with live:
+            noise = torch.empty(frames * draws, c.horizon, c.action_dim)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = cfm_loss(fake, pictures, actions, noise=noise, t=torch.empty(len(noise)))
+            loss.backward()
+    return live.peak
+
+
+def memory(model, frames, draws, device, ema_device, dtype):
+    """What training will hold: a list of (what, number of values, bytes each or None, bytes, device)."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and not name.startswith("vision.head."))
+    rows = [("weights that train", trained, 4, device), ("weights that are frozen", frozen, 4, device), ("gradients", trained, 4, device),
+            ("AdamW's two moments", trained, 8, device), ("average of the weights (EMA)", trained, 4, ema_device)]
+    rows = [(what, n, each, n * each, str(where)) for what, n, each, where in rows]
+    count = step_bytes(model, frames, draws, dtype)
+    return rows + [(f"activations, {frames} frames x {draws} draws", None, None, count, str(device))]
+
+
+def print_memory(rows):
+    """The table of memory(), and its sum by device."""
+    print(f"{'memory':36}{'values':>13}{'bytes each':>12}{'GB':>9}  device")
+    for what, n, each, size, where in rows:
+        print(f"{what:36}{f'{n:,}' if n is not None else '':>13}{each or '':>12}{size / 1e9:9.3f}  {where}")
+    for where in dict.fromkeys(r[-1] for r in rows):
+        print(f"{'in all':36}{'':>25}{sum(r[3] for r in rows if r[-1] == where) / 1e9:9.3f}  {where}")
+
+
+# -------------------------------------------------------------------------------------------------------------------- validation
+def score(chunks, truth, mask):
+    """Chunks (n, T, 25) against the truth, in file convention, where mask (n, T) -> (stick R2 over all four axes, button F1); NaN: nothing to find."""
+    chunks, truth = chunks[mask], truth[mask]                                                              # (steps, 25)
+    sticks, error = truth[:, -4:], chunks[:, -4:] - truth[:, -4:]
+    spread = ((sticks - sticks.mean(0)) ** 2).sum()
+    pressed, true = chunks[:, :-4] > 0.5, truth[:, :-4] > 0.5
+    hits, wrong = (pressed & true).sum(), (pressed != true).sum()
+    return (float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan), (float(2 * hits / (2 * hits + wrong)) if true.any() else math.nan)
+
+
+@torch.no_grad()
+def validate(model, sampler, means, device, autocast, micro):
+    """Loss at fixed noise and times, and chunks sampled from fixed noise, on held-out clips -> {"loss", "r2", "f1", "games": {game: {policy: [r2, f1]}}}.
+
+    Beside the model stand three policies that do not look: rest, repeat (the last action before the frame, which the model is not told) and
+    mean (of the game's training clips). r2 and f1 are means over games.
+    """
+    model.eval()
+    sums, parts = np.zeros(2), []
+    for begin in range(0, sampler.batch, micro):
+        batch = sampler.load(0, begin, min(begin + micro, sampler.batch))
+        b = batch.to(device)
+        with autocast():
+            loss = cfm_loss(model, b.frames, b.actions, b.mask, b.games, b.keep, b.noise, b.t)
+            raw = sample_chunks(model, b.frames, b.noise[::sampler.draws], b.games, b.keep).float().cpu()
+        weight = batch.mask.sum().item()
+        sums += loss.item() * weight, weight
+        parts.append((M.actions_out(raw, model.config.old_layout).numpy(), M.actions_out(batch.actions, model.config.old_layout).numpy(),
+                      batch.mask.numpy(), narrow(batch.last.numpy(), model.config.action_dim), batch.clip.numpy()))
+    chunks, truth, mask, last, clip = (np.concatenate(x) for x in zip(*parts))
+    game_of, games = np.array([c.game for c in sampler.clips])[clip], {}
+    for game in sorted(set(game_of)):
+        here = game_of == game
+        mean = narrow(means.get(game, np.zeros(extract.A)), truth.shape[-1])
+        policies = {"model": chunks[here], "rest": np.zeros_like(truth[here]), "repeat": np.repeat(last[here, None], truth.shape[1], 1),
+                    "mean": np.broadcast_to(mean, truth[here].shape)}
+        games[game] = {name: score(p, truth[here], mask[here]) for name, p in policies.items()}
+    overall = {name: [float(np.nanmean(x)) if not np.isnan(x).all() else math.nan for x in np.array([g[name] for g in games.values()]).T]
+               for name in ("model", "rest", "repeat", "mean")}
+    training_mode(model)
+    return {"loss": float(sums[0] / sums[1]), "r2": overall["model"][0], "f1": overall["model"][1], "policies": overall, "games": games}
+
+
+def print_games(result):
+    """The table of a validation: a line a game, R2 and F1 of each policy."""
+    names = list(result["policies"])
+    width = max([8, *map(len, result["games"])]) + 2
+    print(f"{'held-out':{width}}" + "".join(f"{name + ' R2':>12}{'F1':>6}" for name in names))
+    for game, policies in [*result["games"].items(), ("all", result["policies"])]:
+        print(f"{game:{width}}" + "".join(f"{policies[name][0]:12.3f}{policies[name][1]:6.2f}" for name in names))
+
+
+# --------------------------------------------------------------------------------------------------------------- log and curve
+COLUMNS = ["step", "loss", "val", "r2", "f1", "lr", "norm", "seconds"]
+
+
+class Log:
+    """log.csv: a line a step, what was not measured left empty. A resumed run first drops the lines that its state does not know."""
+
+    def __init__(self, path, step):
+        self.path, self.rows = path, []
+        if step and path.is_file():
+            with open(path, newline="", encoding="utf-8") as f:
+                self.rows = [r for r in csv.DictReader(f) if (r.get("step") or "").isdecimal() and int(r["step"]) <= step]
+        extract.write_atomic(path, lambda tmp: Path(tmp).write_text("".join(",".join(r) + "\n" for r in [COLUMNS, *map(self.texts, self.rows)]), encoding="utf-8"))
+
+    def texts(self, row):
+        return [str(row.get(c) or "") for c in COLUMNS]
+
+    def add(self, **row):
+        """Append one step's row."""
+        self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(",".join(self.texts(self.rows[-1])) + "\n")
+        except OSError as e:
+            raise UserError(f"can't write {self.path}: {e.strerror or e}: make room, then --resume {self.path.parent}") from None
+
+    def column(self, name):
+        """(steps, values) where the column has a value."""
+        rows = [(int(r["step"]), float(r[name])) for r in self.rows if r.get(name)]
+        return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
+
+
+def draw_curve(path, log, policies):
+    """curve.png: losses on the left, R2 and F1 on the right with the best policy that does not look as a thin line."""
+    picture = np.full((420, 1200, 3), 255, np.uint8)
+    last = max([1, *(int(r["step"]) for r in log.rows[-1:])])
+
+    def panel(x0, title, low, high, lines):
+        box = x0 + 60, 40, x0 + 570, 370
+
+        def place(step, value):
+            y = box[3] - (np.clip(value, low, high) - low) / (high - low) * (box[3] - box[1])
+            return np.stack([box[0] + np.asarray(step) / last * (box[2] - box[0]), y], -1)
+        cv2.putText(picture, title, (box[0], 25), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+        for k in range(5):
+            value = low + (high - low) * k / 4
+            y = int(place(0, value)[1])
+            cv2.line(picture, (box[0], y), (box[2], y), (225, 225, 225), 1)
+            cv2.putText(picture, f"{value:.2f}", (x0 + 8, y + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (90, 90, 90), 1, cv2.LINE_AA)
+            cv2.putText(picture, f"{last * k // 4}", (box[0] + (box[2] - box[0]) * k // 4 - 10, box[3] + 18), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (90, 90, 90), 1, cv2.LINE_AA)
+        for i, (name, colour, thick, steps, values) in enumerate(lines):
+            if len(steps):
+                cv2.polylines(picture, [(place(steps, values) * 16).astype(np.int32)], False, colour, thick, cv2.LINE_AA, 4)
+                at = f"{name} {values[-1]:.3f}"
+                cv2.putText(picture, at, (box[0] + 4 + 170 * (i % 3), box[3] + 38), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
+    steps, loss = log.column("loss")
+    half = max(1, len(loss) // 100)                                                                        # a running mean over 2 % of the run
+    smooth = np.convolve(np.pad(loss, half, "edge"), np.ones(2 * half + 1) / (2 * half + 1), "valid") if len(loss) else loss
+    blue, orange, green, grey = (180, 90, 30), (30, 120, 230), (60, 150, 60), (160, 160, 160)              # BGR
+    val = log.column("val")
+    high = max([1e-3, *np.percentile(smooth, [99]), *val[1]]) if len(smooth) else 1.0
+    panel(0, "flow matching loss", 0.0, high, [("train", blue, 1, steps, smooth), ("held out", orange, 2, *val)])
+    lines = [("stick R2", green, 2, *log.column("r2")), ("button F1", orange, 2, *log.column("f1"))]
+    for i, name in enumerate(("best blind R2", "best blind F1")):
+        best = np.nanmax([-1.0, *(p[i] for policy, p in policies.items() if policy != "model" and not math.isnan(p[i]))]) if policies else -1.0
+        if best >= 0:
+            lines.append((name, grey, 1, np.array([0, last]), np.array([best, best])))
+    panel(600, "sampled chunks on held-out clips", 0.0, 1.0, lines)
+    ok, png = cv2.imencode(".png", picture)
+    extract.write_atomic(path, lambda tmp: Path(tmp).write_bytes(png.tobytes()))
+
+
+# ------------------------------------------------------------------------------------------------------------- saving, resuming
+def named(model):
+    """What trains, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def recorded(args):
+    """The command line as files keep it: without what may differ between two equal runs."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "run", "dry_run", "device", "workers")}
+
+
+def save_run(out, model, average, optimizer, step, args, data, metrics):
+    """state.safetensors, then model.safetensors, each written aside and renamed: a crash or a full disk leaves the old ones whole."""
+    params = named(model)
+    tensors = {}
+    for (name, p), mean in zip(params.items(), average.mean):
+        moments = optimizer.state[p]
+        tensors |= {f"weights.{name}": p.detach(), f"average.{name}": mean, f"first.{name}": moments["exp_avg"], f"second.{name}": moments["exp_avg_sq"]}
+    meta = {"nitrogen": json.dumps({"step": step, "args": recorded(args), "metrics": metrics})}
+    whole = {**model.state_dict(), **dict(zip(params, average.mean))}
+    try:
+        extract.write_atomic(out / "state.safetensors", lambda tmp: save_file({n: t.contiguous() for n, t in tensors.items()}, tmp, meta))
+        M.save(out / "model.safetensors", whole, model.config, step, recorded(args), data, metrics)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"can't save to {out} ({e}): the files of the last save are whole; make room, then --resume {out}") from None
+
+
+def read_state(run):
+    """state.safetensors of a run folder -> (its meta, the file)."""
+    path = Path(run) / "state.safetensors"
+    if not path.is_file():
+        raise UserError(f"{run}: expected a run folder with state.safetensors, found none: give the --out of an earlier run")
+    _, meta = M.read_header(path)
+    try:
+        meta = json.loads(meta["nitrogen"])
+        return {"step": int(meta["step"]), "args": dict(meta["args"]), "metrics": dict(meta["metrics"])}, path
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: expected the state of a run, found another .safetensors ({e}): give the --out of an earlier run") from None
+
+
+def load_state(path, model, average, optimizer, step):
+    """Put a saved state back: weights, average and moments, name by name."""
+    params, table = named(model), M.read_header(path)[0]
+    M.compare({f"{kind}.{name}": p.shape for name, p in params.items() for kind in ("weights", "average", "first", "second")},
+              {name: shape for name, (_, shape, _) in table.items()}, path)
+
+    def read(f, name):
+        dtype, shape, offset = table[name]
+        f.seek(offset)
+        return torch.frombuffer(bytearray(f.read(math.prod(shape) * dtype.itemsize)), dtype=dtype).view(shape)
+    with open(path, "rb") as f, torch.no_grad():
+        for (name, p), mean in zip(params.items(), average.mean):
+            p.copy_(read(f, f"weights.{name}"))
+            mean.copy_(read(f, f"average.{name}"))
+            first, second = (read(f, f"{kind}.{name}").to(p.device) for kind in ("first", "second"))
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device if p.device.type == "cuda" else "cpu"), "exp_avg": first, "exp_avg_sq": second}
+
+
+FREE_AT_RESUME = {"data", "steps", "decay", "device", "workers", "every", "micro", "ema_device", "compile", "checkpointing", "resume", "dry_run", "run"}
+
+
+def settle(args, parser, argv):
+    """Fill in what the command line leaves open: from the run that is resumed, or by the preset. -> (args, the state's meta or None)"""
+    state = None
+    if args.resume:
+        meta, path = read_state(args.resume)
+        stored = argparse.Namespace(**{**vars(args), **meta["args"]})
+        for name in ("resume", "out", "dry_run", "device", "workers"):                 # never stored
+            setattr(stored, name, getattr(args, name))
+        stored.out = args.resume
+        data, args = args.data, parser.parse_args(argv, stored)                        # what the line names wins over what is stored
+        args.data = data or meta["args"]["data"]
+        for name, value in meta["args"].items():
+            if getattr(args, name) != value and name not in FREE_AT_RESUME:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {value}, as {path} was trained: leave it out, or start anew with --ckpt {args.resume}")
+        state = meta | {"path": path}
+    if not args.data:
+        raise UserError("expected at least one folder of clips, found none: python train.py DATA --out RUN")
+    if not args.out and not args.dry_run:
+        raise UserError("expected --out RUN, where the run is kept, found none: add it")
+    if not args.resume and args.out and (Path(args.out) / "state.safetensors").is_file():
+        raise UserError(f"{args.out}: expected a new folder, found a run in it: go on with --resume {args.out}, or give another --out")
+    if args.ckpt and args.preset:
+        raise UserError("expected --preset (a fresh model) or --ckpt (a trained one), found both: leave one out")
+    for name, least in (("steps", 1), ("batch", 1), ("draws", 1), ("every", 1), ("workers", 1), ("val_frames", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}: give another number")
+    for name, low, high in (("val", 0, 0.9), ("game_dropout", 0, 1), ("dropout", 0, 0.9), ("human_weight", 0, 1e6), ("lr", 0, 1), ("hz", 1, 1000), ("ema", 0, 1)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}: give another number")
+    return args, state
+
+
+# --------------------------------------------------------------------------------------------------------------------- the run
+class Team(NamedTuple):
+    """The processes that share a batch, as torchrun starts them; one alone otherwise."""
+    rank: int
+    world: int
+    device: torch.device
+    reason: str
+
+    @classmethod
+    def join(cls, device):
+        world = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+        if world > 1 and device == "auto" and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device, reason = M.pick_device(device)
+        if world > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank() if world > 1 else 0, world, device, reason)
+
+    def sum(self, *values):
+        """Sums of numbers over all processes."""
+        if self.world == 1:
+            return values
+        x = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device)
+        dist.all_reduce(x)
+        return x.tolist()
+
+
+@contextlib.contextmanager
+def signals():
+    """Within, SIGINT and SIGTERM only set .stop, so that the step in hand is finished and saved; a second one ends at once."""
+    class Asked:
+        stop = False
+    before = {}
+
+    def handle(number, _):
+        Asked.stop = True
+        signal.signal(number, before[number])
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    except ValueError:                                         # not the main thread: whoever runs us there stops us in another way
+        pass
+    try:
+        yield Asked
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def clock(seconds):
+    """Seconds -> 0:12 or 1:02:03."""
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
+
+
+class Line:
+    """The progress line: rewritten in place on a terminal; in a file, one every ten seconds and where it matters."""
+
+    def __init__(self, quiet):
+        self.quiet, self.terminal, self.shown, self.width = quiet, sys.stdout.isatty(), 0.0, 0
+
+    def show(self, text, keep=False):
+        if self.quiet or not (keep or self.terminal or time.monotonic() - self.shown >= 10):
+            return
+        self.shown = time.monotonic()
+        print(("\r" if self.terminal else "") + text.ljust(self.width if self.terminal else 0), end="" if self.terminal and not keep else "\n", flush=True)
+        self.width = 0 if keep else len(text)
+
+
+def train(args, parser, argv):
+    """One run, from the command line to the last save."""
+    args, state = settle(args, parser, argv)
+    team = Team.join(args.device)
+    try:
+        run(args, state, team)
+    finally:
+        if team.world > 1:
+            dist.destroy_process_group()
+
+
+def prepare(args, team, say):
+    """Data and model: (model, training clips, held-out clips, {game: id}). Fills in what depends on the model: lr, warm-up, decay, micro-batch."""
+    names = set()
+    if args.game_ids and not args.resume:
+        for folder in args.data:
+            for path in [Path(folder)] if (Path(folder) / "clip.json").is_file() else extract.clips_in(folder):
+                names.add(str(extract.read_clip(path).get("game") or "unknown"))
+    model = build(args, sorted(names))
+    c = model.config
+    clips = load_clips(args.data, c, args.truth, args.human_weight, say)
+    if args.lr is None:
+        args.lr = float(f"{1e-4 * max(1.0, 1024 / c.width):.1e}")        # [P: 1e-4 at D 1024]; narrower nets take proportionally more [O]
+    args.warmup = min(500, args.steps // 20 + 1) if args.warmup is None else args.warmup
+    args.decay = args.steps // 5 if args.decay is None else args.decay
+    args.micro = min(args.micro or args.batch, args.batch // team.world or 1)
+    if args.batch % (args.micro * team.world):
+        raise UserError(f"--batch {args.batch}: expected a multiple of {team.world} process(es) x --micro {args.micro}, found none: change one of them")
+    ids = {name: i + 1 for i, name in enumerate(c.games)}
+    training, held = split(clips, args.val)
+    rates = ", ".join(f"{r:g}" for r in sorted({clip.fps for clip in clips}))
+    say(f"{len(clips)} clips of {len({clip.game for clip in clips})} game(s), {sum(clip.n / clip.fps for clip in clips) / 3600:.2f} h at {rates} frames/s, actions at "
+        f"{c.hz:g} Hz | {sum(len(clip.kept) for clip in clips):,} frames to start from | {len(held)} clips held out")
+    return model, training, held, ids
+
+
+def run(args, state, team):
+    """Train; every process of a team runs this on its share of each batch."""
+    cv2.setNumThreads(1)                                                 # the loader's threads are enough
+    say = print if team.rank == 0 else lambda text: None
+    model, training, held, ids = prepare(args, team, say)
+    device, config = team.device, model.config
+    kind = "cpu" if device.type == "cpu" else device.type
+    autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    ema_device = torch.device("cpu") if args.ema_device == "cpu" else device
+    say(f"{M.count(model)[0]:,} parameters, {sum(p.numel() for p in named(model).values()):,} train | {device} ({team.reason}), {team.world} process(es) | "
+        f"batch {args.batch} in parts of {args.micro}, {args.draws} draws | lr {args.lr:g}")
+    if team.rank == 0:
+        print_memory(memory(model, args.micro, args.draws, device, ema_device, args.dtype))
+    training_mode(model.to(device))
+    average = Average(named(model).values(), ema_device, args.ema)
+    optimizer = torch.optim.AdamW(groups(model), lr=args.lr, betas=BETAS, fused=device.type != "mps")
+    start, metrics = 0, {}
+    if state:
+        start, metrics = state["step"], state["metrics"]
+        load_state(state["path"], model, average, optimizer, start)
+        if start >= args.steps:
+            raise UserError(f"{args.resume}: expected a run with steps left, found {start} of {args.steps} done: give more --steps")
+    net = torch.compile(model) if args.compile else model
+    if team.world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    sampler = Sampler(training, config, args.batch, args.draws, args.seed, args.balance, not args.no_augment, ids, args.game_dropout, device.type == "cpu")
+    check = Sampler(held, config, min(args.val_frames, sum(len(c.kept) for c in held)), 4, balance=True, augment=False, game_ids=ids) if held else None
+    sums = {g: (sum(c.sum for c in training if c.game == g), sum(c.n for c in training if c.game == g)) for g in {c.game for c in training}}
+    means = {g: total / n for g, (total, n) in sums.items()}
+    data = {"clips": len(training), "held": sorted(c.folder.name for c in held), "frames": sum(len(c.kept) for c in training), "games": sorted(means)}
+    parts = args.batch // (args.micro * team.world)
+    jobs = ((step, *((part * team.world + team.rank + k) * args.micro for k in (0, 1))) for step in range(start + 1, args.steps + 1) for part in range(parts))
+    last = start + 1 if args.dry_run else args.steps
+    out = None if args.dry_run else Path(args.out)
+    log, line = None, Line(team.rank > 0)
+    if out and team.rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"can't write to {out} ({e.strerror}): give another --out") from None
+        log = Log(out / "log.csv", start)
+    before = float(log.rows[-1]["seconds"]) if log and log.rows else 0.0
+    params, batches, began, smooth = list(named(model).values()), feed(sampler, jobs, args.workers), time.monotonic(), None
+    with signals() as asked, contextlib.closing(batches):
+        for step in range(start + 1, last + 1):
+            lr, total = rate(step, args), sampler.total(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # --- one step: everything below the next line is book-keeping
+            loss = torch.zeros((), device=device)
+            for part in range(parts):
+                b = next(batches).to(device)
+                torch.manual_seed(zlib.crc32(f"{args.seed} {step} {part} {team.rank}".encode()))           # of dropout: nothing to save for a resume
+                frames = b.frames if device.type == "cpu" or args.no_augment else augment_gpu(b.frames, b.colour, b.warp)
+                quiet = net.no_sync() if team.world > 1 and part < parts - 1 else contextlib.nullcontext()  # gradients meet once a step
+                with quiet:
+                    with autocast():
+                        share = cfm_loss(net, frames, b.actions, b.mask, b.games, b.keep, b.noise, b.t, total)
+                    (share * team.world).backward()                                                        # DDP takes the mean over processes
+                loss += share.detach()
+            norm = torch.nn.utils.clip_grad_norm_(params, CLIP)              # a list: a generator would be empty at its second reading
+            loss, stop = team.sum(loss.item(), float(asked.stop))
+            smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
+            if not (math.isfinite(norm.item()) and smooth < DIVERGED):       # before it reaches the weights
+                raise UserError(f"diverged at step {step}: expected a loss below {DIVERGED:g} (a velocity of 0 has less than 2), found {loss:.3g} with a gradient of {norm.item():.3g}: "
+                                f"lower --lr {args.lr:g}" + (f"; the last save is in {out}" if out and (out / "state.safetensors").is_file() else ""))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(step)
+            # ---
+            took = time.monotonic() - began
+            row = {"step": step, "loss": loss, "lr": lr, "norm": norm.item(), "seconds": before + took}
+            ends = step == last or stop
+            if team.rank == 0 and check and (step % args.every == 0 or step == last):
+                with average.in_place():
+                    metrics = validate(model, check, means, device, autocast, args.micro)
+                row |= {"val": metrics["loss"], "r2": metrics["r2"], "f1": metrics["f1"]}
+            speed, done = args.batch * (step - start) / took, (step - start) / (last - start)
+            seen = f" | val {row['val']:.4f} | R2 {row['r2']:.3f} | F1 {row['f1']:.3f}" if "val" in row else ""
+            line.show(f"step {step}/{last} | loss {loss:.4f}{seen} | lr {lr:.1e} | {speed:.0f} img/s | {clock(took)}<{clock(took / done - took)}", bool(seen) or ends)
+            if log:
+                log.add(**row)
+                if step % args.every == 0 or ends:
+                    save_run(out, model, average, optimizer, step, args, data, metrics)
+                    draw_curve(out / "curve.png", log, metrics.get("policies", {}))
+            if stop:
+                raise KeyboardInterrupt
+    if team.rank == 0 and metrics:
+        print_games(metrics)
+    if team.rank == 0 and device.type == "cuda":
+        print(f"most GPU memory held: {torch.cuda.max_memory_allocated(device) / 1e9:.3f} GB")
+
+
+def main(argv=None):
+    """Parse the command line and train."""
+    argv = sys.argv[1:] if argv is None else argv
+    p = argparse.ArgumentParser(prog="train.py", description="Train the policy by conditional flow matching.", allow_abbrev=False)
+    p.add_argument("data", nargs="*", help="folders of clip folders with actions (extract.py + parse.py, play.py --record, bench.py record)")
+    p.add_argument("--out", metavar="RUN", help="folder of the run")
+    p.add_argument("--preset", choices=M.PRESETS, help="size of a fresh model (default toy)")
+    p.add_argument("--ckpt", metavar="F", help="weights to start from instead: a .safetensors or a run folder (a new optimiser and schedule)")
+    p.add_argument("--resume", metavar="RUN", help="go on with a run where it stopped; --steps may grow, what shapes the run may not change")
+    p.add_argument("--freeze", nargs="+", default=[], choices=FREEZE, help="parts that keep their weights; all-but-head trains the action encoder and decoder only")
+    p.add_argument("--steps", type=int, default=3000, help="optimiser steps (default 3000)")
+    p.add_argument("--batch", type=int, default=64, help="frames a step, over all processes (default 64; 4096 in the release)")
+    p.add_argument("--micro", type=int, help="frames of one forward pass of one process; the rest is accumulated (default: the whole share)")
+    p.add_argument("--draws", type=int, default=4, metavar="M", help="noises and times for each encoded frame (default 4)")
+    p.add_argument("--lr", type=float, help="constant phase of AdamW's rate (default 1e-4 [paper] at width 1024, and 1 / width as much for narrower ones)")
+    p.add_argument("--warmup", type=int, help="steps of rising rate (default a twentieth of the steps, at most 500)")
+    p.add_argument("--decay", type=int, help="steps of falling rate at the end (default a fifth of the steps)")
+    p.add_argument("--ema", type=float, default=EMA, help=f"decay of the weights' average (default {EMA} [paper], warmed up)")
+    p.add_argument("--ema-device", choices=("same", "cpu"), default="same", help="where the average lives; cpu saves 4 bytes a weight of GPU memory")
+    p.add_argument("--dropout", type=float, help="replace the dropout of mixing and DiT (default: the preset's or the checkpoint's)")
+    p.add_argument("--no-augment", action="store_true", help="no change of colour, rotation and crop")
+    p.add_argument("--balance", action="store_true", help="every game alike (default: every kept frame alike)")
+    p.add_argument("--human-weight", type=float, default=1.0, metavar="W", help="weight of frames where a person took over (human.npy; default 1)")
+    p.add_argument("--truth", action="store_true", help="learn from truth.npy instead of actions.npy, to see what the labels cost")
+    p.add_argument("--game-ids", action="store_true", help="tell the model which game it plays (clip.json's \"game\")")
+    p.add_argument("--game-dropout", type=float, default=0.2, metavar="P", help="share of samples without their game, which sample.py --cfg needs (default 0.2)")
+    p.add_argument("--hz", type=float, help="actions a second (default: the preset's or the checkpoint's)")
+    p.add_argument("--horizon", type=int, help="actions of a chunk (default: the preset's or the checkpoint's)")
+    p.add_argument("--action-shift", type=int, help="actions between the frame and the chunk's first (default: the preset's or the checkpoint's)")
+    p.add_argument("--val", type=float, default=0.1, help="share of the clips held out (default 0.1; 0 = none)")
+    p.add_argument("--val-frames", type=int, default=256, help="frames of a validation, every game alike (default 256)")
+    p.add_argument("--every", type=int, default=250, help="steps between validations and saves (default 250)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products (autocast); bfloat16 pays on GPUs (default float32)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model: a minute at the start (default off)")
+    p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
+    p.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads that decode frames (default: at most 4)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    p.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
+    p.add_argument("--dry-run", action="store_true", help="check the data, print the memory table, take one step, write nothing")
+    p.set_defaults(run=lambda args: train(args, p, argv))
+    return extract.cli(p, argv, M.ModelError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,17 +1,31 @@
-"""bench.py: what is claimed is measured here. Ratios are taken in one run on one machine; bare times say little elsewhere.
+"""bench.py: what is claimed is measured here, on ten small games that are part of it [P 3.2: 10 games, 30 tasks].
 
-    python bench.py latency [--preset nitrogen]            one chunk by part, against the released way of sampling
-    python bench.py throughput [--video FILE] [--out DIR]  cutting clips against bare decoding, localisation, the parser, its net
+    python bench.py record --out DATA [--games G..] [--minutes M] [--video]   scripted play -> clip folders, or videos with an overlay
+    python bench.py suite --ckpt F [--tasks T..] [-n N] [--out DIR]           completion of tasks, beside random and scripted players
+    python bench.py games --out DIR                                           a picture of the ten games
+    python bench.py latency [--preset nitrogen]                               one chunk by part, against the released way of sampling
+    python bench.py throughput [--video FILE] [--out DIR]                     a step of each game, cutting clips, localisation, the parser
 
-In: nothing but the shipped weights (and a video of your own, if given). Out: a table on the terminal; with --out also throughput.json.
+The games take the 25-dim action and give 256 x 256 frames, 30 a second of game time, the same for the same seed. In: nothing but the shipped
+weights, or a checkpoint. Out: tables on the terminal; under --out clip folders, videos, pictures, JSON. Ratios are taken in one run on one
+machine; bare times say little elsewhere.
 """
 import argparse
+import cmath
+import functools
 import json
+import math
+import os
 import platform
+import random
 import sys
 import tempfile
 import time
+import types
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,6 +35,1717 @@ import extract
 import model as M
 import parse
 import sample
+from extract import UserError, neutral
+
+# -------------------------------------------------------------------------------------------------------- the engine of the games
+# Places are complex numbers, x right and y down: in cells of a map (first person) or in pixels. A step is 1/30 s of game time. A frame shows all that a
+# player needs: there is no hidden state but what other actors will do next.
+FPS = 30
+MENU = ("BACK", "START", "GUIDE")
+Thing = types.SimpleNamespace                      # an actor or an object: kind, at (its place), and what its game adds
+
+# Pictures on a grid of 64 x 64, a shape at a time: o x y r = disc, b x0 y0 x1 y1 = box, p x y x y ... = polygon; last its colour. Actors look to the right.
+ICONS = {
+    "ghoul": "o 32 22 18 5c6;b 14 22 50 60 5c6;p 14 60 22 50 32 60 42 50 50 60 284;o 25 20 5 fff;o 40 20 5 fff;o 26 21 2 000;o 41 21 2 000;b 24 31 42 35 131",
+    "ghoul!": "o 32 22 18 f44;b 14 22 50 60 f44;p 2 10 14 30 14 44 f44;p 62 10 50 30 50 44 f44;o 25 20 6 ff0;o 40 20 6 ff0;b 20 30 46 40 300",
+    "portal": "b 12 4 52 63 a8f;o 32 24 18 fff;b 14 24 50 63 fff;o 32 26 13 5ef;b 19 26 45 63 5ef", "lock": "b 12 4 52 63 863;o 32 26 13 fc3;o 32 26 7 863;b 18 30 46 52 fc3",
+    "key": "o 18 32 15 fd2;o 18 32 7 a60;b 28 28 62 37 fd2;b 48 34 53 48 fd2;b 56 34 62 50 fd2", "crate": "b 6 10 58 62 c83;b 6 10 58 18 fc7;p 10 20 16 20 56 58 50 58 852",
+    "drone": "b 2 20 62 28 ccd;o 32 34 20 e33;o 32 34 11 fff;o 32 34 6 000", "beacon": "p 28 0 36 0 42 44 22 44 7ff;b 14 44 50 62 06c;o 32 20 12 fff",
+    "car": "b 6 26 58 52 f22;p 14 28 20 10 44 10 50 28 8cf;b 8 50 20 60 111;b 44 50 56 60 111;o 12 38 5 ff9;o 52 38 5 ff9", "tree": "b 26 40 38 63 742;p 32 0 58 44 6 44 283",
+    "rival": "b 6 26 58 52 26f;p 14 28 20 10 44 10 50 28 cef;b 8 50 20 60 111;b 44 50 56 60 111;b 10 36 22 42 f33;b 42 36 54 42 f33", "post": "b 24 0 40 63 fff;b 24 0 40 16 f30;b 24 32 40 48 f30",
+    "bay": "b 29 20 35 63 eee;o 32 18 17 06f;b 26 8 31 28 fff;o 35 14 6 fff;o 35 14 2 06f", "hero": "o 32 32 20 4af;b 36 26 62 38 def;o 28 32 10 fff",
+    "bug": "o 30 32 22 f3a;o 44 24 5 fff;o 44 40 5 fff;p 40 14 60 6 50 24 f3a;p 40 50 60 58 50 40 f3a", "brute": "o 32 32 30 f70;o 32 32 18 720;p 44 14 64 32 44 50 ff0",
+    "brute!": "o 32 32 30 f22;o 32 32 18 fff;p 44 14 64 32 44 50 ff0", "gem": "p 32 4 58 26 32 60 6 26 3fc;p 32 4 44 26 32 60 20 26 cff", "mine": "o 32 32 22 333;o 32 32 12 f00;p 32 0 38 14 26 14 999;p 32 64 38 50 26 50 999;p 0 32 14 26 14 38 999;p 64 32 50 26 50 38 999",
+    "knight": "o 30 32 20 36d;b 40 28 64 36 eee;o 26 32 11 fc9;b 38 20 44 44 a62", "slime": "o 32 36 24 3d3;b 8 36 56 58 3d3;o 24 30 6 fff;o 42 30 6 fff;o 25 31 3 000;o 43 31 3 000",
+    "stairs": "b 4 4 60 60 222;b 4 46 60 60 fff;b 16 32 60 46 ddd;b 28 18 60 32 bbb;b 40 4 60 18 999", "chest": "b 4 20 60 58 b60;b 4 8 60 24 d82;b 4 24 60 30 fd3;b 26 20 38 40 fd3",
+    "thief": "o 32 32 20 28f;o 32 32 11 024;p 44 24 62 32 44 40 8cf", "guard": "o 32 32 22 e32;o 32 32 12 ffc;p 46 20 64 32 46 44 ff0", "exit": "b 6 6 58 58 0c4;p 12 24 34 24 34 12 56 32 34 52 34 40 12 40 fff",
+    "runner": "o 34 14 12 fb8;b 22 24 44 46 e42;b 20 46 30 63 24a;b 36 46 46 63 24a;b 22 4 46 10 e42;o 40 13 2 000", "flag": "b 12 0 18 63 fff;p 18 4 60 18 18 32 e22",
+    "coin": "o 32 32 26 fc0;o 32 32 17 fe7;b 29 20 35 44 c80", "soldier": "o 32 14 12 9a5;b 20 24 44 46 674;b 20 46 30 63 453;b 34 46 44 63 453;b 40 28 62 36 222", "copter": "b 4 8 60 12 eee;o 26 32 20 4c4;b 36 26 62 36 4c4;o 22 30 10 cff;b 10 54 46 58 eee",
+    "trooper": "o 32 14 12 fb8;b 20 24 44 46 38f;b 20 46 30 63 136;b 34 46 44 63 136;b 20 4 46 9 f22", "turret": "b 10 30 54 62 86a;o 32 28 20 c4c;o 32 28 9 fff", "wire": "p 4 63 16 10 28 63 f33;p 20 63 32 2 44 63 f33;p 36 63 48 10 60 63 f33",
+    "plane": "p 2 20 12 20 22 30 60 30 64 36 54 42 10 42 ff4;p 20 34 40 34 22 58 fa0;o 44 31 6 4cf", "foe": "p 62 20 52 20 42 30 4 30 0 36 10 42 54 42 e24;p 44 34 24 34 42 58 902;o 20 31 6 fff", "ring": "o 32 32 31 fd0;o 32 32 22 000",
+    "tank": "b 4 36 60 58 5a4;o 32 34 15 7d5;b 2 28 32 34 7d5;o 14 56 7 222;o 32 56 7 222;o 50 56 7 222", "bomb": "o 32 38 20 222;b 26 4 38 22 f80",
+    "monk": "o 32 14 12 fc9;b 20 24 44 46 f80;b 20 46 30 63 f80;b 34 46 44 63 f80;b 40 26 62 34 fc9;b 20 36 44 40 400", "open": "o 32 14 12 fc9;b 20 24 44 63 3d4;b 12 26 20 50 fc9;b 44 26 52 50 fc9",
+    "shut": "o 32 14 12 fc9;b 20 24 44 63 36f;b 40 8 58 50 cdf", "wind": "o 32 14 12 fc9;b 20 24 44 63 f22;o 54 12 10 ff0;b 40 16 52 30 f22", "idle": "o 32 14 12 aaa;b 20 24 44 63 888", "board": "b 14 2 50 62 da5;b 22 2 26 62 a72;b 38 2 42 62 a72"}
+
+
+def colour(code):
+    """'f80' -> (255, 136, 0)."""
+    return tuple(17 * int(c, 16) for c in code)
+
+
+@functools.lru_cache(2048)
+def icon(name, size, turn=0, flip=False):
+    """A picture of ICONS at `size` pixels, turned by turn / 32 of a circle (clockwise), with a dark rim -> uint8 (size, size, 3), mask (size, size)."""
+    big = np.zeros((256, 256, 4), np.uint8)
+    for shape in ICONS[name].split(";"):
+        kind, *numbers, ink = shape.split()
+        v, rgba = [round(3.4 * float(n) + 19) for n in numbers], (*colour(ink), 255)
+        if kind == "o":
+            cv2.circle(big, (v[0], v[1]), round(3.4 * float(numbers[2])), rgba, -1)
+        else:
+            points = [(v[0], v[1]), (v[2], v[1]), (v[2], v[3]), (v[0], v[3])] if kind == "b" else list(zip(v[::2], v[1::2]))
+            cv2.fillPoly(big, [np.int32(points)], rgba)
+    if name == "ring":
+        cv2.circle(big, (128, 128), 75, (0, 0, 0, 0), -1)
+    if turn:
+        big = cv2.warpAffine(big, cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1), (256, 256), flags=cv2.INTER_NEAREST)
+    big = np.ascontiguousarray(big[:, ::-1] if flip else big)
+    mask = cv2.dilate(big[..., 3], np.ones((17, 17), np.uint8))
+    return cv2.resize(big[..., :3], (size, size), interpolation=cv2.INTER_AREA), (cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA) > 127).astype(np.uint8)
+
+
+def stamp(frame, name, x, y, size, turn=0, flip=False, seen=None):
+    """Draw an icon centred at (x, y), cut at the frame's edge; seen bool (256,): columns that nothing hides."""
+    size = max(int(size) // 4 * 4, 4)
+    picture, mask = icon(name, size, turn % 32, flip)
+    x, y = round(x) - size // 2, round(y) - size // 2
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + size, 256), min(y + size, 256)
+    if x0 < x1 and y0 < y1:
+        mask = mask[y0 - y:y1 - y, x0 - x:x1 - x]
+        cv2.copyTo(picture[y0 - y:y1 - y, x0 - x:x1 - x], mask if seen is None else mask * seen[x0:x1], frame[y0:y1, x0:x1])
+
+
+def arrow(frame, x, y, angle, size, ink):
+    """A fat arrowhead at (x, y) that points along `angle`."""
+    for grow, paint in ((1.35, (10, 10, 16)), (1, ink)):
+        tips = [complex(x, y) + size * grow * cmath.rect(r, angle + a) for r, a in ((1, 0), (0.9, 2.5), (0.3, math.pi), (0.9, -2.5))]
+        cv2.fillPoly(frame, [np.int32([(p.real, p.imag) for p in tips])], paint)
+
+
+@functools.lru_cache(64)
+def pattern(kind, h, w, dark, light, seed=0):
+    """A texture of two colours with some noise, uint8 (h, w, 3), read-only."""
+    y, x = np.mgrid[:h, :w]
+    row = {"bricks": 16, "planks": 12}.get(kind, 32)
+    lines = (y % row < 2) | ((x + y // row * 12) % (24 if kind == "bricks" else 90) < 2)
+    level = {"checker": (y // 32 + x // 32) % 2, "grid": ((y % 32 < 2) | (x % 32 < 2)) * 1.0, "bricks": 1.0 - lines, "planks": 1 - 0.8 * lines, "waves": 0.5 + 0.5 * np.sin(x / 9 + 2 * np.sin(y / 13)),
+             "tiles": ((y % 32 > 1) & (x % 32 > 1)) * (0.7 + 0.3 * ((y // 32 + x // 32) % 2)), "dots": ((y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10) * 1.0, "sand": np.full((h, w), 0.5)}[kind]
+    grain = cv2.resize(np.random.default_rng(seed).random((h // 4 + 1, w // 4 + 1), np.float32), (w, h), interpolation=cv2.INTER_NEAREST)
+    mixed = (0.75 * level + 0.25 * grain)[..., None]
+    picture = (np.array(colour(dark)) * (1 - mixed) + np.array(colour(light)) * mixed).astype(np.uint8)
+    picture.flags.writeable = False
+    return picture
+
+
+def clip(v, top=1.0):
+    """A vector no longer than `top`."""
+    return v if abs(v) <= top else v * (top / abs(v))
+
+
+def unit(v):
+    """A vector of length 1, or 0."""
+    return v / abs(v) if v else 0j
+
+
+def wrap(angle):
+    """An angle in [-pi, pi)."""
+    return (angle + math.pi) % math.tau - math.pi
+
+
+def slide(grid, p, d, r):
+    """Move a disc of radius r from p by d among the walls grid[y][x], one axis at a time, so that it glides along them."""
+    for d in (complex(d.real, 0), complex(0, d.imag)):
+        q = p + d
+        if not any(grid[int(q.imag + y)][int(q.real + x)] for x in (-r, r) for y in (-r, r)):
+            p = q
+    return p
+
+
+def sees(grid, p, q):
+    """Is the straight line between two places free of walls?"""
+    n = int(abs(q - p) * 4) + 1
+    return not any(grid[int(s.imag)][int(s.real)] for s in (p + (q - p) * i / n for i in range(n + 1)))
+
+
+def flood(grid, goal):
+    """Steps to the cell of `goal` from every cell from which it can be reached: {(x, y): n}."""
+    queue = [(int(goal.real), int(goal.imag))]
+    far = {queue[0]: 0}
+    for x, y in queue:
+        for cell in ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)):
+            if cell not in far and not grid[cell[1]][cell[0]]:
+                far[cell] = far[x, y] + 1
+                queue.append(cell)
+    return far
+
+
+def waypoint(far, p):
+    """Where to walk next: the middle of the next cell of a shortest way, or for who is well in line of the last one of its first straight stretch."""
+    here = x, y = int(p.real), int(p.imag)
+    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+        if far.get((x + dx, y + dy), 999) < far.get(here, 998):
+            aside = abs(p.imag % 1 - 0.5) if dx else abs(p.real % 1 - 0.5)
+            while far.get((x + dx, y + dy), 999) < far.get((x, y), 998):
+                x, y = x + dx, y + dy
+                if aside > 0.15:
+                    break
+            break
+    return complex(x + 0.5, y + 0.5)
+
+
+class Game:
+    """One task of one game, the same for the same seed. A subclass has begin(**task.start), play(), draw() and wish()."""
+    keys, attack = {}, ()                          # what each control does; the buttons that a masher holds
+    hud, lives = ("f44", "fff", 4), 3              # colours of health and score, where they stand
+
+    def __init__(self, task, seed=0):
+        self.task = TASKS[task] if isinstance(task, str) else task
+        self.rng = random.Random(f"{self.task.name} {seed}")
+        self.plan = random.Random(self.task.name) if self.task.fixed else self.rng      # a fixed level is the same for all seeds, its start is not
+        self.t = self.score = 0
+        self.health, self.won, self.over, self.due = self.lives, False, False, {}
+        self.left = self.right = 0j
+        self.held = frozenset()
+        self.begin(**self.task.start)
+
+    def advance(self, action):
+        """One step with action float (25,), without drawing."""
+        if not self.over:
+            self.left, self.right = (clip(complex(*action[s])) for s in extract.STICKS.values())
+            self.held = {extract.BUTTONS[i] for i in np.flatnonzero(action[:21] > 0.5)}
+            self.t += 1
+            self.play()
+            self.won = self.score >= self.task.goal and self.health > 0
+            self.over = self.won or self.health <= 0 or self.t >= self.task.seconds * FPS
+
+    def step(self, action):
+        """One step with action float (25,) -> the frame that follows, uint8 (256, 256, 3)."""
+        self.advance(action)
+        return self.render()
+
+    def render(self):
+        """The frame as it stands, with health and what is done of the goal."""
+        frame = self.draw()
+        health, score, y = self.hud
+        for i in range(self.health):
+            cv2.circle(frame, (14 + 16 * i, y + 8), 6, colour(health), -1)
+        for i in range(self.task.goal if self.task.goal <= 12 else 0):
+            cv2.rectangle(frame, (244 - 11 * i, y + 3), (251 - 11 * i, y + 13), colour(score), -1 if i < self.score else 1)
+        return frame
+
+    def ready(self, what, steps):
+        """Has `what` rested? If so it is used now and rests for `steps`."""
+        if self.t < self.due.get(what, 0):
+            return False
+        self.due[what] = self.t + steps
+        return True
+
+    def rests(self, what):
+        """Steps until `what` is ready."""
+        return max(self.due.get(what, 0) - self.t, 0)
+
+    def hurt(self):
+        """Lose one health, at most once in 25 steps."""
+        if self.ready("hurt", 25):
+            self.health -= 1
+
+    def around(self, low, high, angle=None):
+        """A vector of random length and direction."""
+        return cmath.rect(self.rng.uniform(low, high), self.rng.uniform(0, math.tau) if angle is None else angle)
+
+
+# ------------------------------------------------------------------------------------------------------------------- first person
+LENS = np.linspace(-0.7, 0.7, 128)                 # where each of 128 columns looks: lateral over forward
+ROWS = np.arange(128, dtype=np.float32)[:, None] - 63.5
+
+
+class FirstPerson(Game):
+    """A map of square cells seen from inside, by ray casting: all crossings of all rays with all grid lines at once. Left stick walks, right turns."""
+    wall, ceiling, floor, size, density = ("bricks", "532", "b86"), ("112", "224"), ("222", "654"), 9, 0.2
+
+    @classmethod
+    @functools.lru_cache(8)
+    def paint(cls):
+        """Wall texture (32 shades x 32 x 32) and the colours of ceiling and floor (128, 1), as packed RGBA."""
+        texture = pattern(cls.wall[0], 32, 32, *cls.wall[1:]).astype(np.float32)
+        shades = np.stack([texture * max(1 - i / 18, 0.15) * side for side in (1, 0.75) for i in range(16)])
+        rows = np.stack([(1 - s) * np.array(colour(a)) + s * np.array(colour(b)) for y in np.linspace(-1, 1, 128) for s in [abs(y)]
+                         for a, b in [cls.ceiling if y < 0 else cls.floor]])
+        pack = lambda rgb: np.ascontiguousarray(np.concatenate([rgb, np.full((*rgb.shape[:-1], 1), 255)], -1).astype(np.uint8)).view(np.uint32)[..., 0]
+        return pack(shades).ravel(), pack(rows)[:, None]
+
+    def build(self):
+        """Walls around and, as far as all free cells stay connected, inside; the player in a free cell, looking anywhere."""
+        n = self.size
+        self.grid = [[x in (0, n - 1) or y in (0, n - 1) for x in range(n)] for y in range(n)]
+        for x, y in self.plan.sample([(x, y) for x in range(1, n - 1) for y in range(1, n - 1)], int(self.density * (n - 2) ** 2)):
+            self.grid[y][x] = True
+            free = [complex(a, b) for b in range(n) for a in range(n) if not self.grid[b][a]]
+            self.grid[y][x] = len(flood(self.grid, free[0])) == len(free)
+        self.walls = np.array(self.grid)
+        self.free = [complex(x + 0.5, y + 0.5) for y in range(n) for x in range(n) if not self.grid[y][x]]
+        self.pos, self.face, self.things, self.far = self.rng.choice(self.free), self.rng.uniform(0, math.tau), [], {}
+
+    def place(self, low, high):
+        """A free cell so many steps of walking away."""
+        far = flood(self.grid, self.pos)
+        cells = [p for p in self.free if low <= far[int(p.real), int(p.imag)] <= high]
+        return self.rng.choice(cells or self.free)
+
+    def walk(self, speed=0.08, turn=0.085):
+        self.face = wrap(self.face + self.right.real * turn)
+        self.pos = slide(self.grid, self.pos, self.left * 1j * speed * cmath.rect(1, self.face), 0.22)
+
+    def angle(self, p):
+        """Where p is from straight ahead, in radians, right positive."""
+        return cmath.phase((p - self.pos) * cmath.rect(1, -self.face))
+
+    def draw(self):
+        p, rays = self.pos, cmath.rect(1, self.face) * (1 + 1j * LENS)                     # (128,)
+        lines, n = np.arange(1, self.size, dtype=np.float64)[:, None], self.size           # (n - 1, 1)
+        rx, ry = rays.real + 1e-9, rays.imag + 1e-9
+        tx, ty = (lines - p.real) / rx, (lines - p.imag) / ry                              # (n - 1, 128): how far along each ray
+        hx, hy = p.imag + tx * ry, p.real + ty * rx                                        # where along the line
+        ix, iy = np.clip(hx, 0, n - 1).astype(np.int32), np.clip(hy, 0, n - 1).astype(np.int32)
+        column = lines.astype(np.int32)
+        tx[~((tx > 0) & self.walls[ix, column - (rx < 0)])] = 99
+        ty[~((ty > 0) & self.walls[column - (ry < 0), iy])] = 99
+        t = np.concatenate([tx, ty])
+        first = t.argmin(0)
+        self.depth = depth = t[first, np.arange(128)]
+        u = (np.where(first < n - 1, p.imag + depth * ry, p.real + depth * rx) % 1 * 32).astype(np.int32)
+        shade = np.minimum(depth * 2, 15).astype(np.int32) + 16 * (first >= n - 1)
+        v = ((ROWS * (depth / 115).astype(np.float32) + 0.5) * 32 + 1).astype(np.int32) - 1        # (128, 128)
+        texture, ground = self.paint()
+        inside = v.view(np.uint32) < 32
+        pixels = np.where(inside, texture.take(shade * 1024 + u + v * 32, mode="clip"), ground)
+        frame = cv2.cvtColor(cv2.resize(pixels.view(np.uint8).reshape(128, 128, 4), (256, 256), interpolation=cv2.INTER_NEAREST), cv2.COLOR_RGBA2RGB)
+        for thing in sorted(self.things, key=lambda s: -abs(s.at - p)):
+            self.sprite(frame, thing)
+        return frame
+
+    def sprite(self, frame, thing):
+        """A flat picture that always faces the player, behind what is nearer."""
+        rel = (thing.at - self.pos) * cmath.rect(1, -self.face)
+        if rel.real > 0.15:
+            x, scale = 128 + rel.imag / rel.real / 0.7 * 128, 230 / max(rel.real, 0.4)
+            stamp(frame, thing.kind, x, 128 + scale * (0.5 - thing.lift - thing.size / 2), scale * thing.size, seen=np.repeat(self.depth > rel.real - 0.3, 2))
+
+    def compass(self, frame, target, ink):
+        """An arrow at the top: up = ahead."""
+        arrow(frame, 128, 28, self.angle(target) - math.pi / 2, 20, ink)
+
+    def steer(self, target, near=0.0):
+        """Both sticks of a walk to a place: turn there, walk once it is about ahead; stop when nearer than `near`."""
+        angle = self.angle(target)
+        ahead = max(math.cos(angle), 0) ** 3 if abs(target - self.pos) > near else 0.0
+        return complex(0, -ahead), complex(max(-1, min(1, 1.5 * angle)), 0)
+
+
+class Crypt(FirstPerson):
+    """A dark maze. An arrow shows the way; ghouls turn red before they strike: hold the shield then, hit them when they are green."""
+    keys = {"left": "walk", "right": "turn", "RIGHT_TRIGGER": "sword", "LEFT_TRIGGER": "shield", "SOUTH": "take, open"}
+    attack = ("RIGHT_TRIGGER", "SOUTH")
+
+    def begin(self, foes=0, steps=()):
+        self.build()
+        self.steps, self.foes = list(steps), foes
+        self.follow()
+
+    def follow(self):
+        """The next ghoul, or the next object on the list."""
+        self.things = []
+        if self.score < self.task.goal:
+            kind = "ghoul" if self.foes else self.steps[self.score]
+            self.goal = Thing(kind=kind, at=self.place(3, 5) if self.foes else self.place(4, 7), hp=2, wind=0, lift=0.35 if kind == "key" else 0, size=0.4 if kind == "key" else 0.8)
+            self.things, self.far = [self.goal], flood(self.grid, self.goal.at)
+
+    def play(self):
+        shield = "LEFT_TRIGGER" in self.held
+        self.walk(0.05 if shield else 0.09)
+        goal, reach = self.goal, abs(self.goal.at - self.pos)
+        if self.foes:
+            self.far = flood(self.grid, goal.at)
+            if reach > 0.8:
+                goal.at = slide(self.grid, goal.at, 0.025 * unit(waypoint(flood(self.grid, self.pos), goal.at) - goal.at if reach > 1.5 else self.pos - goal.at), 0.2)
+            if goal.wind:
+                goal.wind -= 1
+                if not goal.wind and reach < 1.3 and not (shield and abs(self.angle(goal.at)) < 0.7):
+                    self.hurt()
+            elif reach < 1.2 and self.ready("wind", 45):
+                goal.wind = 15
+            goal.kind = "ghoul!" if goal.wind else "ghoul"
+            if "RIGHT_TRIGGER" in self.held and not shield and self.ready("sword", 24):
+                if reach < 1.25 and abs(self.angle(goal.at)) < 0.45 and not goal.wind:
+                    goal.hp -= 1
+                    goal.at = slide(self.grid, goal.at, 0.3 * unit(goal.at - self.pos), 0.2)
+            if goal.hp <= 0:
+                self.score += 1
+                self.follow()
+        elif reach < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
+            self.score += 1
+            self.follow()
+
+    def draw(self):
+        frame = super().draw()
+        if self.score < self.task.goal:
+            self.compass(frame, self.target(), (255, 220, 60))
+        swing = self.rests("sword")
+        if "LEFT_TRIGGER" in self.held:
+            cv2.circle(frame, (80, 246), 54, (90, 110, 200), -1)
+        hand = 210 - 4 * max(swing - 14, 0)
+        cv2.line(frame, (214, 256), (hand, 170 + 3 * max(swing - 14, 0)), (240, 240, 250) if not swing else (120, 120, 130), 12)
+        return frame
+
+    def target(self):
+        """Where to go now: the goal itself where it is in sight."""
+        return self.goal.at if sees(self.grid, self.pos, self.goal.at) else waypoint(self.far, self.pos)
+
+    def wish(self):
+        goal, reach = self.goal, abs(self.goal.at - self.pos)
+        left, right = self.steer(self.target(), 0.95 if self.foes and sees(self.grid, self.pos, goal.at) else 0.1)
+        if self.foes and reach < 1.6 and goal.wind:
+            return 0j, right, "LEFT_TRIGGER"
+        hit = self.foes and reach < 1.25 and abs(self.angle(goal.at)) < 0.35
+        return left, right, "RIGHT_TRIGGER" if hit else "SOUTH" if not self.foes and goal.kind != "portal" and reach < 1 else ""
+
+
+class Siege(FirstPerson):
+    """An open court by daylight: drones that hover and shoot, crates to open, a beacon to reach."""
+    keys = {"left": "walk", "right": "aim", "RIGHT_TRIGGER": "fire", "WEST": "open a crate"}
+    attack, hud = ("RIGHT_TRIGGER", "WEST"), ("2f6", "ff0", 236)
+    wall, ceiling, floor, size, density = ("tiles", "446", "9bd"), ("bef", "6af"), ("7a5", "ac7"), 11, 0.06
+
+    def begin(self, want="drone"):
+        self.build()
+        self.want, self.ammo, self.shots = want, 16, []
+        self.spawn()
+
+    def spawn(self):
+        """The next thing to shoot, open or reach."""
+        drone = self.want == "drone"
+        at = self.place(*((3, 5) if drone else (4, 6) if self.want == "crate" else (8, 12)))
+        self.goal = Thing(kind=self.want, at=at, hp=2, drift=self.around(0.02, 0.035), lift=0.3 if drone else 0, size={"drone": 0.55, "crate": 0.6, "beacon": 1.0}[self.want])
+        self.far = flood(self.grid, at)
+
+    def play(self):
+        self.walk()
+        goal, reach = self.goal, abs(self.goal.at - self.pos)
+        if self.want == "drone":
+            moved = slide(self.grid, goal.at, goal.drift, 0.3)
+            if moved == goal.at or self.ready("turn", 40):
+                goal.drift = self.around(0.02, 0.035)
+            goal.at = moved
+            if "RIGHT_TRIGGER" in self.held and self.ammo and self.ready("gun", 12):
+                self.ammo -= 1
+                if abs(self.angle(goal.at)) < 0.3 / max(reach, 0.5) and sees(self.grid, self.pos, goal.at):
+                    goal.hp -= 1
+            if self.t > 30 and self.ready("drone", 80) and sees(self.grid, self.pos, goal.at):
+                self.shots.append(Thing(kind="mine", at=goal.at, v=0.07 * unit(self.pos - goal.at), lift=0.35, size=0.2))
+            for shot in list(self.shots):
+                shot.at += shot.v
+                if abs(shot.at - self.pos) < 0.3:
+                    self.hurt()
+                if abs(shot.at - self.pos) < 0.3 or self.grid[int(shot.at.imag)][int(shot.at.real)]:
+                    self.shots.remove(shot)
+        if goal.hp <= 0 or self.want == "beacon" and reach < 0.7 or self.want == "crate" and reach < 0.9 and abs(self.angle(goal.at)) < 0.6 and "WEST" in self.held:
+            self.score += 1
+            self.spawn()
+        self.things = [goal, *self.shots]
+
+    def draw(self):
+        self.things = self.things or [self.goal]
+        frame = super().draw()
+        self.compass(frame, self.target(), (255, 60, 60) if self.want == "drone" else (60, 255, 255))
+        cv2.rectangle(frame, (112, 206), (144, 256), (50, 54, 62) if self.rests("gun") < 8 else (255, 190, 60), -1)
+        if self.want == "drone":
+            cv2.circle(frame, (128, 128), 10, (255, 255, 255), 2)
+            for i in range(self.ammo):
+                cv2.rectangle(frame, (4 + 6 * i, 222), (7 + 6 * i, 232), (255, 230, 90), -1)
+        return frame
+
+    target = Crypt.target
+
+    def wish(self):
+        goal, reach = self.goal, abs(self.goal.at - self.pos)
+        left, right = self.steer(self.target(), 2.5 if self.want == "drone" and sees(self.grid, self.pos, goal.at) else 0.5)
+        if self.want == "drone":
+            shot = min(self.shots, key=lambda s: abs(s.at - self.pos), default=None)
+            if shot and abs(shot.at - self.pos) < 2:
+                left += -1 if self.angle(shot.at) > 0 else 1               # step out of its way
+            return left, right, "RIGHT_TRIGGER" if abs(self.angle(goal.at)) < 0.26 / max(reach, 0.5) and sees(self.grid, self.pos, goal.at) else ""
+        return left, right, "WEST" if self.want == "crate" and reach < 1 else ""
+
+
+LENGTH, HORIZON_Y, HIGH = 170, 100, 30             # Rally's camera: focal length in pixels, the horizon's row, pixels above the ground
+GROUND = np.float64([[HIGH, 0, -128 * HIGH], [0, 0, LENGTH * HIGH], [0, 1, 0.5]])          # screen (x, y below the horizon, 1) -> right, ahead
+
+
+class Rally(Game):
+    """Driving behind a car: the ground is one big picture seen in perspective, a homography of it."""
+    keys = {"left": "steer", "RIGHT_TRIGGER": "throttle", "LEFT_TRIGGER": "brake, reverse"}
+    attack, hud = ("RIGHT_TRIGGER",), ("f33", "fff", 4)
+
+    def begin(self, rivals=0, park=False):
+        self.park, self.speed, self.things, self.index = park, 0.0, [], 0
+        k = self.plan.randint(2, 4)
+        bend, phase, ways = self.plan.uniform(0.16, 0.24), self.plan.uniform(0, math.tau), np.arange(256) / 256 * math.tau
+        path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + phase)) * np.exp(1j * ways)
+        path = np.roll(path, self.rng.randrange(256))
+        self.path = path if self.rng.random() < 0.5 else path[::-1]
+        self.ground = pattern("checker" if park else "waves", 1024, 1024, *(("445", "556") if park else ("271", "493"))).copy()
+        line = [np.int32(np.stack([path.real, path.imag], 1))]
+        if park:
+            self.pos, self.face = 512 + 512j, self.rng.uniform(0, math.tau)
+            self.spawn()
+        else:
+            for wide, ink in ((112, (235, 235, 235)), (100, (84, 84, 92))):
+                cv2.polylines(self.ground, line, True, ink, wide)
+            for i in range(0, 256, 4):
+                cv2.polylines(self.ground, [np.int32([(p.real, p.imag) for p in path[i:i + 2]])], False, (250, 220, 90), 5)
+            self.pos, self.face = self.path[0], cmath.phase(self.path[2] - self.path[0])
+            self.things = [Thing(kind="tree", at=p * 1.0 + 95 * 1j * unit(self.path[i + 1] - p) * s, size=90) for i in range(0, 255, 16) for s in (-1, 1) for p in [self.path[i]]]
+            self.gates = [Thing(kind="post", at=p + 54 * 1j * unit(self.path[i * 20 + 1] - p) * s, size=44) for i in range(1, 13) for s in (-1, 1) for p in [self.path[i * 20]]]
+            self.rivals = [Thing(kind="rival", at=0j, size=46, along=14.0 + 16 * i, side=self.rng.choice((-22, 22)), passed=False) for i in range(rivals)]
+            self.ahead()
+
+    def spawn(self):
+        """The next bay: painted on the ground, with a sign above it."""
+        self.bay = self.pos + self.around(170, 260, self.face + self.rng.choice((-1, 1)) * self.rng.uniform(0.2, 0.9))
+        self.bay = complex(min(max(self.bay.real, 90), 934), min(max(self.bay.imag, 90), 934))
+        cv2.circle(self.ground, (round(self.bay.real), round(self.bay.imag)), 34, (255, 220, 40), 8)
+        cv2.circle(self.ground, (round(self.bay.real), round(self.bay.imag)), 30, (30, 110, 230), -1)
+        self.things = [Thing(kind="bay", at=self.bay, size=60)]
+
+    def ahead(self):
+        """Where on the path the car is: the nearest of the next few points; rivals drive on."""
+        self.index = min(range(self.index, min(self.index + 6, 250)), key=lambda i: abs(self.path[i] - self.pos))
+        for rival in self.rivals:
+            rival.along += 0.22
+            i = int(rival.along)
+            a, b = self.path[i % 256], self.path[(i + 1) % 256]
+            rival.at = a + (b - a) * (rival.along % 1) + rival.side * 1j * unit(b - a)
+
+    def play(self):
+        on_road = self.park or abs(self.path[self.index] - self.pos) < 58
+        gas, brake = "RIGHT_TRIGGER" in self.held, "LEFT_TRIGGER" in self.held
+        self.speed += (0.16 if gas else 0) - (0.3 if brake and self.speed > 0 else 0.1 if brake else 0)
+        self.speed = max(-2, self.speed * (0.972 if on_road else 0.88))
+        if not gas and not brake:
+            self.speed *= 0.97
+        self.face = wrap(self.face + self.left.real * 0.05 * max(min(self.speed / 2, 1), -1))
+        self.pos += self.speed * cmath.rect(1, self.face)
+        self.pos = complex(min(max(self.pos.real, 40), 984), min(max(self.pos.imag, 40), 984))
+        if self.park:
+            if abs(self.bay - self.pos) < 34 and abs(self.speed) < 0.7:
+                self.score += 1
+                cv2.circle(self.ground, (round(self.bay.real), round(self.bay.imag)), 38, (80, 84, 90), -1)
+                self.spawn()
+            return
+        self.ahead()
+        if not self.rivals:
+            self.score = self.index // 20
+        for rival in self.rivals:
+            if not rival.passed and rival.along < self.index - 1:
+                rival.passed, self.score = True, self.score + 1
+            if abs(rival.at - self.pos) < 24 and not rival.passed:
+                self.speed *= 0.3
+                self.hurt()
+
+    def draw(self):
+        c, s = math.cos(self.face), math.sin(self.face)
+        eye = self.pos - 44 * complex(c, s)
+        turn = np.float64([[-s, c, eye.real], [c, s, eye.imag], [0, 0, 1]]) @ GROUND
+        frame = np.empty((256, 256, 3), np.uint8)
+        shift = int((self.face + math.pi) / math.tau * 1024) % 512
+        frame[:HORIZON_Y] = sky()[:, shift:shift + 256]
+        frame[HORIZON_Y:] = cv2.warpPerspective(self.ground, turn, (256, 256 - HORIZON_Y), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+        gates = [] if self.park or self.rivals else [g for g in self.gates[2 * self.score:2 * self.score + 2]]
+        seen = [(rel.real, thing) for thing in self.things + gates + ([] if self.park else self.rivals) for rel in [(thing.at - eye) * complex(c, -s)] if 25 < rel.real < 520]
+        for deep, thing in sorted(seen, key=lambda d: -d[0]):
+            side, size = ((thing.at - eye) * complex(c, -s)).imag, LENGTH * thing.size / deep
+            if size < 240:
+                stamp(frame, thing.kind, 128 + LENGTH * side / deep, HORIZON_Y + LENGTH * HIGH / deep - size / 2, size)
+        if self.park:
+            arrow(frame, 128, 44, cmath.phase((self.bay - self.pos) * complex(c, -s)) - math.pi / 2, 20, (255, 230, 60))
+        stamp(frame, "car", 128, 214, 76)
+        cv2.rectangle(frame, (8, 240), (8 + int(18 * max(self.speed, 0)), 250), (80, 255, 120), -1)
+        cv2.line(frame, (128, 186), (int(128 + 26 * self.left.real), 186), (255, 255, 255), 4)
+        return frame
+
+    def wish(self):
+        if self.park:
+            rel = (self.bay - self.pos) * cmath.rect(1, -self.face)
+            angle, far = cmath.phase(rel), abs(rel)
+            if abs(angle) > 1.9 and far < 130:
+                return complex(-math.copysign(1, rel.imag) if abs(angle) < 2.9 else 0, 0), 0j, "LEFT_TRIGGER"
+            fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
+            return complex(max(-1, min(1, 2.5 * angle)), 0), 0j, "RIGHT_TRIGGER" if self.speed < fast else "LEFT_TRIGGER" if self.speed > fast + 0.4 else ""
+        i = min(self.index + 9, 254)
+        target = self.path[i]
+        near = min((r for r in self.rivals if not r.passed and 0 < r.along - self.index < 13), key=lambda r: r.along, default=None)
+        if near:
+            target = self.path[min(self.index + 7, 254)] - near.side * 1j * unit(self.path[min(self.index + 8, 255)] - self.path[min(self.index + 7, 254)])
+        angle = cmath.phase((target - self.pos) * cmath.rect(1, -self.face))
+        return complex(max(-1, min(1, 2.6 * angle)), 0), 0j, "LEFT_TRIGGER" if abs(angle) > 0.6 and self.speed > 3 else "RIGHT_TRIGGER" if self.speed < 4.6 else ""
+
+
+@functools.lru_cache(16)
+def sky(top="37b", low="bdf", hills=("579", "354"), h=HORIZON_Y):
+    """Hills under a sky, uint8 (h, 768, 3), the same every 512 columns."""
+    shade = np.linspace(0, 1, h)[:, None, None]
+    image = np.repeat(((1 - shade) * np.array(colour(top)) + shade * np.array(colour(low))).astype(np.uint8), 768, 1)
+    x = np.arange(768) / 512 * math.tau
+    for i, ink in enumerate(hills):
+        y = h * (0.72 + 0.14 * i) + h * 0.09 * (np.sin(3 * x + i) + 0.6 * np.sin(7 * x + 2 * i))
+        cv2.fillPoly(image, [np.int32([*zip(np.arange(768), y), (767, h), (0, h)])], colour(ink))
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------- top-down
+class TopDown(Game):
+    """Seen from above: walls on a grid of `cell` pixels, the camera on the player, or at rest over a room of one screen."""
+    cell, floor, block = 32, ("tiles", "234", "345"), ("bricks", "875", "ba8")
+
+    def lay(self, grid):
+        """Take a map of walls and draw it once, with a margin for the camera."""
+        self.grid, h, w = grid, len(grid) * self.cell, len(grid[0]) * self.cell
+        self.ground = np.full((h + 256, w + 256, 3), colour(self.block[1]), np.uint8) // 2
+        inner = self.ground[128:-128, 128:-128]
+        inner[:] = pattern(self.floor[0], h, w, *self.floor[1:])
+        wall = np.kron(np.uint8(grid), np.ones((self.cell, self.cell), np.uint8))
+        cv2.copyTo(pattern(self.block[0], h, w, *self.block[1:]), wall, inner)
+
+    def move(self, p, d, r=12):
+        return slide(self.grid, p / self.cell, d / self.cell, r / self.cell) * self.cell
+
+    def view(self):
+        """The floor under the camera -> (frame, where the camera's top left corner is)."""
+        corner = self.pos - 128 * (1 + 1j)
+        x, y = round(corner.real) + 128, round(corner.imag) + 128
+        return self.ground[y:y + 256, x:x + 256].copy(), corner
+
+    def show(self, frame, corner, thing, size, turn=0.0):
+        p = thing.at - corner
+        stamp(frame, thing.kind, p.real, p.imag, size, round(turn / math.tau * 32))
+
+    def pointer(self, frame, target, ink):
+        """An arrow near the edge towards what is out of sight."""
+        d = target - self.pos
+        if max(abs(d.real), abs(d.imag)) > 116:
+            d *= 108 / max(abs(d.real), abs(d.imag))
+            arrow(frame, 128 + d.real, 128 + d.imag, cmath.phase(d), 16, ink)
+
+
+class Swarm(TopDown):
+    """A neon court: left stick moves, right stick aims. Bugs chase, a brute charges along the line that it shows, gems lie among mines."""
+    keys = {"left": "move", "right": "aim", "RIGHT_TRIGGER": "fire", "LEFT_TRIGGER": "dash"}
+    attack, hud, cell = ("RIGHT_TRIGGER",), ("0ff", "ff0", 4), 64
+    floor, block = ("grid", "013", "16a"), ("checker", "407", "82b")
+
+    def begin(self, foe="", gems=False):
+        n = 12
+        self.lay([[x in (0, n - 1) or y in (0, n - 1) for x in range(n)] for y in range(n)])
+        self.pos, self.aim, self.foe, self.gems = 384 + 384j + self.around(0, 90), self.rng.uniform(0, math.tau), foe, gems
+        self.foes, self.bolts, self.mines = [], [], []
+        self.next()
+
+    def next(self):
+        """Two bugs at a time, or the brute, or the next gem with mines about."""
+        inside = lambda p: complex(min(max(p.real, 90), 678), min(max(p.imag, 90), 678))
+        if self.gems:
+            self.gem = Thing(kind="gem", at=inside(self.pos + self.around(130, 200)))
+            if abs(self.gem.at - self.pos) < 90:
+                self.gem.at = inside(2 * self.pos - self.gem.at)
+            spots = [inside(self.pos + (self.gem.at - self.pos) * self.rng.uniform(0.4, 0.7) + self.around(0, 40)) for _ in range(2)]
+            self.mines = [Thing(kind="mine", at=p) for p in spots if abs(p - self.pos) > 60 and abs(p - self.gem.at) > 45]
+        while self.foe and len(self.foes) < (1 if self.foe == "brute" else 2):
+            at = inside(self.pos + self.around(105, 135))
+            if abs(at - self.pos) > 80:
+                self.foes.append(Thing(kind=self.foe, at=at, hp=14 if self.foe == "brute" else 2, wind=0, dash=0, way=1))
+
+    def play(self):
+        if abs(self.right) > 0.3:
+            self.aim = cmath.phase(self.right)
+        elif abs(self.left) > 0.3:
+            self.aim = cmath.phase(self.left)
+        if "LEFT_TRIGGER" in self.held and abs(self.left) > 0.3 and self.ready("dash", 50):
+            self.due["dashing"] = self.t + 7
+        self.pos = self.move(self.pos, self.left * (8 if self.rests("dashing") else 3.2))
+        if "RIGHT_TRIGGER" in self.held and not self.gems and self.ready("gun", 7):
+            self.bolts.append(Thing(at=self.pos + cmath.rect(22, self.aim), v=cmath.rect(9, self.aim)))
+        for bolt in list(self.bolts):
+            bolt.at += bolt.v
+            hit = next((f for f in self.foes if abs(f.at - bolt.at) < (26 if self.foe == "brute" else 19)), None)
+            if hit:
+                hit.hp -= 1
+                if self.foe == "brute":
+                    self.score = 14 - hit.hp
+            if hit or abs(bolt.at - self.pos) > 180:
+                self.bolts.remove(bolt)
+        for f in list(self.foes):
+            if f.hp <= 0:
+                self.foes.remove(f)
+                self.score += self.foe == "bug"
+            elif abs(f.at - self.pos) < (38 if self.foe == "brute" else 26):
+                self.hurt()
+                f.at = self.move(f.at, 70 * unit(f.at - self.pos) or 70)
+            self.chase(f)
+        for mine in self.mines:
+            if abs(mine.at - self.pos) < 26:
+                self.hurt()
+                self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
+        if self.gems and abs(self.gem.at - self.pos) < 28:
+            self.score += 1
+            self.gem = None
+        if not self.gems or not self.gem:
+            self.next()
+
+    def chase(self, f):
+        if f.kind == "bug":
+            f.at += 1.7 * unit(self.pos - f.at)
+        elif f.dash:
+            f.dash -= 1
+            f.at = self.move(f.at, 7 * f.way, 20)
+        elif f.wind:
+            f.wind -= 1
+            f.dash, f.kind = (0, "brute!") if f.wind else (22, "brute!")
+        elif self.ready("charge", 75) and self.t > 20:
+            f.wind, f.way = 18, unit(self.pos - f.at) or 1
+        else:
+            f.kind = "brute"
+            f.at += 1.2 * unit(self.pos - f.at)
+
+    def draw(self):
+        frame, corner = self.view()
+        for f in self.foes:
+            if f.wind or f.dash:
+                p, q = f.at - corner, f.at + 160 * f.way - corner
+                cv2.line(frame, (round(p.real), round(p.imag)), (round(q.real), round(q.imag)), (255, 40, 40), 6)
+            self.show(frame, corner, f, 64 if self.foe == "brute" else 40, cmath.phase(self.pos - f.at))
+            self.pointer(frame, f.at, (255, 60, 160))
+        for mine in self.mines:
+            self.show(frame, corner, mine, 36)
+        for bolt in self.bolts:
+            p = bolt.at - corner
+            cv2.circle(frame, (round(p.real), round(p.imag)), 5, (255, 255, 120), -1)
+        if self.gems and self.gem:
+            self.show(frame, corner, self.gem, 40)
+            self.pointer(frame, self.gem.at, (60, 255, 200))
+        if self.foe == "brute" and self.foes:
+            cv2.rectangle(frame, (60, 240), (60 + 10 * self.foes[0].hp, 250), (255, 120, 0), -1)
+        stamp(frame, "hero", 128, 128, 40, round(self.aim / math.tau * 32))
+        cv2.circle(frame, (128, 128), 26, (0, 255, 255) if not self.rests("dash") else (70, 70, 90), 2)
+        return frame
+
+    def wish(self):
+        middle = 384 + 384j - self.pos
+        if self.gems:
+            way = unit(self.gem.at - self.pos)
+            for m in self.mines:
+                d = m.at - self.pos
+                ahead, side = (d * way.conjugate()).real, (d * way.conjugate()).imag
+                if -10 < ahead < 90 and abs(side) < 44:
+                    way = unit(way - 1j * way * math.copysign(1.1, side) * (1 - abs(side) / 90))
+            return way, way, "LEFT_TRIGGER" if abs(self.gem.at - self.pos) > 110 and not any(abs(m.at - self.pos) < 110 for m in self.mines) else ""
+        near = min(self.foes, key=lambda f: abs(f.at - self.pos))
+        d = near.at - self.pos
+        away = -unit(d) * (1 if abs(d) < 80 else 0.3 if abs(d) < 100 else -0.3) + middle / 500
+        if near.wind or near.dash:
+            side = (d * near.way.conjugate()).imag                     # on which side of the line of the charge we stand
+            away = 1j * near.way * (-1 if side > 0 else 1) + middle / 400
+        return clip(away), unit(d), "RIGHT_TRIGGER" + (" LEFT_TRIGGER" if abs(d) < 60 else "")
+
+
+class Vault(TopDown):
+    """Rooms of one screen, the camera at rest: stairs to find, a key and its chest, slimes to fight. Right trigger runs."""
+    keys = {"left": "move", "WEST": "sword", "SOUTH": "open", "RIGHT_TRIGGER": "run"}
+    attack, hud = ("WEST", "SOUTH"), ("e22", "fd2", 6)
+    floor, block = ("tiles", "cb8", "edb"), ("bricks", "543", "876")
+
+    def begin(self, want="stairs"):
+        self.want, self.face, self.key, self.slimes = want, 0.0, False, []
+        self.room(self.rng.randrange(4))
+
+    def room(self, corner=None):
+        """A room with blocks; the way in is where the player stands."""
+        here = [(1, 1), (6, 1), (1, 6), (6, 6)][corner] if corner is not None else (int(self.pos.real // 32), int(self.pos.imag // 32))
+        while True:
+            grid = [[x in (0, 7) or y in (0, 7) for x in range(8)] for y in range(8)]
+            for x, y in self.plan.sample([(x, y) for x in range(1, 7) for y in range(1, 7)], 4 if self.want == "slime" else 9):
+                grid[y][x] = (x, y) != here
+            far = flood(grid, complex(*here))
+            if len(far) >= 24:
+                break
+        self.lay([[bool(c) for c in row] for row in grid])
+        self.pos = complex(*here) * 32 + 16 + 16j
+        cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
+        middle = lambda c: complex(*c) * 32 + 16 + 16j
+        self.things = [Thing(kind=k, at=middle(c)) for k, c in zip({"stairs": ["stairs"], "chest": ["key", "chest"], "slime": []}[self.want], cells)]
+        self.key = False
+        if self.want == "slime":
+            self.slimes = [Thing(kind="slime", at=middle(c), hp=2) for c in cells[:2]]
+        self.aimed = None
+
+    def play(self):
+        if abs(self.left) > 0.3:
+            self.face = cmath.phase(self.left)
+        swing = self.rests("sword") > 14
+        self.pos = self.move(self.pos, self.left * (0.8 if swing else 3.6 if "RIGHT_TRIGGER" in self.held else 2.4), 11)
+        strike = "WEST" in self.held and self.ready("sword", 24)
+        for s in list(self.slimes):
+            d = s.at - self.pos
+            if strike and abs(d) < 50 and abs(wrap(cmath.phase(d) - self.face)) < 0.7:
+                s.hp -= 1
+                s.at = self.move(s.at, 30 * unit(d), 11)
+            elif abs(d) < 22:
+                self.hurt()
+                s.at = self.move(s.at, 30 * unit(d), 11)
+            far = flood(self.grid, self.pos / 32) if self.t % 4 == 0 or self.aimed is None else self.aimed
+            self.aimed = far
+            s.at = self.move(s.at, 1.1 * unit((waypoint(far, s.at / 32) * 32 if abs(d) > 44 else self.pos) - s.at), 11)
+            if s.hp <= 0:
+                self.slimes.remove(s)
+                self.score += 1
+                if not self.slimes and self.score < self.task.goal:
+                    self.room()
+        for thing in list(self.things):
+            reach = abs(thing.at - self.pos)
+            if thing.kind == "key" and reach < 24:
+                self.key = True
+                self.things.remove(thing)
+            elif thing.kind == "stairs" and reach < 18 or thing.kind == "chest" and self.key and reach < 34 and "SOUTH" in self.held:
+                self.score += 1
+                if self.score < self.task.goal:
+                    self.room()
+
+    def draw(self):
+        frame, corner = self.ground[128:384, 128:384].copy(), 0j
+        for thing in self.things:
+            self.show(frame, 0, thing, 32)
+        for s in self.slimes:
+            self.show(frame, 0, s, 36)
+        if self.rests("sword") > 14:
+            tip = self.pos + cmath.rect(46, self.face)
+            cv2.line(frame, (round(self.pos.real), round(self.pos.imag)), (round(tip.real), round(tip.imag)), (255, 255, 255), 9)
+        stamp(frame, "knight", self.pos.real, self.pos.imag, 36, round(self.face / math.tau * 32))
+        if self.rests("sword"):
+            cv2.circle(frame, (round(self.pos.real), round(self.pos.imag)), 20, (120, 120, 130), 3)
+        if self.key:
+            stamp(frame, "key", 128, 16, 32)
+        return frame
+
+    def wish(self):
+        if self.slimes:
+            s = min(self.slimes, key=lambda s: abs(s.at - self.pos))
+            d = s.at - self.pos
+            way = waypoint(flood(self.grid, s.at / 32), self.pos / 32) * 32 - self.pos if abs(d) > 60 else d
+            if abs(d) < 48 and self.rests("sword"):
+                return -unit(d), 0j, ""
+            return unit(way) * (0.5 if abs(d) < 50 else 1), 0j, "WEST" if abs(d) < 48 and abs(wrap(cmath.phase(d) - self.face)) < 0.5 else ""
+        goal = self.things[0]
+        way = waypoint(flood(self.grid, goal.at / 32), self.pos / 32) * 32 - self.pos if abs(goal.at - self.pos) > 32 else goal.at - self.pos
+        near = abs(goal.at - self.pos)
+        return unit(way), 0j, "SOUTH" if goal.kind == "chest" and near < 40 else "RIGHT_TRIGGER" if near > 80 else ""
+
+
+class Shade(TopDown):
+    """A guarded house at night: who stands in a guard's light is soon caught. Left trigger crouches, which shortens the lights; EAST strikes from behind."""
+    keys = {"left": "move", "LEFT_TRIGGER": "crouch", "EAST": "strike"}
+    attack, hud, lives = ("EAST",), ("fff", "4fc", 4), 1
+    floor, block, cell = ("planks", "322", "543"), ("dots", "124", "246"), 48
+
+    def begin(self, want="exit"):
+        self.want, w, h = want, 13, 11
+        grid = [[x in (0, w - 1) or y in (0, h - 1) or (x % 4 == 2 and y % 4 == 2 and self.plan.random() < 0.8) for x in range(w)] for y in range(h)]
+        self.lay(grid)
+        side, self.alarm = self.rng.choice((0, 1)), 0.0
+        lane = lambda row: complex(0, (row + 0.5) * 48)
+        self.pos = complex((1.5, w - 1.5)[side] * 48, 0) + lane(self.rng.choice((1, 3, 5, 7, 9)))
+        self.guards = []
+        for column in self.plan.sample((3, 4, 5, 7, 8, 9), 3 if want == "exit" else 2):
+            column += column % 4 == 2
+            self.guards.append(Thing(kind="guard", at=complex((column + 0.5) * 48, self.rng.uniform(100, 420)), way=self.rng.choice((-1j, 1j)), turn=0))
+        if want == "exit":
+            self.things = [Thing(kind="exit", at=complex((w - 1.5, 1.5)[side] * 48, 0) + lane(self.rng.choice([i for i in (1, 3, 5, 7, 9) if abs(lane(i) - 1j * self.pos.imag) > 60])))]
+        else:
+            self.things = [Thing(kind="gem", at=complex((x + 0.5) * 48, 0) + lane(self.rng.choice((1, 3, 5, 7, 9)))) for x in self.rng.sample((3, 4, 5, 7, 8, 9), 3)] if want == "gem" else []
+
+    def lit(self, p, guard, more=0.0, wide=0.0):
+        """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
+        d = p - guard.at
+        reach = (60 if "LEFT_TRIGGER" in self.held else 100) + more
+        return abs(d) < reach and abs(cmath.phase(d * guard.way.conjugate())) < 0.55 + wide and sees(self.grid, guard.at / 48, p / 48)
+
+    def play(self):
+        self.pos = self.move(self.pos, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
+        for g in list(self.guards):
+            ahead = g.at + 26 * g.way
+            if self.grid[int(ahead.imag // 48)][int(ahead.real // 48)]:
+                g.way = -g.way
+            g.at += 1.3 * g.way
+            if self.want == "guard" and "EAST" in self.held and abs(g.at - self.pos) < 52 and not self.lit(self.pos, g) and self.ready("knife", 12):
+                self.guards.remove(g)
+                self.score += 1
+        seen = any(self.lit(self.pos, g) or abs(g.at - self.pos) < 20 for g in self.guards)
+        self.alarm = max(self.alarm + (1 / 18 if seen else -1 / 40), 0)
+        if self.alarm >= 1:
+            self.health = 0
+        for thing in [t for t in self.things if abs(t.at - self.pos) < 30]:
+            self.things.remove(thing)
+            self.score += 1
+
+    def draw(self):
+        frame, corner = self.view()
+        reach = 60 if "LEFT_TRIGGER" in self.held else 100
+        for g in self.guards:
+            p = g.at - corner
+            if -120 < p.real < 376 and -120 < p.imag < 376:
+                fan = [p, *(p + cmath.rect(reach, cmath.phase(g.way) + a) for a in (-0.55, -0.28, 0, 0.28, 0.55))]
+                cv2.fillPoly(frame, [np.int32([(q.real, q.imag) for q in fan])], (240, 220, 90))
+                self.show(frame, corner, g, 40, cmath.phase(g.way))
+        for thing in self.things:
+            self.show(frame, corner, thing, 40)
+        goal = self.goal()
+        if goal:
+            self.pointer(frame, goal.at, (90, 255, 160))
+        stamp(frame, "thief", 128, 128, 32 if "LEFT_TRIGGER" in self.held else 40, round(cmath.phase(self.left) / math.tau * 32))
+        cv2.rectangle(frame, (60, 240), (60 + round(136 * self.alarm), 251), (255, 40, 40), -1)
+        cv2.rectangle(frame, (60, 240), (196, 251), (255, 255, 255), 1)
+        return frame
+
+    def goal(self):
+        return min(self.guards if self.want == "guard" else self.things, key=lambda t: abs(t.at - self.pos), default=None)
+
+    def wish(self):
+        """Of 16 ways and standing still: the one that gets on best and stays out of the light."""
+        goal = self.goal()
+        if not goal:
+            return 0j, 0j, ""
+        target = goal.at - 38 * goal.way if self.want == "guard" else goal.at
+        if self.grid[int(target.imag // 48)][int(target.real // 48)]:
+            target = goal.at
+        far = abs(target - self.pos)
+        way = target - self.pos if far < 60 and sees(self.grid, self.pos / 48, target / 48) else waypoint(flood(self.grid, target / 48), self.pos / 48) * 48 - self.pos
+        if self.want == "guard" and abs(goal.at - self.pos) < 110 and self.lit(self.pos, goal, 60, 0.9):
+            way = target + 70 * 1j * goal.way * (1 if ((self.pos - goal.at) * (1j * goal.way).conjugate()).real > 0 else -1) - self.pos
+        best, least, margin = 0j, 0.3, (14, 0.2) if self.want == "guard" else (30, 0.35)
+        for k in range(-1, 16):
+            d = cmath.rect(1, k * math.tau / 16) if k >= 0 else 0j
+            q = self.move(self.pos, 24 * d)
+            danger = sum(self.lit(q + s * 12 * d, g, *margin) or abs(q - g.at) < margin[0] + 14 for g in self.guards for s in (0, 1))
+            gain = ((q - self.pos) * unit(way).conjugate()).real / 24 - 2 * danger
+            if k < 0:
+                gain, least = gain - 0.0, -99
+            if gain > least + 0.01:
+                best, least = d, gain
+        near = min((abs(g.at - self.pos) for g in self.guards), default=999)
+        return best * (1 if abs(way) > 20 else 0.6), 0j, ("EAST" if self.want == "guard" and abs(goal.at - self.pos) < 50 else "") + (" LEFT_TRIGGER" if 44 < near < 120 else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------- side-scrolling
+class Side(Game):
+    """Seen from the side, the camera on the player: gravity, and islands [x0, x1, y] to land on, which do not stop a jump from below."""
+    fall, jump, run, scenery = 0.5, 8.4, 3.2, ()
+
+    def stand(self, x, y):
+        self.pos, self.v, self.ground, self.stood, self.way = complex(x, y), 0.0, True, self.t, 1
+
+    def bodily(self, leap, speed=None):
+        """Run by the left stick, jump from the ground, fall, land."""
+        if abs(self.left.real) > 0.2:
+            self.way = 1 if self.left.real > 0 else -1
+        if leap and self.t - self.stood <= 4:                              # a jump a moment after the edge still counts
+            self.v, self.stood = -self.jump, -9
+        self.v = min(self.v + self.fall, 11)
+        old = self.pos
+        self.pos += complex(self.left.real * (speed or self.run), self.v)
+        self.ground = False
+        for i, (x0, x1, y) in enumerate(self.islands):
+            if self.v >= 0 and old.imag <= y + 0.01 and self.pos.imag >= y and x0 - 8 < self.pos.real < x1 + 8:
+                self.pos, self.v, self.ground, self.stood, self.on = complex(self.pos.real, y), 0.0, True, self.t, i
+
+    def land(self, frame, cx, cy, ink, edge):
+        """The islands of a scene whose camera's corner is (cx, cy)."""
+        for x0, x1, y in self.islands:
+            if x1 > cx and x0 < cx + 256:
+                cv2.rectangle(frame, (round(x0 - cx), round(y - cy)), (round(x1 - cx), round(y - cy) + 26), ink, -1)
+                cv2.rectangle(frame, (round(x0 - cx), round(y - cy)), (round(x1 - cx), round(y - cy) + 8), edge, -1)
+
+    def back(self, x):
+        """The scenery behind, moving at a third of the speed."""
+        x = int(x / 3) % 512
+        return sky(*self.scenery, 256)[:, x:x + 256].copy()
+
+
+class Cliffs(Side):
+    """Floating islands: to a flag along them, up a tower of them, or after coins. The right trigger sprints."""
+    keys = {"left": "run", "SOUTH": "jump", "RIGHT_TRIGGER": "sprint"}
+    attack, hud, scenery, lives = ("SOUTH",), ("e33", "fc0", 4), ("4ae", "cef", ("8c8", "5a6")), 3
+
+    def begin(self, want="flag"):
+        self.want, self.islands, x, y, s = want, [], 0, 0, self.rng.choice((-1, 1))
+        if want == "tower":
+            x = 0
+            self.islands = [[-90, 90, 0]]
+            for i in range(1, 9):
+                x += self.plan.choice((-1, 1)) * s * self.plan.uniform(60, 88)
+                self.islands.append([x - 34, x + 34, -58 * i])
+        else:
+            for i in range(7):
+                wide = self.plan.uniform(80, 150)
+                self.islands.append([x, x + wide, y] if s > 0 else [-x - wide, -x, y])
+                x, y = x + wide + self.plan.uniform(50, 68), y + self.plan.choice((-20, 0, 20))
+        if want == "coin":
+            self.stand(sum(self.islands[3][:2]) / 2, self.islands[3][2])
+            self.coins = [complex(self.rng.uniform(a[0] + 15, a[1] - 15), a[2] - self.rng.choice((16, 70))) for i, a in enumerate(self.islands) if i in (1, 2, 4, 5)]
+        else:
+            self.stand(sum(self.islands[0][:2]) / 2, self.islands[0][2])
+            end = self.islands[-1]
+            self.coins = [complex((end[0] + end[1]) / 2, end[2] - 20)]
+        self.on = self.last = self.islands.index(min(self.islands, key=lambda i: abs((i[0] + i[1]) / 2 - self.pos.real) + abs(i[2] - self.pos.imag)))
+
+    def play(self):
+        self.bodily("SOUTH" in self.held, 4.0 if "RIGHT_TRIGGER" in self.held else 3.0)
+        if self.ground:
+            self.last = self.on
+        if self.pos.imag > self.islands[self.last][2] + 150:
+            self.health -= 1
+            x0, x1, y = self.islands[self.last]
+            self.stand((x0 + x1) / 2, y)
+        for coin in [c for c in self.coins if abs(c.real - self.pos.real) < 26 and abs(c.imag - self.pos.imag + 16) < 30]:
+            self.coins.remove(coin)
+            self.score += 1
+
+    def draw(self):
+        cx, cy = self.pos.real - 128, self.pos.imag - 160
+        frame = self.back(self.pos.real)
+        self.land(frame, cx, cy, (150, 100, 60), (80, 200, 70))
+        for c in self.coins:
+            stamp(frame, "coin" if self.want == "coin" else "flag", c.real - cx, c.imag - cy - (0 if self.want == "coin" else 4), 36 if self.want == "coin" else 48)
+        goal = self.target()
+        if goal is not None and abs(goal - self.pos) > 120:
+            arrow(frame, 128, 24, cmath.phase(goal - self.pos), 18, (255, 240, 60))
+        stamp(frame, "runner", 128, 140, 40, flip=self.way < 0)
+        if not self.ground:
+            arrow(frame, 128, 176, math.copysign(math.pi / 2, self.v), 10, (255, 255, 255))
+        return frame
+
+    def target(self):
+        return min(self.coins, key=lambda c: abs(c - self.pos), default=None)
+
+    def wish(self):
+        goal, here = self.target(), self.islands[self.on]
+        if goal is None:
+            return 0j, 0j, ""
+        at = min(range(len(self.islands)), key=lambda i: abs(goal.real - sum(self.islands[i][:2]) / 2) + abs(goal.imag - self.islands[i][2]))
+        x = self.pos.real
+        if at == self.on:
+            d = goal.real - x
+            return complex(max(-1, min(1, d / 20)), 0), 0j, "SOUTH" if goal.imag < here[2] - 40 and abs(d) < 30 and self.ground else ""
+        to = self.islands[self.on + (1 if at > self.on else -1)]
+        s = 1 if to[0] + to[1] > here[0] + here[1] else -1
+        edge = here[1] if s > 0 else here[0]
+        aim = sum(to[:2]) / 2 if self.want == "tower" else (to[0] + 26 if s > 0 else to[1] - 26)
+        if self.want == "tower":
+            spot = edge - s * 6
+            if self.ground:
+                return complex(max(-1, min(1, (spot - x) / 16)), 0), 0j, "SOUTH" if (spot - x) * s < 24 else ""
+            return complex(max(-1, min(1, (aim - x) / 24)), 0), 0j, "SOUTH" if self.v < 0 else ""
+        drop = to[2] - self.pos.imag
+        flight = 2 * (math.sqrt(self.v ** 2 + drop) - self.v) if self.v ** 2 + drop > 0 else 0.0   # steps until there: drop = v t + t^2 / 4
+        if not self.ground and (to[0 if s > 0 else 1] - 8 * s - x) * s > 3 * flight:               # not to be reached: back to where we stood
+            return complex(max(-1, min(1, (edge - 20 * s - x) / 20)), 0), 0j, ""
+        if self.ground:
+            return complex(s, 0), 0j, "SOUTH" if (edge - x) * s < 24 else "RIGHT_TRIGGER" if (edge - x) * s > 70 else ""
+        return complex(s if (aim - x) * s > 0 else (aim - x) / 30, 0), 0j, "SOUTH" if self.v < 0 else ""
+
+
+class Commando(Side):
+    """Run and gun: the right stick aims, the right trigger fires, SOUTH jumps over bullets and wire."""
+    keys = {"left": "run", "right": "aim", "RIGHT_TRIGGER": "fire", "SOUTH": "jump"}
+    attack, hud, lives, scenery = ("RIGHT_TRIGGER", "SOUTH"), ("f22", "fd0", 4), 3, ("c63", "fc7", ("a54", "632"))
+
+    def begin(self, foe="", breach=False):
+        self.foe, self.breach, self.islands, self.foes, self.bolts, self.shots, self.wires = foe, breach, [[-2000, 2000, 200]], [], [], [], []
+        self.stand(0, 200)
+        self.aim = self.rng.choice((0, math.pi))
+        if breach:
+            s, x = self.rng.choice((-1, 1)), 60.0
+            for _ in range(7):
+                x += self.plan.uniform(90, 150)
+                self.wires.append(s * x)
+            self.copter = s * (x + 110)
+        self.recruit()
+
+    def recruit(self):
+        """Soldiers to both sides, on the ground or on ledges; turrets in the air."""
+        for side in (-1, 1) if self.foe and not self.foes else ():
+            at = complex(self.pos.real + side * self.rng.uniform(80, 112), 200 - self.rng.choice((20, 70, 120) if self.foe == "soldier" else (100, 130, 150)))
+            self.foes.append(Thing(kind=self.foe, at=at, hp=1 if self.foe == "soldier" else 3, wait=self.rng.randint(40, 90)))
+
+    def play(self):
+        self.bodily("SOUTH" in self.held)
+        if abs(self.right) > 0.3:
+            self.aim = cmath.phase(self.right)
+        heart = self.pos - 22j
+        if "RIGHT_TRIGGER" in self.held and self.ready("gun", 10):
+            self.bolts.append(Thing(at=heart + cmath.rect(16, self.aim), v=cmath.rect(10, self.aim)))
+        for bolt in list(self.bolts):
+            bolt.at += bolt.v
+            hit = next((f for f in self.foes if abs(f.at - bolt.at) < 20), None)
+            if hit:
+                hit.hp -= 1
+            if hit or abs(bolt.at - heart) > 170 or bolt.at.imag > 200:
+                self.bolts.remove(bolt)
+        for f in list(self.foes):
+            f.wait -= 1
+            away = f.at.real - self.pos.real
+            if abs(away) > 112:
+                f.at -= math.copysign(2.6, away)                           # runs along
+            if f.hp <= 0:
+                self.foes.remove(f)
+                self.score += 1
+            elif f.wait <= 0:
+                f.wait = 75
+                flat = complex(1 if self.pos.real > f.at.real else -1, 0)
+                self.shots.append(Thing(kind="mine", at=f.at, v=2.6 * (unit(heart - f.at) if self.foe == "turret" or f.at.imag < 170 else flat)))
+        for shot in list(self.shots):
+            shot.at += shot.v
+            hit = abs(shot.at - heart) < 20
+            if hit:
+                self.hurt()
+            if hit or abs(shot.at - heart) > 200 or shot.at.imag > 200:
+                self.shots.remove(shot)
+        if any(abs(w - self.pos.real) < 20 and self.pos.imag > 178 for w in self.wires) and self.ready("wire", 20):
+            self.health -= 1
+        if self.breach and abs(self.copter - self.pos.real) < 24:
+            self.score = 1
+        self.recruit()
+
+    def draw(self):
+        cx = self.pos.real - 128
+        frame = self.back(self.pos.real)
+        x = int(cx) % 128
+        frame[200:] = pattern("sand", 56, 512, "541", "874")[:, x:x + 256]
+        for w in self.wires:
+            if abs(w - cx - 128) < 160:
+                stamp(frame, "wire", w - cx, 186, 40)
+        if self.breach:
+            stamp(frame, "copter", self.copter - cx, 160, 92)
+            arrow(frame, 128, 40, 0 if self.copter > self.pos.real else math.pi, 22, (255, 255, 60))
+        for f in self.foes:
+            if f.kind == "soldier" and f.at.imag < 170:
+                cv2.rectangle(frame, (round(f.at.real - cx) - 24, round(f.at.imag) + 18), (round(f.at.real - cx) + 24, round(f.at.imag) + 28), (90, 60, 50), -1)
+            stamp(frame, f.kind, f.at.real - cx, f.at.imag, 40, flip=f.at.real > self.pos.real)
+        stamp(frame, "trooper", 128, self.pos.imag - 20, 44, flip=self.way < 0)
+        gun = complex(128, self.pos.imag - 22)
+        tip = gun + cmath.rect(30, self.aim)
+        cv2.line(frame, (128, round(gun.imag)), (round(tip.real), round(tip.imag)), (20, 20, 20), 8)
+        for bolt in self.bolts:
+            cv2.circle(frame, (round(bolt.at.real - cx), round(bolt.at.imag)), 5, (255, 255, 160), -1)
+        for shot in self.shots:
+            cv2.circle(frame, (round(shot.at.real - cx), round(shot.at.imag)), 9, (10, 10, 10), -1)
+            cv2.circle(frame, (round(shot.at.real - cx), round(shot.at.imag)), 7, (255, 40, 220), -1)
+        return frame
+
+    def wish(self):
+        heart, leap, run = self.pos - 22j, "", 0.0
+        danger = [s for s in self.shots if abs(s.at - heart) < 80 and ((heart - s.at) * s.v.conjugate()).real > 0]
+        if danger:
+            s = danger[0]
+            flat = abs(s.v.imag) < 0.6
+            if flat and abs(s.at.real - heart.real) < 58:
+                leap = " SOUTH"
+            if not flat:
+                run = -1.0 if s.v.real > 0 else 1.0                        # run under it, towards where it comes from
+        if self.breach:
+            s = 1 if self.copter > self.pos.real else -1
+            near = min(((w - self.pos.real) * s for w in self.wires if (w - self.pos.real) * s > 0), default=999)
+            return complex(s, 0), complex(s, 0), "SOUTH" if 24 < near < 56 else ""
+        foe = min(self.foes, key=lambda f: (f.hp, abs(f.at - heart)))
+        d = foe.at - heart
+        if not danger:
+            run = 0.0 if 70 < abs(d.real) < 115 else math.copysign(0.8, d.real) if abs(d.real) > 115 else -math.copysign(0.6, d.real)
+        return complex(run, 0), unit(d), ("RIGHT_TRIGGER" if abs(wrap(self.aim - cmath.phase(d))) < 0.25 else "") + leap
+
+
+class Glider(Side):
+    """Flight over hills from left to right: rings to pass through, foes to shoot, tanks to bomb where the mark on the ground shows."""
+    keys = {"left": "fly; x = speed", "RIGHT_TRIGGER": "guns", "SOUTH": "bomb"}
+    attack, hud, scenery = ("RIGHT_TRIGGER", "SOUTH"), ("f28", "fff", 4), ("325", "f96", ("a46", "525"))
+
+    def begin(self, want="ring"):
+        self.want, self.pos, self.things, self.bolts, self.bombs, self.ammo = want, complex(0, self.rng.uniform(70, 180)), [], [], [], 6 if want == "tank" else 11
+        self.gap, self.gone = 70.0, 0
+
+    def play(self):
+        ahead = 2.6 + 1.2 * self.left.real
+        self.pos = complex(self.pos.real + ahead, min(max(self.pos.imag + 3.4 * self.left.imag, 34), 205 if self.want != "tank" else 120))
+        self.gap -= ahead
+        if self.gap <= 0:
+            self.gap = {"ring": 120, "foe": 95, "tank": 120}[self.want] * self.rng.uniform(0.85, 1.25)
+            y = 226 if self.want == "tank" else self.rng.uniform(50, 195)
+            self.things.append(Thing(kind=self.want, at=complex(self.pos.real + 200, y), base=y, phase=self.rng.uniform(0, 6), hp=1))
+        if self.want == "foe" and "RIGHT_TRIGGER" in self.held and self.ammo and self.ready("gun", 12):
+            self.ammo -= 1
+            self.bolts.append(Thing(at=self.pos + 26, v=10))
+        if self.want == "tank" and "SOUTH" in self.held and self.ammo and self.ready("bomb", 20):
+            self.ammo -= 1
+            self.bombs.append(Thing(kind="bomb", at=self.pos + 10j, v=complex(ahead, 1.0)))
+        for bolt in list(self.bolts):
+            bolt.at += bolt.v
+            hit = next((f for f in self.things if abs(f.at.real - bolt.at.real) < 20 and abs(f.at.imag - bolt.at.imag) < 18), None)
+            if hit:
+                hit.hp -= 1
+            if hit or bolt.at.real - self.pos.real > 200:
+                self.bolts.remove(bolt)
+        for bomb in list(self.bombs):
+            bomb.at, bomb.v = bomb.at + bomb.v, bomb.v + 0.25j
+            if bomb.at.imag > 222:
+                self.bombs.remove(bomb)
+                for tank in [f for f in self.things if abs(f.at.real - bomb.at.real) < 22]:
+                    tank.hp = 0
+        for f in list(self.things):
+            d = f.at - self.pos
+            if self.want == "foe":
+                f.at = complex(f.at.real - 0.4, f.base + 14 * math.sin(f.phase + self.t / 18))
+                if abs(d.real) < 30 and abs(d.imag) < 26:
+                    self.hurt()
+            if self.want == "ring" and abs(d.real) < ahead and not f.kind == "gone":
+                f.kind = "gone"
+                if abs(d.imag) < 25:
+                    self.score += 1
+                else:
+                    self.health -= 1
+            if f.hp <= 0 or d.real < -90 or f.kind == "gone":
+                self.things.remove(f)
+                self.score += f.hp <= 0
+                self.health -= f.hp > 0 and self.want == "foe"             # let through
+
+    def mark(self):
+        """Where a bomb dropped now would fall: dy = v t + g t^2 / 2."""
+        drop = 212 - self.pos.imag
+        return (2.6 + 1.2 * self.left.real) * (math.sqrt(1 + 0.5 * drop) - 1) / 0.25
+
+    def draw(self):
+        frame = self.back(3 * self.pos.real % 1536)
+        x = int(self.pos.real * 1.0) % 256
+        frame[232:] = pattern("checker", 24, 512, "313", "636")[:, x:x + 256]
+        cx = self.pos.real - 70
+        if self.want == "tank":
+            spot = 70 + round(self.mark())
+            cv2.line(frame, (70, round(self.pos.imag)), (spot, 228), (255, 255, 255), 2)
+            cv2.rectangle(frame, (spot - 14, 212), (spot + 14, 240), (255, 60, 60) if not self.rests("bomb") else (120, 120, 120), 4)
+        for i in range(self.ammo if self.want != "ring" else 0):
+            cv2.rectangle(frame, (8 + 12 * i, 240), (15 + 12 * i, 252), (255, 200, 60), -1)
+        for f in self.things:
+            if f.kind == "ring":
+                cv2.ellipse(frame, (round(f.at.real - cx), round(f.at.imag)), (14, 34), 0, 0, 360, (90, 50, 0), 12)
+                cv2.ellipse(frame, (round(f.at.real - cx), round(f.at.imag)), (14, 34), 0, 0, 360, (255, 210, 0), 7)
+            else:
+                stamp(frame, f.kind, f.at.real - cx, f.at.imag, 40)
+        for bolt in self.bolts:
+            cv2.rectangle(frame, (round(bolt.at.real - cx) - 8, round(bolt.at.imag) - 3), (round(bolt.at.real - cx) + 8, round(bolt.at.imag) + 3), (120, 255, 255), -1)
+        for bomb in self.bombs:
+            stamp(frame, "bomb", bomb.at.real - cx, bomb.at.imag, 24, 8)
+        stamp(frame, "plane", 70, self.pos.imag, 52, round(2 * self.left.imag))
+        return frame
+
+    def wish(self):
+        ahead = [f for f in self.things if f.at.real > self.pos.real + (24 if self.want == "foe" else 0)]
+        if not ahead:
+            return complex(0.3, max(-1, min(1, ((125 if self.want != "tank" else 80) - self.pos.imag) / 60))), 0j, ""
+        d = ahead[0].at - self.pos
+        if self.want == "tank":
+            gap = d.real - self.mark()
+            return complex(max(-1, min(1, gap / 60)), (80 - self.pos.imag) / 60), 0j, "SOUTH" if abs(gap) < 16 and not self.bombs and not self.rests("bomb") else ""
+        lift = max(-1, min(1, d.imag / 18))
+        if self.want == "foe":
+            return complex(0.2 if d.real > 70 else -0.6, lift), 0j, "RIGHT_TRIGGER" if abs(d.imag) < 12 and d.real < 150 and not self.bolts and not self.rests("gun") else ""
+        return complex(0.6 if abs(d.imag) < 20 else -0.4, lift), 0j, ""
+
+
+class Dojo(Game):
+    """One screen, a duel: red rivals are about to strike (block), green ones are open (punch), blue ones guard high (kick low); boards to break."""
+    keys = {"left": "walk, turn", "WEST": "punch", "SOUTH": "low kick", "LEFT_TRIGGER": "block"}
+    attack, hud, lives = ("WEST", "SOUTH"), ("f40", "fff", 8), 3
+
+    def begin(self, foes=1, boards=False):
+        self.boards, self.x, self.way, self.foes, self.count = boards, 128.0, self.rng.choice((-1, 1)), [], foes
+        self.floor = pattern("planks", 256, 256, "630", "a62").copy()
+        self.floor[:170] = pattern("grid", 170, 256, "fec", "c96")
+        cv2.circle(self.floor, (128, 70), 40, (230, 60, 50), -1)
+        self.board, self.aim = None, 0.0
+        for i in range(0 if boards else foes):
+            side = self.rng.choice((-1, 1)) if foes == 1 else 2 * i - 1
+            self.foes.append(Thing(x=128.0 + 90 * side, kind="idle", wait=20 + 40 * i, hits=0))
+
+    def play(self):
+        pressed = [b for b in ("WEST", "SOUTH", "LEFT_TRIGGER") if b in self.held]
+        move = pressed[0] if len(pressed) == 1 and not self.rests("stun") else None         # two at once are a fumble
+        if self.boards:
+            return self.chop(move)
+        if abs(self.left.real) > 0.15 and not self.rests("stun"):
+            self.way = 1 if self.left.real > 0 else -1
+            self.x = min(max(self.x + 2.8 * self.left.real * (move != "LEFT_TRIGGER"), 24), 232)
+        for f in self.foes:
+            d = f.x - self.x
+            f.wait -= 1
+            if abs(d) > 44:
+                f.x -= math.copysign(1.2, d) if len(self.foes) == 1 or f.kind != "idle" else 0
+            elif abs(d) < 36:
+                f.x = min(max(f.x + math.copysign(2, d), 16), 240)
+            if f.wait <= 0:
+                if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
+                    self.hurt()
+                alone = len(self.foes) == 1 or all(g is f or g.kind == "idle" for g in self.foes)
+                f.kind = self.rng.choice(("open", "shut", "wind")) if f.kind == "idle" and alone else "idle"
+                f.wait = {"open": 40, "shut": 40, "wind": 26, "idle": self.rng.randint(8, 16)}[f.kind]
+        if move in ("WEST", "SOUTH") and self.ready("blow", 12):
+            f = min(self.foes, key=lambda f: abs(f.x - self.x))
+            if abs(f.x - self.x) < 58 and (f.x - self.x) * self.way > 0:
+                if f.kind == {"WEST": "open", "SOUTH": "shut"}[move]:
+                    self.score += 1
+                    f.kind, f.wait = "idle", 12
+                    f.x = min(max(f.x + 26 * self.way, 16), 240)
+                    if len(self.foes) == 1 and self.rng.random() < 0.5:
+                        f.x = min(max(2 * self.x - f.x, 16), 240)                           # leaps over to the other side
+                elif f.kind != "idle":
+                    self.due["stun"] = self.t + 12
+                    self.hurt()
+
+    def chop(self, move):
+        """Boards fly in from all sides: point the left stick at one and punch when it is in the ring."""
+        if abs(self.left) > 0.3:
+            self.aim = cmath.phase(self.left)
+        if self.board is None:
+            self.board = Thing(angle=self.rng.uniform(0, math.tau), far=112.0)
+        b = self.board
+        b.far -= 2.6
+        if move == "WEST" and self.ready("blow", 8):
+            if 26 < b.far < 60 and abs(wrap(self.aim - b.angle)) < 0.6:
+                self.score, self.board = self.score + 1, None
+            else:
+                self.due["stun"] = self.t + 12
+                self.hurt()
+        elif b.far < 18:
+            self.board = None
+            self.hurt()
+
+    def draw(self):
+        frame = self.floor.copy()
+        if self.boards:
+            cv2.circle(frame, (128, 140), 60, (40, 200, 255), 4)
+            if self.board:
+                p = 128 + 140j + cmath.rect(self.board.far, self.board.angle)
+                stamp(frame, "board", p.real, p.imag, 52, round(self.board.angle / math.tau * 32))
+            arrow(frame, 128 + 34 * math.cos(self.aim), 140 + 34 * math.sin(self.aim), self.aim, 14, (255, 255, 255))
+            stamp(frame, "monk", 128, 140, 52, flip=math.cos(self.aim) < 0)
+        for f in self.foes:
+            stamp(frame, f.kind, f.x, 190, 84, flip=f.x > self.x)
+        if not self.boards:
+            stamp(frame, "monk", self.x, 190, 84, flip=self.way < 0)
+            if "LEFT_TRIGGER" in self.held:
+                cv2.rectangle(frame, (round(self.x + 22 * self.way) - 4, 150), (round(self.x + 22 * self.way) + 4, 220), (120, 200, 255), -1)
+        if self.rests("stun"):
+            cv2.circle(frame, (round(self.x) if not self.boards else 128, 132 if not self.boards else 108), 12, (255, 255, 0), 4)
+        return frame
+
+    def wish(self):
+        if self.boards:
+            b = self.board
+            if not b:
+                return 0j, 0j, ""
+            return cmath.rect(0.9, b.angle), 0j, "WEST" if 28 < b.far < 54 else ""
+        f = min(self.foes, key=lambda f: (f.kind == "idle", abs(f.x - self.x)))
+        d = f.x - self.x
+        near = abs(d) < 54
+        left = complex(math.copysign(0.35 if near else 1, d), 0)
+        return left, 0j, {"open": "WEST", "shut": "SOUTH", "wind": "LEFT_TRIGGER", "idle": ""}[f.kind] if near and d * self.way > 0 else ""
+
+
+# -------------------------------------------------------------------------------------------------------------------------- tasks
+class Task(NamedTuple):
+    """Reach `goal` points within `seconds` of game time and alive."""
+    name: str
+    game: type
+    kind: str                                      # combat, navigation, specific
+    goal: int
+    seconds: int
+    start: dict
+    fixed: bool                                    # the level is the same for all seeds, the start is not
+    text: str
+
+
+TASKS = {f"{game.__name__.lower()}/{name}": Task(f"{game.__name__.lower()}/{name}", game, kind, goal, seconds, start, fixed, text) for game, name, kind, goal, seconds, start, fixed, text in (
+    (Crypt, "ghouls", "combat", 2, 20, dict(foes=2), False, "defeat two ghouls"),
+    (Crypt, "exit", "navigation", 2, 20, dict(steps=("portal", "portal")), True, "walk through two portals"),
+    (Crypt, "key", "specific", 2, 20, dict(steps=("key", "lock")), False, "take the key, open the lock"),
+    (Siege, "drones", "combat", 3, 20, dict(want="drone"), False, "shoot three drones with 16 shots"),
+    (Siege, "beacon", "navigation", 2, 20, dict(want="beacon"), True, "reach two beacons"),
+    (Siege, "crates", "specific", 3, 20, dict(want="crate"), False, "open three crates"),
+    (Rally, "course", "navigation", 6, 18, dict(), True, "pass six gates"),
+    (Rally, "traffic", "navigation", 3, 18, dict(rivals=3), False, "overtake three cars, with two collisions at most"),
+    (Rally, "park", "specific", 2, 20, dict(park=True), False, "stop in two bays"),
+    (Swarm, "bugs", "combat", 5, 15, dict(foe="bug"), False, "destroy five bugs"),
+    (Swarm, "brute", "combat", 14, 15, dict(foe="brute"), False, "hit the brute 14 times"),
+    (Swarm, "gems", "specific", 4, 15, dict(gems=True), False, "collect four gems among mines"),
+    (Vault, "slimes", "combat", 4, 20, dict(want="slime"), False, "defeat four slimes"),
+    (Vault, "stairs", "navigation", 3, 15, dict(want="stairs"), True, "climb three stairs"),
+    (Vault, "chest", "specific", 2, 20, dict(want="chest"), False, "key and chest, in two rooms"),
+    (Shade, "knife", "combat", 2, 20, dict(want="guard"), False, "strike down two guards unseen"),
+    (Shade, "exit", "navigation", 1, 20, dict(want="exit"), True, "reach the exit unseen"),
+    (Shade, "gems", "specific", 2, 20, dict(want="gem"), False, "steal two of three gems unseen"),
+    (Cliffs, "flag", "navigation", 1, 20, dict(want="flag"), True, "reach the flag across seven islands"),
+    (Cliffs, "tower", "navigation", 1, 20, dict(want="tower"), False, "climb to the flag"),
+    (Cliffs, "coins", "specific", 4, 20, dict(want="coin"), False, "collect four coins to both sides"),
+    (Commando, "soldiers", "combat", 6, 15, dict(foe="soldier"), False, "shoot six soldiers"),
+    (Commando, "turrets", "combat", 3, 15, dict(foe="turret"), False, "destroy three turrets"),
+    (Commando, "breach", "navigation", 1, 15, dict(breach=True), True, "run to the helicopter across the wire"),
+    (Glider, "foes", "combat", 5, 20, dict(want="foe"), False, "shoot down five planes with eleven shots"),
+    (Glider, "rings", "navigation", 7, 15, dict(want="ring"), True, "fly through seven rings"),
+    (Glider, "bombs", "specific", 4, 20, dict(want="tank"), False, "bomb four tanks with six bombs"),
+    (Dojo, "duel", "combat", 6, 20, dict(foes=1), False, "land six blows"),
+    (Dojo, "pair", "combat", 6, 20, dict(foes=2), False, "land six blows on two rivals"),
+    (Dojo, "boards", "specific", 7, 15, dict(boards=True), False, "break seven boards"))}
+GAMES = {task.game.__name__.lower(): task.game for task in TASKS.values()}
+FAMILIES = {"first person": ("crypt", "siege", "rally"), "top-down": ("swarm", "vault", "shade"), "side": ("cliffs", "commando", "glider", "dojo")}
+
+
+# ------------------------------------------------------------------------------------------------------------------------ players
+class Scripted:
+    """Plays a task as a person does: knows the game's wish, but sees it late, moves sticks gradually and askew, and slips now and then."""
+    def __init__(self, game, seed=0):
+        self.game, self.rng = game, random.Random(f"player {seed}")
+        self.late = deque([(0j, 0j, "")] * self.rng.randint(2, 4))
+        self.askew, self.reach, self.quick = self.rng.gauss(0, 0.05), self.rng.uniform(0.93, 1.0), self.rng.uniform(0.4, 0.7)
+        self.sticks, self.slip, self.how = [0j, 0j], 0, ""
+        self.careless = self.rng.uniform(0.002, 0.007)
+
+    def act(self):
+        self.late.append(self.game.wish())
+        *wanted, keys = self.late.popleft()
+        keys = set(keys.split())
+        if self.slip == 0 and self.rng.random() < self.careless:
+            self.slip, self.how, self.veer = self.rng.randint(5, 11), self.rng.choice(("veer", "veer", "rest", "button")), cmath.rect(1, self.rng.choice((-1, 1)) * self.rng.uniform(0.6, 2))
+            self.extra = self.rng.choice(sorted(k for k in self.game.keys if k.isupper()))
+        if self.slip:
+            self.slip -= 1
+            if self.how == "veer":
+                wanted = [w * self.veer for w in wanted]
+            elif self.how == "rest":
+                wanted, keys = [0j, 0j], set()
+            else:
+                keys.add(self.extra)
+        action = neutral()
+        for i, (name, want) in enumerate(zip(extract.STICKS, wanted)):
+            noisy = want * cmath.rect(self.reach, self.askew) + (complex(self.rng.gauss(0, 0.03), self.rng.gauss(0, 0.03)) if want else 0)
+            self.sticks[i] += (noisy - self.sticks[i]) * self.quick
+            s = clip(self.sticks[i])
+            action[extract.STICKS[name]] = s.real, s.imag
+        action[[extract.BUTTON[k] for k in keys]] = 1
+        return action
+
+
+class Random:
+    """Sticks anywhere, each of the game's buttons down or up, drawn anew every 4 to 16 steps."""
+    def __init__(self, game, seed=0):
+        self.game, self.rng, self.left = game, random.Random(f"random {seed}"), 0
+
+    def act(self):
+        if not self.left:
+            self.left, self.action = self.rng.randint(4, 16), neutral()
+            self.action[21:] = [self.rng.uniform(-1, 1) for _ in range(4)]
+            self.action[[extract.BUTTON[k] for k in self.game.keys if k.isupper() and self.rng.random() < 0.5]] = 1
+        self.left -= 1
+        return self.action
+
+
+class Held:
+    """A constant or mashing policy: `how` is one of MASHING."""
+    def __init__(self, game, seed=0, how="right"):
+        self.game, self.how, self.rng, self.t = game, how, random.Random(f"held {seed}"), 0
+
+    def act(self):
+        action, (way, _, attack) = neutral(), self.how.partition("+")
+        self.t += 1
+        spot = {"right": 1, "left": -1, "up": -1j, "down": 1j, "spin": cmath.rect(1, self.t / 6), "mash": 0j}[way]
+        action[21:] = [spot.real, spot.imag] * 2
+        keys = [k for k in self.game.keys if k.isupper()]
+        if attack:
+            action[[extract.BUTTON[k] for k in self.game.attack]] = 1
+        if way == "mash":
+            action[[extract.BUTTON[k] for k in keys if self.rng.random() < 0.5]] = 1
+        return action
+
+
+MASHING = ("right", "left", "up", "down", "right+attack", "left+attack", "up+attack", "down+attack", "spin+attack", "mash")
+
+
+# ---------------------------------------------------------------------------------------------------------- recording and playing
+PLAYED = 1 << 40                                   # episodes are recorded with seeds below and played for evaluation with seeds from here on
+
+
+def film(game, seed, n):
+    """n steps of scripted play of one game, task after task, by players that differ -> yields (frame, action, True where an episode begins)."""
+    tasks, rng, env = [t for t in TASKS.values() if t.game is GAMES[game]], random.Random(f"{game} {seed}"), None
+    for _ in range(n):
+        begins = env is None or env.over
+        if begins:
+            number = rng.randrange(PLAYED)
+            env = GAMES[game](rng.choice(tasks), number)
+            player = Scripted(env, number)
+        action = player.act()
+        yield env.render(), action, begins
+        env.advance(action)
+
+
+def record_clip(job):
+    """One recording -> its line. job: (folder of the data, game, number, seed, steps, as a video?)."""
+    out, game, number, seed, n, video = job
+    seed = f"{seed} {number}"
+    return (record_video if video else record_folder)(Path(out), f"{game}-{number:03}", game, seed, n)
+
+
+def record_folder(out, name, game, seed, n):
+    """A clip folder with the true actions, as play.py's recorder would leave it."""
+    if (out / name / "clip.json").is_file():
+        return f"{name}: recorded already"
+    tmp = extract.fresh_folder(out / name)
+    writer, actions, begins = extract.FramesWriter(tmp, "frames"), np.zeros((n, extract.A), np.float32), np.zeros(n, bool)
+    for i, (frame, actions[i], begins[i]) in enumerate(film(game, seed, n)):
+        writer.add(i, frame)
+    writer.close(n)
+    keep = parse.keep_filter(actions, np.ones(n))
+    for b in np.flatnonzero(begins):
+        keep[max(b - 8, 0):b] = False                                          # most of their chunk is of the next episode
+    for file, array in (("actions", actions), ("truth", actions), ("confidence", np.ones(n, np.float32)), ("keep", keep)):
+        extract.write_npy(tmp / f"{file}.npy", array)
+    extract.write_json(tmp / "clip.json", {"video": "", "game": game, "fps": FPS, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0, "player": "scripted", "seed": seed})
+    os.replace(tmp, out / name)
+    return f"{name}: {n} frames, {int(begins.sum())} episodes"
+
+
+def record_video(out, name, game, seed, n, size=(640, 360)):
+    """NAME.mp4 with one of our pads over it, NAME.truth.npy float32 (n, 25) and NAME.json (where the pad is) beside it."""
+    if (out / f"{name}.json").is_file():
+        return f"{name}: recorded already"
+    rng = random.Random(f"overlay {game} {seed}")
+    skin, wide = rng.choice(extract.our_skins()), round(size[0] * rng.uniform(0.22, 0.3))
+    high, opacity = round(wide * skin.size[1] / skin.size[0]), rng.uniform(0.75, 1)
+    x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
+    truth = np.zeros((n, extract.A), np.float32)
+    with extract.VideoWriter(out / f"{name}.mp4", FPS, size) as video:
+        for i, (frame, truth[i], _) in enumerate(film(game, seed, n)):
+            picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
+            put_pad(picture[y:y + high, x:x + wide], skin, truth[i], opacity)
+            video.add(picture)
+    extract.write_npy(out / f"{name}.truth.npy", truth)
+    x0, y0, x1, y1 = (v * wide / skin.size[0] for v in extract.visible_box(skin))
+    extract.write_json(out / f"{name}.json", {"game": game, "box": [x + x0, y + y0, x1 - x0, y1 - y0], "template": skin.name, "opacity": opacity})
+    return f"{name}.mp4: {n} frames, {skin.name} {wide} px"
+
+
+def put_pad(ground, skin, action, opacity=1.0):
+    """Draw the pad over a region (h, w, 3) of a picture, in place."""
+    rgba = cv2.resize(extract.draw(skin, action), ground.shape[1::-1], interpolation=cv2.INTER_AREA)
+    alpha = rgba[..., 3:] * (opacity / 255)
+    ground[:] = (rgba[..., :3] * alpha + ground * (1 - alpha) + 0.5).astype(np.uint8)
+
+
+def chosen(names, known, what):
+    """Names that the user gave, checked; none = all."""
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"{what} {name!r} is not one of {', '.join(known)}: give others")
+    return list(names or known)
+
+
+def folder(path):
+    """--out, made where it is missing."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: expected a folder to write to, found {e.strerror}: give another --out") from None
+    return Path(path)
+
+
+def in_processes(work, jobs, workers):
+    """work(job) for all jobs, in order; in processes where that pays."""
+    if workers < 2:
+        yield from map(work, jobs)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(work, jobs)
+
+
+def record(args):
+    """Scripted play -> clip folders or videos with an overlay."""
+    games, out = chosen(args.games, GAMES, "game"), folder(args.out)
+    n = round(min(args.clip, args.minutes * 60) * FPS)
+    if n < 32 or args.workers < 1:
+        raise UserError(f"--minutes {args.minutes} --clip {args.clip} --workers {args.workers}: expected clips of a second or more and a worker or more")
+    count = max(round(args.minutes * 60 * FPS / n), 1)
+    jobs = [(out, game, i, args.seed, n, args.video) for game in games for i in range(count)]
+    began = time.monotonic()
+    for i, line in enumerate(in_processes(record_clip, jobs, args.workers), 1):
+        print(f"clip {i}/{len(jobs)} | {line} | {i * n / (time.monotonic() - began):.0f} frames/s", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ suite
+def wilson(wins, n, z=1.96):
+    """The 95 % interval of a share [Wilson 1927]: holds for 0 of n and n of n too."""
+    centre, spread = (wins + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(wins * (n - wins) / n + z * z / 4)
+    return max(centre - spread, 0.0), min(centre + spread, 1.0)
+
+
+def play_alone(job):
+    """Rollouts of a player that is not a model: (task, name of the player, n, seed) -> wins."""
+    task, who, n, seed = job
+    make = {"random": Random, "scripted": Scripted}.get(who, functools.partial(Held, how=who))
+    return sum(finish(TASKS[task].game(task, PLAYED + seed + i), make, seed + i) for i in range(n))
+
+
+def finish(game, make, seed):
+    """Play to the end -> won?"""
+    player = make(game, seed)
+    while not game.over:
+        game.advance(player.act())
+    return game.won
+
+
+def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, say=None):
+    """n rollouts of each task, `envs` at a time, a batch of chunks for all that need one -> {task: wins}. films: {task: list}, filled with
+    (frame, action) of the first rollout of each task."""
+    c = policy.config
+    jobs = deque((task, i) for i in range(n) for task in tasks)
+    total, wins, done = len(jobs), dict.fromkeys(tasks, 0), 0
+    slots = [None] * min(envs, total)                                                          # (game, task, i, actions to come)
+    session = sample.Session(policy, seed=seed, envs=len(slots))
+    while done < total:
+        for s, slot in enumerate(slots):
+            if jobs and (slot is None or slot[0].over):
+                task, i = jobs.popleft()
+                slots[s] = (TASKS[task].game(task, PLAYED + seed + i), task, i, deque([neutral()] * c.action_shift))
+                session.reset(s, seed + i)
+        frames = np.stack([slot[0].render() for slot in slots])
+        chunks = session.predict(frames)                                                       # (B, T, 25)
+        rows = (np.arange(int(c.horizon * FPS / c.hz)) * c.hz / FPS).astype(int)               # the model's rate -> 30 a second
+        for slot, chunk in zip(slots, chunks):
+            game, task, i, coming = slot
+            while len(coming) > c.action_shift:                                                # what is newly planned replaces what was
+                coming.pop()
+            coming.extend(chunk[rows])
+            for _ in range(per_chunk):
+                if game.over or not coming:
+                    break
+                if films is not None and i == 0:
+                    films.setdefault(task, []).append((game.render(), coming[0]))
+                game.advance(coming.popleft())
+                if game.over:
+                    wins[task] += game.won
+                    done += 1
+        if say:
+            say(done, total)
+    return wins
+
+
+def completion(args, players, policy=None, films=None):
+    """Completion of each player on each task -> {task: {player: wins}}."""
+    tasks = args.tasks
+    jobs = [(task, who, args.n, args.seed) for who in players for task in tasks]
+    table = {task: {} for task in tasks}
+    for (task, who, *_), wins in zip(jobs, in_processes(play_alone, jobs, args.workers)):
+        table[task][who] = wins
+    if policy:
+        for task, wins in play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.envs, films).items():
+            table[task]["model"] = wins
+    return table
+
+
+def rows_of(table, n):
+    """Per task, type, family and all -> {name: {player: {"wins", "n", "rate", "low", "high"}}}."""
+    groups = {task: [task] for task in table}
+    for task in table:
+        groups.setdefault(f"type: {TASKS[task].kind}", []).append(task)
+        groups.setdefault(f"family: {next(f for f, games in FAMILIES.items() if task.split('/')[0] in games)}", []).append(task)
+    groups["all"] = list(table)
+    rows = {}
+    for name, tasks in sorted(groups.items(), key=lambda g: (g[0] == "all", ":" in g[0])):
+        rows[name] = {}
+        for who in table[tasks[0]]:
+            wins, total = sum(table[t][who] for t in tasks), n * len(tasks)
+            low, high = wilson(wins, total)
+            rows[name][who] = {"wins": wins, "n": total, "rate": wins / total, "low": low, "high": high}
+    return rows
+
+
+def show_rows(rows):
+    """A table: share of rollouts completed, Wilson's interval in brackets."""
+    players = list(next(iter(rows.values())))
+    print(f"{'':24}" + "".join(f"{p:>20}" for p in players))
+    for name, row in rows.items():
+        print(f"{name:24}" + "".join(f"{r['rate']:>8.0%} [{r['low']:4.0%},{r['high']:5.0%}]" for r in row.values()) + f"  n {row[players[0]]['n']}")
+
+
+def suite(args):
+    """Completion of a checkpoint beside random and scripted (and constant and mashing) players."""
+    args.tasks = [t for name in chosen(args.tasks or TASKS, [*TASKS, *GAMES], "task or game") for t in TASKS if t == name or t.startswith(name + "/")]
+    if args.n < 1 or args.actions_per_chunk < 1 or args.envs < 1 or args.workers < 1:
+        raise UserError("-n, --actions-per-chunk, --envs and --workers: expected at least 1")
+    out, policy, films, began = args.out and folder(args.out), None, {} if args.video else None, time.monotonic()
+    if args.video and not (args.ckpt and out):
+        raise UserError("--video: expected --ckpt and --out with it, to show a model's play somewhere: give both")
+    if args.ckpt:
+        policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
+        if args.actions_per_chunk > int(policy.config.horizon * FPS / policy.config.hz) - policy.config.action_shift:
+            raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: a chunk of this checkpoint lasts {policy.config.horizon / policy.config.hz:.2f} s: give a smaller number")
+        print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
+    table = completion(args, ("random", "scripted", *(MASHING if args.mashing else ())), policy, films)
+    if args.mashing:
+        worst = {task: max(MASHING, key=row.get) for task, row in table.items()}
+        table = {task: {**{k: v for k, v in row.items() if k not in MASHING}, "best of mashing": row[worst[task]]} for task, row in table.items()}
+    rows = rows_of(table, args.n)
+    show_rows(rows)
+    if out:
+        meta = {"ckpt": args.ckpt, "n": args.n, "seed": args.seed, "actions_per_chunk": args.actions_per_chunk, "seconds": round(time.monotonic() - began, 1), "machine": machine()}
+        extract.write_json(out / "suite.json", meta | {"rows": rows} | ({"mashing": worst} if args.mashing else {}))
+        for task, frames in (films or {}).items():
+            save_film(out / f"{task.replace('/', '-')}.mp4", frames)
+
+
+def save_film(path, frames):
+    """(frame, action) pairs -> a video of the game at twice its size, the pad beside it."""
+    skin = extract.our_skins()[0]
+    with extract.VideoWriter(path, FPS, (896, 512)) as video:
+        for frame, action in frames:
+            video.add(beside(frame, action, skin))
+
+
+def beside(frame, action, skin):
+    """uint8 (512, 896, 3): a frame at twice its size and the pad."""
+    picture = np.full((512, 896, 3), 24, np.uint8)
+    picture[:, :512] = cv2.resize(frame, (512, 512), interpolation=cv2.INTER_NEAREST)
+    high = round(360 * skin.size[1] / skin.size[0])
+    put_pad(picture[256 - high // 2:256 - high // 2 + high, 524:884], skin, action)
+    return picture
+
+
+def machine():
+    """What the numbers were taken on."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, opencv {cv2.__version__}"
+
+
+def show_games(args):
+    """A contact sheet of the ten games: a column a game's task, two games a row."""
+    cells = []
+    for name in GAMES:
+        frames = []
+        for task in [t for t in TASKS if t.startswith(name + "/")]:
+            game = GAMES[name](task, args.seed)
+            player = Scripted(game, args.seed)
+            while not game.over and game.t < 60:
+                game.advance(player.act())
+            frames.append(game.render())
+        strip = np.full((280, 780, 3), 24, np.uint8)
+        for i, frame in enumerate(frames):
+            strip[4:260, 4 + 258 * i:260 + 258 * i] = frame
+        cv2.putText(strip, f"{name}: {', '.join(t.split('/')[1] for t in TASKS if t.startswith(name + '/'))}", (6, 275), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
+        cells.append(strip)
+    path = folder(args.out) / "games.png"
+    extract.save_png(path, np.vstack([np.hstack(cells[i:i + 2]) for i in range(0, len(cells), 2)]))
+    print(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- latency
@@ -258,10 +1983,43 @@ def add_throughput(sub):
     p.set_defaults(run=throughput)
 
 
+def add_games(sub):
+    """The flags of `record`, `suite` and `games`."""
+    p = sub.add_parser("record", help="scripted play -> clip folders, or videos with an overlay", allow_abbrev=False)
+    p.add_argument("--out", required=True, help="folder of clips or videos; what is whole there stays")
+    p.add_argument("--games", nargs="+", metavar="G", help=f"of {', '.join(GAMES)} (default all)")
+    p.add_argument("--minutes", type=float, default=5, help="game time of each game (default 5)")
+    p.add_argument("--clip", type=float, default=30, help="seconds of a clip (default 30)")
+    p.add_argument("--seed", type=int, default=0, help="of players and levels: another seed gives held-out data (default 0)")
+    p.add_argument("--video", action="store_true", help="mp4 with a pad drawn over it, NAME.truth.npy and NAME.json beside it")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    p.set_defaults(run=record)
+    p = sub.add_parser("suite", help="completion of tasks beside random and scripted players", allow_abbrev=False)
+    p.add_argument("--ckpt", help="a .safetensors or a run folder (default: only the players that need none)")
+    p.add_argument("--tasks", nargs="+", metavar="T", help="names of tasks or games (default all)")
+    p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
+    p.add_argument("--actions-per-chunk", type=int, default=8, metavar="K", help="steps played of each chunk, 30 a second, before the next frame is looked at (default 8)")
+    p.add_argument("--mashing", action="store_true", help=f"also the best of {len(MASHING)} constant and mashing players")
+    p.add_argument("--out", help="folder for suite.json and videos (default: print only)")
+    p.add_argument("--video", action="store_true", help="a video of the model's first rollout of each task")
+    p.add_argument("--euler", type=int, metavar="K", help="Euler steps (default: the checkpoint's)")
+    p.add_argument("--envs", type=int, default=64, help="games played side by side (default 64)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
+    p.add_argument("--seed", type=int, default=0, help="of levels and noise (default 0)")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of the players that are no model (default: one a core)")
+    p.set_defaults(run=suite)
+    p = sub.add_parser("games", help="a picture of the ten games", allow_abbrev=False)
+    p.add_argument("--out", required=True, help="folder for games.png")
+    p.add_argument("--seed", type=int, default=0, help="of the levels (default 0)")
+    p.set_defaults(run=show_games)
+
+
 def main(argv=None):
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     sub = parser.add_subparsers(required=True, metavar="COMMAND")
+    cv2.setNumThreads(1)
+    add_games(sub)
     add_latency(sub)
     add_throughput(sub)
     return extract.cli(parser, argv, M.ModelError)

@@ -65,7 +65,10 @@ def shrink(rgb):
     """uint8 (h, w, 3) -> uint8 (256, 256, 3): a plain stretch with area interpolation, as the release does, in training and in play."""
     if rgb.shape[:2] == (SIDE, SIDE):
         return rgb
-    return cv2.resize(rgb, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    if min(rgb.shape[:2]) < SIDE:
+        return cv2.resize(rgb, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    four = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).astype(np.uint16)             # the same numbers in three quarters of the time: OpenCV has SIMD for this type
+    return cv2.resize(four, (SIDE, SIDE), interpolation=cv2.INTER_AREA)[..., :3].astype(np.uint8)
 
 
 def write_atomic(path, write):
@@ -1367,6 +1370,7 @@ def xfeat(net, image, top_k=4096):
 
 # ------------------------------------------------------------------------------------------------- localisation (section 3.1)
 SAMPLES, MIN_INLIERS = 25, 20                      # [P]: 25 frames a video, accept from 20 inliers on
+MIN_PLACE = 5                                      # of the sampled frames without the overlay, so many are looked through for a second place
 TEMPLATE_WIDTH = 400                               # templates and views are brought to these widths: overlays are 10-30 % of a frame's width
 LOOKS = {"sift": ((1920, 4096),), "xfeat": ((2560, 4096), (1280, 2048))}      # (width, strongest features kept)
 TEMPLATE_FEATURES = 600
@@ -1554,6 +1558,7 @@ class Find:
     by: dict
     edges: float = 0.0                             # agreement of edge directions in the picture it was found in, -1..1
     seen: float = 0.0                              # share of the sampled frames in which it stands there
+    absent: tuple = ()                             # numbers of those in which it does not
 
 
 def plausible(affine, size, shape):
@@ -1659,12 +1664,34 @@ def localise(frames, matcher):
         for find in close:
             find.affine, find.edges = refine(gray, matcher.flats[find.skin], find.affine)
         for find in sorted(close, key=lambda f: -f.edges)[:1]:                                      # colour siblings share corners; their edges tell them apart
-            find.seen = float(np.mean([edge_agreement(g, matcher.flats[find.skin], find.affine) > 0.5 * find.edges for g in floats]))
+            there = [edge_agreement(g, matcher.flats[find.skin], find.affine) > 0.5 * find.edges for g in floats]
+            find.seen, find.absent = float(np.mean(there)), tuple(np.flatnonzero(~np.array(there)))
             if find.edges >= MIN_EDGES and find.seen >= 0.2:                                        # stands in at least 5 of 25 frames
                 best = find
         if best and best.inliers >= 1.5 * MIN_INLIERS:
             break
     return best, rejected
+
+
+def localise_all(frames, matcher):
+    """Every place that the overlay takes in turn (a scene switch moves it): localise, then again in the frames where it was absent
+    -> (list of Find, the best rejected score). A video without an overlay in most of its frames still has one place."""
+    places, rejected = [], None
+    while len(frames) >= (MIN_PLACE if places else 1) and len(places) < 3:
+        find, score = localise(frames, matcher)
+        rejected = score if rejected is None else rejected
+        if not find or any(overlap(find, p, matcher) > 0.5 for p in places):
+            break
+        places.append(find)
+        frames = [frames[i] for i in find.absent]
+    return places, rejected
+
+
+def overlap(a, b, matcher):
+    """Intersection over union of two finds' canvases."""
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (pose_box(f.affine, matcher.skins[f.skin].size) for f in (a, b))
+    common = max(min(ax1, bx1) - max(ax0, bx0), 0) * max(min(ay1, by1) - max(ay0, by0), 0)
+    return common / ((ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - common)
 
 
 # ------------------------------------------------------------------------------------------------------------ cutting the clip
@@ -2160,11 +2187,15 @@ def extract_one(video, name, matcher, args, settings, done):
         return None
     else:
         frames, _ = sample_frames(video)
-        find, rejected = localise(frames, matcher)
-        clip = find and cut_clip(video, folder, matcher, find, args, key)
-        line["inliers"], line["reason"] = int(rejected), "" if find else f"best of {len(matcher.skins)} templates has {rejected} inliers, {MIN_INLIERS} and agreeing edges are needed"
-        if not find:
-            remove_outdated(folder)
+        places, rejected = localise_all(frames, matcher)
+        folders, clip = [folder, *(folder.with_name(f"{name}_place{k}") for k in (2, 3))], None
+        for target, find in [*zip(folders, places)][::-1]:                                          # the first place last: it marks the video as done
+            clip = cut_clip(video, target, matcher, find, args, key)
+        for unused in folders[len(places):]:
+            remove_outdated(unused)
+        line["inliers"] = int(rejected)
+        line["reason"] = "" if places else f"best of {len(matcher.skins)} templates has {rejected} inliers, {MIN_INLIERS} and agreeing edges are needed"
+        line |= {"places": [t.name for t in folders[:len(places)]]} if len(places) > 1 else {}
     if clip:
         line |= {"status": "found", "template": clip["template"], "box": clip["box"], "inliers": clip["inliers"], "by": clip["by"], "edges": clip["edges"]}
     return line | {"seconds": round(time.time() - start, 2)}
@@ -2182,6 +2213,7 @@ def report(line, i, n):
     """One line a video."""
     if line["status"] == "found":
         what = f"{line['template']} | box {[round(v) for v in line['box']]} | {line['inliers']} inliers " + " ".join(f"{k} {v}" for k, v in line["by"].items())
+        what += f" | {len(line['places'])} places in turn" if "places" in line else ""
     else:
         what = line["reason"]
     print(f"video {i}/{n} | {Path(line['video']).name} | {line['status']} | {what} | {line['seconds']:.1f} s", flush=True)

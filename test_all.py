@@ -135,7 +135,9 @@ def test_shrink_is_area_interpolation():
     rgb = np.random.default_rng(0).integers(0, 256, (512, 1024, 3), np.uint8)
     mean = rgb.reshape(256, 2, 256, 4, 3).mean((1, 3))                                    # whole factors: the mean of each block
     assert np.abs(extract.shrink(rgb).astype(float) - mean).max() <= 0.51
-    assert extract.shrink(extract.shrink(rgb)) is not None and extract.shrink(rgb[:256, :256]).shape == (256, 256, 3)
+    for h, w in ((720, 1280), (256, 300), (200, 640), (256, 256)):                        # and OpenCV's own, whatever way we take to it
+        part = cv2.resize(rgb, (w, h))
+        assert np.array_equal(extract.shrink(part), cv2.resize(part, (256, 256), interpolation=cv2.INTER_AREA))
 
 
 def test_dense_keeps_chunks_that_act_half_of_the_time():
@@ -372,6 +374,19 @@ def test_extract_finds_the_overlay_and_nothing_else(extracted):
     assert clip["template"] == "xbox_one_dark_photo" and iou(clip["box"], [canvas[0] + x0, canvas[1] + y0, x1 - x0, y1 - y0]) > 0.95
     assert [p.name for p in data.iterdir() if p.is_dir()] == ["with"] and not list(data.rglob("*.tmp"))
     assert (data.parent / "sheet.png").exists()
+
+
+def test_an_overlay_that_moves_has_two_places(tmp_path, small_templates):
+    skin = {s.name: s for s in extract.our_skins()}["xbox_one_dark_photo"]
+    frames = []
+    for name, at in (("a.mp4", (30, 200)), ("b.mp4", (600, 20))):
+        overlay_film(tmp_path / name, skin, at=at)
+        frames += extract.sample_frames(tmp_path / name)[0][:12]
+    matcher = extract.Matcher(extract.load_skins(small_templates), ("xfeat",), extract.load_xfeat())
+    places, _ = extract.localise_all(frames, matcher)
+    corners = sorted(tuple(extract.pose_box(p.affine, skin.size)[:2]) for p in places)
+    assert np.abs(np.subtract(corners, [(30, 200), (600, 20)])).max() < 1.5
+    assert [len(extract.localise_all(half, matcher)[0]) for half in (frames[:12], [f * 0 + 90 for f in frames])] == [1, 0]
 
 
 def test_clip_folder_is_what_the_design_says(extracted):

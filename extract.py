@@ -1910,17 +1910,19 @@ def cut_labelled(folder, meta, video, out, args, key):
     return clip
 
 
-HORIZON, DEAD_ZONE = 16, 0.1                       # a chunk's steps [P]; a stick nearer to its centre does not count as acting [O]
+HORIZON = 16                                       # steps of a training chunk [P]
+DEAD_ZONE, SURE = 0.15, 0.5                        # a stick nearer to its centre does not act; a frame below SURE confidence is not used [O]
 
 
-def dense(actions, confidence=None, least=0.5):
-    """The quality filter [P 3.1]: bool (n,), frame i may start a chunk when >= 50 % of its HORIZON steps act and its confidence is >= least."""
-    n = len(actions)
-    acts = (actions[:, :21] > 0.5).any(1) | (np.abs(actions[:, 21:]) > DEAD_ZONE).any(1)
-    total = np.concatenate([[0], np.cumsum(acts)])
-    start, end = np.arange(n), np.minimum(np.arange(n) + HORIZON, n)
-    keep = (total[end] - total[start]) * 2 >= HORIZON
-    return keep if confidence is None else keep & (confidence >= least)
+def dense(actions, confidence=None):
+    """The quality filter [P 3.1]: may frame t start a training chunk? bool (n,): the frame is read surely, the chunk t .. t + HORIZON - 1 is whole,
+    and in at least half of its steps something is pressed or a stick is out of its dead zone; an unsure step counts as none."""
+    sure = np.ones(len(actions), bool) if confidence is None else confidence >= SURE
+    acts = (actions[:, :21] > 0.5).any(1) | (np.hypot(actions[:, 21:25:2], actions[:, 22:25:2]) > DEAD_ZONE).any(1)
+    total = np.concatenate([[0], np.cumsum(acts & sure)])
+    keep, whole = np.zeros(len(actions), bool), max(len(actions) - HORIZON + 1, 0)
+    keep[:whole] = 2 * (total[len(total) - whole:] - total[:whole]) >= HORIZON
+    return keep & sure
 
 
 # ------------------------------------------------------------------------------------------------- training XFeat to find pads

@@ -39,8 +39,6 @@ STICK_SIDE, BUTTON_SIDE = 57, 33           # pixels of a close-up: 4 k + 1, so t
 TRAVEL = (GRID - 1) / 2 * STRIDE / SUB     # pixels from rest to full tilt in a stick's close-up; the rest of it holds the cap
 BOX = 20                                   # pixels of a button's box in its close-up, both ways
 LABEL_WIDTH = 0.12                         # sd of the grid's label: about half a cell (0.1 - 0.15 decode best)
-HORIZON = 16                               # steps of a training chunk [paper]
-DEAD, SURE = 0.15, 0.5                     # a stick within DEAD of rest does not act; a frame below SURE confidence is not used
 SAMPLES = 128                              # frames that the pad at rest is made from
 CKPT = Path(__file__).parent / "weights" / "parser.safetensors"
 
@@ -398,17 +396,6 @@ def normalise(values, known):
     return np.clip(values / reach, -1, 1).astype(np.float32) if reach > 0.3 else values.astype(np.float32)
 
 
-def keep_filter(actions, confidence, horizon=HORIZON):
-    """May frame t start a training chunk? bool (n,): the frame is read surely, the chunk t .. t + horizon - 1 is whole, and in at least
-    half of its steps something is pressed or a stick is out of its dead zone [paper]; an unsure step counts as none."""
-    act = (actions[:, :21] > 0).any(1) | (np.hypot(actions[:, 21:25:2], actions[:, 22:25:2]) > DEAD).any(1)
-    total = np.concatenate([[0], np.cumsum(act & (confidence >= SURE))])
-    keep = np.zeros(len(actions), bool)
-    whole = max(len(actions) - horizon + 1, 0)
-    keep[:whole] = (total[horizon:] - total[:whole] >= horizon / 2)[:whole] if whole else []
-    return keep & (confidence >= SURE)
-
-
 # ------------------------------------------------------------------------------------------------------------------------- reading
 def open_clip(folder):
     """A clip folder -> clip dict, pads (Frames), after checking that they belong together; None for a recorder's clip (no overlay)."""
@@ -559,7 +546,7 @@ def run_clip(model, folder, again=False):
         actions, confidence = settle(pad, clip, *pad.read(pads))
     else:
         actions, confidence = np.zeros((n, extract.A), np.float32), np.zeros(n, np.float32)
-    keep = keep_filter(actions, confidence)
+    keep = extract.dense(actions, confidence)
     for name, array in (("keep", keep), ("confidence", confidence), ("actions", actions)):
         extract.write_npy(folder / f"{name}.npy", array)
     if not shown:

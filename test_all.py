@@ -140,13 +140,21 @@ def test_shrink_is_area_interpolation():
         assert np.array_equal(extract.shrink(part), cv2.resize(part, (256, 256), interpolation=cv2.INTER_AREA))
 
 
-def test_dense_keeps_chunks_that_act_half_of_the_time():
-    actions = np.zeros((64, 25), np.float32)
-    actions[20:28, extract.BUTTON["SOUTH"]] = 1                                           # 8 of 16 steps, from 12 to 20
-    assert np.flatnonzero(extract.dense(actions)).tolist() == list(range(12, 21))
-    actions[:, 21] = extract.DEAD_ZONE / 2                                                # a drifting stick does not act
-    assert extract.dense(actions).sum() == 9
-    assert not extract.dense(actions, np.zeros(64, np.float32)).any()
+def test_the_quality_filter_counts_acting_steps():
+    """keep[t] by its definition, in a loop: a sure frame, a whole chunk, at least half of its steps acting."""
+    rng = np.random.default_rng(3)
+    actions = np.zeros((200, 25), np.float32)
+    actions[:, BUTTON["EAST"]] = rng.random(200) < 0.3
+    actions[60:120, 21] = 0.5
+    actions[120:160, 23] = extract.DEAD_ZONE * 0.9                                    # inside the dead zone
+    confidence = rng.uniform(0.3, 1, 200).astype(np.float32)
+    want = []
+    for t in range(200):
+        steps = [(actions[i, :21].any() or np.hypot(*actions[i, 21:23]) > extract.DEAD_ZONE or np.hypot(*actions[i, 23:25]) > extract.DEAD_ZONE)
+                 and confidence[i] >= extract.SURE for i in range(t, min(t + extract.HORIZON, 200))]
+        want.append(t + extract.HORIZON <= 200 and confidence[t] >= extract.SURE and sum(steps) >= extract.HORIZON / 2)
+    assert extract.dense(actions, confidence).tolist() == want
+    assert not extract.dense(actions[:5], confidence[:5]).any()
 
 
 # -------------------------------------------------------------------------------------------------------------- extract: the skins
@@ -710,23 +718,6 @@ def test_normalisation_is_guarded():
     assert np.abs(parse.normalise(one_axis, known=False)[:, 1]).max() < 0.2
     one_sided = np.abs(true) * 0.6
     assert parse.r2(parse.normalise(one_sided.astype(np.float32), known=False), np.abs(true)) > 0.9
-
-
-def test_keep_filter_counts_acting_steps():
-    """keep[t] by its definition, in a loop: a sure frame, a whole chunk, at least half of its steps acting."""
-    rng = RNG(3)
-    actions = np.zeros((200, 25), np.float32)
-    actions[:, BUTTON["EAST"]] = rng.random(200) < 0.3
-    actions[60:120, 21] = 0.5
-    actions[120:160, 23] = parse.DEAD * 0.9                                    # inside the dead zone
-    confidence = rng.uniform(0.3, 1, 200).astype(np.float32)
-    want = []
-    for t in range(200):
-        steps = [(actions[i, :21].any() or np.hypot(*actions[i, 21:23]) > parse.DEAD or np.hypot(*actions[i, 23:25]) > parse.DEAD)
-                 and confidence[i] >= parse.SURE for i in range(t, min(t + parse.HORIZON, 200))]
-        want.append(t + parse.HORIZON <= 200 and confidence[t] >= parse.SURE and sum(steps) >= parse.HORIZON / 2)
-    assert parse.keep_filter(actions, confidence).tolist() == want
-    assert not parse.keep_filter(actions[:5], confidence[:5]).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------- parse.py: clips

@@ -1,5 +1,6 @@
 """bench.py: what is claimed is measured here, on ten small games that are part of it [P 3.2: 10 games, 30 tasks].
 
+    python bench.py demo --out DIR                                            everything, end to end, in about ten minutes on two cores
     python bench.py record --out DATA [--games G..] [--minutes M] [--video]   scripted play -> clip folders, or videos with an overlay
     python bench.py suite --ckpt F [--tasks T..] [-n N] [--out DIR]           completion of tasks, beside random and scripted players
     python bench.py games --out DIR                                           a picture of the ten games
@@ -12,12 +13,14 @@ machine; bare times say little elsewhere.
 """
 import argparse
 import cmath
+import contextlib
 import functools
 import json
 import math
 import os
 import platform
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -652,7 +655,7 @@ class Swarm(TopDown):
         while self.foe and len(self.foes) < (1 if self.foe == "brute" else 2):
             at = inside(self.pos + self.around(105, 135))
             if abs(at - self.pos) > 80:
-                self.foes.append(Thing(kind=self.foe, at=at, hp=14 if self.foe == "brute" else 2, wind=0, dash=0, way=1))
+                self.foes.append(Thing(kind=self.foe, at=at, hp=16 if self.foe == "brute" else 2, wind=0, dash=0, way=1))
 
     def play(self):
         if abs(self.right) > 0.3:
@@ -670,7 +673,7 @@ class Swarm(TopDown):
             if hit:
                 hit.hp -= 1
                 if self.foe == "brute":
-                    self.score = 14 - hit.hp
+                    self.score = 16 - hit.hp
             if hit or abs(bolt.at - self.pos) > 180:
                 self.bolts.remove(bolt)
         for f in list(self.foes):
@@ -1379,7 +1382,7 @@ TASKS = {f"{game.__name__.lower()}/{name}": Task(f"{game.__name__.lower()}/{name
     (Rally, "traffic", "navigation", 3, 18, dict(rivals=3), False, "overtake three cars, with two collisions at most"),
     (Rally, "park", "specific", 2, 20, dict(park=True), False, "stop in two bays"),
     (Swarm, "bugs", "combat", 5, 15, dict(foe="bug"), False, "destroy five bugs"),
-    (Swarm, "brute", "combat", 14, 15, dict(foe="brute"), False, "hit the brute 14 times"),
+    (Swarm, "brute", "combat", 16, 12, dict(foe="brute"), False, "hit the brute 16 times"),
     (Swarm, "gems", "specific", 4, 15, dict(gems=True), False, "collect four gems among mines"),
     (Vault, "slimes", "combat", 4, 20, dict(want="slime"), False, "defeat four slimes"),
     (Vault, "stairs", "navigation", 3, 15, dict(want="stairs"), True, "climb three stairs"),
@@ -1390,7 +1393,7 @@ TASKS = {f"{game.__name__.lower()}/{name}": Task(f"{game.__name__.lower()}/{name
     (Cliffs, "flag", "navigation", 1, 20, dict(want="flag"), True, "reach the flag across seven islands"),
     (Cliffs, "tower", "navigation", 1, 20, dict(want="tower"), False, "climb to the flag"),
     (Cliffs, "coins", "specific", 4, 20, dict(want="coin"), False, "collect four coins to both sides"),
-    (Commando, "soldiers", "combat", 6, 15, dict(foe="soldier"), False, "shoot six soldiers"),
+    (Commando, "soldiers", "combat", 8, 12, dict(foe="soldier"), False, "shoot eight soldiers"),
     (Commando, "turrets", "combat", 3, 15, dict(foe="turret"), False, "destroy three turrets"),
     (Commando, "breach", "navigation", 1, 15, dict(breach=True), True, "run to the helicopter across the wire"),
     (Glider, "foes", "combat", 5, 20, dict(want="foe"), False, "shoot down five planes with eleven shots"),
@@ -1477,14 +1480,22 @@ MASHING = ("right", "left", "up", "down", "right+attack", "left+attack", "up+att
 PLAYED = 1 << 40                                   # episodes are recorded with seeds below and played for evaluation with seeds from here on
 
 
-def film(game, seed, n):
+def pick_tasks(names):
+    """Names of tasks and games -> names of tasks; none = all."""
+    for name in names or ():
+        if name not in TASKS and name not in GAMES:
+            raise UserError(f"{name!r} is not one of the games {', '.join(GAMES)} nor one of their tasks ({', '.join(list(TASKS)[:3])}, ...): give others")
+    return [t for t in TASKS if not names or t in names or t.split("/")[0] in names]
+
+
+def film(tasks, seed, n):
     """n steps of scripted play of one game, task after task, by players that differ -> yields (frame, action, True where an episode begins)."""
-    tasks, rng, env = [t for t in TASKS.values() if t.game is GAMES[game]], random.Random(f"{game} {seed}"), None
+    rng, env = random.Random(f"{tasks[0].split('/')[0]} {seed}"), None
     for _ in range(n):
         begins = env is None or env.over
         if begins:
-            number = rng.randrange(PLAYED)
-            env = GAMES[game](rng.choice(tasks), number)
+            number, task = rng.randrange(PLAYED), TASKS[rng.choice(tasks)]
+            env = task.game(task, number)
             player = Scripted(env, number)
         action = player.act()
         yield env.render(), action, begins
@@ -1492,48 +1503,47 @@ def film(game, seed, n):
 
 
 def record_clip(job):
-    """One recording -> its line. job: (folder of the data, game, number, seed, steps, as a video?)."""
-    out, game, number, seed, n, video = job
-    seed = f"{seed} {number}"
-    return (record_video if video else record_folder)(Path(out), f"{game}-{number:03}", game, seed, n)
+    """One recording -> its line. job: (folder of the data, tasks of one game, number, seed, steps, as a video?)."""
+    out, tasks, number, seed, n, video = job
+    return (record_video if video else record_folder)(Path(out), f"{tasks[0].split('/')[0]}-{number:03}", tasks, f"{seed} {number}", n)
 
 
-def record_folder(out, name, game, seed, n):
+def record_folder(out, name, tasks, seed, n):
     """A clip folder with the true actions, as play.py's recorder would leave it."""
     if (out / name / "clip.json").is_file():
         return f"{name}: recorded already"
     tmp = extract.fresh_folder(out / name)
     writer, actions, begins = extract.FramesWriter(tmp, "frames"), np.zeros((n, extract.A), np.float32), np.zeros(n, bool)
-    for i, (frame, actions[i], begins[i]) in enumerate(film(game, seed, n)):
+    for i, (frame, actions[i], begins[i]) in enumerate(film(tasks, seed, n)):
         writer.add(i, frame)
     writer.close(n)
-    keep = parse.keep_filter(actions, np.ones(n))
+    keep = extract.dense(actions)
     for b in np.flatnonzero(begins):
         keep[max(b - 8, 0):b] = False                                          # most of their chunk is of the next episode
     for file, array in (("actions", actions), ("truth", actions), ("confidence", np.ones(n, np.float32)), ("keep", keep)):
         extract.write_npy(tmp / f"{file}.npy", array)
-    extract.write_json(tmp / "clip.json", {"video": "", "game": game, "fps": FPS, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0, "player": "scripted", "seed": seed})
+    extract.write_json(tmp / "clip.json", {"video": "", "game": name.split("-")[0], "fps": FPS, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0, "player": "scripted", "seed": seed})
     os.replace(tmp, out / name)
     return f"{name}: {n} frames, {int(begins.sum())} episodes"
 
 
-def record_video(out, name, game, seed, n, size=(640, 360)):
+def record_video(out, name, tasks, seed, n, size=(640, 360)):
     """NAME.mp4 with one of our pads over it, NAME.truth.npy float32 (n, 25) and NAME.json (where the pad is) beside it."""
     if (out / f"{name}.json").is_file():
         return f"{name}: recorded already"
-    rng = random.Random(f"overlay {game} {seed}")
+    rng = random.Random(f"overlay {name} {seed}")
     skin, wide = rng.choice(extract.our_skins()), round(size[0] * rng.uniform(0.22, 0.3))
     high, opacity = round(wide * skin.size[1] / skin.size[0]), rng.uniform(0.75, 1)
     x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
     truth = np.zeros((n, extract.A), np.float32)
     with extract.VideoWriter(out / f"{name}.mp4", FPS, size) as video:
-        for i, (frame, truth[i], _) in enumerate(film(game, seed, n)):
+        for i, (frame, truth[i], _) in enumerate(film(tasks, seed, n)):
             picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
             put_pad(picture[y:y + high, x:x + wide], skin, truth[i], opacity)
             video.add(picture)
     extract.write_npy(out / f"{name}.truth.npy", truth)
     x0, y0, x1, y1 = (v * wide / skin.size[0] for v in extract.visible_box(skin))
-    extract.write_json(out / f"{name}.json", {"game": game, "box": [x + x0, y + y0, x1 - x0, y1 - y0], "template": skin.name, "opacity": opacity})
+    extract.write_json(out / f"{name}.json", {"game": name.split("-")[0], "box": [x + x0, y + y0, x1 - x0, y1 - y0], "template": skin.name, "opacity": opacity})
     return f"{name}.mp4: {n} frames, {skin.name} {wide} px"
 
 
@@ -1542,14 +1552,6 @@ def put_pad(ground, skin, action, opacity=1.0):
     rgba = cv2.resize(extract.draw(skin, action), ground.shape[1::-1], interpolation=cv2.INTER_AREA)
     alpha = rgba[..., 3:] * (opacity / 255)
     ground[:] = (rgba[..., :3] * alpha + ground * (1 - alpha) + 0.5).astype(np.uint8)
-
-
-def chosen(names, known, what):
-    """Names that the user gave, checked; none = all."""
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"{what} {name!r} is not one of {', '.join(known)}: give others")
-    return list(names or known)
 
 
 def folder(path):
@@ -1572,12 +1574,12 @@ def in_processes(work, jobs, workers):
 
 def record(args):
     """Scripted play -> clip folders or videos with an overlay."""
-    games, out = chosen(args.games, GAMES, "game"), folder(args.out)
+    tasks, out = pick_tasks(args.games), folder(args.out)
     n = round(min(args.clip, args.minutes * 60) * FPS)
     if n < 32 or args.workers < 1:
         raise UserError(f"--minutes {args.minutes} --clip {args.clip} --workers {args.workers}: expected clips of a second or more and a worker or more")
     count = max(round(args.minutes * 60 * FPS / n), 1)
-    jobs = [(out, game, i, args.seed, n, args.video) for game in games for i in range(count)]
+    jobs = [(out, mine, i, args.seed, n, args.video) for game in GAMES for mine in [[t for t in tasks if t.startswith(game + "/")]] if mine for i in range(count)]
     began = time.monotonic()
     for i, line in enumerate(in_processes(record_clip, jobs, args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line} | {i * n / (time.monotonic() - began):.0f} frames/s", flush=True)
@@ -1681,7 +1683,7 @@ def show_rows(rows):
 
 def suite(args):
     """Completion of a checkpoint beside random and scripted (and constant and mashing) players."""
-    args.tasks = [t for name in chosen(args.tasks or TASKS, [*TASKS, *GAMES], "task or game") for t in TASKS if t == name or t.startswith(name + "/")]
+    args.tasks = pick_tasks(args.tasks)
     if args.n < 1 or args.actions_per_chunk < 1 or args.envs < 1 or args.workers < 1:
         raise UserError("-n, --actions-per-chunk, --envs and --workers: expected at least 1")
     out, policy, films, began = args.out and folder(args.out), None, {} if args.video else None, time.monotonic()
@@ -1746,6 +1748,161 @@ def show_games(args):
     path = folder(args.out) / "games.png"
     extract.save_png(path, np.vstack([np.hstack(cells[i:i + 2]) for i in range(0, len(cells), 2)]))
     print(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- demo
+DEMO = ("rally/course", "swarm/gems", "glider/rings")       # a task of each family that a small model learns within minutes
+
+
+class Stages:
+    """One line a stage: what is done, what came out, how long it took. What the scripts say goes to a log."""
+    def __init__(self, out, n):
+        self.log, self.i, self.n, self.began, self.figures = open(out / "demo.log", "w", encoding="utf-8"), 0, n, time.monotonic(), {}
+
+    @contextlib.contextmanager
+    def stage(self, what):
+        self.i, since, said = self.i + 1, time.monotonic(), []
+        start, end = ("\r", "") if sys.stdout.isatty() else ("", "\n")
+        print(f"stage {self.i}/{self.n} | {what} ...", end=end, flush=True)
+        with contextlib.redirect_stdout(self.log):
+            yield said.append
+        now = time.monotonic()
+        print(f"{start}stage {self.i}/{self.n} | {what} | {' | '.join(said)} | {now - since:.0f} s of {now - self.began:.0f} s", flush=True)
+
+    def scripts(self, *commands):
+        """Run scripts of ours side by side, each with its share of the cores. A command: its words, and what it needs in the environment."""
+        threads = str(max((os.cpu_count() or 1) // len(commands), 1))
+        here = Path(__file__).parent
+        self.log.flush()
+        running = [subprocess.Popen([sys.executable, str(here / words[0]), *map(str, words[1:])], stdout=self.log, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+                                    errors="replace", env={**os.environ, "OMP_NUM_THREADS": threads, **env}) for words, env in commands]
+        try:
+            ends = [(p.communicate()[1], p.returncode) for p in running]
+        except KeyboardInterrupt:
+            for p in running:
+                p.wait()
+            raise
+        for (words, _), (said, status) in zip(commands, ends):
+            if status:
+                raise UserError(f"{words[0]} ended with {status}: {said.strip().splitlines()[-1] if said.strip() else 'nothing said'} (see {self.log.name})")
+
+    def shares(self, *words):
+        """One script in several processes, each with its share of the videos or clips."""
+        n = max((os.cpu_count() or 1) // 2 * 2, 1) if (os.cpu_count() or 1) < 8 else 4
+        self.scripts(*((words, {"RANK": str(r), "WORLD_SIZE": str(n)}) for r in range(n)))
+
+
+def overlap(a, b):
+    """Intersection over union of two boxes [x, y, w, h]."""
+    w, h = (max(min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]), 0) for i in (0, 1))
+    return w * h / (a[2] * a[3] + b[2] * b[3] - w * h)
+
+
+def demo(args):
+    """The whole chain: play -> videos -> overlays found -> actions read -> a model trained -> it plays, beside random, scripted and a model of true labels."""
+    out, began = folder(args.out), time.monotonic()
+    args.tasks, args.envs, args.actions_per_chunk = pick_tasks(args.tasks or DEMO), 64, 8
+    videos, clips, stages = folder(out / "videos"), out / "clips", Stages(out, 6)
+    games = list(dict.fromkeys(task.split("/")[0] for task in args.tasks))
+    with stages.stage("play on video") as say:
+        steps = round(args.minutes * 60 * FPS / args.videos)
+        jobs = [(videos, [t for t in args.tasks if t.startswith(g + "/")], i, args.seed, steps, True) for g in games for i in range(args.videos)]
+        for line in in_processes(record_clip, jobs, os.cpu_count() or 1):
+            print(line)
+        say(f"{len(jobs)} mp4 of {', '.join(games)}, {len(jobs) * steps / FPS / 60:.1f} minutes at 640 x 360")
+    truth = {p.stem: extract.read_json(p, dict) for p in sorted(videos.glob("*.json"))}
+    with stages.stage("find the overlays (extract.py)") as say:
+        stages.shares("extract.py", videos, "--out", clips)
+        found = {name: extract.read_clip(clips / name) for name in truth if (clips / name / "clip.json").is_file()}
+        ious = [overlap(clip["box"], truth[name]["box"]) for name, clip in found.items()]
+        if not found:
+            raise UserError(f"no overlay was found in {videos}: see {out / 'demo.log'}")
+        say(f"{len(found)} of {len(truth)} found | IoU mean {np.mean(ious):.3f}, least {min(ious):.3f}")
+    for name in found:
+        extract.write_npy(clips / name / "truth.npy", np.load(videos / f"{name}.truth.npy"))
+    with stages.stage("read the actions (parse.py)") as say:
+        stages.shares("parse.py", "run", clips)
+        scores = parse.mean_of([parse.score(np.load(clips / name / "actions.npy"), np.load(clips / name / "truth.npy"), clip["geometry"]) for name, clip in found.items()])
+        say(f"stick R2 {scores.get('left R2', math.nan):.3f} left, {scores.get('right R2', math.nan):.3f} right | button F1 {scores['F1']:.3f}")
+    runs = {"model": out / "model", "true labels": out / "model-truth"}
+    with stages.stage("train two toy models (train.py)") as say:
+        flags = ["--preset", "toy", "--hz", FPS, "--steps", args.steps, "--batch", args.batch, "--lr", args.lr, "--seed", args.seed, "--workers", 1, "--val", 0, "--every", args.steps]
+        todo = [(name, run) for name, run in runs.items() if not (run / "model.safetensors").is_file()]
+        if todo:
+            stages.scripts(*((["train.py", clips, "--out", run, *flags, *(["--truth"] if name == "true labels" else [])], {}) for name, run in todo))
+        say(f"{args.steps} steps of {args.batch} frames each, from parsed and from true labels")
+    films = {}
+    with stages.stage("play the tasks") as say:
+        args.workers = os.cpu_count() or 1
+        table = completion(args, ("random", "scripted"))
+        for name, run in runs.items():
+            wins = play_model(sample.Policy(run, "cpu"), args.tasks, args.n, args.actions_per_chunk, args.seed, args.envs, films if name == "model" else None)
+            for task in args.tasks:
+                table[task][name] = wins[task]
+        rows = rows_of(table, args.n)
+        say(", ".join(f"{who} {r['rate']:.0%}" for who, r in rows["all"].items()))
+    with stages.stage("show it") as say:
+        name = max(found, key=lambda name: overlap(found[name]["box"], truth[name]["box"]))
+        extract.save_png(out / "demo.png", story(videos / f"{name}.mp4", clips / name, films, rows, scores, np.mean(ious)))
+        save_film(out / "demo.mp4", [pair for frames in films.values() for pair in frames])
+        say(f"{out / 'demo.png'}, {out / 'demo.mp4'}")
+    show_rows(rows)
+    better = [task for task in args.tasks if rows[task]["model"]["low"] > rows[task]["random"]["high"]]
+    print(f"above random by an interval: {len(better)} of {len(args.tasks)} tasks | {time.monotonic() - began:.0f} s in all")
+    extract.write_json(out / "demo.json", {"iou": ious, "parser": scores, "rows": rows, "seconds": round(time.monotonic() - began), "machine": machine(),
+                                           "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "out")}})
+
+
+def story(video, clip, films, rows, scores, iou):
+    """One picture, uint8 (900, 1600, 3): the video with the box found, the crop and what was read from it, the model at play, completion."""
+    page = np.full((900, 1600, 3), 250, np.uint8)
+    write = lambda text, x, y, size=0.62, ink=(20, 20, 30): cv2.putText(page, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, ink, 1, cv2.LINE_AA)
+    meta, skin = extract.read_clip(clip), extract.our_skins()[0]
+    actions, truth = (np.load(clip / f"{n}.npy") for n in ("actions", "truth"))
+    busy = np.convolve(np.abs(actions[:, 21:23]).max(1) + (actions[:, :21] > 0.5).any(1), np.ones(150), "valid")
+    start = int(busy.argmax()) if len(busy) else 0
+    frame = next(rgb for i, rgb in extract.read_video(video) if i == min(start + 75, meta["n"] - 1)).copy()
+    x, y, w, h = (round(v) for v in meta["box"])
+    cv2.rectangle(frame, (x, y), (x + w, y + h), (0, 255, 0), 3)
+    page[50:410, 20:660] = frame[:360, :640]
+    write(f"1  a video with a pad; extract.py finds it: IoU {iou:.2f}", 20, 36)
+    crop = extract.Frames(clip, "pads")[min(start + 75, meta["n"] - 1)]
+    extract.paste(page, crop, 700, 60, 300, 220)
+    ground = np.full((220, 300, 3), 60, np.uint8)
+    high = round(300 * skin.size[1] / skin.size[0])
+    put_pad(ground[(220 - high) // 2 if high < 220 else 0:][:min(high, 220)], skin, actions[min(start + 75, meta["n"] - 1)])
+    page[60:280, 1020:1320] = ground
+    write("2  its crop", 700, 36)
+    write(f"3  parse.py reads it: R2 {scores.get('left R2', math.nan):.2f}, F1 {scores['F1']:.2f}", 1020, 36)
+    rows_drawn = [("left x", 21), ("left y", 22), ("right x", 23)] + [(extract.BUTTONS[b], b) for b in np.argsort(-truth[:, :21].sum(0))[:3] if truth[:, b].any()]
+    for k, (label, column) in enumerate(rows_drawn):
+        base = 320 + 26 * k
+        write(label.lower(), 700, base + 6, 0.42)
+        for values, ink in ((truth, (170, 170, 180)), (actions, (220, 60, 40))):
+            v = values[start:start + 150, column]
+            points = np.stack([830 + np.arange(len(v)) * 5, base + (0 if column > 20 else 8) - v * (10 if column > 20 else 16)], 1)
+            cv2.polylines(page, [np.int32(points)], False, ink, 2, cv2.LINE_AA)
+    write("grey: true, red: read; five seconds", 1330, 300, 0.42)
+    for k, (task, frames) in enumerate(list(films.items())[:3]):
+        picture, action = frames[min(len(frames) // 2, len(frames) - 1)]
+        page[560:816, 20 + 270 * k:276 + 270 * k] = picture
+        put_pad(page[720:816, 20 + 270 * k + 120:276 + 270 * k], skin, action)
+        write(task, 20 + 270 * k, 840, 0.5)
+    write("4  train.py learns from what was read; the model plays", 20, 540)
+    write("5  tasks completed, with 95 % intervals", 880, 540)
+    inks = {"random": (160, 160, 170), "scripted": (90, 160, 90), "model": (220, 60, 40), "true labels": (60, 110, 220)}
+    tasks = [r for r in rows if "/" in r] + ["all"]
+    wide = 660 // len(tasks)
+    for k, task in enumerate(tasks):
+        for j, (who, r) in enumerate(rows[task].items()):
+            left, bar = 890 + wide * k + j * (wide - 24) // 4, max((wide - 24) // 4 - 3, 3)
+            cv2.rectangle(page, (left, round(820 - 240 * r["rate"])), (left + bar, 820), inks[who], -1)
+            cv2.line(page, (left + bar // 2, round(820 - 240 * r["low"])), (left + bar // 2, round(820 - 240 * r["high"])), (20, 20, 30), 1)
+        write(task, 890 + wide * k, 840, 0.42)
+    for j, (who, ink) in enumerate(inks.items()):
+        cv2.rectangle(page, (890 + 160 * j, 860), (904 + 160 * j, 874), ink, -1)
+        write(who, 910 + 160 * j, 873, 0.5)
+    return page
 
 
 # ----------------------------------------------------------------------------------------------------------------------- latency
@@ -1984,10 +2141,10 @@ def add_throughput(sub):
 
 
 def add_games(sub):
-    """The flags of `record`, `suite` and `games`."""
+    """The flags of `record`, `suite`, `demo` and `games`."""
     p = sub.add_parser("record", help="scripted play -> clip folders, or videos with an overlay", allow_abbrev=False)
     p.add_argument("--out", required=True, help="folder of clips or videos; what is whole there stays")
-    p.add_argument("--games", nargs="+", metavar="G", help=f"of {', '.join(GAMES)} (default all)")
+    p.add_argument("--games", nargs="+", metavar="G", help=f"of {', '.join(GAMES)}, or tasks of theirs (default all)")
     p.add_argument("--minutes", type=float, default=5, help="game time of each game (default 5)")
     p.add_argument("--clip", type=float, default=30, help="seconds of a clip (default 30)")
     p.add_argument("--seed", type=int, default=0, help="of players and levels: another seed gives held-out data (default 0)")
@@ -2008,6 +2165,17 @@ def add_games(sub):
     p.add_argument("--seed", type=int, default=0, help="of levels and noise (default 0)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of the players that are no model (default: one a core)")
     p.set_defaults(run=suite)
+    p = sub.add_parser("demo", help="the whole chain on embedded games", allow_abbrev=False)
+    p.add_argument("--out", required=True, help="folder for videos, clips, runs, demo.png, demo.mp4, demo.json; what is whole there stays")
+    p.add_argument("--tasks", nargs="+", metavar="T", help=f"tasks or games (default {' '.join(DEMO)})")
+    p.add_argument("--minutes", type=float, default=4, help="video of each game (default 4)")
+    p.add_argument("--videos", type=int, default=4, help="files these minutes are cut into, each with another pad (default 4)")
+    p.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
+    p.add_argument("--batch", type=int, default=64, help="frames a step (default 64)")
+    p.add_argument("--lr", type=float, default=2e-3, help="learning rate: high, for a short run (default 2e-3)")
+    p.add_argument("-n", type=int, default=40, help="rollouts of each task (default 40)")
+    p.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
+    p.set_defaults(run=demo)
     p = sub.add_parser("games", help="a picture of the ten games", allow_abbrev=False)
     p.add_argument("--out", required=True, help="folder for games.png")
     p.add_argument("--seed", type=int, default=0, help="of the levels (default 0)")

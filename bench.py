@@ -5,7 +5,7 @@
     python bench.py suite --ckpt F [--tasks T..] [-n N] [--out DIR]           completion of tasks, beside random and scripted players
     python bench.py games --out DIR                                           a picture of the ten games
     python bench.py latency [--preset nitrogen]                               one chunk by part, against the released way of sampling
-    python bench.py throughput [--video FILE] [--out DIR]                     a step of each game, cutting clips, localisation, the parser
+    python bench.py throughput [--video FILE] [--out DIR]                     a step of each game, training, cutting clips, the parser
 
 The games take the 25-dim action and give 256 x 256 frames, 30 a second of game time, the same for the same seed. In: nothing but the shipped
 weights, or a checkpoint. Out: tables on the terminal; under --out clip folders, videos, pictures, JSON. Ratios are taken in one run on one
@@ -14,7 +14,9 @@ machine; bare times say little elsewhere.
 import argparse
 import cmath
 import contextlib
+import csv
 import functools
+import io
 import json
 import math
 import os
@@ -38,6 +40,7 @@ import extract
 import model as M
 import parse
 import sample
+import train
 from extract import UserError, neutral
 
 # -------------------------------------------------------------------------------------------------------- the engine of the games
@@ -128,6 +131,11 @@ def pattern(kind, h, w, dark, light, seed=0):
     picture = (np.array(colour(dark)) * (1 - mixed) + np.array(colour(light)) * mixed).astype(np.uint8)
     picture.flags.writeable = False
     return picture
+
+
+def dot(p):
+    """A place as OpenCV wants it."""
+    return round(p.real), round(p.imag)
 
 
 def clip(v, top=1.0):
@@ -245,6 +253,30 @@ class Game:
     def around(self, low, high, angle=None):
         """A vector of random length and direction."""
         return cmath.rect(self.rng.uniform(low, high), self.rng.uniform(0, math.tau) if angle is None else angle)
+
+    def fly(self, shots, hits, reach=200):
+        """Move shots (at, v); those that hit something (hits(shot) sees to what follows) or are further away than `reach` are gone."""
+        for shot in shots:
+            shot.at += shot.v
+        shots[:] = [shot for shot in shots if not hits(shot) and abs(shot.at - self.pos) < reach]
+
+    def strikes(self, foes, width):
+        """hits() for fly(): the first foe so near loses a point of hp."""
+        def hits(shot):
+            foe = next((f for f in foes if abs(f.at - shot.at) < width), None)
+            if foe:
+                foe.hp -= 1
+            return foe is not None
+        return hits
+
+    def wounds(self, at, width):
+        """hits() for fly(): who stands at `at` is hurt."""
+        def hits(shot):
+            near = abs(shot.at - at) < width
+            if near:
+                self.hurt()
+            return near
+        return hits
 
 
 # ------------------------------------------------------------------------------------------------------------------- first person
@@ -435,12 +467,8 @@ class Siege(FirstPerson):
                     goal.hp -= 1
             if self.t > 30 and self.ready("drone", 80) and sees(self.grid, self.pos, goal.at):
                 self.shots.append(Thing(kind="mine", at=goal.at, v=0.07 * unit(self.pos - goal.at), lift=0.35, size=0.2))
-            for shot in list(self.shots):
-                shot.at += shot.v
-                if abs(shot.at - self.pos) < 0.3:
-                    self.hurt()
-                if abs(shot.at - self.pos) < 0.3 or self.grid[int(shot.at.imag)][int(shot.at.real)]:
-                    self.shots.remove(shot)
+            wounds = self.wounds(self.pos, 0.3)
+            self.fly(self.shots, lambda shot: wounds(shot) or self.grid[int(shot.at.imag)][int(shot.at.real)])
         if goal.hp <= 0 or self.want == "beacon" and reach < 0.7 or self.want == "crate" and reach < 0.9 and abs(self.angle(goal.at)) < 0.6 and "WEST" in self.held:
             self.score += 1
             self.spawn()
@@ -506,8 +534,8 @@ class Rally(Game):
         """The next bay: painted on the ground, with a sign above it."""
         self.bay = self.pos + self.around(170, 260, self.face + self.rng.choice((-1, 1)) * self.rng.uniform(0.2, 0.9))
         self.bay = complex(min(max(self.bay.real, 90), 934), min(max(self.bay.imag, 90), 934))
-        cv2.circle(self.ground, (round(self.bay.real), round(self.bay.imag)), 34, (255, 220, 40), 8)
-        cv2.circle(self.ground, (round(self.bay.real), round(self.bay.imag)), 30, (30, 110, 230), -1)
+        cv2.circle(self.ground, dot(self.bay), 34, (255, 220, 40), 8)
+        cv2.circle(self.ground, dot(self.bay), 30, (30, 110, 230), -1)
         self.things = [Thing(kind="bay", at=self.bay, size=60)]
 
     def ahead(self):
@@ -532,7 +560,7 @@ class Rally(Game):
         if self.park:
             if abs(self.bay - self.pos) < 34 and abs(self.speed) < 0.7:
                 self.score += 1
-                cv2.circle(self.ground, (round(self.bay.real), round(self.bay.imag)), 38, (80, 84, 90), -1)
+                cv2.circle(self.ground, dot(self.bay), 38, (80, 84, 90), -1)
                 self.spawn()
             return
         self.ahead()
@@ -667,16 +695,10 @@ class Swarm(TopDown):
         self.pos = self.move(self.pos, self.left * (8 if self.rests("dashing") else 3.2))
         if "RIGHT_TRIGGER" in self.held and not self.gems and self.ready("gun", 7):
             self.bolts.append(Thing(at=self.pos + cmath.rect(22, self.aim), v=cmath.rect(9, self.aim)))
-        for bolt in list(self.bolts):
-            bolt.at += bolt.v
-            hit = next((f for f in self.foes if abs(f.at - bolt.at) < (26 if self.foe == "brute" else 19)), None)
-            if hit:
-                hit.hp -= 1
-                if self.foe == "brute":
-                    self.score = 16 - hit.hp
-            if hit or abs(bolt.at - self.pos) > 180:
-                self.bolts.remove(bolt)
+        self.fly(self.bolts, self.strikes(self.foes, 26 if self.foe == "brute" else 19), 180)
         for f in list(self.foes):
+            if f.kind != "bug":
+                self.score = 16 - f.hp
             if f.hp <= 0:
                 self.foes.remove(f)
                 self.score += self.foe == "bug"
@@ -714,14 +736,14 @@ class Swarm(TopDown):
         for f in self.foes:
             if f.wind or f.dash:
                 p, q = f.at - corner, f.at + 160 * f.way - corner
-                cv2.line(frame, (round(p.real), round(p.imag)), (round(q.real), round(q.imag)), (255, 40, 40), 6)
+                cv2.line(frame, dot(p), dot(q), (255, 40, 40), 6)
             self.show(frame, corner, f, 64 if self.foe == "brute" else 40, cmath.phase(self.pos - f.at))
             self.pointer(frame, f.at, (255, 60, 160))
         for mine in self.mines:
             self.show(frame, corner, mine, 36)
         for bolt in self.bolts:
             p = bolt.at - corner
-            cv2.circle(frame, (round(p.real), round(p.imag)), 5, (255, 255, 120), -1)
+            cv2.circle(frame, dot(p), 5, (255, 255, 120), -1)
         if self.gems and self.gem:
             self.show(frame, corner, self.gem, 40)
             self.pointer(frame, self.gem.at, (60, 255, 200))
@@ -820,10 +842,10 @@ class Vault(TopDown):
             self.show(frame, 0, s, 36)
         if self.rests("sword") > 14:
             tip = self.pos + cmath.rect(46, self.face)
-            cv2.line(frame, (round(self.pos.real), round(self.pos.imag)), (round(tip.real), round(tip.imag)), (255, 255, 255), 9)
+            cv2.line(frame, dot(self.pos), dot(tip), (255, 255, 255), 9)
         stamp(frame, "knight", self.pos.real, self.pos.imag, 36, round(self.face / math.tau * 32))
         if self.rests("sword"):
-            cv2.circle(frame, (round(self.pos.real), round(self.pos.imag)), 20, (120, 120, 130), 3)
+            cv2.circle(frame, dot(self.pos), 20, (120, 120, 130), 3)
         if self.key:
             stamp(frame, "key", 128, 16, 32)
         return frame
@@ -1084,13 +1106,9 @@ class Commando(Side):
         heart = self.pos - 22j
         if "RIGHT_TRIGGER" in self.held and self.ready("gun", 10):
             self.bolts.append(Thing(at=heart + cmath.rect(16, self.aim), v=cmath.rect(10, self.aim)))
-        for bolt in list(self.bolts):
-            bolt.at += bolt.v
-            hit = next((f for f in self.foes if abs(f.at - bolt.at) < 20), None)
-            if hit:
-                hit.hp -= 1
-            if hit or abs(bolt.at - heart) > 170 or bolt.at.imag > 200:
-                self.bolts.remove(bolt)
+        strikes, wounds = self.strikes(self.foes, 20), self.wounds(heart, 20)
+        self.fly(self.bolts, lambda bolt: strikes(bolt) or bolt.at.imag > 200, 170)
+        self.fly(self.shots, lambda shot: wounds(shot) or shot.at.imag > 200)
         for f in list(self.foes):
             f.wait -= 1
             away = f.at.real - self.pos.real
@@ -1103,13 +1121,6 @@ class Commando(Side):
                 f.wait = 75
                 flat = complex(1 if self.pos.real > f.at.real else -1, 0)
                 self.shots.append(Thing(kind="mine", at=f.at, v=2.6 * (unit(heart - f.at) if self.foe == "turret" or f.at.imag < 170 else flat)))
-        for shot in list(self.shots):
-            shot.at += shot.v
-            hit = abs(shot.at - heart) < 20
-            if hit:
-                self.hurt()
-            if hit or abs(shot.at - heart) > 200 or shot.at.imag > 200:
-                self.shots.remove(shot)
         if any(abs(w - self.pos.real) < 20 and self.pos.imag > 178 for w in self.wires) and self.ready("wire", 20):
             self.health -= 1
         if self.breach and abs(self.copter - self.pos.real) < 24:
@@ -1134,7 +1145,7 @@ class Commando(Side):
         stamp(frame, "trooper", 128, self.pos.imag - 20, 44, flip=self.way < 0)
         gun = complex(128, self.pos.imag - 22)
         tip = gun + cmath.rect(30, self.aim)
-        cv2.line(frame, (128, round(gun.imag)), (round(tip.real), round(tip.imag)), (20, 20, 20), 8)
+        cv2.line(frame, (128, round(gun.imag)), dot(tip), (20, 20, 20), 8)
         for bolt in self.bolts:
             cv2.circle(frame, (round(bolt.at.real - cx), round(bolt.at.imag)), 5, (255, 255, 160), -1)
         for shot in self.shots:
@@ -1156,7 +1167,7 @@ class Commando(Side):
             s = 1 if self.copter > self.pos.real else -1
             near = min(((w - self.pos.real) * s for w in self.wires if (w - self.pos.real) * s > 0), default=999)
             return complex(s, 0), complex(s, 0), "SOUTH" if 24 < near < 56 else ""
-        foe = min(self.foes, key=lambda f: (f.hp, abs(f.at - heart)))
+        foe = min(self.foes, key=lambda f: abs(wrap(self.aim - cmath.phase(f.at - heart))))   # whom the gun points at most
         d = foe.at - heart
         if not danger:
             run = 0.0 if 70 < abs(d.real) < 115 else math.copysign(0.8, d.real) if abs(d.real) > 115 else -math.copysign(0.6, d.real)
@@ -1186,13 +1197,7 @@ class Glider(Side):
         if self.want == "tank" and "SOUTH" in self.held and self.ammo and self.ready("bomb", 20):
             self.ammo -= 1
             self.bombs.append(Thing(kind="bomb", at=self.pos + 10j, v=complex(ahead, 1.0)))
-        for bolt in list(self.bolts):
-            bolt.at += bolt.v
-            hit = next((f for f in self.things if abs(f.at.real - bolt.at.real) < 20 and abs(f.at.imag - bolt.at.imag) < 18), None)
-            if hit:
-                hit.hp -= 1
-            if hit or bolt.at.real - self.pos.real > 200:
-                self.bolts.remove(bolt)
+        self.fly(self.bolts, self.strikes(self.things, 20))
         for bomb in list(self.bombs):
             bomb.at, bomb.v = bomb.at + bomb.v, bomb.v + 0.25j
             if bomb.at.imag > 222:
@@ -1441,35 +1446,25 @@ class Scripted:
         return action
 
 
-class Random:
-    """Sticks anywhere, each of the game's buttons down or up, drawn anew every 4 to 16 steps."""
-    def __init__(self, game, seed=0):
-        self.game, self.rng, self.left = game, random.Random(f"random {seed}"), 0
-
-    def act(self):
-        if not self.left:
-            self.left, self.action = self.rng.randint(4, 16), neutral()
-            self.action[21:] = [self.rng.uniform(-1, 1) for _ in range(4)]
-            self.action[[extract.BUTTON[k] for k in self.game.keys if k.isupper() and self.rng.random() < 0.5]] = 1
-        self.left -= 1
-        return self.action
-
-
-class Held:
-    """A constant or mashing policy: `how` is one of MASHING."""
-    def __init__(self, game, seed=0, how="right"):
-        self.game, self.how, self.rng, self.t = game, how, random.Random(f"held {seed}"), 0
+class Blind:
+    """Plays without looking. how = "random": sticks anywhere and each of the game's buttons down or up, drawn anew every 4 to 16 steps; or one of
+    MASHING: both sticks held in a direction or turning, with or without the game's attack, or sticks at rest and all buttons hammered."""
+    def __init__(self, game, seed=0, how="random"):
+        self.rng, self.t, self.again, self.how = random.Random(f"{how} {seed}"), 0, 0, how
+        self.keys, self.attack = [extract.BUTTON[k] for k in game.keys if k.isupper()], [extract.BUTTON[k] for k in game.attack]
 
     def act(self):
         action, (way, _, attack) = neutral(), self.how.partition("+")
         self.t += 1
-        spot = {"right": 1, "left": -1, "up": -1j, "down": 1j, "spin": cmath.rect(1, self.t / 6), "mash": 0j}[way]
-        action[21:] = [spot.real, spot.imag] * 2
-        keys = [k for k in self.game.keys if k.isupper()]
-        if attack:
-            action[[extract.BUTTON[k] for k in self.game.attack]] = 1
-        if way == "mash":
-            action[[extract.BUTTON[k] for k in keys if self.rng.random() < 0.5]] = 1
+        if way == "random" and self.t <= self.again:
+            return self.last
+        if way == "random":
+            self.again, action[21:] = self.t + self.rng.randint(3, 15), [self.rng.uniform(-1, 1) for _ in range(4)]
+        else:
+            spot = {"right": 1, "left": -1, "up": -1j, "down": 1j, "spin": cmath.rect(1, self.t / 6), "mash": 0j}[way]
+            action[21:] = [spot.real, spot.imag] * 2
+        action[self.attack if attack else [k for k in self.keys if way in ("random", "mash") and self.rng.random() < 0.5]] = 1
+        self.last = action
         return action
 
 
@@ -1532,7 +1527,7 @@ def record_video(out, name, tasks, seed, n, size=(640, 360)):
     if (out / f"{name}.json").is_file():
         return f"{name}: recorded already"
     rng = random.Random(f"overlay {name} {seed}")
-    skin, wide = rng.choice(extract.our_skins()), round(size[0] * rng.uniform(0.22, 0.3))
+    skin, wide = rng.choice(skins()), round(size[0] * rng.uniform(0.22, 0.3))
     high, opacity = round(wide * skin.size[1] / skin.size[0]), rng.uniform(0.75, 1)
     x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
     truth = np.zeros((n, extract.A), np.float32)
@@ -1545,6 +1540,12 @@ def record_video(out, name, tasks, seed, n, size=(640, 360)):
     x0, y0, x1, y1 = (v * wide / skin.size[0] for v in extract.visible_box(skin))
     extract.write_json(out / f"{name}.json", {"game": name.split("-")[0], "box": [x + x0, y + y0, x1 - x0, y1 - y0], "template": skin.name, "opacity": opacity})
     return f"{name}.mp4: {n} frames, {skin.name} {wide} px"
+
+
+@functools.lru_cache(1)
+def skins():
+    """Our own pads; drawing them all takes seconds."""
+    return extract.our_skins()
 
 
 def put_pad(ground, skin, action, opacity=1.0):
@@ -1595,7 +1596,7 @@ def wilson(wins, n, z=1.96):
 def play_alone(job):
     """Rollouts of a player that is not a model: (task, name of the player, n, seed) -> wins."""
     task, who, n, seed = job
-    make = {"random": Random, "scripted": Scripted}.get(who, functools.partial(Held, how=who))
+    make = Scripted if who == "scripted" else functools.partial(Blind, how=who)
     return sum(finish(TASKS[task].game(task, PLAYED + seed + i), make, seed + i) for i in range(n))
 
 
@@ -1709,7 +1710,7 @@ def suite(args):
 
 def save_film(path, frames):
     """(frame, action) pairs -> a video of the game at twice its size, the pad beside it."""
-    skin = extract.our_skins()[0]
+    skin = skins()[0]
     with extract.VideoWriter(path, FPS, (896, 512)) as video:
         for frame, action in frames:
             video.add(beside(frame, action, skin))
@@ -1788,7 +1789,7 @@ class Stages:
 
     def shares(self, *words):
         """One script in several processes, each with its share of the videos or clips."""
-        n = max((os.cpu_count() or 1) // 2 * 2, 1) if (os.cpu_count() or 1) < 8 else 4
+        n = min(os.cpu_count() or 1, 4)
         self.scripts(*((words, {"RANK": str(r), "WORLD_SIZE": str(n)}) for r in range(n)))
 
 
@@ -1857,7 +1858,7 @@ def story(video, clip, films, rows, scores, iou):
     """One picture, uint8 (900, 1600, 3): the video with the box found, the crop and what was read from it, the model at play, completion."""
     page = np.full((900, 1600, 3), 250, np.uint8)
     write = lambda text, x, y, size=0.62, ink=(20, 20, 30): cv2.putText(page, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, ink, 1, cv2.LINE_AA)
-    meta, skin = extract.read_clip(clip), extract.our_skins()[0]
+    meta, skin = extract.read_clip(clip), skins()[0]
     actions, truth = (np.load(clip / f"{n}.npy") for n in ("actions", "truth"))
     busy = np.convolve(np.abs(actions[:, 21:23]).max(1) + (actions[:, :21] > 0.5).any(1), np.ones(150), "valid")
     start = int(busy.argmax()) if len(busy) else 0
@@ -2021,11 +2022,15 @@ def add_latency(sub):
 
 # ------------------------------------------------------------------------------------------------------------------- throughput
 def throughput(args):
-    """Speeds of extract and parse as ratios: each pair of figures is taken in turn in this run. Prints a table; --out keeps it as JSON."""
+    """Speeds of the games, training, extract and parse; ratios, each pair of figures taken in turn in this run. Prints a table; --out keeps it as JSON."""
     result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__, "opencv": cv2.__version__}
     with tempfile.TemporaryDirectory() as tmp:
         video = Path(args.video) if args.video else drawn_video(Path(tmp) / "drawn.mp4", args.seconds)
         result |= game_speeds()
+        for i, game in enumerate(GAMES):
+            record_clip((Path(tmp) / "clips", [task for task in TASKS if task.startswith(game + "/")], i, 0, 150, False))
+        speed = train_speed(Path(tmp) / "clips", args.repeats)
+        result |= speed | loader_speed(Path(tmp) / "clips", speed["train_bare_step_s"], repeats=args.repeats)
         result |= cutting_against_decoding(video, Path(tmp), args.repeats) | localisation(video)
     speed, real_time = parser_speed()
     result |= {"parser_frames_per_s": round(speed, 1), "parser_x_real_time_at_30_fps": round(real_time, 2)}
@@ -2048,7 +2053,7 @@ def game_speeds(steps=300, repeats=3):
             best = math.inf
             for _ in range(repeats):
                 game = kind(task, 0)
-                actions = [player.act() for player in [Random(game)] for _ in range(steps)]
+                actions = [player.act() for player in [Blind(game)] for _ in range(steps)]
                 began = time.perf_counter()
                 for i, action in enumerate(actions):
                     if game.over:
@@ -2100,6 +2105,46 @@ def localisation(video):
     find, _ = extract.localise(extract.sample_frames(video)[0], matcher)
     return {"localise_s": round(time.perf_counter() - wall, 2), "localise_cpu_s": round(time.process_time() - cpu, 2), "localise_templates": len(matcher.skins),
             "localise_found": find is not None}
+
+
+def train_speed(data, repeats=3, steps=8, batch=32, draws=4):
+    """A whole step of train.py (loader, augmentation, EMA, log) over the bare forward, backward and AdamW of the same batch: `toy`, on the CPU, both
+    in turn, the median step of the fastest turn of each."""
+    config, whole, bare = M.preset("toy"), [], []
+    sampler = train.Sampler(train.load_clips([data], config), config, batch, draws)
+    ready = sampler.load(1)
+    model = M.create(config).train()
+    optimizer = torch.optim.AdamW(train.groups(model), fused=True)
+    for _ in range(repeats):
+        laps = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            train.cfm_loss(model, ready.frames, ready.actions, ready.mask, ready.games, ready.keep, ready.noise, ready.t).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            laps.append(time.perf_counter() - began)
+        bare.append(np.median(laps[1:]))
+        with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
+            flags = f"--steps {steps} --batch {batch} --draws {draws} --val 0 --every {10 * steps} --device cpu".split()
+            if train.main([str(data), "--out", f"{tmp}/run", "--preset", "toy", *flags]):
+                raise extract.UserError("train.py failed in its own measurement")
+            with open(f"{tmp}/run/log.csv", newline="") as f:
+                whole.append(np.median(np.diff([float(row["seconds"]) for row in csv.DictReader(f)])))
+    return {"train_step_s": round(min(whole), 4), "train_bare_step_s": round(min(bare), 4), "train_step_over_bare": round(min(whole) / min(bare), 3),
+            "train_frames_per_s": round(batch / min(whole), 1)}
+
+
+def loader_speed(data, bare_step_s, batch=32, draws=4, repeats=3, batches=8, workers=1):
+    """Frames a second from JPEGs on disk to augmented batches by one thread, and how many times faster that is than a bare `toy` step uses them."""
+    config = M.preset("toy")
+    sampler = train.Sampler(train.load_clips([data], config), config, batch, draws)
+    best = 1e9
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in train.feed(sampler, [(step, 0, batch) for step in range(batches)], workers):
+            pass
+        best = min(best, (time.perf_counter() - began) / batches)
+    return {"loader_frames_per_s": round(batch / best, 1), "loader_over_toy_step": round(bare_step_s / best, 2)}
 
 
 def parser_clip(folder, frames, fps, skin):
@@ -2154,7 +2199,7 @@ def segformer_against_transformers(preset="b0", shape=(8, 3, 128, 256), runs=5):
 # ----------------------------------------------------------------------------------------------------------------- command line
 def add_throughput(sub):
     """The flags of `bench.py throughput`."""
-    p = sub.add_parser("throughput", help="cutting clips against bare decoding, localisation, the parser, its net", allow_abbrev=False)
+    p = sub.add_parser("throughput", help="a step of each game, training, cutting clips against bare decoding, localisation, the parser, its net", allow_abbrev=False)
     p.add_argument("--video", help="a video of your own (default: one is drawn)")
     p.add_argument("--seconds", type=int, default=20, help="length of the drawn video (default 20)")
     p.add_argument("--repeats", type=int, default=3, help="the best of this many (default 3)")

@@ -550,7 +550,7 @@ class Rally(Game):
     def play(self):
         on_road = self.park or abs(self.path[self.index] - self.pos) < 58
         gas, brake = "RIGHT_TRIGGER" in self.held, "LEFT_TRIGGER" in self.held
-        self.speed += (0.16 if gas else 0) - (0.3 if brake and self.speed > 0 else 0.1 if brake else 0)
+        self.speed += (0.28 if gas else 0) - (0.3 if brake and self.speed > 0 else 0.1 if brake else 0)
         self.speed = max(-2, self.speed * (0.972 if on_road else 0.88))
         if not gas and not brake:
             self.speed *= 0.97
@@ -608,7 +608,7 @@ class Rally(Game):
         if near:
             target = self.path[min(self.index + 7, 254)] - near.side * 1j * unit(self.path[min(self.index + 8, 255)] - self.path[min(self.index + 7, 254)])
         angle = cmath.phase((target - self.pos) * cmath.rect(1, -self.face))
-        return complex(max(-1, min(1, 2.6 * angle)), 0), 0j, "LEFT_TRIGGER" if abs(angle) > 0.6 and self.speed > 3 else "RIGHT_TRIGGER" if self.speed < 4.6 else ""
+        return complex(max(-1, min(1, 2.6 * angle)), 0), 0j, "LEFT_TRIGGER" if abs(angle) > 0.6 and self.speed > 3 else "RIGHT_TRIGGER" if self.speed < 4.4 else ""
 
 
 @functools.lru_cache(16)
@@ -769,7 +769,7 @@ class Swarm(TopDown):
         if near.wind or near.dash:
             side = (d * near.way.conjugate()).imag                     # on which side of the line of the charge we stand
             away = 1j * near.way * (-1 if side > 0 else 1) + middle / 400
-        return clip(away), unit(d), "RIGHT_TRIGGER" + (" LEFT_TRIGGER" if abs(d) < 60 else "")
+        return clip(away), unit(d), ("RIGHT_TRIGGER" if abs(wrap(self.aim - cmath.phase(d))) < 0.2 and abs(d) < 140 else "") + (" LEFT_TRIGGER" if abs(d) < 60 else "")
 
 
 class Vault(TopDown):
@@ -1171,7 +1171,7 @@ class Commando(Side):
         d = foe.at - heart
         if not danger:
             run = 0.0 if 70 < abs(d.real) < 115 else math.copysign(0.8, d.real) if abs(d.real) > 115 else -math.copysign(0.6, d.real)
-        return complex(run, 0), unit(d), ("RIGHT_TRIGGER" if abs(wrap(self.aim - cmath.phase(d))) < 0.25 else "") + leap
+        return complex(run, 0), unit(d), ("RIGHT_TRIGGER" if abs(wrap(self.aim - cmath.phase(d))) < 0.15 else "") + leap
 
 
 class Glider(Side):
@@ -1752,7 +1752,7 @@ def show_games(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- demo
-DEMO = ("rally/course", "swarm/gems", "glider/rings")       # a task of each family that a small model learns within minutes
+DEMO = ("siege/crates", "swarm/bugs", "commando/soldiers")       # a task of each family that a small model learns within minutes
 
 
 class Stages:
@@ -1854,55 +1854,62 @@ def demo(args):
                                            "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "out")}})
 
 
+INKS = {"random": (160, 160, 170), "scripted": (90, 160, 90), "model": (220, 60, 40), "true labels": (60, 110, 220)}
+
+
 def story(video, clip, films, rows, scores, iou):
     """One picture, uint8 (900, 1600, 3): the video with the box found, the crop and what was read from it, the model at play, completion."""
     page = np.full((900, 1600, 3), 250, np.uint8)
-    write = lambda text, x, y, size=0.62, ink=(20, 20, 30): cv2.putText(page, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, ink, 1, cv2.LINE_AA)
-    meta, skin = extract.read_clip(clip), skins()[0]
-    actions, truth = (np.load(clip / f"{n}.npy") for n in ("actions", "truth"))
-    busy = np.convolve(np.abs(actions[:, 21:23]).max(1) + (actions[:, :21] > 0.5).any(1), np.ones(150), "valid")
-    start = int(busy.argmax()) if len(busy) else 0
-    frame = next(rgb for i, rgb in extract.read_video(video) if i == min(start + 75, meta["n"] - 1)).copy()
+    write = lambda text, x, y, size=0.62: cv2.putText(page, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, (20, 20, 30), 1, cv2.LINE_AA)
+    meta, (actions, truth) = extract.read_clip(clip), (np.load(clip / f"{n}.npy") for n in ("actions", "truth"))
+    skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
+    change = np.convolve(np.abs(np.diff(truth, axis=0)).sum(1), np.ones(150), "valid")           # five seconds with much to read
+    start = int(change.argmax()) if len(change) else 0
+    now = min(start + 75, meta["n"] - 1)
+
+    frame = next(rgb for i, rgb in extract.read_video(video) if i == now).copy()
     x, y, w, h = (round(v) for v in meta["box"])
     cv2.rectangle(frame, (x, y), (x + w, y + h), (0, 255, 0), 3)
-    page[50:410, 20:660] = frame[:360, :640]
     write(f"1  a video with a pad; extract.py finds it: IoU {iou:.2f}", 20, 36)
-    crop = extract.Frames(clip, "pads")[min(start + 75, meta["n"] - 1)]
-    extract.paste(page, crop, 700, 60, 300, 220)
-    ground = np.full((220, 300, 3), 60, np.uint8)
-    high = round(300 * skin.size[1] / skin.size[0])
-    put_pad(ground[(220 - high) // 2 if high < 220 else 0:][:min(high, 220)], skin, actions[min(start + 75, meta["n"] - 1)])
-    page[60:280, 1020:1320] = ground
-    write("2  its crop", 700, 36)
+    page[50:410, 20:660] = frame[:360, :640]
+    write("2  the crop", 700, 36)
+    extract.paste(page, extract.Frames(clip, "pads")[now], 700, 60, 300, 220)
     write(f"3  parse.py reads it: R2 {scores.get('left R2', math.nan):.2f}, F1 {scores['F1']:.2f}", 1020, 36)
-    rows_drawn = [("left x", 21), ("left y", 22), ("right x", 23)] + [(extract.BUTTONS[b], b) for b in np.argsort(-truth[:, :21].sum(0))[:3] if truth[:, b].any()]
-    for k, (label, column) in enumerate(rows_drawn):
-        base = 320 + 26 * k
-        write(label.lower(), 700, base + 6, 0.42)
-        for values, ink in ((truth, (170, 170, 180)), (actions, (220, 60, 40))):
+    high = round(300 * skin.size[1] / skin.size[0])
+    put_pad(page[60:60 + high, 1020:1320], skin, actions[now])
+    write("grey: true", 1370, 200, 0.5)
+    write("red: read", 1370, 225, 0.5)
+    pressed = [b for b in np.argsort(-truth[start:start + 150, :21].sum(0))[:3] if truth[start:start + 150, b].any()]
+    for k, (label, column) in enumerate([("left x", 21), ("left y", 22), ("right x", 23), ("right y", 24), *((extract.BUTTONS[b].lower(), b) for b in pressed)]):
+        base = 310 + 28 * k
+        write(label, 700, base + 6, 0.42)
+        for values, ink, thick in ((truth, (190, 190, 200), 5), (actions, INKS["model"], 2)):
             v = values[start:start + 150, column]
-            points = np.stack([830 + np.arange(len(v)) * 5, base + (0 if column > 20 else 8) - v * (10 if column > 20 else 16)], 1)
-            cv2.polylines(page, [np.int32(points)], False, ink, 2, cv2.LINE_AA)
-    write("grey: true, red: read; five seconds", 1330, 300, 0.42)
-    for k, (task, frames) in enumerate(list(films.items())[:3]):
-        picture, action = frames[min(len(frames) // 2, len(frames) - 1)]
-        page[560:816, 20 + 270 * k:276 + 270 * k] = picture
-        put_pad(page[720:816, 20 + 270 * k + 120:276 + 270 * k], skin, action)
-        write(task, 20 + 270 * k, 840, 0.5)
+            points = np.stack([840 + np.arange(len(v)) * 5, base - 11 * v if column > 20 else base + 8 - 16 * v], 1)
+            cv2.polylines(page, [np.int32(points)], False, ink, thick, cv2.LINE_AA)
+
     write("4  train.py learns from what was read; the model plays", 20, 540)
+    for k, (task, frames) in enumerate(list(films.items())[:3]):
+        picture, action = frames[len(frames) // 2]
+        page[560:816, 20 + 270 * k:276 + 270 * k] = picture
+        put_pad(page[736:816, 166 + 270 * k:276 + 270 * k], skins()[0], action)
+        write(task, 20 + 270 * k, 840, 0.5)
     write("5  tasks completed, with 95 % intervals", 880, 540)
-    inks = {"random": (160, 160, 170), "scripted": (90, 160, 90), "model": (220, 60, 40), "true labels": (60, 110, 220)}
-    tasks = [r for r in rows if "/" in r] + ["all"]
-    wide = 660 // len(tasks)
+    tasks = [row for row in rows if "/" in row] + ["all"]
+    wide = 700 // len(tasks)
+    for share in (0, 0.5, 1):
+        cv2.line(page, (880, round(820 - 240 * share)), (1580, round(820 - 240 * share)), (215, 215, 220), 1)
+        write(f"{share:.0%}", 845 - 8 * (share == 1), round(824 - 240 * share), 0.4)
     for k, task in enumerate(tasks):
         for j, (who, r) in enumerate(rows[task].items()):
-            left, bar = 890 + wide * k + j * (wide - 24) // 4, max((wide - 24) // 4 - 3, 3)
-            cv2.rectangle(page, (left, round(820 - 240 * r["rate"])), (left + bar, 820), inks[who], -1)
-            cv2.line(page, (left + bar // 2, round(820 - 240 * r["low"])), (left + bar // 2, round(820 - 240 * r["high"])), (20, 20, 30), 1)
-        write(task, 890 + wide * k, 840, 0.42)
-    for j, (who, ink) in enumerate(inks.items()):
-        cv2.rectangle(page, (890 + 160 * j, 860), (904 + 160 * j, 874), ink, -1)
-        write(who, 910 + 160 * j, 873, 0.5)
+            bar = max((wide - 24) // 4 - 3, 3)
+            left = 890 + wide * k + j * (bar + 3)
+            cv2.rectangle(page, (left, round(820 - 240 * r["rate"])), (left + bar, 820), INKS[who], -1)
+            cv2.line(page, (left + bar // 2, round(820 - 240 * r["low"])), (left + bar // 2, round(820 - 240 * r["high"])), (20, 20, 30), 2)
+        write(task, 890 + wide * k, 842, 0.42)
+    for j, (who, ink) in enumerate(INKS.items()):
+        cv2.rectangle(page, (890 + 160 * j, 862), (904 + 160 * j, 876), ink, -1)
+        write(who, 910 + 160 * j, 874, 0.5)
     return page
 
 

@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1569,8 +1570,11 @@ def in_processes(work, jobs, workers):
     if workers < 2:
         yield from map(work, jobs)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
         yield from pool.map(work, jobs)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def record(args):
@@ -1610,7 +1614,7 @@ def finish(game, make, seed):
 
 def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, say=None):
     """n rollouts of each task, `envs` at a time, a batch of chunks for all that need one -> {task: wins}. films: {task: list}, filled with
-    (frame, action) of the first rollout of each task."""
+    (frame as JPEG, action) of the first rollout of each task."""
     c = policy.config
     jobs = deque((task, i) for i in range(n) for task in tasks)
     total, wins, done = len(jobs), dict.fromkeys(tasks, 0), 0
@@ -1634,7 +1638,7 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, say=Non
                 if game.over or not coming:
                     break
                 if films is not None and i == 0:
-                    films.setdefault(task, []).append((game.render(), coming[0]))
+                    films.setdefault(task, []).append((cv2.imencode(".jpg", game.render()[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1], coming[0]))
                 game.advance(coming.popleft())
                 if game.over:
                     wins[task] += game.won
@@ -1708,21 +1712,21 @@ def suite(args):
             save_film(out / f"{task.replace('/', '-')}.mp4", frames)
 
 
+def unpack(jpeg):
+    """JPEG bytes -> uint8 (h, w, 3) RGB."""
+    return cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
 def save_film(path, frames):
-    """(frame, action) pairs -> a video of the game at twice its size, the pad beside it."""
+    """(frame as JPEG, action) pairs -> a video of the game at twice its size, the pad beside it."""
     skin = skins()[0]
-    with extract.VideoWriter(path, FPS, (896, 512)) as video:
-        for frame, action in frames:
-            video.add(beside(frame, action, skin))
-
-
-def beside(frame, action, skin):
-    """uint8 (512, 896, 3): a frame at twice its size and the pad."""
-    picture = np.full((512, 896, 3), 24, np.uint8)
-    picture[:, :512] = cv2.resize(frame, (512, 512), interpolation=cv2.INTER_NEAREST)
     high = round(360 * skin.size[1] / skin.size[0])
-    put_pad(picture[256 - high // 2:256 - high // 2 + high, 524:884], skin, action)
-    return picture
+    with extract.VideoWriter(path, FPS, (896, 512)) as video:
+        for jpeg, action in frames:
+            picture = np.full((512, 896, 3), 24, np.uint8)
+            picture[:, :512] = cv2.resize(unpack(jpeg), (512, 512), interpolation=cv2.INTER_NEAREST)
+            put_pad(picture[256 - high // 2:256 - high // 2 + high, 524:884], skin, action)
+            video.add(picture)
 
 
 def machine():
@@ -1890,8 +1894,8 @@ def story(video, clip, films, rows, scores, iou):
 
     write("4  train.py learns from what was read; the model plays", 20, 540)
     for k, (task, frames) in enumerate(list(films.items())[:3]):
-        picture, action = frames[len(frames) // 2]
-        page[560:816, 20 + 270 * k:276 + 270 * k] = picture
+        jpeg, action = frames[len(frames) // 2]
+        page[560:816, 20 + 270 * k:276 + 270 * k] = unpack(jpeg)
         put_pad(page[736:816, 166 + 270 * k:276 + 270 * k], skins()[0], action)
         write(task, 20 + 270 * k, 840, 0.5)
     write("5  tasks completed, with 95 % intervals", 880, 540)

@@ -55,24 +55,38 @@ Thing = types.SimpleNamespace                      # an actor or an object: kind
 ICONS = {
     "ghoul": "o 32 22 18 5c6;b 14 22 50 60 5c6;p 14 60 22 50 32 60 42 50 50 60 284;o 25 20 5 fff;o 40 20 5 fff;o 26 21 2 000;o 41 21 2 000;b 24 31 42 35 131",
     "ghoul!": "o 32 22 18 f44;b 14 22 50 60 f44;p 2 10 14 30 14 44 f44;p 62 10 50 30 50 44 f44;o 25 20 6 ff0;o 40 20 6 ff0;b 20 30 46 40 300",
-    "portal": "b 12 4 52 63 a8f;o 32 24 18 fff;b 14 24 50 63 fff;o 32 26 13 5ef;b 19 26 45 63 5ef", "lock": "b 12 4 52 63 863;o 32 26 13 fc3;o 32 26 7 863;b 18 30 46 52 fc3",
-    "key": "o 18 32 15 fd2;o 18 32 7 a60;b 28 28 62 37 fd2;b 48 34 53 48 fd2;b 56 34 62 50 fd2", "crate": "b 6 10 58 62 c83;b 6 10 58 18 fc7;p 10 20 16 20 56 58 50 58 852",
-    "drone": "b 2 20 62 28 ccd;o 32 34 20 e33;o 32 34 11 fff;o 32 34 6 000", "beacon": "p 28 0 36 0 42 44 22 44 7ff;b 14 44 50 62 06c;o 32 20 12 fff",
-    "car": "b 6 26 58 52 f22;p 14 28 20 10 44 10 50 28 8cf;b 8 50 20 60 111;b 44 50 56 60 111;o 12 38 5 ff9;o 52 38 5 ff9", "tree": "b 26 40 38 63 742;p 32 0 58 44 6 44 283",
-    "rival": "b 6 26 58 52 26f;p 14 28 20 10 44 10 50 28 cef;b 8 50 20 60 111;b 44 50 56 60 111;b 10 36 22 42 f33;b 42 36 54 42 f33", "post": "b 24 0 40 63 fff;b 24 0 40 16 f30;b 24 32 40 48 f30",
-    "bay": "b 29 20 35 63 eee;o 32 18 17 06f;b 26 8 31 28 fff;o 35 14 6 fff;o 35 14 2 06f", "hero": "o 32 32 20 4af;b 36 26 62 38 def;o 28 32 10 fff",
-    "bug": "o 30 32 22 f3a;o 44 24 5 fff;o 44 40 5 fff;p 40 14 60 6 50 24 f3a;p 40 50 60 58 50 40 f3a", "brute": "o 32 32 30 f70;o 32 32 18 720;p 44 14 64 32 44 50 ff0",
-    "brute!": "o 32 32 30 f22;o 32 32 18 fff;p 44 14 64 32 44 50 ff0", "gem": "p 32 4 58 26 32 60 6 26 3fc;p 32 4 44 26 32 60 20 26 cff", "mine": "o 32 32 22 333;o 32 32 12 f00;p 32 0 38 14 26 14 999;p 32 64 38 50 26 50 999;p 0 32 14 26 14 38 999;p 64 32 50 26 50 38 999",
-    "knight": "o 30 32 20 36d;b 40 28 64 36 eee;o 26 32 11 fc9;b 38 20 44 44 a62", "slime": "o 32 36 24 3d3;b 8 36 56 58 3d3;o 24 30 6 fff;o 42 30 6 fff;o 25 31 3 000;o 43 31 3 000",
-    "stairs": "b 4 4 60 60 222;b 4 46 60 60 fff;b 16 32 60 46 ddd;b 28 18 60 32 bbb;b 40 4 60 18 999", "chest": "b 4 20 60 58 b60;b 4 8 60 24 d82;b 4 24 60 30 fd3;b 26 20 38 40 fd3",
-    "thief": "o 32 32 20 28f;o 32 32 11 024;p 44 24 62 32 44 40 8cf", "guard": "o 32 32 22 e32;o 32 32 12 ffc;p 46 20 64 32 46 44 ff0", "exit": "b 6 6 58 58 0c4;p 12 24 34 24 34 12 56 32 34 52 34 40 12 40 fff",
-    "runner": "o 34 14 12 fb8;b 22 24 44 46 e42;b 20 46 30 63 24a;b 36 46 46 63 24a;b 22 4 46 10 e42;o 40 13 2 000", "flag": "b 12 0 18 63 fff;p 18 4 60 18 18 32 e22",
-    "coin": "o 32 32 26 fc0;o 32 32 17 fe7;b 29 20 35 44 c80", "soldier": "o 32 14 12 9a5;b 20 24 44 46 674;b 20 46 30 63 453;b 34 46 44 63 453;b 40 28 62 36 222", "copter": "b 4 8 60 12 eee;o 26 32 20 4c4;b 36 26 62 36 4c4;o 22 30 10 cff;b 10 54 46 58 eee",
-    "trooper": "o 32 14 12 fb8;b 20 24 44 46 38f;b 20 46 30 63 136;b 34 46 44 63 136;b 20 4 46 9 f22", "turret": "b 10 30 54 62 86a;o 32 28 20 c4c;o 32 28 9 fff", "wire": "p 4 63 16 10 28 63 f33;p 20 63 32 2 44 63 f33;p 36 63 48 10 60 63 f33",
-    "plane": "p 2 20 12 20 22 30 60 30 64 36 54 42 10 42 ff4;p 20 34 40 34 22 58 fa0;o 44 31 6 4cf", "foe": "p 62 20 52 20 42 30 4 30 0 36 10 42 54 42 e24;p 44 34 24 34 42 58 902;o 20 31 6 fff", "ring": "o 32 32 31 fd0;o 32 32 22 000",
+    "portal": "b 12 4 52 63 a8f;o 32 24 18 fff;b 14 24 50 63 fff;o 32 26 13 5ef;b 19 26 45 63 5ef",
+    "lock": "b 12 4 52 63 863;o 32 26 13 fc3;o 32 26 7 863;b 18 30 46 52 fc3",
+    "key": "o 18 32 15 fd2;o 18 32 7 a60;b 28 28 62 37 fd2;b 48 34 53 48 fd2;b 56 34 62 50 fd2",
+    "crate": "b 6 10 58 62 c83;b 6 10 58 18 fc7;p 10 20 16 20 56 58 50 58 852", "drone": "b 2 20 62 28 ccd;o 32 34 20 e33;o 32 34 11 fff;o 32 34 6 000",
+    "beacon": "p 28 0 36 0 42 44 22 44 7ff;b 14 44 50 62 06c;o 32 20 12 fff",
+    "car": "b 6 26 58 52 f22;p 14 28 20 10 44 10 50 28 8cf;b 8 50 20 60 111;b 44 50 56 60 111;o 12 38 5 ff9;o 52 38 5 ff9",
+    "tree": "b 26 40 38 63 742;p 32 0 58 44 6 44 283",
+    "rival": "b 6 26 58 52 26f;p 14 28 20 10 44 10 50 28 cef;b 8 50 20 60 111;b 44 50 56 60 111;b 10 36 22 42 f33;b 42 36 54 42 f33",
+    "post": "b 24 0 40 63 fff;b 24 0 40 16 f30;b 24 32 40 48 f30", "bay": "b 29 20 35 63 eee;o 32 18 17 06f;b 26 8 31 28 fff;o 35 14 6 fff;o 35 14 2 06f",
+    "hero": "o 32 32 20 4af;b 36 26 62 38 def;o 28 32 10 fff",
+    "bug": "o 30 32 22 f3a;o 44 24 5 fff;o 44 40 5 fff;p 40 14 60 6 50 24 f3a;p 40 50 60 58 50 40 f3a",
+    "brute": "o 32 32 30 f70;o 32 32 18 720;p 44 14 64 32 44 50 ff0", "brute!": "o 32 32 30 f22;o 32 32 18 fff;p 44 14 64 32 44 50 ff0",
+    "gem": "p 32 4 58 26 32 60 6 26 3fc;p 32 4 44 26 32 60 20 26 cff",
+    "mine": "o 32 32 22 333;o 32 32 12 f00;p 32 0 38 14 26 14 999;p 32 64 38 50 26 50 999;p 0 32 14 26 14 38 999;p 64 32 50 26 50 38 999",
+    "knight": "o 30 32 20 36d;b 40 28 64 36 eee;o 26 32 11 fc9;b 38 20 44 44 a62",
+    "slime": "o 32 36 24 3d3;b 8 36 56 58 3d3;o 24 30 6 fff;o 42 30 6 fff;o 25 31 3 000;o 43 31 3 000",
+    "stairs": "b 4 4 60 60 222;b 4 46 60 60 fff;b 16 32 60 46 ddd;b 28 18 60 32 bbb;b 40 4 60 18 999",
+    "chest": "b 4 20 60 58 b60;b 4 8 60 24 d82;b 4 24 60 30 fd3;b 26 20 38 40 fd3", "thief": "o 32 32 20 28f;o 32 32 11 024;p 44 24 62 32 44 40 8cf",
+    "guard": "o 32 32 22 e32;o 32 32 12 ffc;p 46 20 64 32 46 44 ff0", "exit": "b 6 6 58 58 0c4;p 12 24 34 24 34 12 56 32 34 52 34 40 12 40 fff",
+    "runner": "o 34 14 12 fb8;b 22 24 44 46 e42;b 20 46 30 63 24a;b 36 46 46 63 24a;b 22 4 46 10 e42;o 40 13 2 000",
+    "flag": "b 12 0 18 63 fff;p 18 4 60 18 18 32 e22", "coin": "o 32 32 26 fc0;o 32 32 17 fe7;b 29 20 35 44 c80",
+    "soldier": "o 32 14 12 9a5;b 20 24 44 46 674;b 20 46 30 63 453;b 34 46 44 63 453;b 40 28 62 36 222",
+    "copter": "b 4 8 60 12 eee;o 26 32 20 4c4;b 36 26 62 36 4c4;o 22 30 10 cff;b 10 54 46 58 eee",
+    "trooper": "o 32 14 12 fb8;b 20 24 44 46 38f;b 20 46 30 63 136;b 34 46 44 63 136;b 20 4 46 9 f22",
+    "turret": "b 10 30 54 62 86a;o 32 28 20 c4c;o 32 28 9 fff", "wire": "p 4 63 16 10 28 63 f33;p 20 63 32 2 44 63 f33;p 36 63 48 10 60 63 f33",
+    "plane": "p 2 20 12 20 22 30 60 30 64 36 54 42 10 42 ff4;p 20 34 40 34 22 58 fa0;o 44 31 6 4cf",
+    "foe": "p 62 20 52 20 42 30 4 30 0 36 10 42 54 42 e24;p 44 34 24 34 42 58 902;o 20 31 6 fff",
     "tank": "b 4 36 60 58 5a4;o 32 34 15 7d5;b 2 28 32 34 7d5;o 14 56 7 222;o 32 56 7 222;o 50 56 7 222", "bomb": "o 32 38 20 222;b 26 4 38 22 f80",
-    "monk": "o 32 14 12 fc9;b 20 24 44 46 f80;b 20 46 30 63 f80;b 34 46 44 63 f80;b 40 26 62 34 fc9;b 20 36 44 40 400", "open": "o 32 14 12 fc9;b 20 24 44 63 3d4;b 12 26 20 50 fc9;b 44 26 52 50 fc9",
-    "shut": "o 32 14 12 fc9;b 20 24 44 63 36f;b 40 8 58 50 cdf", "wind": "o 32 14 12 fc9;b 20 24 44 63 f22;o 54 12 10 ff0;b 40 16 52 30 f22", "idle": "o 32 14 12 aaa;b 20 24 44 63 888", "board": "b 14 2 50 62 da5;b 22 2 26 62 a72;b 38 2 42 62 a72"}
+    "monk": "o 32 14 12 fc9;b 20 24 44 46 f80;b 20 46 30 63 f80;b 34 46 44 63 f80;b 40 26 62 34 fc9;b 20 36 44 40 400",
+    "open": "o 32 14 12 fc9;b 20 24 44 63 3d4;b 12 26 20 50 fc9;b 44 26 52 50 fc9", "shut": "o 32 14 12 fc9;b 20 24 44 63 36f;b 40 8 58 50 cdf",
+    "wind": "o 32 14 12 fc9;b 20 24 44 63 f22;o 54 12 10 ff0;b 40 16 52 30 f22", "idle": "o 32 14 12 aaa;b 20 24 44 63 888",
+    "board": "b 14 2 50 62 da5;b 22 2 26 62 a72;b 38 2 42 62 a72"}
 
 
 def colour(code):
@@ -92,13 +106,12 @@ def icon(name, size, turn=0, flip=False):
         else:
             points = [(v[0], v[1]), (v[2], v[1]), (v[2], v[3]), (v[0], v[3])] if kind == "b" else list(zip(v[::2], v[1::2]))
             cv2.fillPoly(big, [np.int32(points)], rgba)
-    if name == "ring":
-        cv2.circle(big, (128, 128), 75, (0, 0, 0, 0), -1)
     if turn:
         big = cv2.warpAffine(big, cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1), (256, 256), flags=cv2.INTER_NEAREST)
     big = np.ascontiguousarray(big[:, ::-1] if flip else big)
-    mask = cv2.dilate(big[..., 3], np.ones((17, 17), np.uint8))
-    return cv2.resize(big[..., :3], (size, size), interpolation=cv2.INTER_AREA), (cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA) > 127).astype(np.uint8)
+    big[..., 3] = cv2.dilate(big[..., 3], np.ones((17, 17), np.uint8))
+    small = cv2.resize(big, (size, size), interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(small[..., :3]), (small[..., 3] > 127).astype(np.uint8)
 
 
 def stamp(frame, name, x, y, size, turn=0, flip=False, seen=None):
@@ -125,13 +138,20 @@ def pattern(kind, h, w, dark, light, seed=0):
     y, x = np.mgrid[:h, :w]
     row = {"bricks": 16, "planks": 12}.get(kind, 32)
     lines = (y % row < 2) | ((x + y // row * 12) % (24 if kind == "bricks" else 90) < 2)
-    level = {"checker": (y // 32 + x // 32) % 2, "grid": ((y % 32 < 2) | (x % 32 < 2)) * 1.0, "bricks": 1.0 - lines, "planks": 1 - 0.8 * lines, "waves": 0.5 + 0.5 * np.sin(x / 9 + 2 * np.sin(y / 13)),
-             "tiles": ((y % 32 > 1) & (x % 32 > 1)) * (0.7 + 0.3 * ((y // 32 + x // 32) % 2)), "dots": ((y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10) * 1.0, "sand": np.full((h, w), 0.5)}[kind]
+    odd = (y // 32 + x // 32) % 2
+    level = {"checker": odd, "grid": ((y % 32 < 2) | (x % 32 < 2)) * 1.0, "bricks": 1.0 - lines, "planks": 1 - 0.8 * lines, "sand": np.full((h, w), 0.5),
+             "waves": 0.5 + 0.5 * np.sin(x / 9 + 2 * np.sin(y / 13)), "tiles": ((y % 32 > 1) & (x % 32 > 1)) * (0.7 + 0.3 * odd),
+             "dots": ((y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10) * 1.0}[kind]
     grain = cv2.resize(np.random.default_rng(seed).random((h // 4 + 1, w // 4 + 1), np.float32), (w, h), interpolation=cv2.INTER_NEAREST)
     mixed = (0.75 * level + 0.25 * grain)[..., None]
     picture = (np.array(colour(dark)) * (1 - mixed) + np.array(colour(light)) * mixed).astype(np.uint8)
     picture.flags.writeable = False
     return picture
+
+
+def span(x):
+    """A number cut to [-1, 1], as a stick gives it."""
+    return max(-1.0, min(1.0, x))
 
 
 def dot(p):
@@ -365,7 +385,7 @@ class FirstPerson(Game):
         """Both sticks of a walk to a place: turn there, walk once it is about ahead; stop when nearer than `near`."""
         angle = self.angle(target)
         ahead = max(math.cos(angle), 0) ** 3 if abs(target - self.pos) > near else 0.0
-        return complex(0, -ahead), complex(max(-1, min(1, 1.5 * angle)), 0)
+        return complex(0, -ahead), complex(span(1.5 * angle), 0)
 
 
 class Crypt(FirstPerson):
@@ -383,7 +403,8 @@ class Crypt(FirstPerson):
         self.things = []
         if self.score < self.task.goal:
             kind = "ghoul" if self.foes else self.steps[self.score]
-            self.goal = Thing(kind=kind, at=self.place(3, 5) if self.foes else self.place(4, 7), hp=2, wind=0, lift=0.35 if kind == "key" else 0, size=0.4 if kind == "key" else 0.8)
+            lift, size = (0.35, 0.4) if kind == "key" else (0, 0.8)
+            self.goal = Thing(kind=kind, at=self.place(3, 5) if self.foes else self.place(4, 7), hp=2, wind=0, lift=lift, size=size)
             self.things, self.far = [self.goal], flood(self.grid, self.goal.at)
 
     def play(self):
@@ -393,7 +414,8 @@ class Crypt(FirstPerson):
         if self.foes:
             self.far = flood(self.grid, goal.at)
             if reach > 0.8:
-                goal.at = slide(self.grid, goal.at, 0.025 * unit(waypoint(flood(self.grid, self.pos), goal.at) - goal.at if reach > 1.5 else self.pos - goal.at), 0.2)
+                to = waypoint(flood(self.grid, self.pos), goal.at) if reach > 1.5 else self.pos
+                goal.at = slide(self.grid, goal.at, 0.025 * unit(to - goal.at), 0.2)
             if goal.wind:
                 goal.wind -= 1
                 if not goal.wind and reach < 1.3 and not (shield and abs(self.angle(goal.at)) < 0.7):
@@ -449,10 +471,9 @@ class Siege(FirstPerson):
 
     def spawn(self):
         """The next thing to shoot, open or reach."""
-        drone = self.want == "drone"
-        at = self.place(*((3, 5) if drone else (4, 6) if self.want == "crate" else (8, 12)))
-        self.goal = Thing(kind=self.want, at=at, hp=2, drift=self.around(0.02, 0.035), lift=0.3 if drone else 0, size={"drone": 0.55, "crate": 0.6, "beacon": 1.0}[self.want])
-        self.far = flood(self.grid, at)
+        low, high, lift, size = {"drone": (3, 5, 0.3, 0.55), "crate": (4, 6, 0, 0.6), "beacon": (8, 12, 0, 1.0)}[self.want]
+        self.goal = Thing(kind=self.want, at=self.place(low, high), hp=2, drift=self.around(0.02, 0.035), lift=lift, size=size)
+        self.far = flood(self.grid, self.goal.at)
 
     def play(self):
         self.walk()
@@ -470,7 +491,8 @@ class Siege(FirstPerson):
                 self.shots.append(Thing(kind="mine", at=goal.at, v=0.07 * unit(self.pos - goal.at), lift=0.35, size=0.2))
             wounds = self.wounds(self.pos, 0.3)
             self.fly(self.shots, lambda shot: wounds(shot) or self.grid[int(shot.at.imag)][int(shot.at.real)])
-        if goal.hp <= 0 or self.want == "beacon" and reach < 0.7 or self.want == "crate" and reach < 0.9 and abs(self.angle(goal.at)) < 0.6 and "WEST" in self.held:
+        opened = self.want == "crate" and "WEST" in self.held and reach < 0.9 and abs(self.angle(goal.at)) < 0.6
+        if goal.hp <= 0 or opened or self.want == "beacon" and reach < 0.7:
             self.score += 1
             self.spawn()
         self.things = [goal, *self.shots]
@@ -509,7 +531,7 @@ class Rally(Game):
     attack, hud = ("RIGHT_TRIGGER",), ("f33", "fff", 4)
 
     def begin(self, rivals=0, park=False):
-        self.park, self.speed, self.things, self.index = park, 0.0, [], 0
+        self.park, self.speed, self.index, self.things, self.rivals, self.gates = park, 0.0, 0, [], [], []
         k = self.plan.randint(2, 4)
         bend, phase, ways = self.plan.uniform(0.16, 0.24), self.plan.uniform(0, math.tau), np.arange(256) / 256 * math.tau
         path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + phase)) * np.exp(1j * ways)
@@ -526,8 +548,9 @@ class Rally(Game):
             for i in range(0, 256, 4):
                 cv2.polylines(self.ground, [np.int32([(p.real, p.imag) for p in path[i:i + 2]])], False, (250, 220, 90), 5)
             self.pos, self.face = self.path[0], cmath.phase(self.path[2] - self.path[0])
-            self.things = [Thing(kind="tree", at=p * 1.0 + 95 * 1j * unit(self.path[i + 1] - p) * s, size=90) for i in range(0, 255, 16) for s in (-1, 1) for p in [self.path[i]]]
-            self.gates = [Thing(kind="post", at=p + 54 * 1j * unit(self.path[i * 20 + 1] - p) * s, size=44) for i in range(1, 13) for s in (-1, 1) for p in [self.path[i * 20]]]
+            beside = lambda i, far: self.path[i] + 1j * far * unit(self.path[i + 1] - self.path[i])
+            self.things = [Thing(kind="tree", at=beside(i, s * 95), size=90) for i in range(0, 255, 16) for s in (-1, 1)]
+            self.gates = [Thing(kind="post", at=beside(i, s * 54), size=44) for i in range(20, 255, 20) for s in (-1, 1)]
             self.rivals = [Thing(kind="rival", at=0j, size=46, along=14.0 + 16 * i, side=self.rng.choice((-22, 22)), passed=False) for i in range(rivals)]
             self.ahead()
 
@@ -581,13 +604,13 @@ class Rally(Game):
         frame = np.empty((256, 256, 3), np.uint8)
         shift = int((self.face + math.pi) / math.tau * 1024) % 512
         frame[:HORIZON_Y] = sky()[:, shift:shift + 256]
-        frame[HORIZON_Y:] = cv2.warpPerspective(self.ground, turn, (256, 256 - HORIZON_Y), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
-        gates = [] if self.park or self.rivals else [g for g in self.gates[2 * self.score:2 * self.score + 2]]
-        seen = [(rel.real, thing) for thing in self.things + gates + ([] if self.park else self.rivals) for rel in [(thing.at - eye) * complex(c, -s)] if 25 < rel.real < 520]
-        for deep, thing in sorted(seen, key=lambda d: -d[0]):
-            side, size = ((thing.at - eye) * complex(c, -s)).imag, LENGTH * thing.size / deep
-            if size < 240:
-                stamp(frame, thing.kind, 128 + LENGTH * side / deep, HORIZON_Y + LENGTH * HIGH / deep - size / 2, size)
+        flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+        frame[HORIZON_Y:] = cv2.warpPerspective(self.ground, turn, (256, 256 - HORIZON_Y), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        things = self.things + self.rivals + ([] if self.rivals else self.gates[2 * self.score:2 * self.score + 2])
+        for rel, thing in sorted((((thing.at - eye) * complex(c, -s), thing) for thing in things), key=lambda d: -d[0].real):
+            size = LENGTH * thing.size / max(rel.real, 1)
+            if 25 < rel.real < 520 and size < 240:
+                stamp(frame, thing.kind, 128 + LENGTH * rel.imag / rel.real, HORIZON_Y + LENGTH * HIGH / rel.real - size / 2, size)
         if self.park:
             arrow(frame, 128, 44, cmath.phase((self.bay - self.pos) * complex(c, -s)) - math.pi / 2, 20, (255, 230, 60))
         stamp(frame, "car", 128, 214, 76)
@@ -602,14 +625,15 @@ class Rally(Game):
             if abs(angle) > 1.9 and far < 130:
                 return complex(-math.copysign(1, rel.imag) if abs(angle) < 2.9 else 0, 0), 0j, "LEFT_TRIGGER"
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
-            return complex(max(-1, min(1, 2.5 * angle)), 0), 0j, "RIGHT_TRIGGER" if self.speed < fast else "LEFT_TRIGGER" if self.speed > fast + 0.4 else ""
+            return complex(span(2.5 * angle), 0), 0j, "RIGHT_TRIGGER" if self.speed < fast else "LEFT_TRIGGER" if self.speed > fast + 0.4 else ""
         i = min(self.index + 9, 254)
         target = self.path[i]
         near = min((r for r in self.rivals if not r.passed and 0 < r.along - self.index < 13), key=lambda r: r.along, default=None)
         if near:
             target = self.path[min(self.index + 7, 254)] - near.side * 1j * unit(self.path[min(self.index + 8, 255)] - self.path[min(self.index + 7, 254)])
         angle = cmath.phase((target - self.pos) * cmath.rect(1, -self.face))
-        return complex(max(-1, min(1, 2.6 * angle)), 0), 0j, "LEFT_TRIGGER" if abs(angle) > 0.6 and self.speed > 3 else "RIGHT_TRIGGER" if self.speed < 4.4 else ""
+        fast = 3 if abs(angle) > 0.6 else 4.4
+        return complex(span(2.6 * angle), 0), 0j, "LEFT_TRIGGER" if self.speed > fast + 1 else "RIGHT_TRIGGER" if self.speed < fast else ""
 
 
 @functools.lru_cache(16)
@@ -770,7 +794,8 @@ class Swarm(TopDown):
         if near.wind or near.dash:
             side = (d * near.way.conjugate()).imag                     # on which side of the line of the charge we stand
             away = 1j * near.way * (-1 if side > 0 else 1) + middle / 400
-        return clip(away), unit(d), ("RIGHT_TRIGGER" if abs(wrap(self.aim - cmath.phase(d))) < 0.2 and abs(d) < 140 else "") + (" LEFT_TRIGGER" if abs(d) < 60 else "")
+        fire = "RIGHT_TRIGGER" if abs(wrap(self.aim - cmath.phase(d))) < 0.2 and abs(d) < 140 else ""
+        return clip(away), unit(d), fire + (" LEFT_TRIGGER" if abs(d) < 60 else "")
 
 
 class Vault(TopDown):
@@ -876,16 +901,16 @@ class Shade(TopDown):
         grid = [[x in (0, w - 1) or y in (0, h - 1) or (x % 4 == 2 and y % 4 == 2 and self.plan.random() < 0.8) for x in range(w)] for y in range(h)]
         self.lay(grid)
         side, self.alarm = self.rng.choice((0, 1)), 0.0
-        lane = lambda row: complex(0, (row + 0.5) * 48)
-        self.pos = complex((1.5, w - 1.5)[side] * 48, 0) + lane(self.rng.choice((1, 3, 5, 7, 9)))
+        spot = lambda column, rows=(1, 3, 5, 7, 9): complex(column + 0.5, self.rng.choice(rows) + 0.5) * 48
+        self.pos = spot((1, w - 2)[side])
         self.guards = []
         for column in self.plan.sample((3, 4, 5, 7, 8, 9), 3 if want == "exit" else 2):
             column += column % 4 == 2
             self.guards.append(Thing(kind="guard", at=complex((column + 0.5) * 48, self.rng.uniform(100, 420)), way=self.rng.choice((-1j, 1j)), turn=0))
         if want == "exit":
-            self.things = [Thing(kind="exit", at=complex((w - 1.5, 1.5)[side] * 48, 0) + lane(self.rng.choice([i for i in (1, 3, 5, 7, 9) if abs(lane(i) - 1j * self.pos.imag) > 60])))]
+            self.things = [Thing(kind="exit", at=spot((w - 2, 1)[side], [row for row in (1, 3, 5, 7, 9) if row != self.pos.imag // 48]))]
         else:
-            self.things = [Thing(kind="gem", at=complex((x + 0.5) * 48, 0) + lane(self.rng.choice((1, 3, 5, 7, 9)))) for x in self.rng.sample((3, 4, 5, 7, 8, 9), 3)] if want == "gem" else []
+            self.things = [Thing(kind="gem", at=spot(column)) for column in self.rng.sample((3, 4, 5, 7, 8, 9), 3 if want == "gem" else 0)]
 
     def lit(self, p, guard, more=0.0, wide=0.0):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
@@ -942,7 +967,8 @@ class Shade(TopDown):
         if self.grid[int(target.imag // 48)][int(target.real // 48)]:
             target = goal.at
         far = abs(target - self.pos)
-        way = target - self.pos if far < 60 and sees(self.grid, self.pos / 48, target / 48) else waypoint(flood(self.grid, target / 48), self.pos / 48) * 48 - self.pos
+        straight = far < 60 and sees(self.grid, self.pos / 48, target / 48)
+        way = (target if straight else waypoint(flood(self.grid, target / 48), self.pos / 48) * 48) - self.pos
         if self.want == "guard" and abs(goal.at - self.pos) < 110 and self.lit(self.pos, goal, 60, 0.9):
             way = target + 70 * 1j * goal.way * (1 if ((self.pos - goal.at) * (1j * goal.way).conjugate()).real > 0 else -1) - self.pos
         best, least, margin = 0j, 0.3, (14, 0.2) if self.want == "guard" else (30, 0.35)
@@ -956,7 +982,8 @@ class Shade(TopDown):
             if gain > least + 0.01:
                 best, least = d, gain
         near = min((abs(g.at - self.pos) for g in self.guards), default=999)
-        return best * (1 if abs(way) > 20 else 0.6), 0j, ("EAST" if self.want == "guard" and abs(goal.at - self.pos) < 50 else "") + (" LEFT_TRIGGER" if 44 < near < 120 else "")
+        strike = "EAST" if self.want == "guard" and abs(goal.at - self.pos) < 50 else ""
+        return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------- side-scrolling
@@ -1014,7 +1041,7 @@ class Cliffs(Side):
                 x, y = x + wide + self.plan.uniform(50, 68), y + self.plan.choice((-20, 0, 20))
         if want == "coin":
             self.stand(sum(self.islands[3][:2]) / 2, self.islands[3][2])
-            self.coins = [complex(self.rng.uniform(a[0] + 15, a[1] - 15), a[2] - self.rng.choice((16, 70))) for i, a in enumerate(self.islands) if i in (1, 2, 4, 5)]
+            self.coins = [complex(self.rng.uniform(x0 + 15, x1 - 15), y - self.rng.choice((16, 70))) for x0, x1, y in (self.islands[i] for i in (1, 2, 4, 5))]
         else:
             self.stand(sum(self.islands[0][:2]) / 2, self.islands[0][2])
             end = self.islands[-1]
@@ -1038,7 +1065,7 @@ class Cliffs(Side):
         frame = self.back(self.pos.real)
         self.land(frame, cx, cy, (150, 100, 60), (80, 200, 70))
         for c in self.coins:
-            stamp(frame, "coin" if self.want == "coin" else "flag", c.real - cx, c.imag - cy - (0 if self.want == "coin" else 4), 36 if self.want == "coin" else 48)
+            stamp(frame, *(("coin", c.real - cx, c.imag - cy, 36) if self.want == "coin" else ("flag", c.real - cx, c.imag - cy - 4, 48)))
         goal = self.target()
         if goal is not None and abs(goal - self.pos) > 120:
             arrow(frame, 128, 24, cmath.phase(goal - self.pos), 18, (255, 240, 60))
@@ -1058,7 +1085,7 @@ class Cliffs(Side):
         x = self.pos.real
         if at == self.on:
             d = goal.real - x
-            return complex(max(-1, min(1, d / 20)), 0), 0j, "SOUTH" if goal.imag < here[2] - 40 and abs(d) < 30 and self.ground else ""
+            return complex(span(d / 20), 0), 0j, "SOUTH" if goal.imag < here[2] - 40 and abs(d) < 30 and self.ground else ""
         to = self.islands[self.on + (1 if at > self.on else -1)]
         s = 1 if to[0] + to[1] > here[0] + here[1] else -1
         edge = here[1] if s > 0 else here[0]
@@ -1066,12 +1093,12 @@ class Cliffs(Side):
         if self.want == "tower":
             spot = edge - s * 6
             if self.ground:
-                return complex(max(-1, min(1, (spot - x) / 16)), 0), 0j, "SOUTH" if (spot - x) * s < 24 else ""
-            return complex(max(-1, min(1, (aim - x) / 24)), 0), 0j, "SOUTH" if self.v < 0 else ""
+                return complex(span((spot - x) / 16), 0), 0j, "SOUTH" if (spot - x) * s < 24 else ""
+            return complex(span((aim - x) / 24), 0), 0j, "SOUTH" if self.v < 0 else ""
         drop = to[2] - self.pos.imag
         flight = 2 * (math.sqrt(self.v ** 2 + drop) - self.v) if self.v ** 2 + drop > 0 else 0.0   # steps until there: drop = v t + t^2 / 4
         if not self.ground and (to[0 if s > 0 else 1] - 8 * s - x) * s > 3 * flight:               # not to be reached: back to where we stood
-            return complex(max(-1, min(1, (edge - 20 * s - x) / 20)), 0), 0j, ""
+            return complex(span((edge - 20 * s - x) / 20), 0), 0j, ""
         if self.ground:
             return complex(s, 0), 0j, "SOUTH" if (edge - x) * s < 24 else "RIGHT_TRIGGER" if (edge - x) * s > 70 else ""
         return complex(s if (aim - x) * s > 0 else (aim - x) / 30, 0), 0j, "SOUTH" if self.v < 0 else ""
@@ -1245,7 +1272,7 @@ class Glider(Side):
             else:
                 stamp(frame, f.kind, f.at.real - cx, f.at.imag, 40)
         for bolt in self.bolts:
-            cv2.rectangle(frame, (round(bolt.at.real - cx) - 8, round(bolt.at.imag) - 3), (round(bolt.at.real - cx) + 8, round(bolt.at.imag) + 3), (120, 255, 255), -1)
+            cv2.rectangle(frame, dot(bolt.at - cx - 8 - 3j), dot(bolt.at - cx + 8 + 3j), (120, 255, 255), -1)
         for bomb in self.bombs:
             stamp(frame, "bomb", bomb.at.real - cx, bomb.at.imag, 24, 8)
         stamp(frame, "plane", 70, self.pos.imag, 52, round(2 * self.left.imag))
@@ -1254,14 +1281,16 @@ class Glider(Side):
     def wish(self):
         ahead = [f for f in self.things if f.at.real > self.pos.real + (24 if self.want == "foe" else 0)]
         if not ahead:
-            return complex(0.3, max(-1, min(1, ((125 if self.want != "tank" else 80) - self.pos.imag) / 60))), 0j, ""
+            return complex(0.3, span(((125 if self.want != "tank" else 80) - self.pos.imag) / 60)), 0j, ""
         d = ahead[0].at - self.pos
         if self.want == "tank":
             gap = d.real - self.mark()
-            return complex(max(-1, min(1, gap / 60)), (80 - self.pos.imag) / 60), 0j, "SOUTH" if abs(gap) < 16 and not self.bombs and not self.rests("bomb") else ""
-        lift = max(-1, min(1, d.imag / 18))
+            drop = abs(gap) < 16 and not self.bombs and not self.rests("bomb")
+            return complex(span(gap / 60), span((80 - self.pos.imag) / 60)), 0j, "SOUTH" if drop else ""
+        lift = span(d.imag / 18)
         if self.want == "foe":
-            return complex(0.2 if d.real > 70 else -0.6, lift), 0j, "RIGHT_TRIGGER" if abs(d.imag) < 12 and d.real < 150 and not self.bolts and not self.rests("gun") else ""
+            fire = abs(d.imag) < 12 and d.real < 150 and not self.bolts and not self.rests("gun")
+            return complex(0.2 if d.real > 70 else -0.6, lift), 0j, "RIGHT_TRIGGER" if fire else ""
         return complex(0.6 if abs(d.imag) < 20 else -0.4, lift), 0j, ""
 
 
@@ -1377,7 +1406,7 @@ class Task(NamedTuple):
     text: str
 
 
-TASKS = {f"{game.__name__.lower()}/{name}": Task(f"{game.__name__.lower()}/{name}", game, kind, goal, seconds, start, fixed, text) for game, name, kind, goal, seconds, start, fixed, text in (
+TASKS = {task.name: task for game, name, *rest in (
     (Crypt, "ghouls", "combat", 2, 20, dict(foes=2), False, "defeat two ghouls"),
     (Crypt, "exit", "navigation", 2, 20, dict(steps=("portal", "portal")), True, "walk through two portals"),
     (Crypt, "key", "specific", 2, 20, dict(steps=("key", "lock")), False, "take the key, open the lock"),
@@ -1407,7 +1436,7 @@ TASKS = {f"{game.__name__.lower()}/{name}": Task(f"{game.__name__.lower()}/{name
     (Glider, "bombs", "specific", 4, 20, dict(want="tank"), False, "bomb four tanks with six bombs"),
     (Dojo, "duel", "combat", 6, 20, dict(foes=1), False, "land six blows"),
     (Dojo, "pair", "combat", 6, 20, dict(foes=2), False, "land six blows on two rivals"),
-    (Dojo, "boards", "specific", 7, 15, dict(boards=True), False, "break seven boards"))}
+    (Dojo, "boards", "specific", 7, 15, dict(boards=True), False, "break seven boards")) for task in [Task(f"{game.__name__.lower()}/{name}", game, *rest)]}
 GAMES = {task.game.__name__.lower(): task.game for task in TASKS.values()}
 FAMILIES = {"first person": ("crypt", "siege", "rally"), "top-down": ("swarm", "vault", "shade"), "side": ("cliffs", "commando", "glider", "dojo")}
 
@@ -1427,7 +1456,8 @@ class Scripted:
         *wanted, keys = self.late.popleft()
         keys = set(keys.split())
         if self.slip == 0 and self.rng.random() < self.careless:
-            self.slip, self.how, self.veer = self.rng.randint(5, 11), self.rng.choice(("veer", "veer", "rest", "button")), cmath.rect(1, self.rng.choice((-1, 1)) * self.rng.uniform(0.6, 2))
+            self.slip, self.how = self.rng.randint(5, 11), self.rng.choice(("veer", "veer", "rest", "button"))
+            self.veer = cmath.rect(1, self.rng.choice((-1, 1)) * self.rng.uniform(0.6, 2))
             self.extra = self.rng.choice(sorted(k for k in self.game.keys if k.isupper()))
         if self.slip:
             self.slip -= 1
@@ -1518,7 +1548,8 @@ def record_folder(out, name, tasks, seed, n):
         keep[max(b - 8, 0):b] = False                                          # most of their chunk is of the next episode
     for file, array in (("actions", actions), ("truth", actions), ("confidence", np.ones(n, np.float32)), ("keep", keep)):
         extract.write_npy(tmp / f"{file}.npy", array)
-    extract.write_json(tmp / "clip.json", {"video": "", "game": name.split("-")[0], "fps": FPS, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0, "player": "scripted", "seed": seed})
+    clip = {"video": "", "game": name.split("-")[0], "fps": FPS, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0, "player": "scripted", "seed": seed}
+    extract.write_json(tmp / "clip.json", clip)
     os.replace(tmp, out / name)
     return f"{name}: {n} frames, {int(begins.sum())} episodes"
 
@@ -1697,7 +1728,8 @@ def suite(args):
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
         if args.actions_per_chunk > int(policy.config.horizon * FPS / policy.config.hz) - policy.config.action_shift:
-            raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: a chunk of this checkpoint lasts {policy.config.horizon / policy.config.hz:.2f} s: give a smaller number")
+            raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: a chunk of this checkpoint lasts {policy.config.horizon / policy.config.hz:.2f} s, "
+                            f"{FPS} steps a second: give a smaller number")
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
     table = completion(args, ("random", "scripted", *(MASHING if args.mashing else ())), policy, films)
     if args.mashing:
@@ -1706,8 +1738,8 @@ def suite(args):
     rows = rows_of(table, args.n)
     show_rows(rows)
     if out:
-        meta = {"ckpt": args.ckpt, "n": args.n, "seed": args.seed, "actions_per_chunk": args.actions_per_chunk, "seconds": round(time.monotonic() - began, 1), "machine": machine()}
-        extract.write_json(out / "suite.json", meta | {"rows": rows} | ({"mashing": worst} if args.mashing else {}))
+        meta = {"ckpt": args.ckpt, "n": args.n, "seed": args.seed, "actions_per_chunk": args.actions_per_chunk, "machine": machine()}
+        extract.write_json(out / "suite.json", meta | {"seconds": round(time.monotonic() - began, 1), "rows": rows} | ({"mashing": worst} if args.mashing else {}))
         for task, frames in (films or {}).items():
             save_film(out / f"{task.replace('/', '-')}.mp4", frames)
 
@@ -1748,7 +1780,8 @@ def show_games(args):
         strip = np.full((280, 780, 3), 24, np.uint8)
         for i, frame in enumerate(frames):
             strip[4:260, 4 + 258 * i:260 + 258 * i] = frame
-        cv2.putText(strip, f"{name}: {', '.join(t.split('/')[1] for t in TASKS if t.startswith(name + '/'))}", (6, 275), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
+        text = f"{name}: {', '.join(t.split('/')[1] for t in TASKS if t.startswith(name + '/'))}"
+        cv2.putText(strip, text, (6, 275), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
         cells.append(strip)
     path = folder(args.out) / "games.png"
     extract.save_png(path, np.vstack([np.hstack(cells[i:i + 2]) for i in range(0, len(cells), 2)]))
@@ -1779,8 +1812,8 @@ class Stages:
         threads = str(max((os.cpu_count() or 1) // len(commands), 1))
         here = Path(__file__).parent
         self.log.flush()
-        running = [subprocess.Popen([sys.executable, str(here / words[0]), *map(str, words[1:])], stdout=self.log, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-                                    errors="replace", env={**os.environ, "OMP_NUM_THREADS": threads, **env}) for words, env in commands]
+        running = [subprocess.Popen([sys.executable, str(here / words[0]), *map(str, words[1:])], stdout=self.log, stderr=subprocess.PIPE, text=True,
+                                    encoding="utf-8", errors="replace", env={**os.environ, "OMP_NUM_THREADS": threads, **env}) for words, env in commands]
         try:
             ends = [(p.communicate()[1], p.returncode) for p in running]
         except KeyboardInterrupt:
@@ -1827,11 +1860,13 @@ def demo(args):
         extract.write_npy(clips / name / "truth.npy", np.load(videos / f"{name}.truth.npy"))
     with stages.stage("read the actions (parse.py)") as say:
         stages.shares("parse.py", "run", clips)
-        scores = parse.mean_of([parse.score(np.load(clips / name / "actions.npy"), np.load(clips / name / "truth.npy"), clip["geometry"]) for name, clip in found.items()])
+        read = lambda name: (np.load(clips / name / f"{file}.npy") for file in ("actions", "truth"))
+        scores = parse.mean_of([parse.score(*read(name), clip["geometry"]) for name, clip in found.items()])
         say(f"stick R2 {scores.get('left R2', math.nan):.3f} left, {scores.get('right R2', math.nan):.3f} right | button F1 {scores['F1']:.3f}")
     runs = {"model": out / "model", "true labels": out / "model-truth"}
     with stages.stage("train two toy models (train.py)") as say:
-        flags = ["--preset", "toy", "--hz", FPS, "--steps", args.steps, "--batch", args.batch, "--lr", args.lr, "--seed", args.seed, "--workers", 1, "--val", 0, "--every", args.steps]
+        flags = {"preset": "toy", "hz": FPS, "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed, "workers": 1, "val": 0, "every": args.steps}
+        flags = [word for name, value in flags.items() for word in (f"--{name}", value)]
         todo = [(name, run) for name, run in runs.items() if not (run / "model.safetensors").is_file()]
         if todo:
             stages.scripts(*((["train.py", clips, "--out", run, *flags, *(["--truth"] if name == "true labels" else [])], {}) for name, run in todo))
@@ -2233,7 +2268,7 @@ def add_games(sub):
     p.add_argument("--ckpt", help="a .safetensors or a run folder (default: only the players that need none)")
     p.add_argument("--tasks", nargs="+", metavar="T", help="names of tasks or games (default all)")
     p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
-    p.add_argument("--actions-per-chunk", type=int, default=8, metavar="K", help="steps played of each chunk, 30 a second, before the next frame is looked at (default 8)")
+    p.add_argument("--actions-per-chunk", type=int, default=8, metavar="K", help="steps of a chunk to play before looking again (default 8)")
     p.add_argument("--mashing", action="store_true", help=f"also the best of {len(MASHING)} constant and mashing players")
     p.add_argument("--out", help="folder for suite.json and videos (default: print only)")
     p.add_argument("--video", action="store_true", help="a video of the model's first rollout of each task")

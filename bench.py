@@ -446,8 +446,10 @@ class Crypt(FirstPerson):
         return frame
 
     def target(self):
-        """Where to go now: the goal itself where it is in sight."""
-        return self.goal.at if sees(self.grid, self.pos, self.goal.at) else waypoint(self.far, self.pos)
+        """Where to go now: the goal itself where the way there is wide enough."""
+        side = 0.2j * unit(self.goal.at - self.pos)
+        clear = all(sees(self.grid, self.pos + s, self.goal.at + s) for s in (side, -side))
+        return self.goal.at if clear else waypoint(self.far, self.pos)
 
     def wish(self):
         goal, reach = self.goal, abs(self.goal.at - self.pos)

@@ -688,9 +688,7 @@ class Capture:
         self.mss = grabber
 
     def look(self, box):
-        """(left, top, width, height) -> uint8 (256, 256, 3) RGB. What lies outside of the screen is black.
-
-        Colours are turned round before shrinking: three channels shrink faster than four, with equal numbers."""
+        """(left, top, width, height) -> uint8 (256, 256, 3) RGB, by training's shrink(). What lies outside of the screen is black."""
         left, top, width, height = box
         screen = self.mss.monitors[0]                      # the whole desktop: several monitors, maybe with negative corners
         x0, y0 = max(left, screen["left"]), max(top, screen["top"])
@@ -699,7 +697,7 @@ class Capture:
             return np.zeros((SIDE, SIDE, 3), np.uint8)
         shot = self.mss.grab({"left": x0, "top": y0, "width": x1 - x0, "height": y1 - y0})
         rgb = cv2.cvtColor(np.frombuffer(shot.raw, np.uint8).reshape(shot.height, shot.width, 4), cv2.COLOR_BGRA2RGB)
-        if rgb.shape[:2] != (height, width) and (x1 - x0, y1 - y0) != (width, height):
+        if (x1 - x0, y1 - y0) != (width, height):
             rgb = cv2.copyMakeBorder(rgb, y0 - top, top + height - y1, x0 - left, left + width - x1, cv2.BORDER_CONSTANT)
         return shrink(rgb)
 
@@ -988,7 +986,7 @@ class FakeTime(Suspended):
     @staticmethod
     def prepare():
         """(environment for the game, the file that holds its clock's offset). UserError without the library."""
-        found = sorted(glob.glob("/usr/lib*/**/faketime/libfaketimeMT.so.1", recursive=True) + glob.glob("/usr/lib*/**/libfaketimeMT.so.1", recursive=True))
+        found = [p for d in ("/usr/lib/*/faketime", "/usr/lib/faketime", "/usr/lib64/faketime", "/usr/local/lib/faketime") for p in glob.glob(f"{d}/libfaketimeMT.so.1")]
         if not found:
             raise UserError("expected libfaketime for --pause clock, found none: sudo apt-get install libfaketime, or use --pause suspend")
         handle, path = tempfile.mkstemp(prefix="play_clock_")
@@ -1156,7 +1154,7 @@ class GameEnv(gym_base()):
         self.observation_space = box_space(np.zeros((SIDE, SIDE, 3), np.uint8), np.full((SIDE, SIDE, 3), 255, np.uint8), np.uint8)
         self.action_space = box_space(np.float32([0] * 21 + [-1] * 4), np.ones(A, np.float32), np.float32)
         self.undo, self.window, self.frame, self.launched = [], None, np.zeros((SIDE, SIDE, 3), np.uint8), None
-        self.look_ms, self.still = deque(maxlen=36000), (None, 0.0)
+        self.look_ms, self.still, self.owed = deque(maxlen=36000), (None, 0.0), 0.0        # owed: game time that steps ran short of
         try:
             self.desktop = desktop or this_desktop()
             self.mapping = load_mapping(mapping)
@@ -1264,9 +1262,11 @@ class GameEnv(gym_base()):
     def step(self, action):
         """Hold an action for one period -> (observation, reward, terminated, truncated, info)."""
         try:
+            began = time.perf_counter()
             self.pause.go()
-            self.hold(np.asarray(action, np.float32), 1 / self.hz)
+            self.hold(np.asarray(action, np.float32), max(1 / self.hz + self.owed, 0))
             self.pause.stop()
+            self.owed = max(self.owed + 1 / self.hz - (time.perf_counter() - began), -1 / self.hz) if self.pause.stops else 0.0
             obs = self.look()
         except GameGone as e:
             return self.frame, 0.0, False, True, {"reason": str(e), "away": True}
@@ -1550,7 +1550,7 @@ class View:
     def __init__(self, hz, window=False, video=None, beside=None):
         self.every, self.window, self.beside, self.first = int(np.ceil(hz / 30)), window, beside, None
         self.video = extract.VideoWriter(video, hz / self.every, self.SIZE) if video else None
-        look = extract.Look((44, 44, 50), None, 2, (24, 24, 28), (255, 255, 255), True, (18, 18, 20), (30, 30, 34), (255, 236, 90))
+        look = extract.Look((150, 152, 160), None, 2, (24, 24, 28), (255, 255, 255), True, (18, 18, 20), (30, 30, 34), (255, 236, 90))
         self.skin, self.jobs, self.written, self.error = extract.pad_skin("xbox_360", "xbox_360", look), queue.Queue(8), 0, None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()

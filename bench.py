@@ -379,7 +379,7 @@ class FirstPerson(Game):
 
     def compass(self, frame, target, ink):
         """An arrow at the top: up = ahead."""
-        arrow(frame, 128, 28, self.angle(target) - math.pi / 2, 20, ink)
+        arrow(frame, 128, 40, self.angle(target) - math.pi / 2, 32, ink)
 
     def steer(self, target, near=0.0):
         """Both sticks of a walk to a place: turn there, walk once it is about ahead; stop when nearer than `near`."""
@@ -614,7 +614,7 @@ class Rally(Game):
             if 25 < rel.real < 520 and size < 240:
                 stamp(frame, thing.kind, 128 + LENGTH * rel.imag / rel.real, HORIZON_Y + LENGTH * HIGH / rel.real - size / 2, size)
         if self.park:
-            arrow(frame, 128, 44, cmath.phase((self.bay - self.pos) * complex(c, -s)) - math.pi / 2, 20, (255, 230, 60))
+            arrow(frame, 128, 40, cmath.phase((self.bay - self.pos) * complex(c, -s)) - math.pi / 2, 32, (255, 230, 60))
         stamp(frame, "car", 128, 214, 76)
         cv2.rectangle(frame, (8, 240), (8 + int(18 * max(self.speed, 0)), 250), (80, 255, 120), -1)
         cv2.line(frame, (128, 186), (int(128 + 26 * self.left.real), 186), (255, 255, 255), 4)
@@ -677,12 +677,20 @@ class TopDown(Game):
         p = thing.at - corner
         stamp(frame, thing.kind, p.real, p.imag, size, round(turn / math.tau * 32))
 
+    def trail(self, frame, places, start, ink):
+        """Dots on the floor along the way to go, from place to place on the screen."""
+        for p in places:
+            n = int(abs(p - start) / 20)
+            for i in range(1, n):
+                cv2.circle(frame, dot(start + (p - start) * i / n), 6, ink, -1)
+            start = p
+
     def pointer(self, frame, target, ink):
         """An arrow near the edge towards what is out of sight."""
         d = target - self.pos
         if max(abs(d.real), abs(d.imag)) > 116:
-            d *= 108 / max(abs(d.real), abs(d.imag))
-            arrow(frame, 128 + d.real, 128 + d.imag, cmath.phase(d), 16, ink)
+            d *= 102 / max(abs(d.real), abs(d.imag))
+            arrow(frame, 128 + d.real, 128 + d.imag, cmath.phase(d), 22, ink)
 
 
 class Swarm(TopDown):
@@ -764,19 +772,19 @@ class Swarm(TopDown):
             if f.wind or f.dash:
                 p, q = f.at - corner, f.at + 160 * f.way - corner
                 cv2.line(frame, dot(p), dot(q), (255, 40, 40), 6)
-            self.show(frame, corner, f, 64 if self.foe == "brute" else 40, cmath.phase(self.pos - f.at))
+            self.show(frame, corner, f, 72 if self.foe == "brute" else 52, cmath.phase(self.pos - f.at))
             self.pointer(frame, f.at, (255, 60, 160))
         for mine in self.mines:
-            self.show(frame, corner, mine, 36)
+            self.show(frame, corner, mine, 44)
         for bolt in self.bolts:
             p = bolt.at - corner
             cv2.circle(frame, dot(p), 5, (255, 255, 120), -1)
         if self.gems and self.gem:
-            self.show(frame, corner, self.gem, 40)
-            self.pointer(frame, self.gem.at, (60, 255, 200))
+            self.trail(frame, [self.gem.at - corner], 128 + 128j, (60, 255, 200))
+            self.show(frame, corner, self.gem, 52)
         if self.foe == "brute" and self.foes:
             cv2.rectangle(frame, (60, 240), (60 + 10 * self.foes[0].hp, 250), (255, 120, 0), -1)
-        stamp(frame, "hero", 128, 128, 40, round(self.aim / math.tau * 32))
+        stamp(frame, "hero", 128, 128, 48, round(self.aim / math.tau * 32))
         cv2.circle(frame, (128, 128), 26, (0, 255, 255) if not self.rests("dash") else (70, 70, 90), 2)
         return frame
 
@@ -828,7 +836,11 @@ class Vault(TopDown):
         self.key = False
         if self.want == "slime":
             self.slimes = [Thing(kind="slime", at=middle(c), hp=2) for c in cells[:2]]
-        self.aimed = None
+        self.aim()
+
+    def aim(self):
+        """Shortest ways to what comes next."""
+        self.far = flood(self.grid, (self.things[0].at if self.things else self.pos) / 32)
 
     def play(self):
         if abs(self.left) > 0.3:
@@ -844,9 +856,9 @@ class Vault(TopDown):
             elif abs(d) < 22:
                 self.hurt()
                 s.at = self.move(s.at, 30 * unit(d), 11)
-            far = flood(self.grid, self.pos / 32) if self.t % 4 == 0 or self.aimed is None else self.aimed
-            self.aimed = far
-            s.at = self.move(s.at, 1.1 * unit((waypoint(far, s.at / 32) * 32 if abs(d) > 44 else self.pos) - s.at), 11)
+            if self.t % 4 == 0:
+                self.aim()
+            s.at = self.move(s.at, 1.1 * unit((waypoint(self.far, s.at / 32) * 32 if abs(d) > 44 else self.pos) - s.at), 11)
             if s.hp <= 0:
                 self.slimes.remove(s)
                 self.score += 1
@@ -857,15 +869,22 @@ class Vault(TopDown):
             if thing.kind == "key" and reach < 24:
                 self.key = True
                 self.things.remove(thing)
+                self.aim()
             elif thing.kind == "stairs" and reach < 18 or thing.kind == "chest" and self.key and reach < 34 and "SOUTH" in self.held:
                 self.score += 1
                 if self.score < self.task.goal:
                     self.room()
 
     def draw(self):
-        frame, corner = self.ground[128:384, 128:384].copy(), 0j
+        frame = self.ground[128:384, 128:384].copy()
+        if self.things:
+            way, p = [], self.pos / 32
+            while len(way) < 12 and abs(p * 32 - self.things[0].at) > 20:
+                p = waypoint(self.far, int(p.real) + int(p.imag) * 1j + 0.5 + 0.5j)
+                way.append(p * 32)
+            self.trail(frame, way, self.pos, (70, 130, 255))
         for thing in self.things:
-            self.show(frame, 0, thing, 32)
+            self.show(frame, 0, thing, 36)
         for s in self.slimes:
             self.show(frame, 0, s, 36)
         if self.rests("sword") > 14:
@@ -887,7 +906,7 @@ class Vault(TopDown):
                 return -unit(d), 0j, ""
             return unit(way) * (0.5 if abs(d) < 50 else 1), 0j, "WEST" if abs(d) < 48 and abs(wrap(cmath.phase(d) - self.face)) < 0.5 else ""
         goal = self.things[0]
-        way = waypoint(flood(self.grid, goal.at / 32), self.pos / 32) * 32 - self.pos if abs(goal.at - self.pos) > 32 else goal.at - self.pos
+        way = (waypoint(self.far, self.pos / 32) * 32 if abs(goal.at - self.pos) > 32 else goal.at) - self.pos
         near = abs(goal.at - self.pos)
         return unit(way), 0j, "SOUTH" if goal.kind == "chest" and near < 40 else "RIGHT_TRIGGER" if near > 80 else ""
 
@@ -1070,7 +1089,7 @@ class Cliffs(Side):
             stamp(frame, *(("coin", c.real - cx, c.imag - cy, 36) if self.want == "coin" else ("flag", c.real - cx, c.imag - cy - 4, 48)))
         goal = self.target()
         if goal is not None and abs(goal - self.pos) > 120:
-            arrow(frame, 128, 24, cmath.phase(goal - self.pos), 18, (255, 240, 60))
+            arrow(frame, 128, 40, cmath.phase(goal - self.pos), 28, (255, 240, 60))
         stamp(frame, "runner", 128, 140, 40, flip=self.way < 0)
         if not self.ground:
             arrow(frame, 128, 176, math.copysign(math.pi / 2, self.v), 10, (255, 255, 255))
@@ -1136,7 +1155,7 @@ class Commando(Side):
         heart = self.pos - 22j
         if "RIGHT_TRIGGER" in self.held and self.ready("gun", 10):
             self.bolts.append(Thing(at=heart + cmath.rect(16, self.aim), v=cmath.rect(10, self.aim)))
-        strikes, wounds = self.strikes(self.foes, 20), self.wounds(heart, 20)
+        strikes, wounds = self.strikes(self.foes, 23), self.wounds(heart, 20)
         self.fly(self.bolts, lambda bolt: strikes(bolt) or bolt.at.imag > 200, 170)
         self.fly(self.shots, lambda shot: wounds(shot) or shot.at.imag > 200)
         for f in list(self.foes):
@@ -1167,12 +1186,12 @@ class Commando(Side):
                 stamp(frame, "wire", w - cx, 186, 40)
         if self.breach:
             stamp(frame, "copter", self.copter - cx, 160, 92)
-            arrow(frame, 128, 40, 0 if self.copter > self.pos.real else math.pi, 22, (255, 255, 60))
+            arrow(frame, 128, 40, 0 if self.copter > self.pos.real else math.pi, 32, (255, 255, 60))
         for f in self.foes:
             if f.kind == "soldier" and f.at.imag < 170:
                 cv2.rectangle(frame, (round(f.at.real - cx) - 24, round(f.at.imag) + 18), (round(f.at.real - cx) + 24, round(f.at.imag) + 28), (90, 60, 50), -1)
-            stamp(frame, f.kind, f.at.real - cx, f.at.imag, 40, flip=f.at.real > self.pos.real)
-        stamp(frame, "trooper", 128, self.pos.imag - 20, 44, flip=self.way < 0)
+            stamp(frame, f.kind, f.at.real - cx, f.at.imag - 4, 52, flip=f.at.real > self.pos.real)
+        stamp(frame, "trooper", 128, self.pos.imag - 22, 52, flip=self.way < 0)
         gun = complex(128, self.pos.imag - 22)
         tip = gun + cmath.rect(30, self.aim)
         cv2.line(frame, (128, round(gun.imag)), dot(tip), (20, 20, 20), 8)
@@ -1257,27 +1276,28 @@ class Glider(Side):
         return (2.6 + 1.2 * self.left.real) * (math.sqrt(1 + 0.5 * drop) - 1) / 0.25
 
     def draw(self):
-        frame = self.back(3 * self.pos.real % 1536)
-        x = int(self.pos.real * 1.0) % 256
-        frame[232:] = pattern("checker", 24, 512, "313", "636")[:, x:x + 256]
-        cx = self.pos.real - 70
+        corner = self.pos - 70 - (60j if self.want == "tank" else 128j)
+        down, ground = round(corner.imag) + 96, round(232 - corner.imag)
+        x = int(self.pos.real)
+        frame = sky(*self.scenery, 432)[down:down + 256, x % 512:x % 512 + 256].copy()
+        frame[max(ground, 0):] = pattern("checker", 256, 512, "313", "636")[:max(256 - ground, 0), x % 256:x % 256 + 256]
         if self.want == "tank":
-            spot = 70 + round(self.mark())
-            cv2.line(frame, (70, round(self.pos.imag)), (spot, 228), (255, 255, 255), 2)
-            cv2.rectangle(frame, (spot - 14, 212), (spot + 14, 240), (255, 60, 60) if not self.rests("bomb") else (120, 120, 120), 4)
+            spot = 70 + self.mark() + (212 - corner.imag) * 1j
+            cv2.line(frame, (70, 60), dot(spot), (255, 255, 255), 3)
+            cv2.rectangle(frame, dot(spot - 16 - 16j), dot(spot + 16 + 16j), (255, 60, 60) if not self.rests("bomb") else (120, 120, 120), 5)
         for i in range(self.ammo if self.want != "ring" else 0):
-            cv2.rectangle(frame, (8 + 12 * i, 240), (15 + 12 * i, 252), (255, 200, 60), -1)
+            cv2.rectangle(frame, (8 + 12 * i, 236), (15 + 12 * i, 252), (255, 200, 60), -1)
         for f in self.things:
             if f.kind == "ring":
-                cv2.ellipse(frame, (round(f.at.real - cx), round(f.at.imag)), (14, 34), 0, 0, 360, (90, 50, 0), 12)
-                cv2.ellipse(frame, (round(f.at.real - cx), round(f.at.imag)), (14, 34), 0, 0, 360, (255, 210, 0), 7)
+                for ink, thick in ((90, 50, 0), 14), ((255, 210, 0), 9):
+                    cv2.ellipse(frame, dot(f.at - corner), (16, 36), 0, 0, 360, ink, thick)
             else:
-                stamp(frame, f.kind, f.at.real - cx, f.at.imag, 40)
+                stamp(frame, f.kind, (f.at - corner).real, (f.at - corner).imag, 52)
         for bolt in self.bolts:
-            cv2.rectangle(frame, dot(bolt.at - cx - 8 - 3j), dot(bolt.at - cx + 8 + 3j), (120, 255, 255), -1)
+            cv2.rectangle(frame, dot(bolt.at - corner - 9 - 3j), dot(bolt.at - corner + 9 + 3j), (120, 255, 255), -1)
         for bomb in self.bombs:
-            stamp(frame, "bomb", bomb.at.real - cx, bomb.at.imag, 24, 8)
-        stamp(frame, "plane", 70, self.pos.imag, 52, round(2 * self.left.imag))
+            stamp(frame, "bomb", (bomb.at - corner).real, (bomb.at - corner).imag, 28, 8)
+        stamp(frame, "plane", 70, (self.pos - corner).imag, 56, round(2 * self.left.imag))
         return frame
 
     def wish(self):
@@ -1289,7 +1309,7 @@ class Glider(Side):
             gap = d.real - self.mark()
             drop = abs(gap) < 16 and not self.bombs and not self.rests("bomb")
             return complex(span(gap / 60), span((80 - self.pos.imag) / 60)), 0j, "SOUTH" if drop else ""
-        lift = span(d.imag / 18)
+        lift = span(d.imag / 28)
         if self.want == "foe":
             fire = abs(d.imag) < 12 and d.real < 150 and not self.bolts and not self.rests("gun")
             return complex(0.2 if d.real > 70 else -0.6, lift), 0j, "RIGHT_TRIGGER" if fire else ""
@@ -1791,7 +1811,7 @@ def show_games(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- demo
-DEMO = ("siege/crates", "swarm/bugs", "commando/soldiers")       # a task of each family that a small model learns within minutes
+DEMO = ("rally/course", "swarm/gems", "glider/rings")       # a task of each family that a small model learns within minutes
 
 
 class Stages:

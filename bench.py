@@ -1319,7 +1319,7 @@ class Glider(Side):
 class Dojo(Game):
     """One screen, a duel: red rivals are about to strike (block), green ones are open (punch), blue ones guard high (kick low); boards to break."""
     keys = {"left": "walk, turn", "WEST": "punch", "SOUTH": "low kick", "LEFT_TRIGGER": "block"}
-    attack, hud, lives = ("WEST", "SOUTH"), ("f40", "fff", 8), 3
+    attack, hud, lives = ("WEST", "SOUTH"), ("f40", "420", 8), 3
 
     def begin(self, foes=1, boards=False):
         self.boards, self.x, self.way, self.foes, self.count = boards, 128.0, self.rng.choice((-1, 1)), [], foes

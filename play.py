@@ -574,7 +574,7 @@ class Win32:
         self.user.SetForegroundWindow(window)
 
     def prepare_keys(self, names):
-        """Scan codes, since games that read the keyboard by DirectInput see nothing else."""
+        """Scan codes, since games that read the keyboard by DirectInput see nothing else; Wine sees only the virtual keys beside them."""
         self.codes = {n: self.user.MapVirtualKeyW(KEYS[n][1], 0) & 0xFF for n in set(names) - MOUSE.keys()}
 
     def key(self, name, down):
@@ -582,7 +582,7 @@ class Win32:
         if name in MOUSE:
             self._send(0, mouse=MouseInput(flags={1: 2, 2: 32, 3: 8}[MOUSE[name]] << (not down)))
         else:
-            self._send(1, key=KeyInput(scan=self.codes[name], flags=8 | (name in EXTENDED) | (0 if down else 2)))
+            self._send(1, key=KeyInput(KEYS[name][1], self.codes[name], 8 | (name in EXTENDED) | (0 if down else 2)))
 
     def move(self, dx, dy):
         """Move the mouse by whole pixels."""

@@ -78,6 +78,7 @@ class Config:
     mixing: Stack
     dit: Stack
     image: int = 256                          # side of a frame
+    stem: bool = False                        # patches through small convolutions, see Stem [O]
     pooling_head: bool = False                # SigLIP's attention pooling: in the released file, read by nobody
     # context
     frames: int = 1                           # F; more than one frame gained nothing [P §3.3]
@@ -148,6 +149,8 @@ class Config:
                  f"{name} activation {stack.activation!r} is not one of {', '.join([*ACTIVATIONS, *GATED])}")
         need(max(self.vision_layers, self.mixing.layers, self.dit.layers) <= 256, "more than 256 layers")
         need(self.image % self.patch == 0, f"image {self.image} is not a multiple of patch {self.patch}")
+        need(not self.stem or self.patch >= 8 and self.patch & (self.patch - 1) == 0,
+             f"a stem needs a patch of 8, 16, 32 ..., found {self.patch}")
         need(self.vision_width % self.vision_heads == 0, f"vision width {self.vision_width} does not divide into {self.vision_heads} heads")
         need(self.mixing.heads * self.mixing.head_width == self.vision_width or not self.mixing.layers,
              f"mixing has {self.mixing.heads} x {self.mixing.head_width} channels, the vision encoder {self.vision_width}")
@@ -168,10 +171,10 @@ def dit_stack(layers, heads, head_width):
     return Stack(layers, heads, head_width, interleave=True, ada=True, affine=False)
 
 
-# toy and nano look at 32-pixel patches: 64 image tokens, a quarter of the cost. small takes Google's SigLIP2-B/16-256, nitrogen SigLIP2-L/16-256.
+# toy and nano look at 32-pixel patches, through a stem: 64 image tokens, a quarter of the cost. small takes Google's SigLIP2-B/16-256, nitrogen SigLIP2-L/16-256.
 PRESETS = {
-    "toy": Config(32, 96, 4, 6, 384, mixing=Stack(1, 6, 16, 0.1), dit=dit_stack(3, 6, 16)),
-    "nano": Config(32, 192, 6, 6, 768, mixing=Stack(2, 6, 32, 0.1), dit=dit_stack(6, 6, 32)),
+    "toy": Config(32, 96, 4, 6, 384, mixing=Stack(1, 6, 16, 0.1), dit=dit_stack(3, 6, 16), stem=True),
+    "nano": Config(32, 192, 6, 6, 768, mixing=Stack(2, 6, 32, 0.1), dit=dit_stack(6, 6, 32), stem=True),
     "small": Config(16, 768, 12, 12, 3072, mixing=Stack(2, 12, 64), dit=dit_stack(6, 8, 64)),
     "nitrogen": Config(16, 1024, 24, 16, 4096, mixing=Stack(4, 16, 64), dit=dit_stack(8, 16, 64), pooling_head=True,
                        context_tokens=256, horizon=18, position_rows=1024, action_shift=3, frame_spacing=18),
@@ -331,12 +334,24 @@ class PoolingHead(nn.Module):
         self.requires_grad_(False)
 
 
+class Stem(nn.Sequential):
+    """A patch embedding of small strided convolutions, 4 x 4 then 3 x 3 at half the size each (2106.14881). A linear map of a 32 x 32 patch sees an
+    object anew at each place in it: in a test on three games, as many frames taught this stem sticks of R2 0.85 and that map none [O]."""
+    def __init__(self, patch, width):
+        halvings = patch.bit_length() - 3                              # after the first layer's 4
+        widths = [3, *(min(16 << n, width) for n in range(halvings)), width]
+        layers = [Conv2d(3, widths[1], 4, 4)]
+        for a, b in zip(widths[1:], widths[2:]):
+            layers += [nn.GELU(), Conv2d(a, b, 3, 2, 1)]
+        super().__init__(*layers)
+
+
 class Vision(nn.Module):
     """SigLIP2 of fixed resolution = SigLIP (2502.14786, 2303.15343): patches, learned positions, no class token, a norm at the end."""
     def __init__(self, c):
         super().__init__()
         s = Stack(c.vision_layers, c.vision_heads, c.vision_width // c.vision_heads, dropout=0.0, final_dropout=False, eps=1e-6)
-        self.patch_embedding = Conv2d(3, c.vision_width, c.patch, c.patch)
+        self.patch_embedding = Stem(c.patch, c.vision_width) if c.stem else Conv2d(3, c.vision_width, c.patch, c.patch)
         self.position_embedding = Embedding(c.image_tokens, c.vision_width)
         self.blocks = nn.ModuleList(Block(c.vision_width, s, ffn=c.vision_ffn) for _ in range(s.layers))
         self.norm = nn.LayerNorm(c.vision_width, eps=1e-6)
@@ -538,6 +553,11 @@ class NitroGen(nn.Module):
                 module.bias.zero_()
         if self.game_embedding is not None:
             self.game_embedding.weight[0] = 0                          # row 0 = unconditional
+        for stack in self.vision.blocks, self.mixing, self.dit:
+            for block in stack:                                        # a stack adds as much as it is given, however deep (GPT-2, §2.3)
+                block.attn.out.weight.mul_((2 * len(stack)) ** -0.5)
+                block.ff.down.weight.mul_((2 * len(stack)) ** -0.5)
+        self.action_encoder.W1.W.mul_(3)                               # an action is a larger part of its token than the time is
         for layer in [self.proj_out_1, *(b.ada for b in self.dit if b.ada)]:
             layer.weight.zero_()                                       # every step starts out alike, as in DiT (2212.09748 §3.2)
         self.action_decoder.layer2.W.zero_()                           # and the first velocity is 0

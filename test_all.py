@@ -456,7 +456,7 @@ def test_released_labels_become_clips(tmp_path, capfd):
     assert run(extract.main, video, "--out", tmp_path / "data", "--labels", tmp_path / "labels") == 0
     clip = tmp_path / "data" / "abc123_chunk_0000"
     actions, frames = np.load(clip / "actions.npy"), extract.Frames(clip)
-    assert actions.shape == (30, 25) and len(frames) == 30 and np.load(clip / "keep.npy")[:23].all()
+    assert actions.shape == (30, 25) and len(frames) == 30 and np.load(clip / "keep.npy")[:15].all()
     assert np.flatnonzero(actions[:, extract.BUTTON["SOUTH"]]).tolist() == list(range(15, 30)) and actions[0, 21:23].tolist() == [0.5, -1.0]
     assert extract.read_clip(clip)["box"] == [200, 100, 150, 80] and frames[0][150:200, 170:250].mean() < 8
 

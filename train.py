@@ -57,7 +57,7 @@ DIVERGED = 4.0                       # a velocity of zero costs 1 + E[a^2], at m
 
 # ---------------------------------------------------------------------------------------------------------------------- the loss
 def draw_times(rng, n, config):
-    """n times t = (1 - Beta(1.6, 0.8)) s: two thirds of them below 0.4, where noise has to become a plan [§3.4; the numbers: R]."""
+    """n times t = (1 - Beta(1.6, 0.8)) s: 64 % of them below 0.4, where noise has to become a plan [§3.4; the numbers: R]."""
     return ((1 - rng.beta(*config.beta, n)) * config.noise_s).astype(np.float32)
 
 
@@ -108,7 +108,8 @@ class Clip:
         if type(self.fps) not in (int, float) or not 1 <= self.fps <= 1000:
             raise UserError(f"{folder}: expected 1 to 1000 frames a second as \"fps\" in clip.json, found {self.fps!r}: mend it or delete the clip")
         if actions.shape != (frames.n, extract.A):
-            raise UserError(f"{folder}/{self.file}: expected {frames.n} x {extract.A}, one row a video frame, found {actions.shape}: delete it and run its stage again")
+            raise UserError(f"{folder}/{self.file}: expected {frames.n} x {extract.A}, one row a video frame, found {actions.shape}: "
+                            "delete it and run its stage again")
         low, high = (actions.min(0), actions.max(0)) if self.n else (np.zeros(extract.A),) * 2             # NaN passes through both
         if not (low >= [0] * len(BUTTONS) + [-1.001] * 4).all() or not (high <= 1.001).all():
             bad = int(np.flatnonzero(~((actions[:, :-4] >= 0).all(1) & (np.abs(actions) <= 1.001).all(1)))[0])
@@ -158,7 +159,8 @@ class Clip:
         frames, row = open_clip(str(self.folder), self.file)[0], self.rows[j]
         pictures, keep = [frames[int(self.kept[j])]], [True]
         if pictures[0].shape != (config.image, config.image, 3):
-            raise UserError(f"{self.folder}: expected frames of {config.image} x {config.image}, found {pictures[0].shape[1]} x {pictures[0].shape[0]}: cut the clip again")
+            raise UserError(f"{self.folder}: expected frames of {config.image} x {config.image}, "
+                            f"found {pictures[0].shape[1]} x {pictures[0].shape[0]}: cut the clip again")
         for back in range(1, config.frames):
             i = np.searchsorted(frames.numbers, row - back * config.frame_spacing * self.ratio + 1e-6, "right") - 1
             pictures.append(frames[i] if i >= 0 else np.zeros_like(pictures[0]))
@@ -595,7 +597,8 @@ def draw_curve(path, log, policies):
             y = int(place(0, value)[1])
             cv2.line(picture, (box[0], y), (box[2], y), (225, 225, 225), 1)
             cv2.putText(picture, f"{value:.2f}", (x0 + 8, y + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (90, 90, 90), 1, cv2.LINE_AA)
-            cv2.putText(picture, f"{last * k // 4}", (box[0] + (box[2] - box[0]) * k // 4 - 10, box[3] + 18), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (90, 90, 90), 1, cv2.LINE_AA)
+            x = box[0] + (box[2] - box[0]) * k // 4 - 10
+            cv2.putText(picture, f"{last * k // 4}", (x, box[3] + 18), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (90, 90, 90), 1, cv2.LINE_AA)
         for i, (name, colour, thick, steps, values) in enumerate(lines):
             if len(steps):
                 cv2.polylines(picture, [(place(steps, values) * 16).astype(np.int32)], False, colour, thick, cv2.LINE_AA, 4)
@@ -692,7 +695,8 @@ def settle(args, parser, argv):
         args.data = data or meta["args"]["data"]
         for name, value in meta["args"].items():
             if getattr(args, name) != value and name not in FREE_AT_RESUME:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {value}, as {path} was trained: leave it out, or start anew with --ckpt {args.resume}")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {value}, as {path} was trained: "
+                                f"leave it out, or start anew with --ckpt {args.resume}")
         state = meta | {"path": path}
     if not args.data:
         raise UserError("expected at least one folder of clips, found none: python train.py DATA --out RUN")
@@ -814,8 +818,9 @@ def prepare(args, team, say):
     ids = {name: i + 1 for i, name in enumerate(c.games)}
     training, held = split(clips, args.val)
     rates = ", ".join(f"{r:g}" for r in sorted({clip.fps for clip in clips}))
-    say(f"{len(clips)} clips of {len({clip.game for clip in clips})} game(s), {sum(clip.n / clip.fps for clip in clips) / 3600:.2f} h at {rates} frames/s, actions at "
-        f"{c.hz:g} Hz | {sum(len(clip.kept) for clip in clips):,} frames to start from | {len(held)} clips held out")
+    hours = sum(clip.n / clip.fps for clip in clips) / 3600
+    say(f"{len(clips)} clips of {len({clip.game for clip in clips})} game(s), {hours:.2f} h at {rates} frames/s, actions at {c.hz:g} Hz | "
+        f"{sum(len(clip.kept) for clip in clips):,} frames to start from | {len(held)} clips held out")
     return model, training, held, ids
 
 
@@ -825,8 +830,7 @@ def run(args, state, team):
     say = print if team.rank == 0 else lambda text: None
     model, training, held, ids = prepare(args, team, say)
     device, config = team.device, model.config
-    kind = "cpu" if device.type == "cpu" else device.type
-    autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     ema_device = torch.device("cpu") if args.ema_device == "cpu" else device
     say(f"{M.count(model)[0]:,} parameters, {sum(p.numel() for p in named(model).values()):,} train | {device} ({team.reason}), {team.world} process(es) | "
         f"batch {args.batch} in parts of {args.micro}, {args.draws} draws | lr {args.lr:g}")
@@ -883,7 +887,8 @@ def run(args, state, team):
             loss, stop = team.sum(loss.item(), float(asked.stop))
             smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
             if not (math.isfinite(norm.item()) and smooth < DIVERGED):       # before it reaches the weights
-                raise UserError(f"diverged at step {step}: expected a loss below {DIVERGED:g} (a velocity of 0 has less than 2), found {loss:.3g} with a gradient of {norm.item():.3g}: "
+                raise UserError(f"diverged at step {step}: expected a loss below {DIVERGED:g} (a velocity of 0 has less than 2), "
+                                f"found {loss:.3g} with a gradient of {norm.item():.3g}: "
                                 f"lower --lr {args.lr:g}" + (f"; the last save is in {out}" if out and (out / "state.safetensors").is_file() else ""))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -898,13 +903,15 @@ def run(args, state, team):
                 row |= {"val": metrics["loss"], "r2": metrics["r2"], "f1": metrics["f1"]}
             speed, done = args.batch * (step - start) / took, (step - start) / (last - start)
             seen = f" | val {row['val']:.4f} | R2 {row['r2']:.3f} | F1 {row['f1']:.3f}" if "val" in row else ""
-            line.show(f"step {step}/{last} | loss {loss:.4f}{seen} | lr {lr:.1e} | {speed:.0f} img/s | {clock(took)}<{clock(took / done - took)}", bool(seen) or ends)
+            line.show(f"step {step}/{last} | loss {loss:.4f}{seen} | lr {lr:.1e} | {speed:.0f} img/s | {clock(took)}<{clock(took / done - took)}",
+                      bool(seen) or ends)
             if log:
                 log.add(**row)
                 if step % args.every == 0 or ends:
                     save_run(out, model, average, optimizer, step, args, data, metrics)
                     draw_curve(out / "curve.png", log, metrics.get("policies", {}))
             if stop:
+                say(f"saved at step {step} | go on with --resume {out}" if out else "nothing was written")
                 raise KeyboardInterrupt
     if team.rank == 0 and metrics:
         print_games(metrics)

@@ -192,7 +192,7 @@ def load_mapping(path=None):
             bad = [] if control in BUTTON and isinstance(key, str) and key in KEYS | MOUSE else [control]
         if bad:
             raise UserError(f"{path}: expected a pad's control and a key, found {control!r}: {json.dumps(key)}: controls are {', '.join(BUTTONS)}, left, right "
-                            f"(with left, right, up, down, or mouse); keys are a-z, 0-9, f1-f12, {', '.join(k for k in KEYS if len(k) > 3)}, {', '.join(MOUSE)}")
+                            f"(of left, right, up, down, or mouse); keys a-z, 0-9, f1-f12, {', '.join(k for k in KEYS if len(k) > 3)}, {', '.join(MOUSE)}")
     return mapping
 
 
@@ -275,10 +275,11 @@ class X11:
         self.x = self._library("libX11.so.6", "libx11-6")
         P, L, I, S = ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int, ctypes.c_char_p
         for name, result, *arguments in (
-                ("XOpenDisplay", P, S), ("XDefaultRootWindow", L, P), ("XQueryTree", I, P, L, P, P, P, P), ("XFree", I, P), ("XFlush", I, P), ("XCloseDisplay", I, P),
+                ("XOpenDisplay", P, S), ("XDefaultRootWindow", L, P), ("XQueryTree", I, P, L, P, P, P, P), ("XFree", I, P), ("XFlush", I, P),
+                ("XSync", I, P, I), ("XCloseDisplay", I, P), ("XRaiseWindow", I, P, L), ("XStringToKeysym", L, S),
                 ("XGetWindowAttributes", I, P, L, P), ("XInternAtom", L, P, S, I), ("XGetWindowProperty", I, P, L, L, *[ctypes.c_long] * 2, I, L, *[P] * 5),
-                ("XTranslateCoordinates", I, P, L, L, I, I, P, P, P), ("XGetInputFocus", I, P, P, P), ("XSetInputFocus", I, P, L, I, L), ("XRaiseWindow", I, P, L),
-                ("XStringToKeysym", L, S), ("XKeysymToKeycode", ctypes.c_ubyte, P, L), ("XQueryKeymap", I, P, P), ("XQueryPointer", I, P, L, *[P] * 7), ("XSync", I, P, I)):
+                ("XTranslateCoordinates", I, P, L, L, I, I, P, P, P), ("XGetInputFocus", I, P, P, P), ("XSetInputFocus", I, P, L, I, L),
+                ("XKeysymToKeycode", ctypes.c_ubyte, P, L), ("XQueryKeymap", I, P, P), ("XQueryPointer", I, P, L, *[P] * 7)):
             function = getattr(self.x, name)
             function.restype, function.argtypes = result, arguments
         self.display = self.x.XOpenDisplay(None)
@@ -470,12 +471,12 @@ class X11:
         except ProcessLookupError:
             pass
         except PermissionError:
-            raise UserError(f"expected a process that may be stopped, found that {pid} is another user's: start play.py as that user, or use --pause none") from None
+            raise UserError(f"expected a process that may be stopped, found another user's ({pid}): start play.py as that user, or use --pause none") from None
 
 
 class MouseInput(ctypes.Structure):
     """MOUSEINPUT of winuser.h."""
-    _fields_ = [("dx", ctypes.c_int32), ("dy", ctypes.c_int32), ("data", ctypes.c_uint32), ("flags", ctypes.c_uint32), ("time", ctypes.c_uint32), ("extra", ctypes.c_size_t)]
+    _fields_ = [("dx", ctypes.c_int32), ("dy", ctypes.c_int32), *((n, ctypes.c_uint32) for n in ("data", "flags", "time")), ("extra", ctypes.c_size_t)]
 
 
 class KeyInput(ctypes.Structure):
@@ -508,17 +509,17 @@ class Win32:
     def __init__(self, dll=None):
         dll = dll or (lambda name: ctypes.WinDLL(name, use_last_error=True))
         self.user, self.kernel, self.nt = dll("user32"), dll("kernel32"), dll("ntdll")
-        P, I = ctypes.c_void_p, ctypes.c_int
+        P, I, U = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32
         callback = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE)
         self.Visitor = callback(I, P, P)
         for library, name, result, *arguments in (
-                (self.user, "EnumWindows", I, self.Visitor, P), (self.user, "GetWindowThreadProcessId", ctypes.c_uint32, P, P), (self.user, "IsWindow", I, P),
-                (self.user, "IsWindowVisible", I, P), (self.user, "IsIconic", I, P), (self.user, "GetClientRect", I, P, P), (self.user, "ClientToScreen", I, P, P),
-                (self.user, "GetWindowTextW", I, P, P, I), (self.user, "WindowFromPoint", P, Point), (self.user, "GetAncestor", P, P, ctypes.c_uint32),
-                (self.user, "GetForegroundWindow", P), (self.user, "SetForegroundWindow", I, P), (self.user, "SendInput", ctypes.c_uint32, ctypes.c_uint32, P, I),
-                (self.user, "MapVirtualKeyW", ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32), (self.user, "GetAsyncKeyState", ctypes.c_short, I),
-                (self.kernel, "OpenProcess", P, ctypes.c_uint32, I, ctypes.c_uint32), (self.kernel, "CloseHandle", I, P),
-                (self.kernel, "QueryFullProcessImageNameW", I, P, ctypes.c_uint32, P, P), (self.kernel, "GetExitCodeProcess", I, P, P),
+                (self.user, "EnumWindows", I, self.Visitor, P), (self.user, "GetWindowThreadProcessId", U, P, P), (self.user, "IsWindow", I, P),
+                (self.user, "IsWindowVisible", I, P), (self.user, "IsIconic", I, P), (self.user, "GetClientRect", I, P, P),
+                (self.user, "ClientToScreen", I, P, P),
+                (self.user, "GetWindowTextW", I, P, P, I), (self.user, "WindowFromPoint", P, Point), (self.user, "GetAncestor", P, P, U),
+                (self.user, "GetForegroundWindow", P), (self.user, "SetForegroundWindow", I, P), (self.user, "SendInput", U, U, P, I),
+                (self.user, "MapVirtualKeyW", U, U, U), (self.user, "GetAsyncKeyState", ctypes.c_short, I), (self.kernel, "OpenProcess", P, U, I, U),
+                (self.kernel, "CloseHandle", I, P), (self.kernel, "QueryFullProcessImageNameW", I, P, U, P, P), (self.kernel, "GetExitCodeProcess", I, P, P),
                 (self.nt, "NtSuspendProcess", ctypes.c_long, P), (self.nt, "NtResumeProcess", ctypes.c_long, P)):
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -707,10 +708,11 @@ class Capture:
 
 # ---------------------------------------------------------------------------------------------------------------------- pads
 # What vgamepad calls our buttons. Its Xbox 360 sticks point up at +1, its DualShock 4 ones down (0 is up in that report), on both systems; ours down.
-XBOX = {"SOUTH": "A", "EAST": "B", "WEST": "X", "NORTH": "Y", "LEFT_SHOULDER": "LEFT_SHOULDER", "RIGHT_SHOULDER": "RIGHT_SHOULDER", "BACK": "BACK", "START": "START",
-        "GUIDE": "GUIDE", "LEFT_THUMB": "LEFT_THUMB", "RIGHT_THUMB": "RIGHT_THUMB", **{f"DPAD_{d}": f"DPAD_{d}" for d in ("UP", "DOWN", "LEFT", "RIGHT")}}
-SONY = {"SOUTH": "CROSS", "EAST": "CIRCLE", "WEST": "SQUARE", "NORTH": "TRIANGLE", "LEFT_SHOULDER": "SHOULDER_LEFT", "RIGHT_SHOULDER": "SHOULDER_RIGHT", "BACK": "SHARE",
-        "START": "OPTIONS", "LEFT_THUMB": "THUMB_LEFT", "RIGHT_THUMB": "THUMB_RIGHT", "LEFT_TRIGGER": "TRIGGER_LEFT", "RIGHT_TRIGGER": "TRIGGER_RIGHT"}
+SAME = ("BACK", "START", "GUIDE", "LEFT_SHOULDER", "RIGHT_SHOULDER", "LEFT_THUMB", "RIGHT_THUMB", "DPAD_UP", "DPAD_DOWN", "DPAD_LEFT", "DPAD_RIGHT")
+XBOX = {"SOUTH": "A", "EAST": "B", "WEST": "X", "NORTH": "Y", **{b: b for b in SAME}}
+SONY = {"SOUTH": "CROSS", "EAST": "CIRCLE", "WEST": "SQUARE", "NORTH": "TRIANGLE", "LEFT_SHOULDER": "SHOULDER_LEFT", "RIGHT_SHOULDER": "SHOULDER_RIGHT",
+        "BACK": "SHARE", "START": "OPTIONS", "LEFT_THUMB": "THUMB_LEFT", "RIGHT_THUMB": "THUMB_RIGHT",
+        "LEFT_TRIGGER": "TRIGGER_LEFT", "RIGHT_TRIGGER": "TRIGGER_RIGHT"}
 COMPASS = {(0, 0): "NONE", (0, -1): "NORTH", (1, -1): "NORTHEAST", (1, 0): "EAST", (1, 1): "SOUTHEAST", (0, 1): "SOUTH", (-1, 1): "SOUTHWEST", (-1, 0): "WEST",
            (-1, -1): "NORTHWEST"}
 UP = {"vgamepad": -1, "dualshock": 1}              # the sign of y in each pad's API for our y, which points down
@@ -739,7 +741,7 @@ class VirtualPad:
                 raise UserError(f"expected /dev/uinput for a virtual gamepad, found none: sudo modprobe uinput, {advice}") from None
             raise UserError(f"expected a virtual gamepad, found {cause}: reinstall vgamepad, {advice}") from None
         except RuntimeError as e:                          # on Windows the import itself connects to the driver
-            raise UserError(f"expected the driver ViGEmBus for a virtual gamepad, found {e}: install it from github.com/nefarius/ViGEmBus/releases, {advice}") from None
+            raise UserError(f"expected the driver ViGEmBus for a virtual gamepad, found {e}: install it (github.com/nefarius/ViGEmBus), {advice}") from None
         self.press(neutral())
 
     def press(self, action):
@@ -818,9 +820,9 @@ class NoPad:
 TOUCH = 0.25                                       # a stick or trigger this far out is meant: worn sticks rest at up to half of it
 XINPUT = {0x1: "DPAD_UP", 0x2: "DPAD_DOWN", 0x4: "DPAD_LEFT", 0x8: "DPAD_RIGHT", 0x10: "START", 0x20: "BACK", 0x40: "LEFT_THUMB", 0x80: "RIGHT_THUMB",
           0x100: "LEFT_SHOULDER", 0x200: "RIGHT_SHOULDER", 0x1000: "SOUTH", 0x2000: "EAST", 0x4000: "WEST", 0x8000: "NORTH"}
-JOYSTICK = {0x130: "SOUTH", 0x131: "EAST", 0x133: "NORTH", 0x134: "WEST", 0x136: "LEFT_SHOULDER", 0x137: "RIGHT_SHOULDER", 0x138: "LEFT_TRIGGER", 0x139: "RIGHT_TRIGGER",
-            0x13A: "BACK", 0x13B: "START", 0x13C: "GUIDE", 0x13D: "LEFT_THUMB", 0x13E: "RIGHT_THUMB", 0x220: "DPAD_UP", 0x221: "DPAD_DOWN", 0x222: "DPAD_LEFT",
-            0x223: "DPAD_RIGHT"}                   # codes of linux/input-event-codes.h
+JOYSTICK = {0x130: "SOUTH", 0x131: "EAST", 0x133: "NORTH", 0x134: "WEST", 0x136: "LEFT_SHOULDER", 0x137: "RIGHT_SHOULDER", 0x138: "LEFT_TRIGGER",
+            0x139: "RIGHT_TRIGGER", 0x13A: "BACK", 0x13B: "START", 0x13C: "GUIDE", 0x13D: "LEFT_THUMB", 0x13E: "RIGHT_THUMB", 0x220: "DPAD_UP",
+            0x221: "DPAD_DOWN", 0x222: "DPAD_LEFT", 0x223: "DPAD_RIGHT"}                   # codes of linux/input-event-codes.h
 AXES = {0: 21, 1: 22, 3: 23, 4: 24}                # ABS_X, ABS_Y, ABS_RX, ABS_RY -> places in an action; 2 and 5 are triggers, 16 and 17 the d-pad
 XPAD = ([0, 1, 2, 3, 4, 5, 16, 17], [0x130, 0x131, 0x133, 0x134, 0x136, 0x137, 0x13A, 0x13B, 0x13C, 0x13D, 0x13E])     # axes, buttons of an Xbox pad on Linux
 
@@ -986,7 +988,7 @@ class FakeTime(Suspended):
     @staticmethod
     def prepare():
         """(environment for the game, the file that holds its clock's offset). UserError without the library."""
-        found = [p for d in ("/usr/lib/*/faketime", "/usr/lib/faketime", "/usr/lib64/faketime", "/usr/local/lib/faketime") for p in glob.glob(f"{d}/libfaketimeMT.so.1")]
+        found = [p for d in ("lib/*", "lib", "lib64", "local/lib") for p in glob.glob(f"/usr/{d}/faketime/libfaketimeMT.so.1")]
         if not found:
             raise UserError("expected libfaketime for --pause clock, found none: sudo apt-get install libfaketime, or use --pause suspend")
         handle, path = tempfile.mkstemp(prefix="play_clock_")
@@ -1202,7 +1204,7 @@ class GameEnv(gym_base()):
         if WINDOWS:
             return SpeedHack(pid)
         if not clock:
-            raise UserError("expected a game that play.py started, whose clock it can stop, found one that ran already: give --launch COMMAND, or use --pause suspend")
+            raise UserError("expected a game that play.py starts, to stop its clock, found one that ran already: give --launch COMMAND, or use --pause suspend")
         return FakeTime(self.desktop, pid, clock)
 
     @property
@@ -1400,17 +1402,18 @@ class Thinker:
 
 class Score:
     """What is worth knowing of a session, kept as it goes."""
-    def __init__(self):
-        self.began, self.ticks, self.chunks, self.late, self.human, self.away = time.perf_counter(), 0, 0, 0, 0, 0
+    def __init__(self, beat):
+        self.beat, self.began, self.ticks, self.chunks, self.late, self.human = beat, time.perf_counter(), 0, 0, 0, 0
         self.press_ms, self.delays = deque(maxlen=36000), deque(maxlen=10)
 
-    def line(self, env, beat):
+    def line(self, env):
         """One line: rate, latency from capture to press, jitter of the action clock, cost of looking."""
         def ms(values):
             return f"{np.median(values):.1f} ms (p95 {np.percentile(values, 95):.1f})" if values else "-"
         seconds = time.perf_counter() - self.began
-        return (f"{seconds:.0f} s | {self.ticks / max(seconds, 1e-9):.1f} actions/s | {self.chunks} predictions, {self.late} late | capture to press {ms(self.press_ms)} | "
-                f"clock late {ms(beat.late_ms)}, {beat.skipped} skipped | look {ms(env.look_ms)} | by hand {self.human / max(self.ticks, 1):.0%}")
+        return (f"{seconds:.0f} s | {self.ticks / max(seconds, 1e-9):.1f} actions/s | {self.chunks} predictions, {self.late} late | capture to press "
+                f"{ms(self.press_ms)} | clock late {ms(self.beat.late_ms)}, {self.beat.skipped} skipped | look {ms(env.look_ms)} | "
+                f"by hand {self.human / max(self.ticks, 1):.0%}")
 
 
 def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0, allow_menu=False, recorder=None, view=None):
@@ -1419,7 +1422,8 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
     In real time the next chunk is computed from the newest frame while this one plays: asked for after `per_chunk` actions (default: half a chunk),
     or as soon as what is left of the plan lasts no longer than the slowest of the last ten predictions. With a pausing environment
     the game stands while the model thinks, and `per_chunk` actions (default: all) are played of each chunk."""
-    score, beat, plan = Score(), Beat(env.hz), Plan(env.hz / 4)
+    beat, plan = Beat(env.hz), Plan(env.hz / 4)
+    score = Score(beat)
     thinker, shift, horizon, asked = None, 0, 0, None
     if policy:
         config = policy.info()["config"]
@@ -1465,14 +1469,14 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
                     asked is None or tick - asked >= per_chunk or plan.left(tick) <= max(score.delays, default=0) + 1):
                 asked = tick
                 thinker.ask(tick, seen, frame)
-            score.ticks, score.human, score.away = score.ticks + 1, score.human + by_hand, score.away + env.pad.away
+            score.ticks, score.human = score.ticks + 1, score.human + by_hand
             if recorder:
                 recorder.add(tick, frame, neutral() if env.pad.away else action, by_hand)
             if view:
-                view.show(tick, frame, action, [env.name, "a person plays" if by_hand else "the model plays", score, beat])
+                view.show(tick, frame, action, [env.name, "a person plays" if by_hand else "the model plays"], score)
             if time.monotonic() - checked >= 1:
                 checked = time.monotonic()
-                told = report(env, score, beat, told)
+                told = report(env, score, told)
     except GameGone as e:
         print(f"\n{e}; the pad is at rest", file=sys.stderr)
     finally:
@@ -1483,7 +1487,7 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
     return score
 
 
-def report(env, score, beat, told):
+def report(env, score, told):
     """The progress line, and once each what is wrong with the picture or the pace -> what was said last."""
     wrong = env.problem()
     if not wrong and env.pad.away:
@@ -1492,7 +1496,7 @@ def report(env, score, beat, told):
         wrong = "most predictions come after the actions they hold: use --pause suspend, fewer --euler steps, a lower --hz or a faster device"
     if wrong and wrong != told:
         print(f"\n{wrong}", file=sys.stderr, flush=True)
-    print("\r" + score.line(env, beat), end="", flush=True)
+    print("\r" + score.line(env), end="", flush=True)
     return wrong
 
 
@@ -1555,13 +1559,13 @@ class View:
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def show(self, tick, frame, action, about):
+    def show(self, tick, frame, action, lines, score):
         """Give one tick to the drawing thread."""
         if tick % self.every == 0:
-            game, who, score, beat = about
             seconds = max(time.perf_counter() - score.began, 1e-9)
             latest = f"{score.press_ms[-1]:.0f} ms capture to press" if score.press_ms else "no prediction yet"
-            lines = [game, who, f"{score.ticks / seconds:.1f} actions/s", latest, f"{score.late} of {score.chunks} predictions late", f"{beat.skipped} ticks skipped"]
+            lines = [*lines, f"{score.ticks / seconds:.1f} actions/s", latest, f"{score.late} of {score.chunks} predictions late",
+                     f"{score.beat.skipped} ticks skipped"]
             with contextlib.suppress(queue.Full):
                 self.jobs.put_nowait((tick // self.every, frame, action.copy(), lines))
 
@@ -1581,8 +1585,8 @@ class View:
         spot, alpha = canvas[8:8 + pad.shape[0], h:], pad[..., 3:].astype(np.float32) / 255
         spot[:] = pad[..., :3] * alpha + spot * (1 - alpha)
         for i, line in enumerate(lines):
-            cv2.putText(canvas, line[:38].encode("ascii", "replace").decode(), (h + 16, pad.shape[0] + 48 + 28 * i), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (220, 220, 220), 1,
-                        cv2.LINE_AA)
+            text, at = line[:38].encode("ascii", "replace").decode(), (h + 16, pad.shape[0] + 48 + 28 * i)
+            cv2.putText(canvas, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (220, 220, 220), 1, cv2.LINE_AA)
         if self.video:
             self.first = number if self.first is None else self.first
             while self.written <= number - self.first:
@@ -1659,8 +1663,8 @@ def run(args):
         if policy:
             last.callback(policy.close)
         hz = args.hz or (policy.info()["config"]["hz"] if policy else 60.0)
-        env = GameEnv(args.exe, args.window, args.region and region_of(args.region), args.launch, args.wait, "none" if args.human else args.pad, args.map, args.pause, hz,
-                      args.wake, getattr(policy, "child", SimpleNamespace(pid=0)).pid)
+        env = GameEnv(args.exe, args.window, args.region and region_of(args.region), args.launch, args.wait, "none" if args.human else args.pad, args.map,
+                      args.pause, hz, args.wake, getattr(policy, "child", SimpleNamespace(pid=0)).pid)
         last.callback(env.close)
         people = list(env.real_pads)
         if args.pad == "keyboard" or args.human and not people:
@@ -1684,7 +1688,7 @@ def main(argv=None):
     add = p.add_argument_group("the game").add_argument
     add("--exe", help="name of the game's program, as the task manager or ps shows it; its largest window is played")
     add("--window", metavar="TEXT|ID", help="part of the window's title, or its id from --list, to choose among several")
-    add("--region", metavar="L,T,W,H", help="left, top, width, height of a part of the window; of the desktop without --exe and --window (default: the whole window)")
+    add("--region", metavar="L,T,W,H", help="left, top, width, height of a part of the window, or of the desktop without --exe and --window (default: all)")
     add("--launch", metavar="CMD", help="start the game with this command, after the virtual pad exists")
     add("--wait", type=float, default=60.0, metavar="S", help="seconds to wait for the game's window (default 60)")
     add("--list", action="store_true", help="list the windows that can be played, and end")
@@ -1708,7 +1712,7 @@ def main(argv=None):
     add("--pause", choices=("none", "suspend", "clock"), default="none",
         help="while the model thinks: none = the game goes on, suspend = its process stands, clock = its clock stands too (default none)")
     add("--hz", type=float, help="actions a second (default: the checkpoint's; 60 for --human)")
-    add("--actions-per-chunk", type=int, metavar="N", help="actions played of a chunk before the next is asked for (default: half of it; all of it with --pause)")
+    add("--actions-per-chunk", type=int, metavar="N", help="actions played before the next chunk is asked for (default: half a chunk; all of it with --pause)")
     add("--handback", type=float, default=1.0, metavar="S", help="seconds without a touch of the real pad after which the model plays on (default 1)")
     add("--seconds", type=float, metavar="S", help="end after this time (default: never)")
     add = p.add_argument_group("what is kept and shown").add_argument

@@ -1846,9 +1846,9 @@ class Stages:
             if status:
                 raise UserError(f"{words[0]} ended with {status}: {said.strip().splitlines()[-1] if said.strip() else 'nothing said'} (see {self.log.name})")
 
-    def shares(self, *words):
-        """One script in several processes, each with its share of the videos or clips."""
-        n = min(os.cpu_count() or 1, 4)
+    def shares(self, items, *words):
+        """One script in several processes, each with its share of so many videos or clips."""
+        n = min(os.cpu_count() or 1, 4, items)
         self.scripts(*((words, {"RANK": str(r), "WORLD_SIZE": str(n)}) for r in range(n)))
 
 
@@ -1862,6 +1862,10 @@ def demo(args):
     """The whole chain: play -> videos -> overlays found -> actions read -> a model trained -> it plays, beside random, scripted and a model of true labels."""
     out, began = folder(args.out), time.monotonic()
     args.tasks, args.envs, args.actions_per_chunk = pick_tasks(args.tasks or DEMO), 64, 8
+    asked = {name: getattr(args, name) for name in ("tasks", "minutes", "videos", "steps", "batch", "lr", "seed")}
+    if (out / "arguments.json").is_file() and extract.read_json(out / "arguments.json", dict) != asked:
+        raise UserError(f"{out}: expected the flags of the run that is there (arguments.json) to go on with it, found others: give a new --out")
+    extract.write_json(out / "arguments.json", asked)
     videos, clips, stages = folder(out / "videos"), out / "clips", Stages(out, 6)
     games = list(dict.fromkeys(task.split("/")[0] for task in args.tasks))
     with stages.stage("play on video") as say:
@@ -1872,7 +1876,7 @@ def demo(args):
         say(f"{len(jobs)} mp4 of {', '.join(games)}, {len(jobs) * steps / FPS / 60:.1f} minutes at 640 x 360")
     truth = {p.stem: extract.read_json(p, dict) for p in sorted(videos.glob("*.json"))}
     with stages.stage("find the overlays (extract.py)") as say:
-        stages.shares("extract.py", videos, "--out", clips)
+        stages.shares(len(truth), "extract.py", videos, "--out", clips)
         found = {name: extract.read_clip(clips / name) for name in truth if (clips / name / "clip.json").is_file()}
         ious = [overlap(clip["box"], truth[name]["box"]) for name, clip in found.items()]
         if not found:
@@ -1881,7 +1885,7 @@ def demo(args):
     for name in found:
         extract.write_npy(clips / name / "truth.npy", np.load(videos / f"{name}.truth.npy"))
     with stages.stage("read the actions (parse.py)") as say:
-        stages.shares("parse.py", "run", clips)
+        stages.shares(len(found), "parse.py", "run", clips)
         read = lambda name: (np.load(clips / name / f"{file}.npy") for file in ("actions", "truth"))
         scores = parse.mean_of([parse.score(*read(name), clip["geometry"]) for name, clip in found.items()])
         say(f"stick R2 {scores.get('left R2', math.nan):.3f} left, {scores.get('right R2', math.nan):.3f} right | button F1 {scores['F1']:.3f}")
@@ -1889,9 +1893,14 @@ def demo(args):
     with stages.stage("train two toy models (train.py)") as say:
         flags = {"preset": "toy", "hz": FPS, "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed, "workers": 1, "val": 0, "every": args.steps}
         flags = [word for name, value in flags.items() for word in (f"--{name}", value)]
-        todo = [(name, run) for name, run in runs.items() if not (run / "model.safetensors").is_file()]
+        todo = []
+        for name, run in runs.items():
+            if not (run / "state.safetensors").is_file():
+                todo.append((["train.py", clips, "--out", run, *flags, *(["--truth"] if name == "true labels" else [])], {}))
+            elif M.read_meta(run)[0]["step"] < args.steps:
+                todo.append((["train.py", "--resume", run], {}))
         if todo:
-            stages.scripts(*((["train.py", clips, "--out", run, *flags, *(["--truth"] if name == "true labels" else [])], {}) for name, run in todo))
+            stages.scripts(*todo)
         say(f"{args.steps} steps of {args.batch} frames each, from parsed and from true labels")
     films = {}
     with stages.stage("play the tasks") as say:
@@ -1911,8 +1920,8 @@ def demo(args):
     show_rows(rows)
     better = [task for task in args.tasks if rows[task]["model"]["low"] > rows[task]["random"]["high"]]
     print(f"above random by an interval: {len(better)} of {len(args.tasks)} tasks | {time.monotonic() - began:.0f} s in all")
-    extract.write_json(out / "demo.json", {"iou": ious, "parser": scores, "rows": rows, "seconds": round(time.monotonic() - began), "machine": machine(),
-                                           "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "out")}})
+    extract.write_json(out / "demo.json", asked | {"n": args.n, "iou": ious, "parser": scores, "rows": rows, "seconds": round(time.monotonic() - began),
+                                               "machine": machine()})
 
 
 INKS = {"random": (160, 160, 170), "scripted": (90, 160, 90), "model": (220, 60, 40), "true labels": (60, 110, 220)}

@@ -1277,7 +1277,7 @@ class Glider(Side):
 
     def draw(self):
         corner = self.pos - 70 - (60j if self.want == "tank" else 128j)
-        down, ground = round(corner.imag) + 96, round(232 - corner.imag)
+        down, ground = min(round(corner.imag) + 96, 432 - 256), round(232 - corner.imag)
         x = int(self.pos.real)
         frame = sky(*self.scenery, 432)[down:down + 256, x % 512:x % 512 + 256].copy()
         frame[max(ground, 0):] = pattern("checker", 256, 512, "313", "636")[:max(256 - ground, 0), x % 256:x % 256 + 256]

@@ -1114,7 +1114,7 @@ def stand_guard(undo):
 
 
 # ------------------------------------------------------------------------------------------------------------- the environment
-class GameGone(Exception):
+class GameGone(UserError):
     """The game has ended or closed its window; the message says which."""
 
 
@@ -1482,6 +1482,7 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
     finally:
         with contextlib.suppress(UserError, OSError):
             env.pad.press(neutral())
+            env.pause.go()                                 # now, not when the recording has been written
         if thinker:
             thinker.close()
     return score
@@ -1593,10 +1594,11 @@ class View:
                 self.video.add(canvas)
                 self.written += 1
         if self.window:
-            cv2.imshow("play.py", cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR))
             if self.beside:                                # beside the game: on top of it, it would be captured
+                cv2.namedWindow("play.py", cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
                 cv2.moveWindow("play.py", *self.beside)
                 self.beside = None
+            cv2.imshow("play.py", cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR))
             cv2.waitKey(1)
 
     def close(self):
@@ -1672,9 +1674,10 @@ def run(args):
         recorder = Recorder(args.record, env.name, hz) if args.record else None
         if recorder:
             last.callback(lambda: print(recorder.close()))
-        left, top, width, _ = env.box()
-        view = View(hz, args.show, args.video, (left + width + 8, top)) if args.show or args.video else None
-        if view:
+        view = None
+        if args.show or args.video:
+            left, top, width, _ = env.box()
+            view = View(hz, args.show, args.video, (left + width + 8, top))
             last.callback(view.close)
         print(f"playing {env.name}: {env.window or f'region {env.region}'}, {hz:g} actions/s, pad {args.pad}, pause {args.pause}; Ctrl-C ends it", flush=True)
         last.callback(print)

@@ -120,17 +120,18 @@ class LocalModel(Client):
         command = [sys.executable, str(Path(__file__).with_name("sample.py")), "serve", "--port", "0", *flags]
         self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
                                       errors="replace", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-        self.last, found = deque(maxlen=1), None
+        self.guard, self.last, found = Guard(model=self.child.pid), deque(maxlen=1), None
         while not found:
             line = self.child.stdout.readline()
             if not line:
+                self.guard.dismiss()
                 raise UserError(f"the model did not start ({self._ended()})")
             self.last.append(line.strip())
             found = re.match(r"serving .* on 127\.0\.0\.1:(\d+)", line)
         threading.Thread(target=lambda: self.last.extend(s.strip() for s in self.child.stdout), daemon=True).start()      # or its pipe fills
         try:
             super().__init__("127.0.0.1", int(found[1]), timeout=600.0)
-        except UserError:
+        except BaseException:
             self.close()
             raise
 
@@ -153,6 +154,7 @@ class LocalModel(Client):
         if self.child.poll() is None:
             self.child.terminate()
         self.child.wait(10)
+        self.guard.dismiss()
 
 
 # ------------------------------------------------------------------------------------------------------------- actions and keys
@@ -686,7 +688,7 @@ class Capture:
                 raise UserError("expected the package mss for screen capture, found none: pip install mss") from None
             except Exception as e:                         # mss's own, which differ by system
                 raise UserError(f"expected a screen to capture, found none ({e}): log in to a desktop session") from None
-        self.mss = grabber
+        self.mss, self.last, self.rgb = grabber, None, None
 
     def look(self, box):
         """(left, top, width, height) -> uint8 (256, 256, 3) RGB, by training's shrink(). What lies outside of the screen is black."""
@@ -697,10 +699,13 @@ class Capture:
         if x1 <= x0 or y1 <= y0:
             return np.zeros((SIDE, SIDE, 3), np.uint8)
         shot = self.mss.grab({"left": x0, "top": y0, "width": x1 - x0, "height": y1 - y0})
-        rgb = cv2.cvtColor(np.frombuffer(shot.raw, np.uint8).reshape(shot.height, shot.width, 4), cv2.COLOR_BGRA2RGB)
+        # Both buffers live on until the next look: given back each time, their pages cost more than the picture.
+        rgb = self.rgb = cv2.cvtColor(np.frombuffer(shot.raw, np.uint8).reshape(shot.height, shot.width, 4), cv2.COLOR_BGRA2RGB, self.rgb)
+        self.last = shot
         if (x1 - x0, y1 - y0) != (width, height):
             rgb = cv2.copyMakeBorder(rgb, y0 - top, top + height - y1, x0 - left, left + width - x1, cv2.BORDER_CONSTANT)
-        return shrink(rgb)
+        small = shrink(rgb)
+        return small.copy() if small is self.rgb else small                                # a window of 256 x 256 needs no shrinking
 
     def close(self):
         self.mss.close()
@@ -1095,10 +1100,9 @@ def stand_guard(undo):
         return
     undo = json.loads(undo)
     if undo.get("model"):
-        try:
+        with contextlib.suppress(OSError):
             os.kill(undo["model"], signal.SIGTERM)
-        except OSError:
-            pass
+        return
     desktop = this_desktop()
     if undo.get("keys"):
         desktop.prepare_keys(undo["keys"])
@@ -1144,10 +1148,10 @@ class GameEnv(gym_base()):
     PATIENCE = 3.0                                         # seconds for a game to open its window anew, as some do when they change their size
 
     def __init__(self, exe=None, window=None, region=None, launch=None, wait=60.0, pad="vgamepad", mapping=None, pause="none", hz=60.0, wake=None,
-                 model_pid=0, render_mode=None, desktop=None, capture=None):
+                 render_mode=None, desktop=None, capture=None):
         """exe: name of the game's program; window: part of its title, or its id; region: (left, top, width, height) inside of it, or of the desktop
         where neither is given; launch: a command that starts it, waited for `wait` seconds; pad: vgamepad, dualshock, keyboard or none; mapping: a
-        file for keyboard; wake: a button to press at the start, for games that look for pads only then; model_pid: a process to end if we die."""
+        file for keyboard; wake: a button to press at the start, for games that look for pads only then."""
         if not (exe or window or region or launch):
             raise UserError("expected the game's --exe, found none: --list shows what runs here; --launch, --window and --region are other ways")
         if hz <= 0 or region and min(region[2:]) < 1:
@@ -1173,9 +1177,9 @@ class GameEnv(gym_base()):
             self.pause = self._pause(pause, clock)
             self.undo.append(self.pause.close)
             keys = sorted(keys_in(self.mapping)) if pad == "keyboard" else []
-            if keys or self.pause.stops or model_pid:
-                self.undo.insert(0, Guard(keys=keys, pid=self.window.pid if self.pause.stops else 0, clock="xspeedhack" if WINDOWS and pause == "clock" else "",
-                                          model=model_pid).dismiss)
+            if keys or self.pause.stops:
+                hack = "xspeedhack" if WINDOWS and pause == "clock" else ""
+                self.undo.insert(0, Guard(keys=keys, pid=self.window.pid if self.pause.stops else 0, clock=hack).dismiss)
             if pad == "keyboard" and self.window:
                 self.pad.window = self.window.id
             if wake:
@@ -1666,7 +1670,7 @@ def run(args):
             last.callback(policy.close)
         hz = args.hz or (policy.info()["config"]["hz"] if policy else 60.0)
         env = GameEnv(args.exe, args.window, args.region and region_of(args.region), args.launch, args.wait, "none" if args.human else args.pad, args.map,
-                      args.pause, hz, args.wake, getattr(policy, "child", SimpleNamespace(pid=0)).pid)
+                      args.pause, hz, args.wake)
         last.callback(env.close)
         people = list(env.real_pads)
         if args.pad == "keyboard" or args.human and not people:

@@ -2251,7 +2251,7 @@ def run_extract(args):
             report(line, i, len(videos))
     if args.sheet:
         contact_sheet(args.sheet, videos, journal(log), out)
-    if failed == len(videos):
+    if failed and failed == len(videos):
         raise UserError(f"{failed} of {failed} videos can't be read: see the lines above")
 
 

@@ -128,6 +128,7 @@ class LocalModel(Client):
                 raise UserError(f"the model did not start ({self._ended()})")
             self.last.append(line.strip())
             found = re.match(r"serving .* on 127\.0\.0\.1:(\d+)", line)
+        self.last.clear()
         threading.Thread(target=lambda: self.last.extend(s.strip() for s in self.child.stdout), daemon=True).start()      # or its pipe fills
         try:
             super().__init__("127.0.0.1", int(found[1]), timeout=600.0)
@@ -1086,7 +1087,9 @@ class Guard:
                                         **({"creationflags": 0x200} if WINDOWS else {"start_new_session": True}))      # not reached by our Ctrl-C
 
     def dismiss(self):
-        """All is put right already."""
+        """All is put right already. May be called twice."""
+        if self.process.poll() is not None:
+            return
         try:
             self.process.communicate(b"done", timeout=10)
         except (OSError, subprocess.TimeoutExpired):

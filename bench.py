@@ -391,7 +391,7 @@ class FirstPerson(Game):
 class Crypt(FirstPerson):
     """A dark maze. An arrow shows the way; ghouls turn red before they strike: hold the shield then, hit them when they are green."""
     keys = {"left": "walk", "right": "turn", "RIGHT_TRIGGER": "sword", "LEFT_TRIGGER": "shield", "SOUTH": "take, open"}
-    attack = ("RIGHT_TRIGGER", "SOUTH")
+    attack, lives = ("RIGHT_TRIGGER", "SOUTH"), 4
 
     def begin(self, foes=0, steps=()):
         self.build()
@@ -453,7 +453,8 @@ class Crypt(FirstPerson):
 
     def wish(self):
         goal, reach = self.goal, abs(self.goal.at - self.pos)
-        left, right = self.steer(self.target(), 0.95 if self.foes and sees(self.grid, self.pos, goal.at) else 0.1)
+        fight = self.foes and reach < 1.6 and sees(self.grid, self.pos, goal.at)
+        left, right = self.steer(goal.at if fight else self.target(), 0.95 if fight else 0.1)
         if self.foes and reach < 1.6 and goal.wind:
             return 0j, right, "LEFT_TRIGGER"
         hit = self.foes and reach < 1.25 and abs(self.angle(goal.at)) < 0.35
@@ -764,7 +765,7 @@ class Swarm(TopDown):
             f.wind, f.way = 18, unit(self.pos - f.at) or 1
         else:
             f.kind = "brute"
-            f.at += 1.2 * unit(self.pos - f.at)
+            f.at = self.move(f.at, 1.6 * unit(self.pos - f.at) * cmath.rect(1, 0.8), 20)       # comes in a spiral
 
     def draw(self):
         frame, corner = self.view()
@@ -1439,7 +1440,7 @@ TASKS = {task.name: task for game, name, *rest in (
     (Rally, "traffic", "navigation", 3, 18, dict(rivals=3), False, "overtake three cars, with two collisions at most"),
     (Rally, "park", "specific", 2, 20, dict(park=True), False, "stop in two bays"),
     (Swarm, "bugs", "combat", 5, 15, dict(foe="bug"), False, "destroy five bugs"),
-    (Swarm, "brute", "combat", 16, 12, dict(foe="brute"), False, "hit the brute 16 times"),
+    (Swarm, "brute", "combat", 16, 9, dict(foe="brute"), False, "hit the brute 16 times"),
     (Swarm, "gems", "specific", 4, 15, dict(gems=True), False, "collect four gems among mines"),
     (Vault, "slimes", "combat", 4, 20, dict(want="slime"), False, "defeat four slimes"),
     (Vault, "stairs", "navigation", 3, 15, dict(want="stairs"), True, "climb three stairs"),
@@ -1892,7 +1893,7 @@ def demo(args):
     runs = {"model": out / "model", "true labels": out / "model-truth"}
     with stages.stage("train two toy models (train.py)") as say:
         flags = {"preset": "toy", "hz": FPS, "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed, "workers": 1, "val": 0, "every": args.steps}
-        flags = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        flags = [word for name, value in flags.items() for word in (f"--{name}", value)] + ["--no-augment"]
         todo = []
         for name, run in runs.items():
             if not (run / "state.safetensors").is_file():
@@ -2312,12 +2313,12 @@ def add_games(sub):
     p = sub.add_parser("demo", help="the whole chain on embedded games", allow_abbrev=False)
     p.add_argument("--out", required=True, help="folder for videos, clips, runs, demo.png, demo.mp4, demo.json; what is whole there stays")
     p.add_argument("--tasks", nargs="+", metavar="T", help=f"tasks or games (default {' '.join(DEMO)})")
-    p.add_argument("--minutes", type=float, default=4, help="video of each game (default 4)")
-    p.add_argument("--videos", type=int, default=4, help="files these minutes are cut into, each with another pad (default 4)")
-    p.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
-    p.add_argument("--batch", type=int, default=64, help="frames a step (default 64)")
+    p.add_argument("--minutes", type=float, default=3, help="video of each game (default 3)")
+    p.add_argument("--videos", type=int, default=3, help="files these minutes are cut into, each with another pad (default 3)")
+    p.add_argument("--steps", type=int, default=900, help="training steps (default 900: what is seen begins to matter after about 500)")
+    p.add_argument("--batch", type=int, default=32, help="frames a step (default 32)")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate: high, for a short run (default 2e-3)")
-    p.add_argument("-n", type=int, default=40, help="rollouts of each task (default 40)")
+    p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
     p.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
     p.set_defaults(run=demo)
     p = sub.add_parser("games", help="a picture of the ten games", allow_abbrev=False)

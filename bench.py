@@ -4,8 +4,11 @@
     python bench.py record --out DATA [--games G..] [--minutes M] [--video]   scripted play -> clip folders, or videos with an overlay
     python bench.py suite --ckpt F [--tasks T..] [-n N] [--out DIR]           completion of tasks, beside random and scripted players
     python bench.py games --out DIR                                           a picture of the ten games
+    python bench.py parser --out DIR [--videos DIR]                           what is read of the pads, per controller family
+    python bench.py transfer --out DIR [--games G..]                          pre-training on other games against training from scratch
     python bench.py latency [--preset nitrogen]                               one chunk by part, against the released way of sampling
     python bench.py throughput [--video FILE] [--out DIR]                     a step of each game, training, cutting clips, the parser
+    python bench.py playing [--seconds S]                                     real-time play on a desktop: capture, latency, jitter
 
 The games take the 25-dim action and give 256 x 256 frames, 30 a second of game time, the same for the same seed. In: nothing but the shipped
 weights, or a checkpoint. Out: tables on the terminal; under --out clip folders, videos, pictures, JSON. Ratios are taken in one run on one
@@ -36,10 +39,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 import extract
 import model as M
 import parse
+import play
 import sample
 import train
 from extract import UserError, neutral
@@ -1577,13 +1582,15 @@ def record_folder(out, name, tasks, seed, n):
     return f"{name}: {n} frames, {int(begins.sum())} episodes"
 
 
-def record_video(out, name, tasks, seed, n, size=(640, 360)):
-    """NAME.mp4 with one of our pads over it, NAME.truth.npy float32 (n, 25) and NAME.json (where the pad is) beside it."""
+def record_video(out, name, tasks, seed, n, look=None, size=(640, 360)):
+    """NAME.mp4 with one of our pads over it, NAME.truth.npy float32 (n, 25) and NAME.json (where the pad is) beside it. look: (the pad's name, its share
+    of the width, its opacity), drawn at random where not given."""
     if (out / f"{name}.json").is_file():
         return f"{name}: recorded already"
     rng = random.Random(f"overlay {name} {seed}")
-    skin, wide = rng.choice(skins()), round(size[0] * rng.uniform(0.22, 0.3))
-    high, opacity = round(wide * skin.size[1] / skin.size[0]), rng.uniform(0.75, 1)
+    pad, share, opacity = look or (rng.choice(skins()).name, rng.uniform(0.22, 0.3), rng.uniform(0.75, 1))
+    skin, wide = next(s for s in skins() if s.name == pad), round(size[0] * share)
+    high = round(wide * skin.size[1] / skin.size[0])
     x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
     truth = np.zeros((n, extract.A), np.float32)
     with extract.VideoWriter(out / f"{name}.mp4", FPS, size) as video:
@@ -1593,7 +1600,7 @@ def record_video(out, name, tasks, seed, n, size=(640, 360)):
             video.add(picture)
     extract.write_npy(out / f"{name}.truth.npy", truth)
     x0, y0, x1, y1 = (v * wide / skin.size[0] for v in extract.visible_box(skin))
-    extract.write_json(out / f"{name}.json", {"game": name.split("-")[0], "box": [x + x0, y + y0, x1 - x0, y1 - y0], "template": skin.name, "opacity": opacity})
+    extract.write_json(out / f"{name}.json", {"game": name.split("-")[0], "box": [x + x0, y + y0, x1 - x0, y1 - y0], "template": skin.name, "family": skin.family, "opacity": opacity})
     return f"{name}.mp4: {n} frames, {skin.name} {wide} px"
 
 
@@ -1818,7 +1825,7 @@ DEMO = ("rally/course", "swarm/gems", "glider/rings")       # a task of each fam
 class Stages:
     """One line a stage: what is done, what came out, how long it took. What the scripts say goes to a log."""
     def __init__(self, out, n):
-        self.log, self.i, self.n, self.began, self.figures = open(out / "demo.log", "w", encoding="utf-8"), 0, n, time.monotonic(), {}
+        self.log, self.i, self.n, self.began, self.figures = open(out / "stages.log", "w", encoding="utf-8"), 0, n, time.monotonic(), {}
 
     @contextlib.contextmanager
     def stage(self, what):
@@ -1881,7 +1888,7 @@ def demo(args):
         found = {name: extract.read_clip(clips / name) for name in truth if (clips / name / "clip.json").is_file()}
         ious = [overlap(clip["box"], truth[name]["box"]) for name, clip in found.items()]
         if not found:
-            raise UserError(f"no overlay was found in {videos}: see {out / 'demo.log'}")
+            raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
         say(f"{len(found)} of {len(truth)} found | IoU mean {np.mean(ious):.3f}, least {min(ious):.3f}")
     for name in found:
         extract.write_npy(clips / name / "truth.npy", np.load(videos / f"{name}.truth.npy"))
@@ -1982,6 +1989,135 @@ def story(video, clip, films, rows, scores, iou):
         cv2.rectangle(page, (890 + 160 * j, 862), (904 + 160 * j, 876), ink, -1)
         write(who, 910 + 160 * j, 874, 0.5)
     return page
+
+
+# ---------------------------------------------------------------------------------------------------------------------- transfer
+def transfer(args):
+    """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on so many minutes of it, against a fresh
+    model with the same minutes and steps. Gains are relative, their intervals from resampling whole (game, seed) pairs."""
+    games = list(dict.fromkeys(task.split("/")[0] for task in pick_tasks(args.games)))
+    if len(games) == len(GAMES) or args.n < 1 or min(args.minutes) <= 0:
+        raise UserError("expected some games to hold out, not all ten, --minutes above 0 and a rollout or more: give others")
+    out = folder(args.out)
+    stages = Stages(out, 2 + len(games) * (1 + len(args.minutes) * len(args.seeds)))
+    tasks = {g: [t for t in TASKS if t.startswith(g + "/")] for g in GAMES}
+    jobs = lambda to, game, minutes, seed: [(to, tasks[game], i, seed, round(min(minutes, 0.5) * 60 * FPS), False) for i in range(max(round(minutes * 2), 1))]
+    with stages.stage("record") as say:
+        todo = [job for g in GAMES for job in jobs(folder(out / "data" / g), g, args.others, 0)]
+        todo += [job for g in games for m in args.minutes for s in args.seeds for job in jobs(folder(out / f"few/{g}-{m:g}-{s}"), g, m, 1000 + s)]
+        for line in in_processes(record_clip, todo, args.workers):
+            print(line)
+        say(f"{args.others:g} minutes of each of {len(GAMES)} games, {' '.join(f'{m:g}' for m in args.minutes)} minutes of {' '.join(games)} for each seed")
+
+    def run_of(name, steps, data, *flags):
+        if not (out / name / "model.safetensors").is_file() or M.read_meta(out / name)[0]["step"] < steps:
+            return [(["train.py", *data, "--out", out / name, "--hz", FPS, "--steps", steps, "--batch", args.batch, "--lr", args.lr, "--workers", 1, "--val", 0,
+                      "--every", steps, "--no-augment", "--dropout", 0, "--ema", 0.999, *flags], {})]
+        return []
+    results = []
+    for game in games:
+        with stages.stage(f"{game}: pre-train on the others") as say:
+            others = [out / "data" / g for g in GAMES if g != game]
+            for command in run_of(f"pre-{game}", args.pretrain, others, "--preset", args.preset, "--balance"):
+                stages.scripts(command)
+            say(f"{args.pretrain} steps")
+        for m in args.minutes:
+            for seed in args.seeds:
+                with stages.stage(f"{game}: {m:g} minutes, seed {seed}") as say:
+                    data, row = [out / f"few/{game}-{m:g}-{seed}"], {"game": game, "minutes": m, "seed": seed, "tasks": {}}
+                    runs = {"post-trained": (f"post-{game}-{m:g}-{seed}", ("--ckpt", out / f"pre-{game}")), "scratch": (f"scratch-{game}-{m:g}-{seed}", ("--preset", args.preset))}
+                    commands = [c for name, flags in runs.values() for c in run_of(name, args.steps, data, "--seed", seed, *flags)]
+                    if commands:
+                        stages.scripts(*commands)
+                    for who, (name, _) in {**runs, "pre-trained": (f"pre-{game}", ())}.items():
+                        wins = play_model(sample.Policy(out / name, "cpu"), tasks[game], args.n, 8, seed)
+                        for task, won in wins.items():
+                            row["tasks"].setdefault(task, {})[who] = won / args.n
+                    results.append(row)
+                    say(", ".join(f"{who} {np.mean([t[who] for t in row['tasks'].values()]):.0%}" for who in ("post-trained", "scratch", "pre-trained")))
+    table = {}
+    for m in args.minutes:
+        for kind in ("all", *dict.fromkeys(t.kind for t in TASKS.values())):
+            pairs = [(np.mean([t["post-trained"] for t in picked]), np.mean([t["scratch"] for t in picked])) for r in results if r["minutes"] == m
+                     for picked in [[t for name, t in r["tasks"].items() if kind in ("all", TASKS[name].kind)]] if picked]
+            if pairs:
+                table[f"{m:g} min, {kind}"] = gain(np.array(pairs))
+    with stages.stage("sum up") as say:
+        extract.write_json(out / "transfer.json", {"args": {k: str(v) for k, v in vars(args).items() if k != "run"}, "machine": machine(), "results": results, "gains": table})
+        say(str(out / "transfer.json"))
+    print(f"{'':26}{'post-trained':>14}{'scratch':>10}   relative gain [95 % of resampled games and seeds]")
+    for name, row in table.items():
+        print(f"{name:26}{row['post-trained']:>14.1%}{row['scratch']:>10.1%}   {row['gain']:+.0%} [{row['low']:+.0%}, {row['high']:+.0%}] n {row['n']}")
+
+
+def gain(pairs, rounds=4000):
+    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> means and the relative gain with its bootstrap interval."""
+    rng = np.random.default_rng(0)
+    relative = lambda p: p[..., 0].mean(-1) / np.maximum(p[..., 1].mean(-1), 1e-3) - 1
+    drawn = relative(pairs[rng.integers(len(pairs), size=(rounds, len(pairs)))])
+    return {"post-trained": pairs[:, 0].mean(), "scratch": pairs[:, 1].mean(), "gain": float(relative(pairs)), "low": float(np.quantile(drawn, 0.025)),
+            "high": float(np.quantile(drawn, 0.975)), "n": len(pairs)}
+
+
+# ------------------------------------------------------------------------------------------------------------------------ parser
+def parser_figures(args):
+    """Per controller family, opacity and size: localisation, stick R2, accuracy and F1 of what is read [P Fig. 5], on videos of our own making or on a
+    folder of videos with NAME.truth.npy (and NAME.json with "box") beside them."""
+    out = folder(args.out)
+    videos, clips, stages = Path(args.videos) if args.videos else folder(out / "videos"), out / "clips", Stages(out, 3 if args.videos is None else 2)
+    if args.videos is None:
+        with stages.stage("play on video") as say:
+            families, rng = {}, random.Random(args.seed)
+            for skin in skins():
+                families.setdefault(skin.family, []).append(skin)
+            jobs = []
+            for k, (family, mine) in enumerate(families.items()):
+                for i in range(args.each):
+                    game = list(GAMES)[(k + i) % len(GAMES)]
+                    look = rng.choice(mine).name, rng.uniform(0.14, 0.32), rng.uniform(0.5, 1)
+                    jobs.append((videos, f"{game}-{family}-{i}", [t for t in TASKS if t.startswith(game + "/")], args.seed, round(args.minutes * 60 * FPS), look))
+            for line in in_processes(record_look, jobs, args.workers):
+                print(line)
+            say(f"{len(jobs)} mp4: {args.each} of each of {len(families)} families, {args.minutes:g} minutes each")
+    truth = {p.name.removesuffix(".truth.npy"): p for p in sorted(videos.rglob("*.truth.npy"))}
+    if not truth:
+        raise UserError(f"{videos}: expected videos with NAME.truth.npy beside them, float32 (n, 25), found none: record some with bench.py record --video")
+    with stages.stage("find the overlays (extract.py)") as say:
+        stages.shares(len(truth), "extract.py", videos, "--out", clips, *(["--templates", args.templates] if args.templates else []))
+        found = {name: extract.read_clip(clips / name) for name in truth if (clips / name / "clip.json").is_file()}
+        say(f"{len(found)} of {len(truth)} found")
+    if not found:
+        raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
+    for name in found:
+        extract.write_npy(clips / name / "truth.npy", np.load(truth[name], allow_pickle=False))
+    with stages.stage("read the actions (parse.py)") as say:
+        stages.shares(len(found), "parse.py", "run", clips)
+        scores, known = {}, {}
+        for name, clip in found.items():
+            scores[name] = parse.score(*(np.load(clips / name / f"{file}.npy") for file in ("actions", "truth")), clip["geometry"])
+            beside = truth[name].with_name(f"{name}.json")
+            known[name] = meta = extract.read_json(beside, dict) if beside.is_file() else {}
+            box = meta.get("box") or meta.get("bbox") and [*meta["bbox"][:2], meta["bbox"][2] - meta["bbox"][0], meta["bbox"][3] - meta["bbox"][1]]
+            if box:
+                scores[name]["IoU"] = overlap(clip["box"], box)
+        say(f"{len(scores)} clips")
+    groups = {"all": list(found)}
+    for name, clip in found.items():
+        groups.setdefault(f"family {known[name].get('family') or clip['controller']}", []).append(name)
+        if "opacity" in known[name]:
+            groups.setdefault(f"opacity {'below' if known[name]['opacity'] < 0.75 else 'from'} 0.75", []).append(name)
+        groups.setdefault(f"width {'below' if clip['box'][2] < 0.2 * clip['size'][0] else 'from'} 20 %", []).append(name)
+    rows = {group: {"n": len(names), "IoU": float(np.mean([scores[n].get("IoU", math.nan) for n in names]))} | parse.mean_of([scores[n] for n in names])
+            for group, names in sorted(groups.items())}
+    for group, row in rows.items():
+        print(f"{group:24}" + " | ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    extract.write_json(out / "parser.json", {"args": {k: str(v) for k, v in vars(args).items() if k != "run"}, "machine": machine(), "rows": rows, "clips": scores})
+
+
+def record_look(job):
+    """record_video with a given look: (folder, name, tasks, seed, steps, (skin's name, share of the width, opacity))."""
+    out, name, tasks, seed, n, look = job
+    return record_video(out, name, tasks, f"{seed} {name}", n, look=look)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- latency
@@ -2274,6 +2410,68 @@ def segformer_against_transformers(preset="b0", shape=(8, 3, 128, 256), runs=5):
     return ours, theirs, ours / theirs
 
 
+# ------------------------------------------------------------------------------------------------------------------------ playing
+class StandIn:
+    """A policy that takes `ms` milliseconds, with Python's lock released, and presses nothing."""
+    def __init__(self, ms, horizon=16):
+        self.ms, self.horizon = ms, horizon
+
+    def info(self):
+        return {"config": {"horizon": self.horizon, "action_shift": 0, "hz": 60.0}}
+
+    def predict(self, rgb):
+        time.sleep(self.ms / 1e3)
+        return np.zeros((self.horizon, extract.A), np.float32)
+
+    def reset(self):
+        """Nothing was seen."""
+
+
+def spread(values):
+    """Median, 95th percentile and largest of a list of milliseconds."""
+    return {"n": len(values), "median": float(np.median(values)), "p95": float(np.percentile(values, 95)), "max": float(max(values))}
+
+
+def playing(args):
+    """What it costs to look at a screen, against PIL's way, and how real-time play keeps its clock while a model of a given slowness thinks.
+
+    A session looks at the middle of the desktop and presses nothing, so that what is measured is play.py: latency is from the picture to the first
+    action computed from it, in whole ticks by design; lateness is of each press against the action clock."""
+    capture, results = play.Capture(), {"machine": machine(), "looks": [], "sessions": []}
+    screen = capture.mss.monitors[0]
+    for width, height in ((640, 480), (1280, 720), (1920, 1080)):
+        if width > screen["width"] or height > screen["height"]:
+            print(f"look {width} x {height}: the desktop is smaller, left out")
+            continue
+        ours, theirs = [], []
+        for _ in range(100):                               # in turn, so that a busy machine slows both
+            begun = time.perf_counter()
+            capture.look((0, 0, width, height))
+            middle = time.perf_counter()
+            shot = capture.mss.grab({"left": 0, "top": 0, "width": width, "height": height})
+            np.asarray(Image.frombytes("RGB", (width, height), shot.rgb).resize((extract.SIDE, extract.SIDE), Image.BILINEAR))
+            ours.append((middle - begun) * 1e3)
+            theirs.append((time.perf_counter() - middle) * 1e3)
+        a, b = spread(ours), spread(theirs)
+        results["looks"].append({"size": [width, height], "ours": a, "pil": b})
+        print(f"look {width} x {height} | capture + shrink {a['median']:.1f} ms (p95 {a['p95']:.1f}) | grab + PIL {b['median']:.1f} ms (p95 {b['p95']:.1f}) | "
+              f"{b['median'] / a['median']:.1f} x faster")
+    capture.close()
+    for hz in args.hz:
+        for ms in args.think:
+            env = play.GameEnv(region=(0, 0, min(640, screen["width"]), min(480, screen["height"])), pad="none", hz=hz)
+            score = play.play(env, StandIn(ms), seconds=args.seconds)
+            env.close()
+            press, late = spread(score.press_ms) if score.press_ms else None, spread(score.beat.late_ms)
+            results["sessions"].append({"hz": hz, "think_ms": ms, "actions_per_second": score.ticks / args.seconds, "skipped": score.beat.skipped, "late_predictions": score.late,
+                                        "predictions": score.chunks, "capture_to_press_ms": press, "clock_late_ms": late})
+            latency = f"{press['median']:.0f} ms (p95 {press['p95']:.0f}), {press['median'] / ms:.1f} x the thinking" if press else "-"
+            print(f"\r{hz:g} Hz, {ms:g} ms a chunk | {score.ticks / args.seconds:.1f} actions/s, {score.beat.skipped} skipped | capture to press {latency} | "
+                  f"clock late {late['median']:.2f} ms (p95 {late['p95']:.2f}, max {late['max']:.1f}) | {score.late} of {score.chunks} predictions late")
+    if args.out:
+        extract.write_json(folder(args.out) / "playing.json", results)
+
+
 # ----------------------------------------------------------------------------------------------------------------- command line
 def add_throughput(sub):
     """The flags of `bench.py throughput`."""
@@ -2321,10 +2519,43 @@ def add_games(sub):
     p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
     p.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
     p.set_defaults(run=demo)
+    p = sub.add_parser("transfer", help="pre-training on the other games against training from scratch [P Fig. 7]", allow_abbrev=False)
+    p.add_argument("--out", required=True, help="folder for recordings, runs and transfer.json; what is whole there stays")
+    p.add_argument("--games", nargs="+", metavar="G", default=["glider", "swarm", "rally"], help="games to hold out, one after the other (default glider swarm rally)")
+    p.add_argument("--minutes", type=float, nargs="+", default=[0.5, 2, 8], help="data of the held-out game (default 0.5 2 8)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and noise (default 0 1 2)")
+    p.add_argument("--others", type=float, default=10, help="minutes of each other game to pre-train on (default 10)")
+    p.add_argument("--pretrain", type=int, default=2500, help="steps of pre-training (default 2500)")
+    p.add_argument("--steps", type=int, default=600, help="steps of post-training and of training from scratch (default 600)")
+    p.add_argument("--preset", default="toy", help="size of the models (default toy)")
+    p.add_argument("--batch", type=int, default=64, help="frames a step (default 64)")
+    p.add_argument("--lr", type=float, default=2e-3, help="learning rate (default 2e-3)")
+    p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that record (default: one a core)")
+    p.set_defaults(run=transfer)
+    p = sub.add_parser("parser", help="what is read of the pads, per controller family, opacity and size [P Fig. 5]", allow_abbrev=False)
+    p.add_argument("--out", required=True, help="folder for videos, clips and parser.json; what is whole there stays")
+    p.add_argument("--videos", metavar="DIR", help="videos with NAME.truth.npy beside them (default: games are played with our own pads)")
+    p.add_argument("--templates", metavar="DIR", help="of extract.py (default: our own)")
+    p.add_argument("--each", type=int, default=2, help="videos of each controller family (default 2)")
+    p.add_argument("--minutes", type=float, default=0.5, help="length of each (default 0.5)")
+    p.add_argument("--seed", type=int, default=0, help="of games and pads (default 0)")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that record (default: one a core)")
+    p.set_defaults(run=parser_figures)
     p = sub.add_parser("games", help="a picture of the ten games", allow_abbrev=False)
     p.add_argument("--out", required=True, help="folder for games.png")
     p.add_argument("--seed", type=int, default=0, help="of the levels (default 0)")
     p.set_defaults(run=show_games)
+
+
+def add_playing(sub):
+    """The flags of `bench.py playing`."""
+    p = sub.add_parser("playing", help="looking, pressing and thinking in real time: capture, latency, jitter (needs a desktop)", allow_abbrev=False)
+    p.add_argument("--seconds", type=float, default=5.0, help="length of each session (default 5)")
+    p.add_argument("--think", type=float, nargs="+", default=[10, 60, 150], help="milliseconds that the stand-in for a model takes (default 10 60 150)")
+    p.add_argument("--hz", type=float, nargs="+", default=[30, 60], help="actions a second (default 30 60)")
+    p.add_argument("--out", help="folder for playing.json (default: print only)")
+    p.set_defaults(run=playing)
 
 
 def main(argv=None):
@@ -2335,6 +2566,7 @@ def main(argv=None):
     add_games(sub)
     add_latency(sub)
     add_throughput(sub)
+    add_playing(sub)
     return extract.cli(parser, argv, M.ModelError)
 
 

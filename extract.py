@@ -1380,18 +1380,19 @@ MIN_EDGES = 0.30                                   # agreement of edge direction
 
 
 def sample_frames(path, n=SAMPLES):
-    """n frames spread over a video -> (list of uint8 (h, w) grey, their frame numbers). Short videos are decoded through, long ones sought."""
+    """n frames spread over a video -> (list of uint8 (h, w) grey, the same in colour as uint8 (h', w', 3) BGR, 640 wide at most). Short videos are
+    decoded through, long ones sought."""
     capture = open_video(path)
     total = describe(capture)["n"]
     if total > 100 * n:                                              # a seek costs the decoding of half a group of pictures, some 100 frames
-        frames, numbers = [], []
+        kept = []
         for number in np.linspace(0, total - 1, n + 2)[1:-1].astype(int):
             capture.set(cv2.CAP_PROP_POS_FRAMES, int(number))
             ok, bgr = capture.read()
             if ok:
-                frames.append(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)), numbers.append(int(number))
-        if len(frames) >= n // 2:
-            return frames, numbers
+                kept.append(grey_and_small(bgr))
+        if len(kept) >= n // 2:
+            return tuple(map(list, zip(*kept)))
         capture = open_video(path)                                   # no index to seek by: read it through
     kept, stride, number = [], 1, 0                                  # every stride-th frame; twice too many -> every second of them
     stride = max(total // n, 1)
@@ -1399,14 +1400,20 @@ def sample_frames(path, n=SAMPLES):
         if number % stride == 0:
             ok, bgr = capture.retrieve()
             if ok:
-                kept.append((cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), number))
+                kept.append(grey_and_small(bgr))
             if len(kept) > 2 * n:
                 kept, stride = kept[::2], stride * 2
         number += 1
     if not kept:
         raise UserError(f"{path}: expected a video with frames, found none that decode: download it again")
     kept = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, n).round().astype(int))]
-    return [f for f, _ in kept], [k for _, k in kept]
+    return tuple(map(list, zip(*kept)))
+
+
+def grey_and_small(bgr):
+    """A frame as localise() wants it, and in colour for recolour()."""
+    scale = min(640 / bgr.shape[1], 1)
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
 def median_image(frames):
@@ -1559,6 +1566,7 @@ class Find:
     edges: float = 0.0                             # agreement of edge directions in the picture it was found in, -1..1
     seen: float = 0.0                              # share of the sampled frames in which it stands there
     absent: tuple = ()                             # numbers of those in which it does not
+    present: tuple = ()                            # numbers, among all sampled frames, of those in which it does
 
 
 def plausible(affine, size, shape):
@@ -1676,15 +1684,40 @@ def localise(frames, matcher):
 def localise_all(frames, matcher):
     """Every place that the overlay takes in turn (a scene switch moves it): localise, then again in the frames where it was absent
     -> (list of Find, the best rejected score). A video without an overlay in most of its frames still has one place."""
-    places, rejected = [], None
-    while len(frames) >= (MIN_PLACE if places else 1) and len(places) < 3:
-        find, score = localise(frames, matcher)
+    places, rejected, numbers = [], None, list(range(len(frames)))
+    while len(numbers) >= (MIN_PLACE if places else 1) and len(places) < 3:
+        find, score = localise([frames[i] for i in numbers], matcher)
         rejected = score if rejected is None else rejected
         if not find or any(overlap(find, p, matcher) > 0.5 for p in places):
             break
+        find.present = tuple(n for i, n in enumerate(numbers) if i not in find.absent)
         places.append(find)
-        frames = [frames[i] for i in find.absent]
+        numbers = [numbers[i] for i in find.absent]
     return places, rejected
+
+
+def recolour(find, pictures, size, matcher):
+    """Features are grey, so templates of one shape find each other's overlays in any colour: the number of the skin, of all that share the found one's
+    geometry, whose colours explain the median picture best. pictures: the sampled frames, small, uint8 (h, w, 3) BGR; size of the video (w, h).
+
+    A pixel is taken for a mix of template and background: the same share of the template, the overlay's opacity, wherever the template is opaque, and for
+    background the mean colour of a frame around the box."""
+    shape = lambda skin: (skin.family, tuple(skin.size), repr(skin.buttons), repr(skin.sticks))
+    siblings = [i for i, skin in enumerate(matcher.skins) if shape(skin) == shape(matcher.skins[find.skin])]
+    picture = median_image([pictures[i] for i in find.present]).astype(np.float32)
+    x0, y0, x1, y1 = np.array(pose_box(find.affine, matcher.skins[find.skin].size)) * picture.shape[1] / size[0]
+    x0, y0, x1, y1 = max(int(x0), 0), max(int(y0), 0), min(int(x1) + 1, picture.shape[1]), min(int(y1) + 1, picture.shape[0])
+    around = np.zeros(picture.shape[:2], bool)
+    around[max(y0 - 12, 0):y1 + 12, max(x0 - 12, 0):x1 + 12] = True
+    around[y0:y1, x0:x1] = False
+    ground = picture[around].mean(0) if around.any() else np.full(3, 127.0)
+    seen, unlike = picture[y0:y1, x0:x1] - ground, {}
+    for i in siblings if len(siblings) > 1 else ():
+        rgba = cv2.resize(draw(matcher.skins[i]), (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA).astype(np.float32)
+        full = (rgba[..., 2::-1] - ground) * rgba[..., 3:] / 255                                    # the template at full opacity, less the background
+        share = np.clip((seen * full).sum() / max((full * full).sum(), 1), 0.3, 1)
+        unlike[i] = ((seen - share * full) ** 2).mean()
+    return min(unlike, key=unlike.get) if unlike else find.skin
 
 
 def overlap(a, b, matcher):
@@ -2188,8 +2221,10 @@ def extract_one(video, name, matcher, args, settings, done):
     elif old and old.get("run") == key and old["status"] == "none":
         return None
     else:
-        frames, _ = sample_frames(video)
+        frames, pictures = sample_frames(video)
         places, rejected = localise_all(frames, matcher)
+        for find in places:
+            find.skin = recolour(find, pictures, frames[0].shape[::-1], matcher)
         folders, clip = [folder, *(folder.with_name(f"{name}_place{k}") for k in (2, 3))], None
         for target, find in [*zip(folders, places)][::-1]:                                          # the first place last: it marks the video as done
             clip = cut_clip(video, target, matcher, find, args, key)

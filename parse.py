@@ -438,29 +438,30 @@ class Pad:
         usual = np.median(np.stack(crops[::2]), 0).astype(np.uint8)
         self.rest = self.cutter(usual)
         median = [r.copy() for r in self.rest]
-        self.trust_template(usual, template)
-        seldom = [(r != m).any((1, 2, 3)) for r, m in zip(self.rest, median)]
+        doubted = self.trust_template(usual, template) if template is not None else [np.zeros(len(m), bool) for m in median]
         for turn in range(2):                                                  # the median over frames that were read as at rest
             for kind, few in enumerate(self.improve(before, now)):
-                if turn == 0:                                                  # never at rest beside the template: the template is at fault
-                    self.rest[kind][seldom[kind] & few] = median[kind][seldom[kind] & few]
+                if turn == 0:                                                  # never at rest beside a template that may be at fault
+                    self.rest[kind][doubted[kind] & few] = median[kind][doubted[kind] & few]
         self.outline = edges(usual)
         self.usual = np.median([self.likeness(c) for c in crops])
 
     def trust_template(self, usual, template):
         """A control that the net, given the template as rest, sees deflected or pressed in the video's median picture seldom rests:
-        its rest picture is the template's. `template` uint8 (h, w, 4), in the video's own brightness by a line fitted where it is opaque."""
-        solid = template[..., 3] > 200 if template is not None else np.zeros((1, 1), bool)
-        if solid.sum() < 200 or template[..., :3][solid].std() < 8:
-            return
-        gain, lift = np.polyfit(template[..., :3][solid].ravel().astype(float), usual[solid].ravel(), 1)
-        alpha = template[..., 3:] / 255.0
-        drawn = alpha * np.clip(np.clip(gain, 0.3, 1.1) * template[..., :3] + lift, 0, 255) + (1 - alpha) * usual
-        drawn = self.cutter(np.rint(drawn).astype(np.uint8))
+        its rest picture is the template's, uint8 (h, w, 4). -> of sticks and of buttons: which of these replacements are in doubt, since the template
+        hardly differs there from the median picture, or is unlike the pad also where controls do rest."""
+        drawn = self.cutter(in_the_videos_light(template, usual))
         grids, clicks, logits = net_reads(self.model, [montages(r[None], r[None], d) for r, d in zip(self.rest, drawn)])
         away = (np.hypot(*decode(np.exp(grids)).T) > 0.5) & (grids.max((1, 2), initial=-9) > math.log(0.15))
+        calm, replaced = [], []
         for kind, seldom in enumerate((away | (clicks > 3), logits > 3)):
+            alike = np.array([likeness(a, b) for a, b in zip(drawn[kind], self.rest[kind])])
+            calm += alike[~seldom].tolist()
+            seldom = seldom & (alike < 0.95)                                   # what looks as it does at rest is at rest
             self.rest[kind][seldom] = drawn[kind][seldom]
+            replaced.append((seldom, seldom & (alike > 0.85)))
+        faithful = len(calm) > 0 and np.median(calm) > 0.8
+        return [doubtful if faithful else seldom for seldom, doubtful in replaced]
 
     def improve(self, before, now):
         """Make each control's rest picture again from the frames in which the net, given the old one, sees it at rest. -> of sticks and
@@ -475,9 +476,8 @@ class Pad:
         return [quiet.sum(0) < 8 for quiet in quiets]
 
     def likeness(self, crop):
-        """Correlation of the crop's edges with those of the pad at rest: falls towards 0 where the overlay is gone or covered."""
-        e = edges(crop)
-        return float((e * self.outline).sum() / (np.linalg.norm(e) * np.linalg.norm(self.outline) + 1e-6))
+        """Of the crop's edges to those of the pad at rest: falls towards 0 where the overlay is gone or covered."""
+        return likeness(edges(crop), self.outline, 0)
 
     def read(self, pads):
         """All frames -> log grids (n, sticks, 11, 11), click logits (n, sticks), button logits (n, buttons), likeness (n,)."""
@@ -492,6 +492,28 @@ class Pad:
         n = len(pads)
         grids, clicks, logits = (np.concatenate(o) for o in zip(*out))
         return grids.reshape(n, -1, GRID, GRID), clicks.reshape(n, -1), logits.reshape(n, -1), np.array(like)
+
+
+def in_the_videos_light(template, usual):
+    """The template, uint8 (h, w, 4), as it would look in the video whose median crop is `usual` (h, w, 3): by a line fitted where it is opaque; where
+    little is, as a share (the overlay's opacity) of it over the mean colour of what lies beside it."""
+    alpha, rgb = template[..., 3:] / 255.0, template[..., :3].astype(float)
+    solid, beside = template[..., 3] > 200, template[..., 3] < 25
+    if solid.sum() >= 200 and rgb[solid].std() >= 8:
+        gain, lift = np.polyfit(rgb[solid].ravel(), usual[solid].ravel(), 1)
+        drawn = alpha * np.clip(np.clip(gain, 0.3, 1.1) * rgb + lift, 0, 255) + (1 - alpha) * usual
+    else:
+        ground = usual[beside].mean(0) if beside.any() else np.full(3, 127.0)
+        full = alpha * (rgb - ground)
+        share = np.clip(((usual - ground) * full).sum() / max((full ** 2).sum(), 1), 0.3, 1)
+        drawn = np.where(beside[..., None], usual, np.clip(ground + share * full, 0, 255))
+    return np.rint(drawn).astype(np.uint8)
+
+
+def likeness(a, b, mean=1):
+    """Correlation of two pictures or edge maps (mean = 0: those are 0 on average as they are)."""
+    a, b = (x.astype(np.float32) - mean * x.mean((0, 1), dtype=np.float32) if mean else x for x in (a, b))
+    return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-6))
 
 
 def edges(crop):
@@ -575,9 +597,9 @@ def run(args):
 
 # ------------------------------------------------------------------------------------------------------------------------- scoring
 def r2(got, true):
-    """R2 of one stick (n, 2): the mean over the axes that it is moved on; nan where it never moves."""
-    rows = [1 - ((got[:, i] - true[:, i]) ** 2).sum() / ((true[:, i] - true[:, i].mean()) ** 2).sum() for i in range(2) if true[:, i].std() > 0.02]
-    return float(np.mean(rows)) if rows else float("nan")
+    """R2 of one stick (n, 2), both axes together: an axis that hardly moves counts with the little it varies; nan for a stick that never moves."""
+    varies = ((true - true.mean(0)) ** 2).sum()
+    return float(1 - ((got - true) ** 2).sum() / varies) if varies > 4e-4 * len(true) else float("nan")
 
 
 def score(actions, truth, geometry):

@@ -3,10 +3,12 @@
     python -m pytest -q test_all.py            all of it, a few minutes on 2 cores
     python -m pytest -q test_all.py -k skins   one group
 
-Groups in the order of the data flow: the rules of the repository, extract, parse, model, sample. Tests that need data or a package that is missing
+Groups: the rules of the repository, extract, parse, model and sample, train, play, the embedded games. Tests that need data or a package that is missing
 here skip and print what they miss.
 """
 import ast
+import contextlib
+import ctypes
 import gc
 import importlib.util
 import io
@@ -17,12 +19,16 @@ import multiprocessing.connection as mpc
 import os
 import random
 import re
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import types
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -33,12 +39,14 @@ from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+import bench  # noqa: E402
 import extract  # noqa: E402
 import model as M  # noqa: E402
 import parse  # noqa: E402
 import play  # noqa: E402
 import sample  # noqa: E402
-from extract import BUTTON, STICKS  # noqa: E402
+import train  # noqa: E402
+from extract import BUTTON, STICKS, UserError  # noqa: E402
 
 SHARED = HERE.parent / "shared"                    # golden tensors, real skins, videos with truth: not part of the repository
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the test data in {SHARED}")
@@ -861,7 +869,7 @@ def test_training_is_reproducible_and_fits(tmp_path):
 # -------------------------------------------------------------------------------------------------------- model, sample, play.Client
 GOLDEN = SHARED / "golden"
 HEADS = {"a": 4, "b": 4, "c": 3}
-TINY = dict(patch=64, vision_width=32, vision_layers=1, vision_heads=2, vision_ffn=48)
+TINY = dict(patch=64, stem=False, vision_width=32, vision_layers=1, vision_heads=2, vision_ffn=48)
 
 
 def close(a, b, tolerance=1e-5):
@@ -1141,7 +1149,20 @@ def test_many_noises_share_one_context():
     model = tiny()
     frames, a, t = torch.randint(0, 256, (2, 1, 256, 256, 3), dtype=torch.uint8), torch.randn(6, 8, 25), torch.rand(6)
     with torch.inference_mode():
-        close(model(a, t, frames), torch.cat([model(a[i:i + 1], t[i:i + 1], frames[i // 3:i // 3 + 1]) for i in range(6)]), 1e-4)
+        together = model(a, t, frames)
+        close(together, torch.cat([model(a[i:i + 1], t[i:i + 1], frames[i // 3:i // 3 + 1]) for i in range(6)]), 1e-5 * together.abs().max().item())
+
+
+@pytest.mark.parametrize("patch", [8, 16, 32])
+def test_a_stem_gives_a_token_for_each_patch(patch):
+    """Token i must depend on patch i's pixels, and on none that lie further than a patch away."""
+    config = M.preset("toy", patch=patch)
+    x = torch.randn(1, 3, 256, 256, requires_grad=True)
+    tokens = M.create(config).vision.patch_embedding(x).flatten(2)
+    assert tokens.shape == (1, config.vision_width, config.image_tokens)
+    side = 256 // patch
+    tokens[0, :, side + 1].sum().backward()                                              # row 1, column 1
+    assert x.grad[..., patch:2 * patch, patch:2 * patch].abs().sum() > 0 and not x.grad[..., 3 * patch:, :].any() and not x.grad[..., 3 * patch:].any()
 
 
 def test_frozen_parts_get_no_gradient():
@@ -1521,3 +1542,1576 @@ def test_server_messages_are_never_pickles(policy, served, tmp_path, monkeypatch
     assert b"error" in connection.recv_bytes()
     connection.close()
     assert not (tmp_path / "bombed").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------- train: data
+QUICK = ["--steps", "4", "--batch", "4", "--val-frames", "4", "--every", "4", "--workers", "1", "--device", "cpu"]
+
+
+def make_clip(folder, n=40, fps=30, game="squares", every=1, seed=0, **files):
+    """A clip whose frame fixes its action: a square's place is the left stick, its colour the button; row numbers are in the right stick."""
+    rng, folder = np.random.default_rng(seed), Path(folder)
+    folder.mkdir(parents=True)
+    writer, actions = extract.FramesWriter(folder, "frames"), np.zeros((n, 25), np.float32)
+    for t in range(n):
+        place, colour = rng.uniform(-1, 1, 2), rng.integers(2)
+        frame = np.full((256, 256, 3), 40, np.uint8)
+        x, y = (128 + 96 * place).astype(int)
+        frame[max(y - 24, 0):y + 24, max(x - 24, 0):x + 24] = (250, 60, 60) if colour else (60, 60, 250)
+        actions[t, 21:23], actions[t, 18 if colour else 5] = place, 1
+        actions[t, 23] = t / 1000
+        if t % every == 0:
+            writer.add(t, frame)
+    writer.close(n)
+    for name, array in {"actions": actions, **files}.items():
+        extract.write_npy(folder / f"{name}.npy", array)
+    extract.write_json(folder / "clip.json", {"video": "drawn", "game": game, "fps": fps, "n": n, "size": [256, 256]})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    """Six short clips of two games under a name with a space and an umlaut."""
+    data = tmp_path_factory.mktemp("train") / "clips ä b"
+    for i in range(6):
+        make_clip(data / f"clip {i}", 30, game=("red", "blue")[i % 2], seed=i)
+    return data
+
+
+def test_chunks_are_at_the_models_rate_from_clips_of_any_rate(tmp_path):
+    for fps, expected in ((30, [5, 5, 6, 6]), (60, [5, 6, 7, 8]), (120, [5, 7, 9, 11]), (24, [5, 5, 5, 6])):       # floor(5 + j fps / 60)
+        clip = train.Clip(make_clip(tmp_path / str(fps), 40, fps), M.preset("toy", horizon=4))
+        actions, mask, last = clip.chunk(5)
+        assert np.rint(actions[:, 23] * 1000).tolist() == expected and mask.all() and round(last[23] * 1000) == 4
+        actions, mask, _ = clip.chunk(39)                                                  # the last row: what is past the end is masked
+        assert mask.tolist() == [True, fps < 60, fps == 24, False] and np.rint(actions[:, 23] * 1000).tolist() == [39] * 4
+    clip = train.Clip(tmp_path / "60", M.preset("toy", horizon=4, action_shift=3))
+    assert np.rint(clip.chunk(5)[0][:, 23] * 1000).tolist() == [8, 9, 10, 11] and clip.rows.max() == 36
+
+
+def test_a_short_press_between_two_actions_is_not_lost(tmp_path):
+    actions = np.zeros((40, 25), np.float32)
+    actions[11, 18] = 1                                                                    # one row of 120 Hz, between the rows 10 and 12
+    clip = train.Clip(make_clip(tmp_path / "clip", 40, 120, actions=actions), M.preset("toy", horizon=4))
+    assert clip.chunk(8)[0][:, 18].tolist() == [0, 1, 0, 0]
+
+
+def test_only_kept_frames_start_chunks_and_every_kth_frame_is_enough(tmp_path):
+    keep = np.zeros(40, bool)
+    keep[9:30] = True
+    clip = train.Clip(make_clip(tmp_path / "clip", 40, every=4, keep=keep), M.preset("toy"))
+    assert clip.rows.tolist() == [12, 16, 20, 24, 28]
+    frames, there = clip.pictures(2, M.preset("toy"))
+    assert (frames[0] == extract.Frames(tmp_path / "clip")[5]).all() and there.tolist() == [True]
+    frames, there = clip.pictures(0, M.preset("toy", frames=3, frame_spacing=16))         # 16 actions of 60 Hz are 8 rows of 30
+    kept = extract.Frames(tmp_path / "clip")
+    assert there.tolist() == [False, True, True] and (frames[1:] == np.stack([kept[1], kept[3]])).all()
+
+
+def test_sampling_is_uniform_over_kept_frames_or_over_games_and_weighs_people(tmp_path):
+    human = np.arange(30) >= 20
+    folders = [make_clip(tmp_path / f"{i}", n, game=game, **({"human": human} if n == 30 else {})) for i, (n, game) in enumerate(((10, "a"), (30, "a"), (20, "b")))]
+    config = M.preset("toy")
+
+    def counts(weight=1.0, **kw):
+        sampler = train.Sampler([train.Clip(f, config, human_weight=weight) for f in folders], config, 60, **kw)
+        picks = [sampler.picks(step) for step in range(50)]
+        return np.bincount(np.concatenate([c for c, _ in picks]), minlength=3), np.concatenate([f[c == 1] for c, f in picks]), picks
+    clips, inside, picks = counts()
+    assert clips.tolist() == [500, 1500, 1000]                                             # exactly: one pick in each of 60 equal shares
+    assert np.abs(np.bincount(inside, minlength=30) - 50).max() <= 1                       # and every frame of a clip alike
+    assert np.abs(counts(balance=True)[0] - [375, 1125, 1500]).max() <= 5               # shares of 7.5 and 22.5 in a batch of 60
+    clips, inside, _ = counts(weight=3.0)
+    assert np.abs(clips / 3000 - np.array([10, 50, 20]) / 80).max() < 0.01
+    assert abs((inside >= 20).mean() - 30 / 50) < 0.02
+
+
+def test_a_sample_depends_on_seed_and_number_alone(squares):
+    config = M.preset("toy")
+    clips = train.load_clips([squares], config)
+    whole, parts = train.Sampler(clips, config, 6, 2, seed=3), train.Sampler(clips, config, 6, 2, seed=3)
+    parts.load(9)                                                                          # whatever was drawn before
+    a, b = whole.load(4), [parts.load(4, begin, begin + 2) for begin in (0, 2, 4)]
+    for x, y in zip(a, zip(*b)):
+        assert torch.equal(x, torch.cat(y))
+    other = train.Sampler(clips, config, 6, 2, seed=4).load(4)
+    assert not torch.equal(a.noise, other.noise) and not torch.equal(a.t, other.t) and not torch.equal(a.frames, other.frames)
+    assert whole.total(4) == a.mask.sum() * 2 * 25
+    fed = list(train.feed(whole, [(4, 0, 2), (4, 2, 4), (4, 4, 6)], 2))
+    assert all(torch.equal(x.frames, y.frames) for x, y in zip(fed, b))
+
+
+def test_split_is_by_clip_stable_and_leaves_each_game_on_both_sides(tmp_path):
+    config, folders = M.preset("toy", horizon=1), [make_clip(tmp_path / f"clip{i:02}", 2, game="abc"[i % 3]) for i in range(30)]
+    clips = [train.Clip(f, config) for f in folders]
+    some, held = train.split(clips, 0.2)
+    assert not set(some) & set(held) and len(some) + len(held) == 30 and {c.game for c in held} == {c.game for c in some} == set("abc")
+    fewer = train.split(clips[::-1][3:], 0.2)[1]
+    assert {c.folder for c in fewer} - {c.folder for c in held} == set() or len(fewer) <= len(held)
+    assert train.split(clips, 0) == (clips, []) and train.split(clips[:1], 0.5) == (clips[:1], [])
+
+
+def test_both_augmentations_agree_and_follow_their_formula():
+    frame = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8), (0, 0), 4)
+    frame = cv2.normalize(frame, None, 0, 255, cv2.NORM_MINMAX)
+    for seed in range(4):
+        colour, warp = train.augmentation(np.random.default_rng(seed), 256)
+        ours = train.augment_cpu(frame, colour, warp)
+        theirs = train.augment_gpu(torch.from_numpy(frame)[None, None], torch.from_numpy(colour)[None], torch.from_numpy(warp)[None])[0, 0].numpy()
+        assert np.abs(ours - theirs).mean() < 0.6 and np.abs(ours - theirs).max() < 6      # OpenCV interpolates in 1/32 pixels and rounds twice
+        turn, corners = warp[:, :2].astype(float), warp[:, :2] @ np.array([[0, 255, 0, 255], [0, 0, 255, 255]]) + warp[:, 2:]
+        size = math.sqrt(np.linalg.det(turn))
+        assert 0.95 <= size <= 1 and abs(math.degrees(math.atan2(turn[1, 0], turn[0, 0]))) <= 5
+        assert np.abs(corners.mean(1) - 127.5).max() <= (1 - size) * 128 + 1e-3            # the crop lies inside the frame, before it is turned
+    grey = np.full((256, 256, 3), 127, np.uint8)
+    assert np.ptp(cv2.transform(grey, colour)[0, 0].astype(int)) <= 1                      # saturation and hue leave grey as it is
+
+
+# ---------------------------------------------------------------------------------------------------------------- train: the loss
+class Known(torch.nn.Module):
+    """A velocity that is known: it keeps what it was asked and answers with a field."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.field, self.config = field, M.preset("toy")
+
+    def forward(self, x, t, frames, games, keep):
+        self.x, self.t = x, t
+        return self.field(x, t)
+
+
+def test_flow_matching_identities():
+    g = torch.Generator().manual_seed(0)
+    a, noise, frames = torch.rand(3, 16, 25, generator=g), torch.randn(3, 16, 25, generator=g), torch.zeros(3, 1, 8, 8, 3)
+    points = []
+    for t in (0.0, 1.0, 0.4, 0.4 + 1e-3):
+        zero = Known(lambda x, t: torch.zeros_like(x))
+        loss = train.cfm_loss(zero, frames, a, noise=noise, t=torch.full((3,), t))
+        points.append(zero.x)
+    assert torch.equal(points[0], noise) and torch.equal(points[1], a)                     # the path's ends
+    speed = (points[3] - points[2]) / 1e-3                                                 # d x_t / d t by finite difference is the target
+    assert loss.item() == pytest.approx((speed ** 2).mean().item(), rel=1e-3)
+    right = Known(lambda x, t: (a - x) / (1 - t[:, None, None]))                           # the velocity that leads to the action
+    assert train.cfm_loss(right, frames, a, noise=noise, t=torch.full((3,), 0.3)).item() < 1e-10
+
+
+def test_times_are_the_shifted_beta_of_the_release():
+    c = M.preset("toy")
+    t = train.draw_times(np.random.default_rng(0), 200_000, c)
+    assert t.mean() == pytest.approx((1 - 1.6 / 2.4) * 0.999, abs=2e-3) and 0 <= t.min() and t.max() < 0.9991     # E[1 - Beta(a, b)] = b / (a + b)
+    assert (t < 0.1).mean() == pytest.approx(0.231, abs=4e-3) and (t < 0.5).mean() == pytest.approx(0.734, abs=4e-3)   # the integral of its density
+
+
+def test_masked_values_have_no_gradient_and_the_mean_is_over_the_rest():
+    a, noise = torch.rand(2, 16, 25), torch.randn(2, 16, 25)
+    v = torch.zeros(2, 16, 25, requires_grad=True)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[0, 10:], mask[1] = False, False
+    loss = train.cfm_loss(Known(lambda x, t: v), torch.zeros(2, 1, 8, 8, 3), a, mask, noise=noise, t=torch.rand(2))
+    loss.backward()
+    assert loss.item() == pytest.approx(((a - noise)[0, :10] ** 2).mean().item(), rel=1e-5)
+    assert not v.grad[~mask].any() and v.grad[mask].all()
+    nothing = train.cfm_loss(Known(lambda x, t: v), torch.zeros(2, 1, 8, 8, 3), a, mask & False, noise=noise, t=torch.rand(2))
+    assert nothing.item() == 0
+
+
+def test_draws_of_one_frame_are_the_mean_of_single_draws():
+    model = M.create(M.preset("toy")).eval()
+    torch.nn.init.normal_(model.action_decoder.layer2.W, 0, 0.1)
+    frames, a = torch.randint(0, 256, (2, 1, 256, 256, 3), dtype=torch.uint8), torch.rand(2, 16, 25)
+    noise, t = torch.randn(6, 16, 25), torch.rand(6)
+    together = train.cfm_loss(model, frames, a, noise=noise, t=t)
+    one = [train.cfm_loss(model, frames, a, noise=noise[i::3], t=t[i::3]) for i in range(3)]
+    assert together.item() == pytest.approx(sum(x.item() for x in one) / 3, rel=1e-5)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"needs {GOLDEN}")
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_cfm_loss_equals_the_released_code(name, tmp_path):
+    path, z = tmp_path / "m.safetensors", np.load(GOLDEN / f"golden_tiny_{name}.npz")
+    assert M.main(["convert", str(GOLDEN / f"golden_tiny_{name}.pt"), str(path), "--vision-heads", str(HEADS[name])]) == 0
+    model = M.load(path)[0]
+    games = torch.from_numpy(z["game_ids"]).repeat(2) if model.config.games else None
+    a, noise, t, mask = (torch.from_numpy(z["train_" + k]) for k in ("actions", "noise", "t", "mask"))
+    loss = train.cfm_loss(model, torch.from_numpy(z["images_u8"])[None].repeat(2, 1, 1, 1, 1), a, mask, games, noise=noise, t=t)
+    assert loss.item() == pytest.approx(float(z["train_loss"]), abs=1e-5)
+
+
+def test_euler_is_of_first_order_and_exact_on_straight_lines():
+    class Field(M.NitroGen):
+        def encode(self, frames, games=None, keep=None):
+            return None
+
+        def velocity(self, x, t, context):
+            at = (t.double() / self.config.buckets)[:, None, None]
+            return torch.full_like(x, 3.0) if self.straight else 2 * at * torch.ones_like(x)
+    errors = []
+    for k in (10, 20, 40):                                                                 # whole buckets, so that truncation adds nothing
+        field = Field(M.preset("toy", steps=k))
+        field.straight = False
+        errors.append(abs(train.sample_chunks(field, None, torch.zeros(1, 16, 25, dtype=torch.float64))[0, 0, 0].item() - 1))      # x' = 2 t, x(1) = 1
+        field.straight = True
+        assert torch.allclose(train.sample_chunks(field, None, torch.zeros(1, 16, 25, dtype=torch.float64)), torch.tensor(3.0).double())
+    assert errors[0] / errors[1] == pytest.approx(2, rel=1e-3) and errors[1] / errors[2] == pytest.approx(2, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------- train: the optimiser
+def test_norms_biases_and_embeddings_do_not_decay():
+    model = M.create(M.preset("toy", games=["a"]))
+    decay, free = train.groups(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decay["weight_decay"] == 0.001 and free["weight_decay"] == 0
+    for p in decay["params"]:
+        assert names[id(p)].endswith((".weight", ".W")) and "norm" not in names[id(p)] and "position" not in names[id(p)] and "game" not in names[id(p)]
+    for p in free["params"]:
+        assert p.ndim == 1 or any(w in names[id(p)] for w in ("position_embedding", "game_embedding", ".b")), names[id(p)]
+    assert len(decay["params"]) + len(free["params"]) == len(names)
+
+
+def test_rate_warms_up_stays_and_falls():
+    args = type("Args", (), {"lr": 1e-3, "steps": 100, "warmup": 10, "decay": 20})
+    rates = [train.rate(step, args) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(1e-4) and rates[9:80] == pytest.approx([1e-3] * 71) and rates[-1] == pytest.approx(1e-3 / 21)
+    assert all(np.diff(rates)[:9] > 0) and all(np.diff(rates)[80:] < 0)
+
+
+def test_average_follows_its_formula_and_comes_back():
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    average, mean = train.Average([p], torch.device("cpu"), 0.9999), np.array([1.0, 2.0])
+    for step in range(1, 50):
+        with torch.no_grad():
+            p.add_(step)
+        average.update(step)
+        decay = min(0.9999, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * p.detach().numpy()
+    assert np.allclose(average.mean[0], mean, rtol=1e-5)
+    before = p.detach().clone()
+    with average.in_place():
+        assert np.allclose(p.detach(), mean, rtol=1e-5)
+    assert torch.equal(p, before) and np.allclose(average.mean[0], mean, rtol=1e-5)
+
+
+def test_scores_are_r2_and_f1():
+    truth, mask = np.zeros((2, 4, 25), np.float32), np.ones((2, 4), bool)
+    truth[..., 21] = np.arange(8).reshape(2, 4) / 8
+    truth[0, :, 18] = 1
+    guess = truth.copy()
+    assert train.score(guess, truth, mask) == (1.0, 1.0)
+    guess[..., 21], guess[..., 18] = truth[..., 21].mean(), 1
+    r2, f1 = train.score(guess, truth, mask)
+    assert r2 == pytest.approx(0, abs=1e-6) and f1 == pytest.approx(2 * 4 / (2 * 4 + 4))           # 4 hits, 4 false alarms
+    assert all(math.isnan(x) for x in train.score(guess * 0, truth * 0, mask))
+
+
+# ------------------------------------------------------------------------------------------------------------------ train: the run
+def test_memory_table_is_true(squares):
+    """Against the tensors that training really makes."""
+    args = type("Args", (), dict(resume=None, ckpt=None, preset="toy", hz=None, horizon=None, action_shift=None, dropout=None, freeze=["vision"], checkpointing=False, seed=0))
+    model = train.build(args, [])
+    rows = {r[0]: r[3] for r in train.memory(model, 2, 3, "cpu", "cpu", "float32")}
+    params = list(train.named(model).values())
+    optimizer, average = torch.optim.AdamW(train.groups(model), fused=True), train.Average(params, torch.device("cpu"))
+    train.training_mode(model)
+    batch = train.Sampler(train.load_clips([squares], model.config), model.config, 2, 3).load(0)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    live = train.LiveBytes()
+    with live:
+        train.cfm_loss(model, batch.frames, batch.actions, noise=batch.noise, t=batch.t).backward()
+    optimizer.step()
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    assert rows["weights that train"] == size(params) and rows["gradients"] == size(p.grad for p in params)
+    assert rows["weights that are frozen"] == size(p for p in model.parameters() if not p.requires_grad) > 0
+    assert rows["AdamW's two moments"] == size(t for s in optimizer.state.values() for n, t in s.items() if n != "step")
+    assert rows["average of the weights (EMA)"] == size(average.mean)
+    counted = next(v for k, v in rows.items() if k.startswith("activations"))
+    assert counted == pytest.approx(live.peak, rel=0.02)                                  # the count on tensors without data against a real step
+
+
+def test_checkpointing_counts_less_and_changes_no_gradient():
+    gradients, bytes_ = [], []
+    for on in (False, True):
+        torch.manual_seed(1)
+        model = M.create(M.preset("toy"))
+        torch.nn.init.normal_(model.action_decoder.layer2.W, 0, 0.1)
+        model.checkpointing = on
+        bytes_.append(train.step_bytes(model, 8, 1, "float32"))
+        torch.manual_seed(0)
+        model.train()
+        train.cfm_loss(model, torch.full((2, 1, 256, 256, 3), 99, dtype=torch.uint8), torch.ones(2, 16, 25), noise=torch.ones(2, 16, 25), t=torch.full((2,), 0.5)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert bytes_[1] < 0.8 * bytes_[0]                                                  # one token table a block instead of a dozen; pictures stay
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))
+
+
+def test_dry_run_writes_nothing(squares, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert run(train.main, squares, "--dry-run", *QUICK) == 0
+    assert list(tmp_path.iterdir()) == [] and "activations" in capfd.readouterr().out
+
+
+def interrupt_at(monkeypatch, step, how=signal.SIGINT):
+    """A signal arrives while the given step is worked on."""
+    real = train.rate
+
+    def rate(now, args):
+        if now == step:
+            os.kill(os.getpid(), how)
+        return real(now, args)
+    monkeypatch.setattr(train, "rate", rate)
+    return lambda: monkeypatch.setattr(train, "rate", real)
+
+
+def test_resume_equals_uninterrupted(squares, tmp_path, monkeypatch, capfd):
+    """Equal bytes of every file that holds numbers; the interruption is a real SIGTERM in the middle."""
+    flags = [*QUICK, "--steps", "7", "--draws", "2", "--game-ids", "--every", "3"]
+    assert run(train.main, squares, "--out", tmp_path / "whole", *flags) == 0
+    again = interrupt_at(monkeypatch, 4, signal.SIGTERM)
+    assert run(train.main, squares, "--out", tmp_path / "cut", *flags) == 130
+    again()
+    assert M.read_meta(tmp_path / "cut")[0]["step"] == 4                                   # saved first
+    with open(tmp_path / "cut" / "log.csv", "a", encoding="utf-8") as f:
+        f.write("5,9.9,,,,1,1,1\n")                                                        # a line that a killed process left behind
+    assert run(train.main, "--resume", tmp_path / "cut") == 0
+    for name in ("model.safetensors", "state.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    logs = [[line.rsplit(",", 1)[0] for line in (tmp_path / r / "log.csv").read_text().splitlines()] for r in ("whole", "cut")]      # but for the seconds
+    assert logs[0] == logs[1] and len(logs[0]) == 8
+    fails_in_one_line(capfd, train.main, "--resume", tmp_path / "cut", says="more --steps")
+    fails_in_one_line(capfd, train.main, "--resume", tmp_path / "cut", "--steps", 9, "--batch", 2, says="--batch 2: expected 4")
+    fails_in_one_line(capfd, train.main, squares, "--out", tmp_path / "cut", says="found a run in it")
+    assert run(train.main, "--resume", tmp_path / "cut", "--steps", 8) == 0
+    assert cv2.imread(str(tmp_path / "cut" / "curve.png")).shape == (420, 1200, 3)
+    meta = M.read_meta(tmp_path / "cut")[0]
+    assert meta["config"].games == ["blue", "red"] and set(meta["metrics"]["games"]) == {"blue", "red"} and len(meta["data"]["held"]) == 2
+
+
+def test_micro_batches_give_the_loss_and_weights_of_the_whole_batch(squares, tmp_path):
+    for micro in (4, 1):
+        assert run(train.main, squares, "--out", tmp_path / str(micro), *QUICK, "--micro", micro, "--dropout", 0) == 0
+    same_run(tmp_path / "4", tmp_path / "1")
+
+
+def same_run(a, b):
+    """Losses within 1e-5, weights within what AdamW makes of rounding in four steps."""
+    losses = [np.array([float(line.split(",")[1]) for line in (r / "log.csv").read_text().splitlines()[1:]]) for r in (a, b)]
+    assert len(losses[0]) == 4 and np.abs(losses[0] - losses[1]).max() < 1e-5
+    one, two = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert max((one[n] - two[n]).abs().max() for n in one) < 2e-4
+
+
+def test_two_processes_equal_one(squares, tmp_path):
+    flags = [*QUICK, "--dropout", "0", "--val", "0"]
+    assert run(train.main, squares, "--out", tmp_path / "one", *flags) == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "train.py"), str(squares),
+                           "--out", str(tmp_path / "two"), *flags], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_overfits_eight_clips(tmp_path):
+    """A model of 0.2 M, trained through the command line, tells eight pictures apart and gives back their actions."""
+    for i in range(8):
+        make_clip(tmp_path / "data" / f"{i}", 2, seed=i)
+    config = M.preset("toy", patch=64, vision_width=64, vision_heads=4, vision_layers=2, vision_ffn=128, mixing=M.Stack(0, 4, 16), dit=M.dit_stack(2, 4, 16), horizon=4)
+    M.save(tmp_path / "start.safetensors", M.create(config).state_dict(), config)
+    assert run(train.main, tmp_path / "data", "--out", tmp_path / "run", "--ckpt", tmp_path / "start.safetensors", *QUICK, "--batch", 8, "--steps", 400, "--lr", 5e-3,
+               "--val", 0, "--no-augment", "--dropout", 0, "--draws", 8, "--every", 400) == 0
+    model = M.load(tmp_path / "run")[0]
+    clips = train.load_clips([tmp_path / "data"], model.config)
+    result = train.validate(model, train.Sampler(clips, model.config, 8, augment=False), {}, torch.device("cpu"), contextlib.nullcontext, 8)
+    assert result["loss"] < 0.2 and result["f1"] > 0.6, result                             # from 1.1 and 0.1
+
+
+@pytest.mark.parametrize("preset", ["toy", "nano"])
+def test_fine_tuning_starts_from_a_checkpoint_and_leaves_the_frozen_alone(squares, tmp_path, preset):
+    M.save(tmp_path / "start.safetensors", M.create(M.preset(preset), 1).state_dict(), M.preset(preset))
+    for freeze, still in (("vision", ("vision.",)), ("mixing", ("mixing.",)), ("all-but-head", ("vision.", "mixing.", "dit.", "time.", "proj_out"))):
+        out = tmp_path / freeze
+        assert run(train.main, squares, "--ckpt", tmp_path / "start.safetensors", "--freeze", freeze, "--out", out, *QUICK, "--steps", 2, "--game-ids", "--hz", 30) == 0
+        before, after = load_file(tmp_path / "start.safetensors"), load_file(out / "model.safetensors")
+        moved = {n for n in before if not torch.equal(before[n], after[n])}
+        assert moved and not any(n.startswith(still) for n in moved)
+        assert any(n.startswith("action_") for n in moved) and all(any(n.startswith(part) for n in moved) for part in {"vision.", "mixing.", "dit."} - set(still))
+        config = M.read_meta(out)[0]["config"]
+        assert config.games == ["blue", "red"] and config.hz == 30 and set(after) - set(before) == {"game_embedding.weight"}
+        assert not after["game_embedding.weight"][0].any()
+    assert run(train.main, "--resume", out, "--steps", 3) == 0                             # frozen weights come from the run itself
+
+
+def test_a_full_context_makes_room_for_the_game_token(squares, tmp_path):
+    config = M.preset("toy", context_tokens=64)                                            # as the released model: exactly its image tokens
+    M.save(tmp_path / "start.safetensors", M.create(config).state_dict(), config)
+    assert run(train.main, squares, "--ckpt", tmp_path / "start.safetensors", "--out", tmp_path / "run", *QUICK, "--steps", 1, "--game-ids") == 0
+    assert M.read_meta(tmp_path / "run")[0]["config"].length == 65
+
+
+def test_failed_saves_leave_the_old_files_and_say_so(squares, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "run"
+    assert run(train.main, squares, "--out", out, *QUICK, "--steps", 2) == 0
+    before = {n: (out / n).read_bytes() for n in ("model.safetensors", "state.safetensors")}
+
+    def full(tensors, path, *rest):
+        Path(path).write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train, "save_file", full)
+    fails_in_one_line(capfd, train.main, "--resume", out, "--steps", 3, says="No space left")
+    assert {n: (out / n).read_bytes() for n in before} == before and not list(out.glob("*.tmp"))
+    monkeypatch.undo()
+    assert run(train.main, "--resume", out, "--steps", 3) == 0
+
+
+def test_divergence_stops_the_run_and_says_so(squares, tmp_path, capfd):
+    fails_in_one_line(capfd, train.main, squares, "--out", tmp_path / "run", *QUICK, "--steps", 200, "--lr", 1, "--warmup", 0, "--ema", 0, says="diverged at step")
+
+
+def test_bad_data_is_one_line_that_names_the_clip(tmp_path, capfd):
+    def said(data, *flags, says):
+        err = fails_in_one_line(capfd, train.main, tmp_path / data, "--out", tmp_path / "run", *QUICK, *flags)
+        assert says in err, err
+    good = np.zeros((40, 25), np.float32)
+    bad = good.copy()
+    bad[7, 3] = np.nan
+    wide = good.copy()
+    wide[3, 22] = 1.5
+    (tmp_path / "empty").mkdir()
+    said("empty", says="found none")
+    said("nowhere", says="found none")
+    for name, files in {"nan": {"actions": bad}, "wide": {"actions": wide}, "shape": {"actions": good[:, :24]}, "rows": {"actions": good[:30]},
+                        "double": {"actions": good.astype(float)}, "keep": {"keep": np.ones(7, bool)}, "none": {"keep": np.zeros(40, bool)}}.items():
+        make_clip(tmp_path / name / "clip x", **files)
+    said("nan", says="clip x/actions.npy: expected buttons in 0..1 and sticks in -1..1, found NaN in row 7")
+    said("wide", says="in row 3")
+    said("shape", says="expected 40 x 25, one row a video frame, found (40, 24)")
+    said("rows", says="found (30, 25)")
+    said("double", says="clip x/actions.npy: expected float32")
+    said("keep", says="clip x/keep.npy: expected 40 rows")
+    said("none", says="clip x: 40 rows, none of its frames may start a chunk")
+    make_clip(tmp_path / "short" / "clip x", 3)
+    said("short", "--action-shift", "9", says="clip x: 3 rows")
+    make_clip(tmp_path / "rate" / "clip x", fps=0)
+    said("rate", says="clip x: expected 1 to 1000 frames a second")
+    make_clip(tmp_path / "truth" / "clip x")
+    said("truth", "--truth", says="truth.npy: expected this file")
+    clip = make_clip(tmp_path / "jpeg" / "clip x")
+    frames = np.load(clip / "frames.npy")
+    frames[extract.Frames(clip).offsets[1]:] = 7
+    np.save(clip / "frames.npy", frames)
+    train.open_clip.cache_clear()
+    said("jpeg", says="clip x/frames.npy: expected a JPEG as frame")
+    said("jpeg", "--batch", "6", "--micro", "4", says="--batch 6: expected a multiple")
+    said("jpeg", "--steps", "0", says="--steps 0: expected at least 1")
+    said("jpeg", "--ckpt", "no.safetensors", says="found nothing there")
+
+
+def test_clips_of_mixed_rates_train_together(tmp_path, capfd):
+    for fps in (24, 30, 60, 144):
+        make_clip(tmp_path / "data" / str(fps), 40, fps)
+    make_clip(tmp_path / "data" / "short", 2, 60)
+    assert run(train.main, tmp_path / "data", "--out", tmp_path / "run", *QUICK, "--steps", 1, "--action-shift", 3) == 0
+    out = capfd.readouterr().out
+    assert "24, 30, 60, 144 frames/s" in out and "left out 1 clip(s)" in out and "short: 2 rows" in out
+
+
+# ------------------------------------------------------------------------------------------------- play: a small game of our own
+# A window with four known corners, drawn anew 60 times a second; the arrow keys move x. It writes what it knows to STATE: frames, its clock, x, keys held.
+GAME = """
+    import ctypes, json, os, sys, time
+    sys.path.insert(0, REPOSITORY)
+    import play
+    d = play.X11()
+    X, P, L, I = d.x, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
+    for name, result, *arguments in (("XCreateSimpleWindow", L, P, L, I, I, I, I, I, L, L), ("XMapWindow", I, P, L), ("XStoreName", I, P, L, ctypes.c_char_p),
+            ("XChangeProperty", I, P, L, L, L, I, I, P, I), ("XSelectInput", I, P, L, ctypes.c_long), ("XPending", I, P), ("XNextEvent", I, P, P),
+            ("XCreateGC", P, P, L, L, P), ("XSetForeground", I, P, P, L), ("XFillRectangle", I, P, L, P, I, I, I, I)):
+        getattr(X, name).restype, getattr(X, name).argtypes = result, arguments
+    w = X.XCreateSimpleWindow(d.display, d.root, 100, 80, 320, 240, 0, 0, 0x203040)
+    X.XStoreName(d.display, w, b"A small game")
+    pid = (ctypes.c_long * 1)(os.getpid())
+    X.XChangeProperty(d.display, w, d.atom["_NET_WM_PID"], 6, 32, 0, pid, 1)
+    X.XSelectInput(d.display, w, 3)
+    X.XMapWindow(d.display, w)
+    pen, event = X.XCreateGC(d.display, w, 0, None), ctypes.create_string_buffer(192)
+    names = {X.XKeysymToKeycode(d.display, X.XStringToKeysym(play.KEYS[n][0].encode())): n for n in ("left", "right", "up", "space")}
+    held, seen, frames, x, start = set(), set(), 0, 0.0, time.monotonic()
+    out, last = os.open(STATE, os.O_RDWR | os.O_CREAT), start
+    while True:
+        while X.XPending(d.display):
+            X.XNextEvent(d.display, event)
+            kind, code = int.from_bytes(event.raw[:4], "little"), int.from_bytes(event.raw[84:88], "little")
+            name = names.get(code, str(code))
+            if kind == 2: held.add(name); seen.add(name)
+            if kind == 3: held.discard(name)
+        now = time.monotonic()
+        x += 100 * (now - last) * (("right" in held) - ("left" in held))
+        last, frames = now, frames + 1
+        for px, py, colour in ((0, 0, 0xFF0000), (240, 0, 0x00FF00), (0, 180, 0x0000FF), (240, 180, 0xFFFF00), (80 + int(x) % 100, 100, 0xFFFFFF)):
+            X.XSetForeground(d.display, pen, colour)
+            X.XFillRectangle(d.display, w, pen, px, py, 80, 60)
+        X.XFlush(d.display)
+        os.pwrite(out, json.dumps({"frames": frames, "clock": now - start, "x": x, "held": sorted(held), "seen": sorted(seen), "window": w}).ljust(400).encode(), 0)
+        time.sleep(1 / 60)
+"""
+
+
+@pytest.fixture(scope="module")
+def display():
+    """An X server without a screen, for these tests alone."""
+    if sys.platform != "linux" or not any((Path(p) / "Xvfb").exists() for p in os.environ["PATH"].split(":")):
+        pytest.skip("needs Xvfb: apt-get install xvfb libxtst6")
+    read, write = os.pipe()
+    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "640x480x24", "-nolisten", "tcp"], pass_fds=[write], stderr=subprocess.DEVNULL)
+    os.close(write)
+    number = os.read(read, 16).decode().strip()
+    before = os.environ.get("DISPLAY")
+    os.environ["DISPLAY"] = f":{number}"
+    yield f":{number}"
+    os.environ.pop("DISPLAY") if before is None else os.environ.update(DISPLAY=before)
+    server.terminate()
+    server.wait(10)
+
+
+class SmallGame:
+    """The game above, running."""
+    def __init__(self, folder, name="small_game.py"):
+        self.script, self.file = folder / name, folder / "state"
+        self.script.write_text(f"REPOSITORY, STATE = {str(HERE)!r}, {str(self.file)!r}\n" + textwrap.dedent(GAME))
+        self.command = f"{sys.executable} '{self.script}'"
+        self.process = None
+
+    def start(self):
+        self.process = subprocess.Popen([sys.executable, str(self.script)])
+        wait_until(lambda: self.file.exists() and self.state())
+        return self
+
+    def state(self):
+        try:
+            return json.loads(self.file.read_text())
+        except (ValueError, OSError):
+            return {}
+
+    def end(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait(10)
+
+
+def wait_until(condition, seconds=20):
+    """Poll; the test fails when it never comes true."""
+    ends = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < ends, "it never came true"
+        time.sleep(0.02)
+    return value
+
+
+@pytest.fixture
+def game(display, tmp_path):
+    g = SmallGame(tmp_path).start()
+    yield g
+    g.end()
+
+
+# ------------------------------------------------------------------------------------------------------- play: actions and keys
+def action(**controls):
+    """action(SOUTH=1, left=(0, -1)) -> float32 (25,)."""
+    a = extract.neutral()
+    for name, value in controls.items():
+        a[STICKS[name] if name in STICKS else BUTTON[name]] = value
+    return a
+
+
+def test_only_what_may_be_pressed_is():
+    wild = np.full(25, 7.0)
+    wild[22], wild[23] = np.nan, -np.inf
+    out = play.playable(wild)
+    assert out[21:].tolist() == [1, 0, -1, 1] and out.dtype == np.float32
+    assert {b for b in extract.BUTTONS if not out[BUTTON[b]]} == {*extract.LEGACY, "BACK", "START", "GUIDE"}
+    assert play.playable(wild, allow_menu=True)[BUTTON["START"]] == 1
+    assert play.playable(action(SOUTH=0.5)).sum() == 0 and play.playable(action(SOUTH=0.51)).sum() == 1
+
+
+def test_keys_mean_the_action_that_presses_them():
+    for a in action(SOUTH=1, left=(-1, 0)), action(RIGHT_TRIGGER=1, left=(1, -1)), action(DPAD_UP=1), extract.neutral():
+        assert np.array_equal(play.action_of(play.MAPPING, play.keys_of(play.MAPPING, a)), a)
+    assert play.keys_of(play.MAPPING, action(left=(0, -1))) == {"w"}                       # y down: up is negative
+
+
+def test_sticks_let_keys_go_later_than_they_press_them():
+    press, hold = action(left=(0.45, 0)), play.keys_of(play.MAPPING, action(left=(0.6, 0)))
+    assert play.keys_of(play.MAPPING, press) == set() and play.keys_of(play.MAPPING, press, hold) == {"d"}
+    assert play.keys_of(play.MAPPING, action(left=(0.3, 0)), hold) == set()
+
+
+@pytest.mark.parametrize("bad", [{"SOUT": "space"}, {"SOUTH": "spce"}, {"left": {"north": "w"}}, {"left": "w"}, {"right": {"mouse": "fast"}}])
+def test_a_wrong_mapping_names_its_fault(tmp_path, bad):
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"EAST": "e", **bad}))
+    with pytest.raises(UserError, match=str(next(iter(bad)))):
+        play.load_mapping(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------ play: fakes
+class Desktop:
+    """A desktop that remembers: the methods of play.X11 and play.Win32."""
+    def __init__(self, windows=()):
+        self.all, self.log, self.front, self.running, self.down, self.trouble = list(windows), [], None, True, set(), ""
+
+    def windows(self):
+        return self.all
+
+    def box(self, window):
+        return next((w.box for w in self.all if w.id == window), None)
+
+    def problem(self, window):
+        return self.trouble
+
+    def focused(self, window):
+        return self.front == window
+
+    def focus(self, window):
+        self.front = window
+
+    def prepare_keys(self, names):
+        assert set(names) <= (play.KEYS | play.MOUSE).keys()
+
+    def key(self, name, down):
+        self.log.append(("+" if down else "-") + name)
+        (self.down.add if down else self.down.discard)(name)
+
+    def move(self, dx, dy):
+        self.log.append((dx, dy))
+
+    def flush(self):
+        pass
+
+    def held(self):
+        return set(self.down)
+
+    def family(self, pid):
+        return [(pid, ["game"])] if pid != os.getpid() else [(pid, ["python"])]
+
+    def alive(self, pid):
+        return self.running
+
+    def suspend(self, pid):
+        self.log.append("stop")
+
+    def resume(self, pid):
+        self.log.append("go")
+
+
+class Pictures:
+    """A capture whose frames count: every pixel is the number of looks so far."""
+    n = 0
+
+    def look(self, box):
+        self.n += 1
+        return np.full((256, 256, 3), self.n % 200 + 20, np.uint8)
+
+    def close(self):
+        pass
+
+
+def window(id=7, pid=12345, name="game", title="A game", box=(10, 20, 640, 480)):
+    return play.Window(id, title, box, [(pid, play.spellings(name))])
+
+
+@pytest.fixture
+def env(monkeypatch):
+    """GameEnv over fakes, the keyboard pad, no guard."""
+    made = []
+    monkeypatch.setattr(play, "Guard", lambda **undo: types.SimpleNamespace(dismiss=lambda: made[0].desktop.log.append("dismissed")))
+    monkeypatch.setattr(play, "real_pads", lambda: [])
+
+    def make(**options):
+        made.append(play.GameEnv("game", desktop=Desktop([window()]), capture=Pictures(), **{"pad": "keyboard", "hz": 1000.0, "wait": 0, **options}))
+        return made[-1]
+    yield make
+    for e in made:
+        e.close()
+
+
+class Policy:
+    """Row j of chunk k presses what `rows(k)` says; counts and waits as told."""
+    def __init__(self, chunk, before=lambda: None, shift=0):
+        self.chunk, self.before, self.shift, self.asked = np.asarray(chunk, np.float32), before, shift, 0
+
+    def info(self):
+        return {"config": {"horizon": len(self.chunk), "action_shift": self.shift, "hz": 60.0}}
+
+    def predict(self, rgb):
+        assert rgb.shape == (256, 256, 3) and rgb.dtype == np.uint8
+        self.asked += 1
+        if self.asked > 1:                                   # the first is the warm-up
+            self.before()
+        return self.chunk
+
+    def reset(self):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------- play: windows, by process
+def test_the_window_is_found_by_its_process_and_not_by_its_title():
+    game, child = window(1, 10, "Game.exe", ""), window(2, 11, "engine", "Level 1")
+    child.names.append((10, play.spellings("C:\\Games\\launcher.exe")))
+    small, other = window(3, 10, "game.exe", "A dialog", (0, 0, 50, 50)), window(4, 12, "b1.exe", "game.exe - a page about it")
+    d = Desktop([other, small, game, child])
+    assert play.find_window(d, "game.exe") is game and play.find_window(d, "GAME") is game       # untitled, the larger of two
+    assert play.find_window(d, "launcher.exe") is child                                          # started by it
+    assert play.find_window(d, "game.exe", "dialog") is small and play.find_window(d, window="4") is other and play.find_window(d, window="0x2") is child
+    assert play.find_window(d, pid=11) is child and play.find_window(d, "b2") is None
+    nobody = play.Window(9, "Racing", (0, 0, 9, 9), [], "etr\0ExtremeTuxRacer")                   # SFML says nothing of its process
+    assert play.find_window(Desktop([nobody]), "etr") is nobody and nobody.pid == 0
+
+
+def test_a_missing_window_lists_those_that_exist():
+    with pytest.raises(UserError, match=r"no window of celeste\.exe; windows here: b1 'One' \(id 5\)") as e:
+        play.await_window(Desktop([window(5, 1, "b1", "One")]), "celeste.exe", seconds=0)
+    assert "\n" not in str(e.value)
+
+
+class Screen:
+    """mss of a desktop of two monitors, the left one left of 0: pixel (x, y) has known colours."""
+    monitors = [{"left": -100, "top": 0, "width": 900, "height": 400}]
+
+    def grab(self, r):
+        assert r["left"] >= -100 and r["top"] >= 0 and r["left"] + r["width"] <= 800 and r["top"] + r["height"] <= 400
+        x, y = np.meshgrid(np.arange(r["width"]) + r["left"], np.arange(r["height"]) + r["top"])
+        bgra = np.stack([x % 251, y % 241, (x + y) % 239, np.full_like(x, 255)], -1).astype(np.uint8)
+        return types.SimpleNamespace(raw=bytearray(bgra.tobytes()), width=r["width"], height=r["height"])
+
+
+def test_capture_is_trainings_shrink_of_the_box():
+    x, y = np.meshgrid(np.arange(30, 30 + 512), np.arange(40, 40 + 300))
+    rgb = np.stack([(x + y) % 239, y % 241, x % 251], -1).astype(np.uint8)
+    assert np.array_equal(play.Capture(Screen()).look((30, 40, 512, 300)), extract.shrink(rgb))
+    x, y = np.meshgrid(np.arange(-356, 156), np.arange(256))                                      # the left half lies off every monitor
+    half = play.Capture(Screen()).look((-356, 0, 512, 256))
+    assert not half[:, :128].any() and half[:, 129:].any()
+    assert not play.Capture(Screen()).look((5000, 0, 10, 10)).any()
+    capture = play.Capture(Screen())
+    first = capture.look((0, 0, 256, 256))
+    kept = first.copy()
+    assert not np.array_equal(capture.look((9, 9, 256, 256)), first) and np.array_equal(first, kept)     # a frame stays what it was
+
+
+# ------------------------------------------------------------------------------------------------------------------- play: pads
+class FakeVgamepad(types.ModuleType):
+    """vgamepad's names and methods; `report` is what the game would see, `sent` all of it."""
+    def __init__(self, refuse=None):
+        super().__init__("vgamepad")
+
+        class Names:
+            def __getattr__(self, name):
+                return name
+
+        class Pad:
+            def __init__(pad):
+                if refuse:
+                    raise refuse
+                self.sent, pad.report = [], {}
+
+            def reset(pad):
+                pad.report = {"on": set()}
+
+            def update(pad):
+                self.sent.append(pad.report)
+
+            def __getattr__(pad, name):
+                if name in ("press_button", "press_special_button"):
+                    return pad.report["on"].add
+                return lambda *values: pad.report.__setitem__(name, values if len(values) > 1 else values[0])
+        self.VX360Gamepad = self.VDS4Gamepad = Pad
+        self.XUSB_BUTTON = self.DS4_BUTTONS = self.DS4_SPECIAL_BUTTONS = self.DS4_DPAD_DIRECTIONS = Names()
+
+
+def test_the_virtual_pad_points_up_and_rests_at_the_end(monkeypatch):
+    fake = FakeVgamepad()
+    monkeypatch.setitem(sys.modules, "vgamepad", fake)
+    pad = play.VirtualPad()
+    pad.press(action(SOUTH=1, DPAD_LEFT=1, LEFT_TRIGGER=0.25, left=(0.5, -1), right=(0, 1)))
+    report = fake.sent[-1]
+    assert report["on"] == {"XUSB_GAMEPAD_A", "XUSB_GAMEPAD_DPAD_LEFT"} and report["left_trigger_float"] == 0.25
+    assert report["left_joystick_float"] == (0.5, 1) and report["right_joystick_float"] == (0, -1)          # ours is y down, this API's y up
+    pad.close()
+    assert fake.sent[-1] == {"on": set(), "left_trigger_float": 0, "right_trigger_float": 0, "left_joystick_float": (0, 0), "right_joystick_float": (0, 0)}
+
+
+def test_the_dualshock_has_its_own_names_and_points_down(monkeypatch):
+    fake = FakeVgamepad()
+    monkeypatch.setitem(sys.modules, "vgamepad", fake)
+    play.VirtualPad("dualshock").press(action(WEST=1, GUIDE=1, RIGHT_TRIGGER=1, DPAD_UP=1, DPAD_RIGHT=1, left=(0, -1)))
+    report = fake.sent[-1]
+    assert report["on"] == {"DS4_BUTTON_SQUARE", "DS4_BUTTON_TRIGGER_RIGHT", "DS4_SPECIAL_BUTTON_PS"} and report["directional_pad"] == "DS4_BUTTON_DPAD_NORTHEAST"
+    assert report["left_joystick_float"] == (0, -1) and report["right_trigger_float"] == 1
+
+
+def test_our_names_are_vgamepads():
+    api = pytest.importorskip("vgamepad.api" if sys.platform == "win32" else "libevdev", reason="needs vgamepad with its library")
+    import vgamepad.api as api
+    assert all(hasattr(api.XUSB_BUTTON, f"XUSB_GAMEPAD_{n}") for n in play.XBOX.values()) and all(hasattr(api.DS4_BUTTONS, f"DS4_BUTTON_{n}") for n in play.SONY.values())
+    assert all(hasattr(api.DS4_DPAD_DIRECTIONS, f"DS4_BUTTON_DPAD_{n}") for n in play.COMPASS.values())
+
+
+@pytest.mark.parametrize("refuse, says", [
+    (OSError("libevdev.so.2: cannot open shared object file"), "apt-get install libevdev2"), (FileNotFoundError(2, "No such file or directory", "/dev/uinput"), "modprobe uinput"),
+    (PermissionError(13, "Permission denied"), "chmod 0666 /dev/uinput"), (RuntimeError("Error: VIGEM_ERROR_BUS_NOT_FOUND"), "ViGEmBus"), (ImportError("no vgamepad"), "pip install")])
+def test_a_missing_driver_says_what_to_install_and_the_way_round(monkeypatch, refuse, says):
+    monkeypatch.setitem(sys.modules, "vgamepad", FakeVgamepad(refuse))
+    with pytest.raises(UserError, match="--pad keyboard") as e:
+        play.VirtualPad()
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_the_keyboard_pad_presses_each_key_once_and_only_in_the_game():
+    d = Desktop([window()])
+    pad = play.KeyboardPad(d, play.MAPPING, hz=10)
+    pad.window = d.front = 7
+    for a in action(SOUTH=1), action(SOUTH=1, left=(1, 0)), action(left=(1, 0)):
+        pad.press(a)
+    assert d.log == ["+space", "+d", "-space"]
+    d.front, d.log = 99, []                                                                       # the person has turned to another window
+    pad.press(action(SOUTH=1, left=(1, 0), right=(1, 1)))
+    assert d.log == ["-d"] and pad.away
+    d.front, d.log = 7, []
+    pad.press(action(right=(0.015, -0.5)))                                                        # 900 pixels a second are 90 a tick
+    pad.press(action(right=(0.015, 0)))
+    assert d.log == [(1, -45), (1, 0)] and not pad.away                                           # 1.35 + 1.35: parts of pixels add up
+    pad.press(action(NORTH=1))
+    pad.close()
+    assert not d.down
+
+
+# ---------------------------------------------------------------------------------------------------------- play: people's hands
+def test_a_joystick_speaks_the_kernels_protocol(tmp_path):
+    path = tmp_path / "js0"
+    os.mkfifo(path)
+    keep = os.open(path, os.O_RDWR)
+    pad = play.Joystick(path)
+    say = lambda value, kind, number: os.write(keep, struct.pack("<IhBB", 1, value, kind, number))
+    assert not play.touched(pad.read())
+    say(1, 0x81, 0)                                          # A, at the start (0x80: the state when opened)
+    say(1, 1, 2)                                             # X lies west
+    say(-32767, 2, 1)                                        # left y: up is negative here too
+    say(32767, 2, 5)                                         # right trigger
+    say(-32767, 2, 6)                                        # d-pad
+    got = pad.read()
+    assert np.array_equal(got, action(SOUTH=1, WEST=1, RIGHT_TRIGGER=1, DPAD_LEFT=1, left=(0, -1))) and play.touched(got)
+    pad.close()
+    os.close(keep)
+
+
+def test_xinput_points_up():
+    class Dll:
+        def XInputGetState(self, number, state):
+            s = state._obj
+            s.buttons, s.left, s.ly, s.rx = 0x1000 | 0x4, 255, 32767, -32768
+            return number
+    assert np.array_equal(play.XInput(Dll(), 0).read(), action(SOUTH=1, DPAD_LEFT=1, LEFT_TRIGGER=1, left=(0, -1), right=(-1, 0)))
+    with pytest.raises(UserError, match="unplugged"):
+        play.XInput(Dll(), 1).read()
+
+
+# ------------------------------------------------------------------------------------------------------------- play: the Windows half
+class FakeDlls:
+    """user32, kernel32 and ntdll for play.Win32, with one game and one window that has no title."""
+    def __init__(self):
+        self.sent, self.log, self.minimised = [], [], False
+        self.user = self.library(
+            EnumWindows=lambda visit, _: [visit(h, None) for h in (21, 22)], GetWindowThreadProcessId=lambda h, out: setattr(out._obj, "value", h * 10),
+            IsWindow=lambda h: h in (21, 22), IsWindowVisible=lambda h: 1, IsIconic=lambda h: self.minimised, GetClientRect=self.rect, ClientToScreen=self.corner,
+            GetWindowTextW=lambda h, text, n: setattr(text, "value", ""), WindowFromPoint=lambda p: 21, GetAncestor=lambda h, kind: h, GetForegroundWindow=lambda: 21,
+            SetForegroundWindow=lambda h: 1, SendInput=self.send, MapVirtualKeyW=lambda code, kind: code + 1, GetAsyncKeyState=lambda code: -32768 if code == 0x20 else 0,
+            SetProcessDpiAwarenessContext=lambda context: self.log.append("dpi") or 1)
+        self.kernel = self.library(OpenProcess=lambda access, _, pid: None if pid == 666 else pid, CloseHandle=lambda h: 1, GetExitCodeProcess=lambda h, out: 1,
+                                   QueryFullProcessImageNameW=lambda h, _, path, n: setattr(path, "value", f"C:\\Spiele\\Größe {h}.exe"))
+        self.nt = self.library(NtSuspendProcess=lambda h: self.log.append(("stop", h)), NtResumeProcess=lambda h: self.log.append(("go", h)))
+
+    def library(self, **functions):
+        def settable(f):
+            return lambda *arguments: f(*arguments)          # lambdas take the restype that is set on them
+        return types.SimpleNamespace(**{n: settable(f) for n, f in functions.items()})
+
+    def rect(self, h, out):
+        out._obj.right, out._obj.bottom = 640, 480
+        return 1
+
+    def corner(self, h, out):
+        out._obj.x, out._obj.y = 64, 63
+
+    def send(self, n, event, size):
+        e = event._obj
+        self.sent.append((e.of.mouse.flags, e.of.mouse.dx) if e.kind == 0 else (e.of.key.flags, e.of.key.scan))
+
+    def __call__(self, name):
+        return {"user32": self.user, "kernel32": self.kernel, "ntdll": self.nt}[name]
+
+
+def test_windows_finds_the_client_area_by_process():
+    dlls = FakeDlls()
+    d = play.Win32(dlls)
+    assert dlls.log == ["dpi"]
+    w = play.find_window(d, "größe 210.exe")
+    assert (w.id, w.pid, w.box, w.title) == (21, 210, (64, 63, 640, 480), "") and play.find_window(d, "Größe 220").id == 22
+    assert d.problem(21) == "" and d.problem(22).startswith("is covered") and d.box(23) is None and d.focused(21) and d.alive(210)
+    dlls.minimised = True
+    assert d.problem(21) == "is minimised"
+
+
+def test_windows_sends_scan_codes_and_stops_processes():
+    dlls = FakeDlls()
+    d = play.Win32(dlls)
+    d.prepare_keys({"space", "left", "mouse1"})
+    for name, down in ("space", 1), ("space", 0), ("left", 1), ("mouse1", 1), ("mouse1", 0), ("mouse3", 1):
+        d.key(name, down)
+    d.move(5, 0)
+    assert dlls.sent == [(8, 0x21), (10, 0x21), (9, 0x26), (2, 0), (4, 0), (8, 0), (1, 5)]        # KEYEVENTF_SCANCODE 8, KEYUP 2, EXTENDEDKEY 1
+    assert d.held() == {"space"}
+    d.suspend(210)
+    d.resume(210)
+    assert dlls.log[1:] == [("stop", 210), ("go", 210)]
+    with pytest.raises(UserError, match="error 5.*administrator"):
+        d.suspend(666)
+
+
+def test_the_speed_hack_stops_the_clock_and_says_when_it_is_refused(tmp_path, monkeypatch):
+    for name in "injector32.exe", "injector64.exe", "hook32.dll", "hook64.dll":
+        (tmp_path / name).touch()
+    spec, pipe, called = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)]), tmp_path / "pipe", []
+
+    def inject(command, **_):
+        called.append([Path(c).name for c in command])
+        pipe.touch()
+        return types.SimpleNamespace(stdout="", stderr="", returncode=0)
+    hack = play.SpeedHack(77, lambda name: spec, inject, str(pipe))
+    assert called == [["injector64.exe", "77", "hook64.dll"]]
+    speed = lambda: np.frombuffer(pipe.read_bytes()[:4], "<f4")[0]
+    hack.stop()
+    assert speed() == 0
+    hack.close()
+    assert speed() == 1
+    monkeypatch.setattr(time, "sleep", lambda s: None)
+    with pytest.raises(UserError, match="error 5.*--pause suspend"):
+        play.SpeedHack(77, lambda name: spec, lambda *a, **k: types.SimpleNamespace(stdout="error 5", stderr="", returncode=1), str(tmp_path / "no" / "pipe"))
+    with pytest.raises(UserError, match="pip install xspeedhack"):
+        play.SpeedHack(77, lambda name: None)
+
+
+# ---------------------------------------------------------------------------------------------------------- play: the environment
+def test_the_environment_has_gymnasiums_api(env):
+    e = env()
+    obs, info = e.reset(seed=1, options={"actions": [action(SOUTH=1)]})
+    assert obs.shape == (256, 256, 3) and obs.dtype == np.uint8 and e.desktop.log == ["+space", "-space"]
+    obs, reward, terminated, truncated, info = e.step(action(left=(1, 0)))
+    assert (reward, terminated, truncated, info) == (0.0, False, False, {"away": False}) and e.desktop.down == {"d"}
+    e.desktop.all, e.desktop.running = [], False
+    last, _, _, truncated, info = e.step(action(left=(1, 0)))
+    assert truncated and "has ended" in info["reason"] and np.array_equal(last, obs) and not e.desktop.down
+    e.close()
+    e.close()
+
+
+def test_gymnasiums_own_checker_is_content(env):
+    gymnasium = pytest.importorskip("gymnasium", reason="needs the package gymnasium")
+    from gymnasium.utils.env_checker import check_env
+    e = env(render_mode="rgb_array")
+    assert isinstance(e, gymnasium.Env)
+    e.capture.look = lambda box: np.full((256, 256, 3), 90, np.uint8)                             # a game that stands still: the checker compares two resets
+    check_env(e, skip_close_check=True) if "skip_close_check" in check_env.__code__.co_varnames else check_env(e)
+
+
+def test_a_game_that_opens_its_window_anew_is_followed(env):
+    e = env()
+    e.desktop.all = [window(8, box=(0, 0, 100, 100))]
+    e.step(action(SOUTH=1))
+    assert e.window.id == 8 and e.pad.window == 8 and e.box() == (0, 0, 100, 100)
+
+
+def test_everything_is_put_right_even_where_a_part_fails(env):
+    e = env(pause="suspend")
+    e.step(action(SOUTH=1))
+    assert e.desktop.down == {"space"} and e.desktop.log[-1] == "stop"
+
+    def broken():
+        raise OSError("the screen is gone")
+    e.capture.close = broken
+    e.undo[2] = broken
+    with pytest.raises(OSError):
+        e.close()
+    assert not e.desktop.down and "go" in e.desktop.log[-3:] and e.desktop.log[-1] == "dismissed"
+
+
+def test_pausing_stops_the_game_between_steps_only(env):
+    e = env(pause="suspend")
+    e.reset()
+    e.desktop.log.clear()
+    e.step(action(SOUTH=1))
+    assert e.desktop.log == ["go", "+space", "stop"]
+    with pytest.raises(UserError, match="--launch"):
+        env(pause="clock")
+
+
+def test_black_frozen_and_covered_pictures_are_told_apart(env, monkeypatch):
+    e, now = env(), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    e.look()
+    assert e.problem() == ""
+    now[0] += 6
+    assert "has stood still" in e.problem()
+    e.look()
+    assert e.problem() == ""
+    e.frame = np.zeros_like(e.frame)
+    e.problem()
+    now[0] += 3
+    assert "is black" in e.problem() and "borderless" in e.problem()
+    e.desktop.trouble = "is covered by 'Mail'"
+    assert "covered by 'Mail'" in e.problem()
+
+
+@pytest.mark.parametrize("wrong, says", [({"exe": None}, "--exe"), ({"hz": 0}, "above 0"), ({"region": (0, 0, 10, 0)}, "left,top,width,height")])
+def test_an_environment_of_nothing_is_refused(wrong, says):
+    with pytest.raises(UserError, match=says):
+        play.GameEnv(**{"exe": "game", **wrong})
+
+
+# ------------------------------------------------------------------------------------------------------------------ play: in time
+def rows(*values):
+    """A chunk that moves left x as told."""
+    return np.stack([action(left=(v, 0)) for v in values])
+
+
+def test_a_new_chunk_leaves_what_is_committed_and_fades_in_by_the_mask_of_rtc():
+    plan = play.Plan(hold=3)
+    assert plan.lay(0, rows(*[0] * 8), 0) == 8
+    assert plan.lay(4, rows(*[1] * 8), now=6) == 6           # seen at tick 4, ready at tick 6: d = 2 rows are history
+    got = [plan.at(t)[21] for t in range(6, 12)]
+    c = [(4 - i) / (4 - 2 + 1) for i in (2, 3)]              # Eq. 5 with d = 2; the older plan ends after the new one's row 3
+    old = [x * (np.exp(x) - 1) / (np.e - 1) for x in c]
+    assert np.allclose(got, [1 - old[0], 1 - old[1], 1, 1, 1, 1]) and old[0] > old[1] > 0
+
+
+def test_late_predictions_hold_for_a_moment_and_then_rest():
+    plan = play.Plan(hold=3)
+    plan.lay(0, rows(1, 1), 0)
+    assert [plan.at(t)[21] for t in range(7)] == [1, 1, 1, 1, 1, 0, 0]
+    assert plan.lay(2, rows(-1, -1, -1), now=9) == 0 and not plan.at(9).any()                     # all of it would have been earlier
+    plan.lay(8, rows(-1, -1), now=9)
+    assert plan.at(9)[21] == -1 and plan.left(9) == 0
+
+
+def test_a_shifted_chunk_leaves_the_ticks_before_it_to_the_old_plan():
+    plan = play.Plan(hold=0)
+    plan.lay(0, rows(*[0.5] * 6), 0)
+    plan.lay(2 + 3, rows(1, 1), now=2)
+    assert [plan.at(t)[21] for t in (2, 3, 4)] == [0.5] * 3 and plan.at(6)[21] == 1 and plan.left(2) == 4
+
+
+def test_the_action_clock_skips_what_has_passed(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    beat = play.Beat(10)
+    assert [beat.wait() for _ in range(3)] == [0, 1, 2] and now[0] == pytest.approx(10.2)
+    now[0] += 0.35                                           # a slow tick: 3 to 5 have begun, 5 is under way
+    assert beat.wait() == 5 and beat.skipped == 2
+    now[0] += 5
+    beat.shift(5)
+    assert beat.wait() == 6 and beat.skipped == 2
+
+
+def test_a_slow_prediction_never_stalls_the_pad(env):
+    e, seen = env(), []
+    press = e.pad.press
+    e.pad.press = lambda a: (seen.append(a.copy()), press(a))
+
+    def think():                                             # as long as 30 presses take: they come without it
+        n = len(seen)
+        wait_until(lambda: len(seen) >= n + 30)
+    play.play(e, Policy(rows(*[1] * 64), think), seconds=1)
+    assert len(seen) > 100 and not seen[-1].any()            # at rest at the end
+
+
+def test_the_game_stands_while_the_model_thinks_and_only_then(env):
+    e = env(pause="suspend")
+    policy = Policy(rows(*[1] * 4), lambda: e.desktop.log.append("think"))
+    play.play(e, policy, seconds=0.2)
+    log = [x for x in e.desktop.log if x in ("stop", "go", "think")]
+    assert len(log) >= 9 and log[:9] == ["stop", "think", "go"] * 3 and log[-1] == "go"
+    assert e.desktop.log[e.desktop.log.index("think"):][1:3] == ["go", "+d"]                      # the fresh chunk, from its first row on
+
+
+def test_a_broken_model_ends_play_with_the_pad_at_rest(env):
+    e = env()
+
+    def fall():
+        raise UserError("the connection broke")
+    with pytest.raises(UserError, match="connection broke"):
+        play.play(e, Policy(rows(*[1] * 8), fall), seconds=5)
+    assert not e.desktop.down
+
+
+class Person:
+    """A pad that is touched from the `start`th to the `end`th reading."""
+    def __init__(self, start, end, forward=True):
+        self.n, self.start, self.end, self.forward = 0, start, end, forward
+
+    def read(self):
+        self.n += 1
+        return action(EAST=1) if self.start <= self.n < self.end else extract.neutral()
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_any_touch_takes_over_and_is_marked(env, tmp_path, forward):
+    e, recorder = env(hz=100.0), play.Recorder(tmp_path, "Spiel: 1.exe", 100.0)
+    play.play(e, Policy(rows(*[1] * 16)), seconds=1, people=[Person(10, 20, forward)], handback=0.2, recorder=recorder)
+    assert ("+ctrl" in e.desktop.log) == forward             # a real pad is passed on; the game has seen real keys already
+    print(recorder.close())
+    [clip] = extract.clips_in(tmp_path)
+    human, actions = np.load(clip / "human.npy"), np.load(clip / "actions.npy")
+    assert human.dtype == bool and human.any() and not human.all() and not human[-1]              # and back after a pause
+    assert (actions[human][:, 21] == 0).all() and actions[human][:, BUTTON["EAST"]].any() and not actions[~human][:, BUTTON["EAST"]].any()
+
+
+# --------------------------------------------------------------------------------------------------------------- play: the recorder
+def test_a_recorded_clip_is_what_training_reads(tmp_path):
+    recorder, pictures = play.Recorder(tmp_path / "Daten neu", "Größe 1.exe", 60.0), extract.backdrop(np.random.default_rng(0), 256, 256)
+    for tick in [*range(5, 30), *range(33, 60)]:             # 30 to 32 were skipped
+        recorder.add(tick, np.roll(pictures, tick, 1), action(SOUTH=tick % 3 == 0, LEFT_TRIGGER=0.8, left=(tick / 100, -1)), tick < 10)
+    assert "55 rows" in recorder.close()
+    [clip] = extract.clips_in(tmp_path / "Daten neu")
+    meta, frames = extract.read_clip(clip), extract.Frames(clip)
+    assert meta["n"] == len(frames) == 55 and meta["fps"] == 60.0 and meta["game"] == "Größe 1.exe" and "box" not in meta
+    assert np.array_equal(frames.numbers, np.arange(55)) and np.abs(frames[20].astype(int) - np.roll(pictures, 25, 1)).mean() < 4
+    arrays = {n: np.load(clip / f"{n}.npy") for n in ("actions", "truth", "confidence", "keep", "human")}
+    assert arrays["actions"].shape == (55, 25) and arrays["actions"].dtype == arrays["confidence"].dtype == np.float32 and arrays["confidence"].shape == (55,)
+    assert set(np.unique(arrays["actions"][:, :21])) == {0, 1} and np.allclose(arrays["actions"][40, 21:23], [0.45, -1])
+    assert np.array_equal(arrays["actions"][24], arrays["actions"][27]) and np.array_equal(frames[24], frames[27])     # repeated, so that the clip keeps time
+    assert np.array_equal(arrays["keep"], extract.dense(arrays["actions"])) and arrays["human"].sum() == 5
+    assert not list((tmp_path / "Daten neu").glob("*.tmp"))
+
+
+def test_a_recording_of_nothing_leaves_nothing(tmp_path):
+    assert "nothing" in play.Recorder(tmp_path, "game", 60.0).close() and not list(tmp_path.iterdir())
+
+
+def test_the_video_shows_frame_and_pad(tmp_path):
+    view, score = play.View(60, video=tmp_path / "seen.mp4"), play.Score(play.Beat(60))
+    for tick in range(20):
+        view.show(tick, np.full((256, 256, 3), 200, np.uint8), action(SOUTH=1), ["game", "the model plays"], score)
+        wait_until(lambda: view.jobs.empty())
+    view.close()
+    frames = [rgb for _, rgb in extract.read_video(tmp_path / "seen.mp4")]
+    assert len(frames) == 10 and frames[0].shape == (512, 832, 3)
+    assert abs(int(frames[0][250, 250, 0]) - 200) < 8 and frames[0][:300, 520:].std() > 20        # what it sees, and a pad beside
+
+
+# ------------------------------------------------------------------------------------------------------------ play: on a real desktop
+MAP = {"left": {"up": "up", "left": "left", "right": "right"}, "SOUTH": "space"}
+
+
+@pytest.fixture
+def keys_file(tmp_path):
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps(MAP))
+    return path
+
+
+def corners(frame):
+    return [frame[y, x].tolist() for y, x in ((5, 5), (5, 250), (250, 5), (250, 250))]
+
+
+RGBY = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]]
+
+
+def test_a_real_window_is_found_captured_and_followed(game):
+    e = play.GameEnv("small_game.py", pad="none", wait=20)
+    xlib, w = e.desktop.x, e.window.id
+    assert e.window.pid == game.process.pid and e.box() == (100, 80, 320, 240)
+    wait_until(lambda: corners(e.look()) == RGBY)
+    xlib.XMoveResizeWindow.argtypes = [ctypes.c_void_p, ctypes.c_ulong] + [ctypes.c_int] * 4
+    xlib.XMoveResizeWindow(e.desktop.display, w, 7, 33, 320, 240)
+    xlib.XSync(e.desktop.display, 0)
+    wait_until(lambda: e.box() == (7, 33, 320, 240) and corners(e.look()) == RGBY)
+    assert e.desktop.problem(w) == ""
+    xlib.XUnmapWindow.argtypes = [ctypes.c_void_p, ctypes.c_ulong]
+    xlib.XUnmapWindow(e.desktop.display, w)
+    assert e.desktop.problem(w) == "is minimised"
+    e.close()
+
+
+def test_a_real_game_is_moved_by_keys_that_are_let_go(game, keys_file):
+    e = play.GameEnv("small_game", pad="keyboard", mapping=keys_file, wait=20, hz=30)
+    wait_until(lambda: (e.step(action(SOUTH=1, left=(1, 0))), game.state().get("x", 0) > 10)[1])
+    assert set(game.state()["held"]) == {"right", "space"} == e.desktop.held()
+    other = e.desktop.x.XCreateSimpleWindow
+    other.restype, other.argtypes = ctypes.c_ulong, [ctypes.c_void_p, ctypes.c_ulong] + [ctypes.c_int] * 5 + [ctypes.c_ulong] * 2
+    w = other(e.desktop.display, e.desktop.root, 90, 70, 340, 260, 0, 0, 0)
+    e.desktop.x.XMapWindow.argtypes = [ctypes.c_void_p, ctypes.c_ulong]
+    e.desktop.x.XMapWindow(e.desktop.display, w)
+    e.desktop.focus(w)                                       # on top, and with the keyboard
+    assert e.step(action(SOUTH=1))[4]["away"] and "covered" in e.problem()
+    wait_until(lambda: not e.desktop.held())
+    e.close()
+    e.desktop.x.XCloseDisplay(e.desktop.display)
+
+
+@pytest.mark.parametrize("kind", ["suspend", "clock"])
+def test_a_real_game_stands_still_between_steps(display, tmp_path, keys_file, kind):
+    g = SmallGame(tmp_path)
+    try:
+        e = play.GameEnv("small_game", launch=g.command, pad="keyboard", mapping=keys_file, pause=kind, hz=30, wait=20)
+    except UserError as error:
+        assert kind == "clock" and "libfaketime" in str(error)
+        pytest.skip(str(error))
+    try:
+        wait_until(g.state)
+        e.reset()
+        before = g.state()
+        time.sleep(1.0)
+        assert g.state() == before
+        for _ in range(3):
+            e.step(action(left=(1, 0)))
+        after = g.state()
+        assert after["frames"] > before["frames"]
+        passed = after["clock"] - before["clock"]
+        assert passed > 0.9 if kind == "suspend" else passed < 0.9                                # a suspended game's clock has seen the pause, a stopped clock not
+        e.close()
+        wait_until(lambda: g.state().get("frames", 0) > after["frames"] + 3)                      # it runs on
+        assert not g.state()["held"]
+    finally:
+        os.kill(e.window.pid, signal.SIGKILL)
+        e.launched.wait(10)
+
+
+class FakeServer:
+    """What sample.py serve answers, without torch: a chunk that holds `right`."""
+    def __init__(self):
+        import multiprocessing.connection as mpc
+        self.listener, self.connection = mpc.Listener(("127.0.0.1", 0), "AF_INET"), None
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        try:
+            self.connection = self.listener.accept()
+            while True:
+                header, _ = extract.unpack_message(self.connection.recv_bytes())
+                answer = {"config": {"horizon": 16, "action_shift": 0, "hz": 30.0}} if header["do"] == "info" else {}
+                self.connection.send_bytes(extract.pack_message(answer, rows(*[1] * 16) if header["do"] == "predict" else None))
+        except (OSError, EOFError):
+            pass
+
+    def end(self):
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as s:
+            s.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("victim", ["server", "game", "window", "play", "ctrl-c"])
+@pytest.mark.parametrize("pause", ["none", "suspend"])
+def test_whatever_dies_the_pad_rests_and_the_game_runs(game, keys_file, tmp_path, victim, pause):
+    server = FakeServer()
+    command = [sys.executable, HERE / "play.py", "--exe", "small_game.py", "--server", "127.0.0.1:%d" % server.listener.address[1], "--pad", "keyboard",
+               "--map", keys_file, "--pause", pause, "--record", tmp_path / "data"]
+    p = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: game.state().get("x", 0) > 5)
+    state = game.state()
+    desktop = play.X11()
+    desktop.prepare_keys(play.keys_in(MAP))
+    {"server": server.end, "game": game.end, "play": p.kill, "ctrl-c": lambda: p.send_signal(signal.SIGINT),
+     "window": lambda: (desktop.x.XDestroyWindow(ctypes.c_void_p(desktop.display), ctypes.c_ulong(state["window"])), desktop.held())}[victim]()
+    out, err = p.communicate(timeout=30)
+    wait_until(lambda: not desktop.held())
+    said = [line for line in err.splitlines() if line]
+    assert len(said) == 1, err
+    status, word = {"server": (2, "connection broke"), "game": (0, "has ended"), "window": (0, "closed"), "play": (-9, "released"), "ctrl-c": (130, "stopped")}[victim]
+    assert p.returncode == status and word in said[0]
+    if victim != "play":
+        assert len(extract.clips_in(tmp_path / "data")) == 1                                      # what was recorded is whole
+    if victim not in ("game", "window"):
+        later = game.state()["frames"]
+        wait_until(lambda: game.state().get("frames", 0) > later)
+        assert not wait_until(game.state)["held"]
+    desktop.x.XCloseDisplay(desktop.display)
+
+
+# -------------------------------------------------------------------------------------------------------------- play: its command line
+@pytest.mark.parametrize("argv, says", [
+    ([], "--ckpt FILE, --server HOST:PORT or --human"), (["--human", "--ckpt", "x"], "one player"), (["--server", "here"], "HOST:PORT"),
+    (["--exe", "g", "--ckpt", "no such file"], "no such file"), (["--human", "--region", "1,2,3"], "LEFT,TOP,WIDTH,HEIGHT")])
+def test_play_says_what_is_wrong_in_one_line(capfd, argv, says):
+    assert play.main(argv) == 2
+    err = capfd.readouterr().err.strip()
+    assert err.startswith("error: ") and "\n" not in err and says in err
+
+
+def test_a_killed_model_leaves_the_pad_at_rest(game, keys_file, tmp_path):
+    torch = pytest.importorskip("torch")
+    import model as M
+    net = M.create(M.preset("toy", horizon=16))
+    with torch.no_grad():
+        net.action_decoder.layer2.b[:] = 6.0                 # everything pressed, both sticks at their ends
+    M.save(tmp_path / "toy.safetensors", net.state_dict(), net.config)
+    command = [sys.executable, HERE / "play.py", "--exe", "small_game.py", "--ckpt", tmp_path / "toy.safetensors", "--pad", "keyboard", "--map", keys_file, "--hz", "20",
+               "--euler", "1"]
+    p = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: "space" in game.state().get("held", []), 60)
+    children = [int(c) for t in Path(f"/proc/{p.pid}/task").iterdir() for c in (t / "children").read_text().split()]
+    [server] = [c for c in children if b"sample.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    os.kill(server, signal.SIGKILL)
+    out, err = p.communicate(timeout=30)
+    said = [line for line in err.splitlines() if line]
+    assert p.returncode == 2 and len(said) == 1 and "the model stopped" in said[0] and "-9" in said[0], err
+    wait_until(lambda: game.state() and not game.state()["held"])
+
+
+# ------------------------------------------------------------------------------------------------------------ bench: the games, the suite
+def push(left=0j, right=0j, *buttons):
+    """An action from two sticks (complex, y down) and names of buttons."""
+    a = extract.neutral()
+    a[21:] = left.real, left.imag, right.real, right.imag
+    a[[BUTTON[b] for b in buttons]] = 1
+    return a
+
+
+def played(task, seed, player, steps, draw=True):
+    game = bench.TASKS[task].game(task, seed)
+    who, frames = player(game, seed), []
+    for _ in range(steps):
+        frames.append(game.step(who.act()) if draw else game.advance(who.act()))
+    return game, frames
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ckpt") / "toy.safetensors"
+    model = M.create(M.preset("toy", hz=30.0, steps=2))
+    M.save(path, model.state_dict(), model.config)
+    return path
+
+
+def test_suite_has_the_papers_shape():
+    assert len(bench.GAMES) == 10 and len(bench.TASKS) == 30
+    assert Counter(t.kind for t in bench.TASKS.values()) == {"combat": 11, "navigation": 10, "specific": 9}
+    assert sorted(g for games in bench.FAMILIES.values() for g in games) == sorted(bench.GAMES) and min(map(len, bench.FAMILIES.values())) >= 3
+    assert {t.fixed for t in bench.TASKS.values()} == {True, False}
+    for game in bench.GAMES.values():
+        assert set(game.attack) <= set(game.keys) and {k for k in game.keys if k.isupper()} <= set(BUTTON) - set(bench.MENU if hasattr(bench, "MENU") else ())
+
+
+@pytest.mark.parametrize("name", bench.GAMES)
+def test_game_is_a_function_of_task_seed_and_actions(name):
+    for task in [t for t in bench.TASKS if t.startswith(name + "/")]:
+        one, a = played(task, 5, bench.Blind, 40)
+        two, b = played(task, 5, bench.Blind, 40)
+        assert np.array_equal(a, b) and a[0].shape == (256, 256, 3) and a[0].dtype == np.uint8 and a[0].std() > 10
+        bare, _ = played(task, 5, bench.Blind, 40, draw=False)
+        assert np.array_equal(bare.render(), a[-1]) and np.array_equal(one.render(), one.render())      # drawing changes nothing
+        assert not np.array_equal(played(task, 6, bench.Blind, 1)[1][0], a[0])
+
+
+def test_ten_games_look_different():
+    """Nearest neighbour by colour histogram names the game of a frame of another seed."""
+    def look(frame):
+        h = np.histogramdd(frame.reshape(-1, 3), bins=8, range=[(0, 256)] * 3)[0].ravel()
+        return np.sqrt(h / h.sum())
+    known = {(t, 1): look(played(t, 1, bench.Scripted, 20)[1][-1]) for t in bench.TASKS}
+    right = 0
+    for task in bench.TASKS:
+        seen = look(played(task, 2, bench.Scripted, 20)[1][-1])
+        right += max(known, key=lambda k: float(seen @ known[k]))[0].split("/")[0] == task.split("/")[0]
+    assert right >= 27
+
+
+def test_fixed_levels_are_the_same_for_all_seeds_and_procedural_ones_are_not():
+    grid = lambda task, seed: bench.TASKS[task].game(task, seed).grid
+    assert grid("crypt/exit", 1) == grid("crypt/exit", 2) and grid("vault/stairs", 1) != grid("vault/chest", 1)
+    assert grid("crypt/key", 1) != grid("crypt/key", 2)
+    a, b = (bench.TASKS["cliffs/flag"].game("cliffs/flag", s).islands for s in (0, 1))
+    width = lambda islands: sorted(round(x1 - x0, 6) for x0, x1, _ in islands)
+    assert width(a) == width(b)
+
+
+def test_scripted_wins_and_random_mashing_and_rest_do_not():
+    """n = 3 here; bench.py suite --mashing -n 50 measures it task by task."""
+    wins = {who: [bench.play_alone((task, who, 3, 7)) for task in bench.TASKS] for who in ("scripted", "random", "right+attack", "mash")}
+    assert sum(wins["scripted"]) >= 0.9 * 90 and min(wins["scripted"]) >= 1
+    for who in ("random", "right+attack", "mash"):
+        assert sum(wins[who]) <= 0.1 * 90, who
+    for task in bench.TASKS:
+        game = bench.TASKS[task].game(task, 3)
+        while not game.over:
+            game.advance(extract.neutral())
+        assert not game.won and game.t <= bench.TASKS[task].seconds * bench.FPS
+
+
+def test_sticks_are_analogue_and_y_points_down():
+    for tilt in (0.5, 1.0):
+        game = bench.Swarm("swarm/gems", 0)
+        game.mines = []
+        start = game.pos
+        game.advance(push(1j * tilt))
+        assert game.pos - start == pytest.approx(3.2j * tilt)
+    plane = bench.Glider("glider/rings", 0)
+    height = plane.pos.imag
+    plane.advance(push(-0.5j))
+    assert plane.pos.imag == pytest.approx(height - 1.7)
+    crypt = bench.Crypt("crypt/exit", 0)
+    face = crypt.face
+    crypt.advance(push(0j, 0.5))
+    assert bench.wrap(crypt.face - face) == pytest.approx(0.0425)
+
+
+def test_game_ends_when_won_lost_or_late_and_then_stands_still():
+    game = bench.Dojo("dojo/boards", 0)
+    while not game.over:
+        game.advance(push(0j, 0j, "WEST"))                              # blows into the air cost health
+    assert game.health <= 0 and not game.won
+    t, frame = game.t, game.render()
+    assert np.array_equal(game.step(push(1)), frame) and game.t == t
+
+
+def test_ray_casting_meets_the_wall_where_geometry_says():
+    game = bench.Siege("siege/beacon", 0)
+    game.grid = [[x in (0, 10) or y in (0, 10) for x in range(11)] for y in range(11)]
+    game.walls, game.pos, game.face, game.things = np.array(game.grid), 5.5 + 5.5j, 0.0, []
+    bench.FirstPerson.draw(game)
+    assert game.depth[63:65] == pytest.approx([4.5, 4.5], abs=1e-6)    # straight ahead: the wall at x = 10, seen without fish-eye
+    assert game.depth == pytest.approx(np.full(128, 4.5), abs=1e-6)    # a wall at a right angle has one depth in all columns
+    game.face = 0.3
+    bench.FirstPerson.draw(game)
+    ray = np.exp(0.3j) * (1 + 1j * bench.LENS)
+    reach = np.minimum(4.5 / np.abs(ray.real), 4.5 / np.abs(ray.imag))
+    assert game.depth == pytest.approx(reach, abs=1e-6)
+
+
+def test_driving_draws_the_ground_in_perspective():
+    """A mark painted d ahead and l to the right appears where the pinhole camera says."""
+    game = bench.Rally("rally/park", 0)
+    game.ground[:] = 0
+    game.pos, game.face, game.things, game.bay = 512 + 512j, 0.0, [], 900 + 512j
+    ahead, right = 120, 30
+    y, x = 512 + right, 512 - 44 + ahead                                # the camera is 44 behind the car
+    game.ground[y - 4:y + 5, x - 4:x + 5] = (255, 0, 255)
+    rows, columns = np.nonzero((game.draw() == (255, 0, 255)).all(-1))
+    assert columns.mean() == pytest.approx(128 + bench.LENGTH * right / ahead, abs=3)
+    assert rows.mean() == pytest.approx(bench.HORIZON_Y + bench.LENGTH * bench.HIGH / ahead, abs=3)
+
+
+def test_flood_and_waypoint_lead_around_a_wall():
+    grid = [[c == "#" for c in row] for row in ("#####", "#.#.#", "#...#", "#####")]
+    far = bench.flood(grid, 3.5 + 1.5j)
+    assert far[1, 1] == 4 and far[3, 1] == 0 and (2, 1) not in far
+    p, steps = 1.5 + 1.5j, 0
+    while int(p.real) != 3 or int(p.imag) != 1:
+        p, steps = bench.waypoint(far, p), steps + 1
+        assert steps < 5
+    assert not bench.sees(grid, 1.5 + 1.5j, 3.5 + 1.5j) and bench.sees(grid, 1.5 + 2.5j, 3.5 + 2.5j)
+
+
+def test_scripted_players_differ_and_slip():
+    actions = []
+    for seed in range(4):
+        game = bench.Swarm("swarm/bugs", 0)
+        player = bench.Scripted(game, seed)
+        actions.append(np.array([(player.act(), game.advance(extract.neutral()))[0] for _ in range(60)]))
+    sticks = np.array(actions)[..., 21:]
+    assert all(not np.array_equal(a, b) for i, a in enumerate(actions) for b in actions[:i])
+    share = ((np.abs(sticks) > 0.15) & (np.abs(sticks) < 0.85)).mean()
+    assert share > 0.1 and np.abs(sticks).max() <= 1                    # analogue, not eight-way
+
+
+def test_wilson_interval():
+    low, high = bench.wilson(0, 10)
+    assert low == 0 and high == pytest.approx(1.96 ** 2 / (10 + 1.96 ** 2))             # closed form at 0 of n
+    assert bench.wilson(10, 10)[0] == pytest.approx(1 - high) and bench.wilson(10, 10)[1] == pytest.approx(1)
+    assert bench.wilson(15, 50) == pytest.approx((0.19103, 0.43750), abs=2e-4)          # the interval of 15 of 50 as statistics packages give it
+
+
+def test_overlap_of_boxes():
+    assert bench.overlap([0, 0, 10, 10], [0, 0, 10, 10]) == 1 and bench.overlap([0, 0, 10, 10], [20, 0, 5, 5]) == 0
+    assert bench.overlap([0, 0, 10, 10], [5, 0, 10, 10]) == pytest.approx(1 / 3)
+
+
+def test_recorded_clips_are_what_train_reads(tmp_path, capsys):
+    line = ["record", "--out", str(tmp_path / "dätä"), "--games", "dojo", "crypt/key", "--minutes", "0.1", "--clip", "3", "--workers", "1"]
+    assert bench.main(line) == 0
+    clips = extract.clips_in(tmp_path / "dätä")
+    assert [c.name for c in clips] == ["crypt-000", "crypt-001", "dojo-000", "dojo-001"]
+    for clip in clips:
+        frames, actions, truth, keep = extract.Frames(clip), np.load(clip / "actions.npy"), np.load(clip / "truth.npy"), np.load(clip / "keep.npy")
+        assert len(frames) == 90 == len(actions) == len(keep) and np.array_equal(actions, truth) and actions.dtype == np.float32
+        assert keep[:-16].any() and extract.read_clip(clip)["fps"] == 30 and np.abs(actions[:, 21:]).max() <= 1
+    loaded = train.load_clips([tmp_path / "dätä"], M.preset("toy", hz=30.0))
+    assert {c.game for c in loaded} == {"dojo", "crypt"} and loaded[0].ratio == 1
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "dätä").rglob("*.npy")}
+    assert bench.main(line) == 0 and "recorded already" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "dätä").rglob("*.npy")}
+    for seed, same in ((0, True), (1, False)):
+        assert bench.main([*line[:1], "--out", str(tmp_path / str(seed)), *line[3:], "--seed", str(seed)]) == 0
+        assert np.array_equal(np.load(tmp_path / str(seed) / "dojo-000" / "actions.npy"), np.load(clips[2] / "actions.npy")) == same
+
+
+def test_recorded_frame_is_the_one_its_action_answers():
+    """Row t holds the frame before action t: playing the actions again gives the frames."""
+    rows = list(bench.film(["rally/park"], "0 0", 50))
+    number, _ = [b for *_, b in rows].index(True), None
+    rng = bench.random.Random("rally 0 0")
+    game = bench.Rally("rally/park", rng.randrange(bench.PLAYED))
+    assert number == 0
+    for frame, action, _ in rows:
+        assert np.array_equal(game.render(), frame)
+        game.advance(action)
+
+
+def test_recorded_video_has_its_pad_where_its_json_says(tmp_path):
+    assert bench.main(["record", "--out", str(tmp_path), "--games", "swarm", "--minutes", "0.05", "--video", "--workers", "1"]) == 0
+    info, said, truth = extract.video_info(tmp_path / "swarm-000.mp4"), json.loads((tmp_path / "swarm-000.json").read_text()), np.load(tmp_path / "swarm-000.truth.npy")
+    assert info["n"] == len(truth) == 90 and info["fps"] == 30 and truth.shape == (90, 25)
+    assert said["box"][2] >= 0.12 * info["size"][0]
+    skin = next(s for s in bench.skins() if s.name == said["template"])
+    frames = [f for _, f in extract.read_video(tmp_path / "swarm-000.mp4")]
+    bare = [bench.cv2.resize(f, tuple(info["size"]), interpolation=bench.cv2.INTER_LINEAR) for f, *_ in bench.film([t for t in bench.TASKS if t.startswith("swarm")], "0 0", 90)]
+    change = np.mean([np.abs(a.astype(int) - b).sum(-1) for a, b in zip(frames, bare)], 0)
+    x, y, w, h = (round(v) for v in said["box"])
+    inside = np.zeros(change.shape, bool)
+    inside[max(y - 3, 0):y + h + 3, max(x - 3, 0):x + w + 3] = True
+    assert change[inside].mean() > 4 * change[~inside].mean() and skin.family in said["template"]
+
+
+def test_suite_of_a_checkpoint(tmp_path, toy, capsys):
+    assert bench.main(["suite", "--ckpt", str(toy), "--tasks", "dojo/boards", "swarm/bugs", "-n", "2", "--envs", "3", "--out", str(tmp_path), "--video", "--workers", "1", "--mashing",
+                       "--device", "cpu"]) == 0
+    said = json.loads((tmp_path / "suite.json").read_text())
+    assert set(said["rows"]) == {"dojo/boards", "swarm/bugs", "type: combat", "type: specific", "family: side", "family: top-down", "all"}
+    row = said["rows"]["all"]
+    assert set(row) == {"random", "scripted", "best of mashing", "model"} and row["model"]["n"] == 4 and row["scripted"]["wins"] >= 3
+    assert row["model"]["low"] <= row["model"]["rate"] <= row["model"]["high"]
+    assert extract.video_info(tmp_path / "dojo-boards.mp4")["n"] > 5 and "all" in capsys.readouterr().out
+
+
+def test_model_rollouts_are_the_same_again_and_replan_every_k_steps(toy):
+    policy = bench.sample.Policy(toy, "cpu")
+    one, two = ({}, {})
+    a = bench.play_model(policy, ["swarm/gems"], 2, 8, envs=2, films=one)
+    b = bench.play_model(policy, ["swarm/gems"], 2, 8, envs=2, films=two)
+    assert a == b and all(np.array_equal(x[1], y[1]) for x, y in zip(one["swarm/gems"], two["swarm/gems"], strict=True))
+
+
+@pytest.mark.parametrize("line, word", [
+    (["record", "--out", "x", "--games", "tetris"], "tetris"),
+    (["record", "--out", "x", "--minutes", "0"], "--minutes"),
+    (["suite", "--video"], "--video"),
+    (["suite", "-n", "0"], "-n"),
+    (["suite", "--ckpt", "nothing.safetensors"], "nothing.safetensors"),
+    (["demo", "--out", "x", "--tasks", "pong/left"], "pong/left"),
+])
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, line, word):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(line) == 2
+    said = capsys.readouterr().err
+    assert word in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_contact_sheet(tmp_path):
+    assert bench.main(["games", "--out", str(tmp_path)]) == 0
+    assert extract.read_rgba(tmp_path / "games.png").shape[1] == 1560

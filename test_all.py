@@ -405,6 +405,24 @@ def test_an_overlay_that_moves_has_two_places(tmp_path, small_templates):
     assert [len(extract.localise_all(half, matcher)[0]) for half in (frames[:12], [f * 0 + 90 for f in frames])] == [1, 0]
 
 
+def test_colour_siblings_are_told_apart_by_colour():
+    """Templates of one shape; the video shows one of them, half see-through, over a tinted picture."""
+    skins = [s for s in extract.our_skins() if s.family == "xbox_one" and s.name.endswith("_flat")]
+    assert len(skins) > 5
+    picture = np.clip(extract.backdrop(np.random.default_rng(0), 360, 640) * [0.7, 0.9, 1.1], 0, 255)
+    pose = np.float64([[0.5, 0, 100], [0, 0.5, 60]])
+    matcher = extract.Matcher.__new__(extract.Matcher)
+    matcher.skins = skins
+    for shown, skin in enumerate(skins):
+        rgba = extract.draw(skin)
+        rgba = cv2.resize(rgba, (rgba.shape[1] // 2, rgba.shape[0] // 2), interpolation=cv2.INTER_AREA).astype(float)
+        frame, alpha = picture.copy(), 0.6 * rgba[..., 3:] / 255
+        spot = frame[60:60 + rgba.shape[0], 100:100 + rgba.shape[1]]
+        spot[:] = alpha * rgba[..., 2::-1] + (1 - alpha) * spot
+        found = extract.Find(0, pose, 50, {}, present=(0,))
+        assert extract.recolour(found, [frame.astype(np.uint8)], (640, 360), matcher) == shown, skin.name
+
+
 def test_clip_folder_is_what_the_design_says(extracted):
     data, _, truth, _ = extracted
     clip, frames, pads = extract.read_clip(data / "with"), extract.Frames(data / "with"), extract.Frames(data / "with", "pads")
@@ -729,10 +747,12 @@ def test_normalisation_is_guarded():
 
 
 # ---------------------------------------------------------------------------------------------------------------- parse.py: clips
-def drawn_clip(folder, skin, n=150, seed=0, opacity=0.9):
-    """A clip folder of a drawn skin over a scrolling backdrop, with truth.npy."""
+def drawn_clip(folder, skin, n=150, seed=0, opacity=0.9, held=None):
+    """A clip folder of a drawn skin over a scrolling backdrop, with truth.npy; one button may be held most of the time."""
     rng = RNG(seed)
     truth, back = parse.play(rng, n), extract.backdrop(rng, 300, 500 + 2 * n)
+    if held:
+        truth[:, BUTTON[held]] = np.arange(n) % 50 >= 5
     truth[::5, 21:] = 0 if n < 20 else truth[::5, 21:]
     pad = (320, round(320 * skin.size[1] / skin.size[0]))
     folder.mkdir(parents=True)
@@ -773,6 +793,15 @@ def test_reads_a_pad_it_never_saw(tmp_path, capsys):
     assert actions.shape == (150, 25) and actions.dtype == np.float32 and confidence.dtype == np.float32 and keep.dtype == bool
     assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any() and set(np.unique(actions[:, :21])) <= {0, 1}
     assert (tmp_path / "é sheet.png").is_file()
+
+
+def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(tmp_path):
+    """Its median picture is the pressed one; only the template knows better."""
+    skin = {s.name: s for s in extract.our_skins()}["ps4_blue_flat"]
+    drawn_clip(tmp_path / "clip", skin, held="RIGHT_TRIGGER")
+    parse.run_clip(parse.load_parser(parse.CKPT), tmp_path / "clip")
+    got, true = (np.load(tmp_path / "clip" / f"{n}.npy")[:, BUTTON["RIGHT_TRIGGER"]] for n in ("actions", "truth"))
+    assert true.mean() == 0.9 and (got == true).mean() > 0.95
 
 
 def test_run_resumes_and_redoes_what_is_broken(tmp_path, capsys):

@@ -1819,7 +1819,7 @@ def show_games(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- demo
-DEMO = ("rally/course", "swarm/gems", "glider/rings")       # a task of each family that a small model learns within minutes
+DEMO = ("crypt/exit", "swarm/gems", "cliffs/tower")     # one of each family, and learned in minutes
 
 
 class Stages:
@@ -1900,7 +1900,7 @@ def demo(args):
     runs = {"model": out / "model", "true labels": out / "model-truth"}
     with stages.stage("train two toy models (train.py)") as say:
         flags = {"preset": "toy", "hz": FPS, "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed, "workers": 1, "val": 0, "every": args.steps}
-        flags = [word for name, value in flags.items() for word in (f"--{name}", value)] + ["--no-augment"]
+        flags = [word for name, value in flags.items() for word in (f"--{name}", value)] + ["--no-augment", "--dropout", 0, "--ema", 0.999, "--draws", 2]
         todo = []
         for name, run in runs.items():
             if not (run / "state.safetensors").is_file():
@@ -2513,7 +2513,7 @@ def add_games(sub):
     p.add_argument("--tasks", nargs="+", metavar="T", help=f"tasks or games (default {' '.join(DEMO)})")
     p.add_argument("--minutes", type=float, default=3, help="video of each game (default 3)")
     p.add_argument("--videos", type=int, default=3, help="files these minutes are cut into, each with another pad (default 3)")
-    p.add_argument("--steps", type=int, default=900, help="training steps (default 900: what is seen begins to matter after about 500)")
+    p.add_argument("--steps", type=int, default=1000, help="training steps (default 1000: what is seen begins to matter after about 500)")
     p.add_argument("--batch", type=int, default=32, help="frames a step (default 32)")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate: high, for a short run (default 2e-3)")
     p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")

@@ -2560,7 +2560,7 @@ def add_playing(sub):
 
 def main(argv=None):
     """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = extract.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     sub = parser.add_subparsers(required=True, metavar="COMMAND")
     cv2.setNumThreads(1)
     add_games(sub)

@@ -42,10 +42,18 @@ class UserError(ValueError):
     """A user's mistake: one line that says what was expected, what was found and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with its mistakes as one error line."""
+
+    def error(self, message):
+        """Raise UserError, where argparse prints a page and leaves."""
+        raise UserError(f"{message}: {self.prog} --help tells more")
+
+
 def cli(parser, argv, *mistakes):
     """Parse argv and call args.run(args). Returns the exit status: 0 done, 2 the user's mistake (one line), 130 Ctrl-C."""
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         args.run(args)
     except (UserError, *mistakes) as e:
         print(f"error: {e}", file=sys.stderr)
@@ -2371,12 +2379,12 @@ def main(argv=None):
     """Parse the command line; without a sub-command's name the main command runs."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["templates"]:
-        parser = argparse.ArgumentParser(prog="extract.py templates", description="Write our own templates as PNG + JSON.", allow_abbrev=False)
+        parser = Parser(prog="extract.py templates", description="Write our own templates as PNG + JSON.", allow_abbrev=False)
         parser.add_argument("--out", required=True, help="folder to write to")
         parser.set_defaults(run=run_templates)
         return cli(parser, argv[1:])
     if argv[:1] == ["xfeat"]:
-        parser = argparse.ArgumentParser(prog="extract.py xfeat", description="Train the matching network for pads.", allow_abbrev=False)
+        parser = Parser(prog="extract.py xfeat", description="Train the matching network for pads.", allow_abbrev=False)
         parser.add_argument("--out", required=True, help="weights to write, .safetensors")
         parser.add_argument("--teacher", required=True, help="the official xfeat.pt, distilled at the start")
         parser.add_argument("--steps", type=int, default=4700, help="optimiser steps (default: as the shipped weights)")
@@ -2385,7 +2393,7 @@ def main(argv=None):
         parser.add_argument("--seed", type=int, default=1, help="of the drawings and of the network (default: as the shipped weights)")
         parser.set_defaults(run=train_xfeat)
         return cli(parser, argv[1:])
-    parser = argparse.ArgumentParser(prog="extract.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(prog="extract.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them")
     parser.add_argument("--out", required=True, help="the data folder: one clip folder a video, and extract.jsonl")
     parser.add_argument("--templates", help="folder of NAME.png (+ NAME.json) or of OBS input-overlay presets (default: our own, about 300)")

@@ -15,7 +15,6 @@ size), from the previous frame, from the current frame [paper: a pair of frames]
 own median picture [ours]. A narrow SegFormer (arXiv 2105.15203) reads a stick's close-ups into an 11 x 11 grid [paper: a
 segmentation, much better than regression] and a button's into one logit. Reads are then smoothed over the whole video.
 """
-import argparse
 import json
 import math
 import time
@@ -612,8 +611,9 @@ def score(actions, truth, geometry):
     late = [d for b in range(len(shown)) for d in onset_errors(got[:, b], true[:, b])]
     lags = {d: agreement(actions, truth, geometry, d) for d in range(-4, 5)}
     return {**{f"{s} R2": r2(actions[:, STICKS[s]], truth[:, STICKS[s]]) for s in geometry["sticks"]},
-            "accuracy": float((got == true).mean()), "precision": float(precision[occurs].mean()), "recall": float(recall[occurs].mean()),
-            "F1": float(f1[occurs].mean()), "timing": float(np.median(late)) if late else float("nan"), "lag": max(lags, key=lags.get),
+            "accuracy": float((got == true).mean()), **{k: float(v[occurs].mean()) if occurs.any() else float("nan") for k, v in
+                                                        (("precision", precision), ("recall", recall), ("F1", f1))},
+            "timing": float(np.median(late)) if late else float("nan"), "lag": max(lags, key=lags.get),
             "by button": {BUTTONS[b]: round(float(f), 3) for b, f, o in zip(shown, f1, occurs) if o}}
 
 
@@ -1021,7 +1021,7 @@ def train(args):
 
 def main(argv=None):
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="parse.py", description="Read buttons and sticks from the overlay crops.", allow_abbrev=False)
+    parser = extract.Parser(prog="parse.py", description="Read buttons and sticks from the overlay crops.", allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="run | train | eval")
     p = verbs.add_parser("run", help="read every clip folder of DATA", allow_abbrev=False)
     p.add_argument("data", help="folder of clip folders (or one of them), as extract.py leaves it")

@@ -19,7 +19,6 @@ the pad, to weight corrections (DAgger); with --video OUT.mp4 what the model saw
 Order below: the client, actions to keys, the two desktops (X11, Windows), pads, people, pausing, the guard, the environment, real-time play, the
 recorder, the picture of it all, the command line.
 """
-import argparse
 import contextlib
 import ctypes
 import glob
@@ -1693,7 +1692,7 @@ def run(args):
 
 def main(argv=None):
     """Parse the command line."""
-    p = argparse.ArgumentParser(description="Play a game with a policy, or record a person who plays it.", allow_abbrev=False)
+    p = extract.Parser(description="Play a game with a policy, or record a person who plays it.", allow_abbrev=False)
     p.set_defaults(run=run)
     add = p.add_argument_group("the game").add_argument
     add("--exe", help="name of the game's program, as the task manager or ps shows it; its largest window is played")

@@ -8,7 +8,6 @@ F is a .safetensors or a run folder. A Policy is loaded once and shared; a Sessi
 bench.py use. Letters as in model.py: B batch, F context frames, N image tokens, T actions of a chunk, A action dims, V vision width, k steps.
 What `--raw` writes is the sampler's own tensor (T, A): the model's layout, sticks (v + 1) / 2, nothing thresholded or clamped.
 """
-import argparse
 import contextlib
 import multiprocessing.connection as mpc
 import signal
@@ -415,7 +414,7 @@ def run_serve(args):
 
 def main(argv=None):
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Sample actions from a policy.", allow_abbrev=False)
+    parser = extract.Parser(description="Sample actions from a policy.", allow_abbrev=False)
     sub = parser.add_subparsers(required=True, metavar="image | video | serve")
 
     def command(name, run, text):

@@ -132,6 +132,35 @@ def fails_in_one_line(capfd, main, *argv, says=""):
     return err
 
 
+COMMANDS = [("extract", ""), ("extract", "templates"), ("extract", "xfeat"), ("parse", "run"), ("parse", "eval"), ("parse", "train"), ("model", "convert"), ("model", "info"), ("train", ""),
+            ("sample", "image"), ("sample", "video"), ("sample", "serve"), ("play", ""),
+            *(("bench", c) for c in ("demo", "record", "suite", "games", "parser", "transfer", "latency", "throughput", "playing"))]
+
+
+@pytest.mark.parametrize("script, command", COMMANDS)
+def test_every_command_has_help_and_says_a_wrong_flag_in_one_line(script, command, capfd):
+    main, words = getattr(sys.modules[script] if script != "model" else M, "main"), [command] if command else []
+    assert run(main, *words, "--help") == 0
+    assert "--help" in capfd.readouterr().out
+    fails_in_one_line(capfd, main, *words, "--no-such-flag", says="--help tells more")
+
+
+def test_readme_names_only_what_exists():
+    """Every flag of a command in the README is one of that script's, every function in its table is there."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    for script, rest in re.findall(r"python (\w+)\.py([^#`\n&]*)", text.replace("\\\n", " ")):
+        source = (HERE / f"{script}.py").read_text(encoding="utf-8")
+        for flag in re.findall(r"(?<=\s)--?[a-z][\w-]*", rest):
+            assert f'"{flag}"' in source, f"{script}.py has no {flag}"
+    named = re.findall(r"`(\w+)\.py`: ((?:`[\w.]+`(?:, )?)+)", text)
+    assert len(named) > 8
+    for script, names in named:
+        for name in re.findall(r"`([\w.]+)`", names):
+            thing = {"model": M, "train": train, "sample": sample, "play": play, "parse": parse, "extract": extract, "bench": bench}[script]
+            for part in name.split("."):
+                thing = getattr(thing, part)
+
+
 # ------------------------------------------------------------------------------------------------------------ extract: the action
 def test_action_layout_is_the_released_one():
     assert len(extract.BUTTONS) == 21 and extract.A == 25 and list(extract.BUTTONS) == sorted(extract.BUTTONS)

@@ -922,7 +922,7 @@ def run(args, state, team):
 def main(argv=None):
     """Parse the command line and train."""
     argv = sys.argv[1:] if argv is None else argv
-    p = argparse.ArgumentParser(prog="train.py", description="Train the policy by conditional flow matching.", allow_abbrev=False)
+    p = extract.Parser(prog="train.py", description="Train the policy by conditional flow matching.", allow_abbrev=False)
     p.add_argument("data", nargs="*", help="folders of clip folders with actions (extract.py + parse.py, play.py --record, bench.py record)")
     p.add_argument("--out", metavar="RUN", help="folder of the run")
     p.add_argument("--preset", choices=M.PRESETS, help="size of a fresh model (default toy)")

@@ -455,6 +455,8 @@ class Pad:
         calm, replaced = [], []
         for kind, seldom in enumerate((away | (clicks > 3), logits > 3)):
             alike = np.array([likeness(a, b) for a, b in zip(drawn[kind], self.rest[kind])])
+            if kind == 1 and len(alike):                                       # far more unlike than the others: less need be said by the net
+                seldom = seldom | (alike < np.median(alike) - 0.25) & (logits > 2)
             calm += alike[~seldom].tolist()
             seldom = seldom & (alike < 0.95)                                   # what looks as it does at rest is at rest
             self.rest[kind][seldom] = drawn[kind][seldom]
@@ -669,8 +671,9 @@ def mean_of(rows):
 def line_of(name, row):
     """One line of scores."""
     sticks = [row[k] for k in ("left R2", "right R2") if k in row]
-    return (f"{name}: stick R2 {' '.join(f'{v:.3f}' for v in sticks)} | accuracy {row['accuracy']:.4f} | precision {row['precision']:.3f} | "
-            f"recall {row['recall']:.3f} | F1 {row['F1']:.3f} | press {row['timing']:.1f} frames off | lag {row['lag']:.0f}")
+    accuracy, precision, recall, f1, timing, lag = (row.get(k, math.nan) for k in ("accuracy", "precision", "recall", "F1", "timing", "lag"))
+    return (f"{name}: stick R2 {' '.join(f'{v:.3f}' for v in sticks)} | accuracy {accuracy:.4f} | precision {precision:.3f} | recall {recall:.3f} | F1 {f1:.3f} | "
+            f"press {timing:.1f} frames off | lag {lag:.0f}")
 
 
 def sheet(path, folders, count=20):

@@ -1819,7 +1819,7 @@ def show_games(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- demo
-DEMO = ("crypt/exit", "swarm/gems", "cliffs/tower")     # one of each family, and learned in minutes
+DEMO = ("rally/course", "swarm/gems", "glider/rings")       # a task of each family that a small model learns within minutes
 
 
 class Stages:

@@ -1527,6 +1527,25 @@ class Blind:
         return action
 
 
+class Learned:
+    """A policy plays one game alone; looks again after `per_chunk` steps."""
+    def __init__(self, game, policy, seed=0, per_chunk=8):
+        self.game, self.session, self.per_chunk = game, sample.Session(policy, seed=seed), per_chunk
+        self.coming = deque([neutral()] * policy.config.action_shift)
+
+    def act(self):
+        shift = self.session.policy.config.action_shift
+        if len(self.coming) <= shift:
+            chunk = at_30(self.session.predict(self.game.render()), self.session.policy.config)
+            self.coming.extend(chunk[:self.per_chunk])
+        return self.coming.popleft()
+
+
+def at_30(chunks, config):
+    """Chunks (..., T, 25) at the model's rate -> (..., K, 25) at the games' 30 steps a second."""
+    return chunks[..., (np.arange(int(config.horizon * FPS / config.hz)) * config.hz / FPS).astype(int), :]
+
+
 MASHING = ("right", "left", "up", "down", "right+attack", "left+attack", "up+attack", "down+attack", "spin+attack", "mash")
 
 
@@ -1542,41 +1561,60 @@ def pick_tasks(names):
     return [t for t in TASKS if not names or t in names or t.split("/")[0] in names]
 
 
-def film(tasks, seed, n):
-    """n steps of scripted play of one game, task after task, by players that differ -> yields (frame, action, True where an episode begins)."""
+def film(tasks, seed, n, policy=None):
+    """n steps of scripted play of one game, task after task, by players that differ -> yields (frame, action, True where an episode begins, True where
+    the script plays). With a policy the two take turns: it plays into the situations that it makes, the script shows the way out (DAgger, 1011.0686)."""
     rng, env = random.Random(f"{tasks[0].split('/')[0]} {seed}"), None
     for _ in range(n):
         begins = env is None or env.over
         if begins:
             number, task = rng.randrange(PLAYED), TASKS[rng.choice(tasks)]
             env = task.game(task, number)
-            player = Scripted(env, number)
-        action = player.act()
-        yield env.render(), action, begins
+            script, turn, scripted = Scripted(env, number), 0, bool(policy)
+        action = script.act()                                                  # sees the game at every step, so that it is late as ever at its turn
+        if policy and turn == 0:
+            scripted, turn, model = not scripted, rng.randint(30, 90), Learned(env, policy, number)
+        turn -= 1
+        scripted = scripted or not policy
+        if not scripted:
+            action = model.act()
+        yield env.render(), action, begins, scripted
         env.advance(action)
 
 
+@functools.lru_cache(1)
+def learned(path, steps):
+    """The policy of --ckpt, once a process."""
+    torch.set_num_threads(1)
+    return sample.Policy(path, "cpu", steps=steps)
+
+
 def record_clip(job):
-    """One recording -> its line. job: (folder of the data, tasks of one game, number, seed, steps, as a video?)."""
-    out, tasks, number, seed, n, video = job
-    return (record_video if video else record_folder)(Path(out), f"{tasks[0].split('/')[0]}-{number:03}", tasks, f"{seed} {number}", n)
+    """One recording -> its line. job: (folder of the data, tasks of one game, number, seed, steps, as a video?[, a policy's path, its Euler steps])."""
+    out, tasks, number, seed, n, video, *model = job
+    name, seed = f"{tasks[0].split('/')[0]}-{number:03}", f"{seed} {number}"
+    return record_video(Path(out), name, tasks, seed, n) if video else record_folder(Path(out), name, tasks, seed, n, learned(*model) if model else None)
 
 
-def record_folder(out, name, tasks, seed, n):
-    """A clip folder with the true actions, as play.py's recorder would leave it."""
+def record_folder(out, name, tasks, seed, n, policy=None):
+    """A clip folder with the true actions, as play.py's recorder would leave it; with a policy, human.npy says where the script had taken over."""
     if (out / name / "clip.json").is_file():
         return f"{name}: recorded already"
     tmp = extract.fresh_folder(out / name)
-    writer, actions, begins = extract.FramesWriter(tmp, "frames"), np.zeros((n, extract.A), np.float32), np.zeros(n, bool)
-    for i, (frame, actions[i], begins[i]) in enumerate(film(tasks, seed, n)):
+    writer, actions, begins, scripted = extract.FramesWriter(tmp, "frames"), np.zeros((n, extract.A), np.float32), np.zeros(n, bool), np.ones(n, bool)
+    for i, (frame, actions[i], begins[i], scripted[i]) in enumerate(film(tasks, seed, n, policy)):
         writer.add(i, frame)
     writer.close(n)
     keep = extract.dense(actions)
     for b in np.flatnonzero(begins):
         keep[max(b - 8, 0):b] = False                                          # most of their chunk is of the next episode
+    for i in np.flatnonzero(~scripted):
+        keep[max(i - extract.HORIZON + 1, 0):i + 1] = False                    # what the model did is nothing to learn from
     for file, array in (("actions", actions), ("truth", actions), ("confidence", np.ones(n, np.float32)), ("keep", keep)):
         extract.write_npy(tmp / f"{file}.npy", array)
-    clip = {"video": "", "game": name.split("-")[0], "fps": FPS, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0, "player": "scripted", "seed": seed}
+    if policy:
+        extract.write_npy(tmp / "human.npy", scripted)
+    clip = {"video": "", "game": name.split("-")[0], "fps": FPS, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0, "player": policy.name if policy else "scripted", "seed": seed}
     extract.write_json(tmp / "clip.json", clip)
     os.replace(tmp, out / name)
     return f"{name}: {n} frames, {int(begins.sum())} episodes"
@@ -1594,7 +1632,7 @@ def record_video(out, name, tasks, seed, n, look=None, size=(640, 360)):
     x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
     truth = np.zeros((n, extract.A), np.float32)
     with extract.VideoWriter(out / f"{name}.mp4", FPS, size) as video:
-        for i, (frame, truth[i], _) in enumerate(film(tasks, seed, n)):
+        for i, (frame, truth[i], *_) in enumerate(film(tasks, seed, n)):
             picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
             put_pad(picture[y:y + high, x:x + wide], skin, truth[i], opacity)
             video.add(picture)
@@ -1644,8 +1682,12 @@ def record(args):
     n = round(min(args.clip, args.minutes * 60) * FPS)
     if n < 32 or args.workers < 1:
         raise UserError(f"--minutes {args.minutes} --clip {args.clip} --workers {args.workers}: expected clips of a second or more and a worker or more")
+    if args.ckpt and args.video:
+        raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
+    if args.ckpt:
+        sample.Policy(args.ckpt, "cpu", steps=args.euler)                      # a wrong file is said now, in one line
     count = max(round(args.minutes * 60 * FPS / n), 1)
-    jobs = [(out, mine, i, args.seed, n, args.video) for game in GAMES for mine in [[t for t in tasks if t.startswith(game + "/")]] if mine for i in range(count)]
+    jobs = [(out, mine, i, args.seed, n, args.video, *((args.ckpt, args.euler) if args.ckpt else ())) for game in GAMES for mine in [[t for t in tasks if t.startswith(game + "/")]] if mine for i in range(count)]
     began = time.monotonic()
     for i, line in enumerate(in_processes(record_clip, jobs, args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line} | {i * n / (time.monotonic() - began):.0f} frames/s", flush=True)
@@ -1688,13 +1730,12 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, say=Non
                 slots[s] = (TASKS[task].game(task, PLAYED + seed + i), task, i, deque([neutral()] * c.action_shift))
                 session.reset(s, seed + i - s)                                             # environment s adds s: the same noise in any place
         frames = np.stack([slot[0].render() for slot in slots])
-        chunks = session.predict(frames)                                                       # (B, T, 25)
-        rows = (np.arange(int(c.horizon * FPS / c.hz)) * c.hz / FPS).astype(int)               # the model's rate -> 30 a second
+        chunks = at_30(session.predict(frames), c)                                             # (B, K, 25)
         for slot, chunk in zip(slots, chunks):
             game, task, i, coming = slot
             while len(coming) > c.action_shift:                                                # what is newly planned replaces what was
                 coming.pop()
-            coming.extend(chunk[rows])
+            coming.extend(chunk)
             for _ in range(per_chunk):
                 if game.over or not coming:
                     break
@@ -2491,6 +2532,8 @@ def add_games(sub):
     p.add_argument("--minutes", type=float, default=5, help="game time of each game (default 5)")
     p.add_argument("--clip", type=float, default=30, help="seconds of a clip (default 30)")
     p.add_argument("--seed", type=int, default=0, help="of players and levels: another seed gives held-out data (default 0)")
+    p.add_argument("--ckpt", help="a model that plays by turns with the script, which shows the way out of what it got into; only that is kept")
+    p.add_argument("--euler", type=int, metavar="K", help="its Euler steps (default: the checkpoint's)")
     p.add_argument("--video", action="store_true", help="mp4 with a pad drawn over it, NAME.truth.npy and NAME.json beside it")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     p.set_defaults(run=record)

@@ -448,7 +448,7 @@ class NitroGen(nn.Module):
         B, n, side = *frames.shape[:2], self.config.image
         if frames.shape[2:] != (side, side, 3):
             raise ModelError(f"expected frames of {side} x {side} x 3, found {' x '.join(map(str, frames.shape[2:]))}")
-        x = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1                            # (B F, 3, H, W) in [-1, 1]
+        x = (frames.flatten(0, 1).permute(0, 3, 1, 2) / 127.5).sub_(1)                              # (B F, 3, H, W) in [-1, 1]
         x = self.vision.patch_embedding(x.to(self.proj_out_2.weight.dtype)).flatten(2).transpose(1, 2)   # (B F, N, V)
         x = x + self.vision.position_embedding.weight
         for block in self.vision.blocks:

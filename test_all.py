@@ -3112,13 +3112,28 @@ def test_recorded_clips_are_what_train_reads(tmp_path, capsys):
 def test_recorded_frame_is_the_one_its_action_answers():
     """Row t holds the frame before action t: playing the actions again gives the frames."""
     rows = list(bench.film(["rally/park"], "0 0", 50))
-    number, _ = [b for *_, b in rows].index(True), None
     rng = bench.random.Random("rally 0 0")
     game = bench.Rally("rally/park", rng.randrange(bench.PLAYED))
-    assert number == 0
-    for frame, action, _ in rows:
+    assert rows[0][2] and all(scripted for *_, scripted in rows)
+    for frame, action, *_ in rows:
         assert np.array_equal(game.render(), frame)
         game.advance(action)
+
+
+def test_corrections_keep_only_what_the_script_played(tmp_path, capsys):
+    """record --ckpt: model and script take turns; a chunk to learn from holds no step of the model's, and the whole replays from the actions."""
+    M.save(tmp_path / "m.safetensors", tiny(hz=30.0).state_dict(), tiny(hz=30.0).config)
+    line = ["record", "--games", "cliffs/coins", "--clip", "10", "--minutes", "0.16", "--workers", "1", "--ckpt", str(tmp_path / "m.safetensors"), "--euler", "1"]
+    assert bench.main([*line, "--out", str(tmp_path / "a")]) == 0
+    clip = tmp_path / "a" / "cliffs-000"
+    actions, keep, human = (np.load(clip / f"{name}.npy") for name in ("actions", "keep", "human"))
+    assert not human[:30].any() and 30 < human.sum() < len(human) - 30 and keep.sum() > 10
+    assert all(human[i:i + extract.HORIZON].all() for i in np.flatnonzero(keep))
+    game = bench.Cliffs("cliffs/coins", bench.random.Random("cliffs 0 0").randrange(bench.PLAYED))
+    for i in range(60):
+        assert np.abs(game.render().astype(int) - extract.Frames(clip)[i]).mean() < 6                     # JPEG's loss
+        game.advance(actions[i])
+    assert bench.main([*line, "--out", str(tmp_path / "b"), "--video"]) == 2 and "give one of them" in capsys.readouterr().err
 
 
 def test_recorded_video_has_its_pad_where_its_json_says(tmp_path):

@@ -18,6 +18,7 @@ Letters as in model.py, and M draws: pairs of noise and time for each encoded fr
 import argparse
 import contextlib
 import csv
+import ctypes
 import functools
 import json
 import math
@@ -767,6 +768,15 @@ def signals():
             signal.signal(number, old)
 
 
+def keep_memory():
+    """Let glibc keep what is freed: a step on a CPU asks for the same hundreds of megabytes as the one before, and the kernel would clear each page of
+    them anew, a tenth to a quarter of the step's time. Elsewhere nothing happens."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)):     # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+            mallopt(option, value)
+
+
 def clock(seconds):
     """Seconds -> 0:12 or 1:02:03."""
     minutes, s = divmod(int(seconds), 60)
@@ -827,6 +837,7 @@ def prepare(args, team, say):
 def run(args, state, team):
     """Train; every process of a team runs this on its share of each batch."""
     cv2.setNumThreads(1)                                                 # the loader's threads are enough
+    keep_memory()
     say = print if team.rank == 0 else lambda text: None
     model, training, held, ids = prepare(args, team, say)
     device, config = team.device, model.config

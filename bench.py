@@ -1666,6 +1666,7 @@ def folder(path):
 
 def in_processes(work, jobs, workers):
     """work(job) for all jobs, in order; in processes where that pays."""
+    workers = min(workers, len(jobs))
     if workers < 2:
         yield from map(work, jobs)
         return
@@ -2104,6 +2105,10 @@ def gain(pairs, rounds=4000):
 def parser_figures(args):
     """Per controller family, opacity and size: localisation, stick R2, accuracy and F1 of what is read [P Fig. 5], on videos of our own making or on a
     folder of videos with NAME.truth.npy (and NAME.json with "box") beside them."""
+    extract.within(args, 1, None, "each", "workers")
+    extract.within(args, 1 / 30, None, "minutes")
+    if args.videos and not Path(args.videos).is_dir():
+        raise UserError(f"{args.videos}: expected a folder of videos, found {'a file' if Path(args.videos).exists() else 'nothing there'}: check --videos")
     out = folder(args.out)
     videos, clips, stages = Path(args.videos) if args.videos else folder(out / "videos"), out / "clips", Stages(out, 3 if args.videos is None else 2)
     if args.videos is None:
@@ -2123,6 +2128,7 @@ def parser_figures(args):
     truth = {p.name.removesuffix(".truth.npy"): p for p in sorted(videos.rglob("*.truth.npy"))}
     if not truth:
         raise UserError(f"{videos}: expected videos with NAME.truth.npy beside them, float32 (n, 25), found none: record some with bench.py record --video")
+    known = {name: told(path, path.with_name(f"{name}.json")) for name, path in truth.items()}
     with stages.stage("find the overlays (extract.py)") as say:
         stages.shares(len(truth), "extract.py", videos, "--out", clips, *(["--templates", args.templates] if args.templates else []))
         found = {name: extract.read_clip(clips / name) for name in truth if (clips / name / "clip.json").is_file()}
@@ -2130,17 +2136,16 @@ def parser_figures(args):
     if not found:
         raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
     for name in found:
-        extract.write_npy(clips / name / "truth.npy", np.load(truth[name], allow_pickle=False))
+        true = extract.read_npy(truth[name], np.float32, 2)
+        extract.check_actions(truth[name], true, extract.Frames(clips / name, "pads").n)
+        extract.write_npy(clips / name / "truth.npy", true)
     with stages.stage("read the actions (parse.py)") as say:
         stages.shares(len(found), "parse.py", "run", clips)
-        scores, known = {}, {}
+        scores = {}
         for name, clip in found.items():
             scores[name] = parse.score(*(np.load(clips / name / f"{file}.npy") for file in ("actions", "truth")), clip["geometry"])
-            beside = truth[name].with_name(f"{name}.json")
-            known[name] = meta = extract.read_json(beside, dict) if beside.is_file() else {}
-            box = meta.get("box") or meta.get("bbox") and [*meta["bbox"][:2], meta["bbox"][2] - meta["bbox"][0], meta["bbox"][3] - meta["bbox"][1]]
-            if box:
-                scores[name]["IoU"] = overlap(clip["box"], box)
+            if known[name]["box"]:
+                scores[name]["IoU"] = overlap(clip["box"], known[name]["box"])
         say(f"{len(scores)} clips")
     groups = {"all": list(found)}
     for name, clip in found.items():
@@ -2153,6 +2158,20 @@ def parser_figures(args):
     for group, row in rows.items():
         print(f"{group:24}" + " | ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     extract.write_json(out / "parser.json", {"args": {k: str(v) for k, v in vars(args).items() if k != "run"}, "machine": machine(), "rows": rows, "clips": scores})
+
+
+def told(truth, beside):
+    """What NAME.json beside a video says: {"box": [x, y, w, h] or None, "family", "opacity" where it is known}. NAME.truth.npy is looked at too, before the
+    long stages."""
+    actions, meta = extract.read_npy(truth, np.float32, 2), extract.read_json(beside, dict) if beside.is_file() else {}
+    extract.check_actions(truth, actions, len(actions))
+    try:
+        box = meta.get("box") or meta.get("bbox") and [*meta["bbox"][:2], meta["bbox"][2] - meta["bbox"][0], meta["bbox"][3] - meta["bbox"][1]]
+        if box and not (len(box) == 4 and np.isfinite(box).all()):
+            raise ValueError(box)
+        return {"box": box, "family": meta.get("family")} | ({"opacity": float(meta["opacity"])} if "opacity" in meta else {})
+    except (TypeError, ValueError, LookupError) as e:
+        raise UserError(f"{beside}: expected \"box\" as [x, y, width, height] and \"opacity\" as a number, found {type(e).__name__} {e}: mend it or remove it") from None
 
 
 def record_look(job):

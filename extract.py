@@ -26,6 +26,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)      # what is wrong with a file is said here, in one line, and not by the
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")                  # libraries, which would say it again in several of theirs
+
 # ---------------------------------------------------------------------------------------------------------------- the action
 # 25 floats: 21 buttons in the released order, then left x, left y, right x, right y. The paper says 20 (16 buttons + 4 axes) in its
 # body and 16 x 24 in its appendix; the released labels have 17 buttons + 4 axes; the checkpoint has the 25 below (its author, issue 43).
@@ -53,15 +56,42 @@ class Parser(argparse.ArgumentParser):
 def cli(parser, argv, *mistakes):
     """Parse argv and call args.run(args). Returns the exit status: 0 done, 2 the user's mistake (one line), 130 Ctrl-C."""
     try:
+        for word in sys.argv[1:] if argv is None else argv:
+            unicode(word)
         args = parser.parse_args(argv)
+        within(args, None, None, *(name for name, value in vars(args).items() if type(value) in (int, float)))
+        within(args, 0, None, "seed")
         args.run(args)
     except (UserError, *mistakes) as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:                                                    # of a file: its disk, its rights or its name, whichever script asks
+        if e.filename is None:
+            raise
+        print(f"error: {e.filename}: {e.strerror}: check this path, the rights to it and the room on its disk", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what is whole stays, run the same command to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def within(args, low, high, *names):
+    """These flags, where given, lie in low .. high; UserError names the first that does not. None: no limit there, but that of a number that can be used."""
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None and not (-1 << 62 if low is None else low) <= value <= (1 << 62 if high is None else high):      # NaN lies nowhere
+            limits = "a finite number of 18 digits at most" if low is None else f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
+            raise UserError(f"{'--' if len(name) > 1 else '-'}{name.replace('_', '-')} {value}: expected {limits}: give another number")
+
+
+def unicode(path):
+    """A path, or any word, that is Unicode as it is; UserError for other bytes: OpenCV ends the process over such names, and nothing can print them."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{ascii(str(path))}: expected a name in UTF-8, found other bytes in it: rename it") from None
+    return path
 
 
 def neutral():
@@ -90,6 +120,13 @@ def write_atomic(path, write):
         raise UserError(f"can't write {path}: {e.strerror or e}: give another --out or make room") from None
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def writable(path):
+    """Make the folder of a file that is written at the end of a long run; UserError now where it can't be."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: expected the name of a file to write, found a folder: give another --out")
+    Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------ skins: what can be drawn
@@ -220,8 +257,11 @@ def premultiply(rgba):
 
 def read_rgba(path):
     """An image file as uint8 (h, w, 4) RGBA, straight alpha. UserError when it is no picture."""
-    data = np.fromfile(path, np.uint8)                                                       # imread can't open non-ASCII names on Windows
-    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    try:
+        data = np.fromfile(path, np.uint8)                                                   # imread can't open non-ASCII names on Windows
+        image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    except (OSError, cv2.error):                                                             # a folder; a picture of more pixels than OpenCV reads
+        image = None
     if image is None:
         raise UserError(f"{path}: expected a PNG picture, found something else: remove it or save it again as PNG")
     if image.dtype != np.uint8:
@@ -240,20 +280,20 @@ def save_png(path, rgba):
 def load_preset(layout, width=None):
     """An OBS input-overlay preset: layout JSON + the atlas PNG beside it -> Skin, `width` pixels wide (None: its own size)."""
     layout = Path(layout)
-    try:
-        preset = json.loads(layout.read_text(encoding="utf-8"))
-        elements = [e for e in preset["elements"] if e["type"] in (0, 2, 5, 6, 7, 8)]
-        [(e["pos"], e["mapping"]) for e in elements]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{layout}: expected an OBS input-overlay layout with elements, found {type(e).__name__} {e}: export the preset again") from None
-    pngs = sorted(layout.parent.glob("*.png"))
+    preset, pngs = read_json(layout, dict), sorted(layout.parent.glob("*.png"))
     atlas = next((p for p in pngs if p.stem == layout.stem), pngs[0] if pngs else None)
     if atlas is None:
         raise UserError(f"{layout}: expected the atlas PNG beside it, found none: copy the preset's .png into {layout.parent}")
     atlas = premultiply(read_rgba(atlas))
-    size = (int(preset.get("overlay_width") or max(e["pos"][0] + e["mapping"][2] for e in elements)),
-            int(preset.get("overlay_height") or max(e["pos"][1] + e["mapping"][3] for e in elements)))
-    parts = [part for element in elements if (part := preset_part(element, atlas))]
+    try:
+        elements = [e for e in preset["elements"] if e["type"] in (0, 2, 5, 6, 7, 8)]
+        size = (int(preset.get("overlay_width") or max(e["pos"][0] + e["mapping"][2] for e in elements)),
+                int(preset.get("overlay_height") or max(e["pos"][1] + e["mapping"][3] for e in elements)))
+        parts = [part for element in elements if (part := preset_part(element, atlas)) and part.sprites[0] is not None]
+        if not parts or not all(1 <= v <= 1 << 13 for v in size) or any(len(p.at) != 2 or not 0 <= p.travel[0] <= 1 << 13 for p in parts):
+            raise ValueError(f"{len(parts)} parts inside the atlas on a canvas of {size[0]} x {size[1]}")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as e:
+        raise UserError(f"{layout}: expected an OBS input-overlay layout with elements, found {type(e).__name__} {e}: export the preset again") from None
     return measured(layout.parent.name, family_of(layout.parent.name + layout.stem), size, parts, width)
 
 
@@ -341,6 +381,10 @@ def load_picture(png, width=None):
         buttons = {n: b for n, b in buttons.items() if n in geometry.get("visible_buttons", buttons)}
         sticks = {s: {"center": list(map(float, g["center"])), "travel": list(map(float, g["travel"])), "radius": float(g.get("radius", max(g["travel"])))}
                   for s, g in geometry.get("sticks", {}).items() if s in STICKS}
+        bbox = [float(v) for v in geometry["bbox"]] if isinstance(geometry.get("bbox"), list) and len(geometry["bbox"]) == 4 else None
+        pairs = [v for g in sticks.values() for v in (g["center"], g["travel"], (g["radius"],) * 2)]
+        if {*map(len, buttons.values())} - {4} or {*map(len, pairs)} - {2} or not all(abs(v) < 1e5 for p in (*buttons.values(), *pairs, bbox or ()) for v in p):
+            raise ValueError("wrong numbers")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{note}: expected buttons.NAME.box and sticks.left.center/travel, found {type(e).__name__} {e}: mend it or remove it") from None
     base = premultiply(rgba)
@@ -357,9 +401,9 @@ def load_picture(png, width=None):
                 parts.append(Part(name, (max(int(x0), 0), max(int(y0), 0)), [None, premultiply(np.dstack([lit[..., :3], ellipse_alpha(cut.shape)]))]))
     for side, stick in sticks.items():
         parts.append(cap_of(base, side, stick))
-    skin = measured(png.stem, geometry.get("controller") or family_of(png.stem), (w, h), parts, width)
+    skin = measured(png.stem, str(geometry.get("controller") or family_of(png.stem)), (w, h), parts, width)
     scale = skin.size[0] / w
-    skin.bbox = [float(v) * scale for v in geometry["bbox"]] if isinstance(geometry.get("bbox"), list) and len(geometry["bbox"]) == 4 else None
+    skin.bbox = bbox and [v * scale for v in bbox]
     skin.buttons = {n: [v * scale for v in b] for n, b in buttons.items()}
     skin.sticks = {s: {"center": [v * scale for v in g["center"]], "travel": [v * scale for v in g["travel"]], "radius": g["radius"] * scale}
                    for s, g in sticks.items()}
@@ -397,7 +441,7 @@ def read_json(path, kind):
     """A JSON file whose top level is `kind`; UserError names the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{path}: expected JSON, found {e}: mend it or remove it") from None
     if not isinstance(value, kind):
         raise UserError(f"{path}: expected a JSON {kind.__name__}, found a {type(value).__name__}: mend it or remove it")
@@ -1005,9 +1049,9 @@ VIDEO_ENDINGS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".ts",
 
 def open_video(path):
     """cv2.VideoCapture of a file with at least one picture stream; UserError otherwise."""
-    path = Path(path)
+    path = Path(unicode(path))
     if not path.is_file():
-        raise UserError(f"{path}: expected a video file, found nothing there: check the path")
+        raise UserError(f"{path}: expected a video file, found {'a folder' if path.is_dir() else 'nothing there'}: check the path")
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     if not capture.isOpened() or capture.get(cv2.CAP_PROP_FRAME_WIDTH) < 1:
         raise UserError(f"{path}: expected a video, found no picture stream in it (sound only, cut off or another kind of file): download it again")
@@ -1084,8 +1128,7 @@ class VideoWriter:
         codec = {".mp4": "mp4v", ".webm": "VP90", ".avi": "MJPG"}.get(self.path.suffix.lower())
         if codec is None:
             raise UserError(f"{path}: expected a name ending in .mp4, .webm or .avi: give another --out")
-        if not self.path.absolute().parent.is_dir():
-            raise UserError(f"{path}: expected a folder to write into, found none: make {self.path.parent} first")
+        writable(path)
         self.tmp = self.path.with_name(self.path.stem + ".tmp" + self.path.suffix)
         self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, tuple(size))
         if not self.writer.isOpened():
@@ -1165,11 +1208,24 @@ def read_npy(path, dtype, dims):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: expected this file of the clip, found none: run the stage that makes it again") from None
-    except (ValueError, OSError, EOFError) as e:
-        raise UserError(f"{path}: expected a whole .npy file, found {e}: delete the clip folder and run its stage again") from None
+    except Exception as e:                                                       # numpy's readers of headers and archives raise what they like
+        raise UserError(f"{path}: expected a whole .npy file, found {' '.join(str(e).split())[:200]}: delete the clip folder and run its stage again") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: expected a .npy file, found an archive of them: delete the clip folder and run its stage again")
     if array.dtype != dtype or array.ndim != dims:
         raise UserError(f"{path}: expected {np.dtype(dtype)} with {dims} dimensions, found {array.dtype} {array.shape}: delete the clip folder and run its stage again")
     return array
+
+
+def check_actions(path, actions, n):
+    """UserError where the array of `path` does not hold n actions: float (n, 25), buttons in 0..1, sticks in -1..1."""
+    if actions.shape != (n, A):
+        raise UserError(f"{path}: expected {n} x {A}, one row a video frame, found {actions.shape}: delete it and run its stage again")
+    low, high = (actions.min(0), actions.max(0)) if n else (np.zeros(A),) * 2                              # NaN passes through both
+    if not (low >= [0] * len(BUTTONS) + [-1.001] * 4).all() or not (high <= 1.001).all():
+        bad = int(np.flatnonzero(~((actions[:, :-4] >= 0).all(1) & (np.abs(actions) <= 1.001).all(1)))[0])
+        raise UserError(f"{path}: expected buttons in 0..1 and sticks in -1..1, found {'NaN' if np.isnan(actions[bad]).any() else 'others'} in row {bad}: "
+                        "run its stage again or delete the clip")
 
 
 class Frames:
@@ -1179,9 +1235,10 @@ class Frames:
         self.path = Path(folder) / f"{name}.npy"
         self.data = read_npy(self.path, np.uint8, 1)
         index = np.array(read_npy(self.path.with_name(f"{name}_index.npy"), np.int64, 2))
-        if index.shape[1:] != (2,) or not len(index) or index[-1, 1] != len(self.data) or (np.diff(index[:, 1]) < 0).any():
-            raise UserError(f"{self.path}: expected an index that fits its {len(self.data)} bytes, found another: delete the clip folder and run its stage again")
-        self.numbers, self.offsets, self.n = index[:-1, 0], index[:, 1], int(index[-1, 0])
+        if index.shape[1:] != (2,) or not len(index) or index[-1, 1] != len(self.data) or (index[0] < 0).any() or (np.diff(index, axis=0) < 0).any() \
+                or (index[:-1, 0] >= index[-1, 0]).any():
+            raise UserError(f"{self.path}: expected an index that fits its {len(self.data)} bytes and rises, found another: delete the clip folder and run its stage again")
+        self.numbers, self.offsets, self.n, self.shape = index[:-1, 0], index[:, 1], int(index[-1, 0]), None
 
     def __len__(self):
         return len(self.numbers)
@@ -1197,12 +1254,19 @@ class Frames:
         bgr = cv2.imdecode(jpeg, cv2.IMREAD_COLOR) if len(jpeg) else None
         if bgr is None:
             raise UserError(f"{self.path}: expected a JPEG as frame {i}, found broken bytes: delete the clip folder and run its stage again")
+        self.shape = self.shape or bgr.shape
+        if bgr.shape != self.shape:
+            raise UserError(f"{self.path}: expected frames of one size, {self.shape[:2]}, found {bgr.shape[:2]} as frame {i}: delete the clip folder and run its stage again")
         return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
 def read_clip(folder):
-    """clip.json of a clip folder as a dict."""
-    return read_json(Path(folder) / "clip.json", dict)
+    """clip.json of a clip folder as a dict; "fps" is a number in it."""
+    clip = read_json(Path(folder) / "clip.json", dict)
+    fps = clip.get("fps")
+    if type(fps) not in (int, float) or not 1 <= fps <= 1000:
+        raise UserError(f"{folder}: expected 1 to 1000 frames a second as \"fps\" in clip.json, found {str(fps)[:20]}: mend it or delete the clip")
+    return clip
 
 
 def clips_in(data):
@@ -1211,7 +1275,7 @@ def clips_in(data):
     folders = sorted(p.parent for p in data.glob("*/clip.json") if not p.parent.name.endswith(".tmp")) if data.is_dir() else []
     if not folders:
         raise UserError(f"{data}: expected a folder of clips (each with clip.json), found none: make them with extract.py or play.py --record")
-    return folders
+    return list(map(unicode, folders))
 
 
 def shard(items):
@@ -1470,7 +1534,7 @@ class Matcher:
                 if str(file["key"]) != key:
                     return None
                 return [{kind: (file[f"{i}.{kind}.points"], file[f"{i}.{kind}.descriptors"]) for kind in self.kinds} for i in range(len(self.skins))]
-        except (ValueError, OSError, KeyError):                     # a broken cache is only a slower start
+        except Exception:                                           # whatever zip files raise: a broken cache is only a slower start
             return None
 
     def _compute(self, cache, key):
@@ -1910,8 +1974,10 @@ def label_actions(folder):
         actions = np.zeros((len(table["j_left"]), A), np.float32)
         for name in (b for b in BUTTONS if b not in LEGACY):
             actions[:, BUTTON[name]] = np.array(table[name.lower()], np.float32)
-        actions[:, STICKS["left"]], actions[:, STICKS["right"]] = np.array(table["j_left"], np.float32), np.array(table["j_right"], np.float32)
-    except (KeyError, ValueError, OSError) as e:
+        actions[:, STICKS["left"]], actions[:, STICKS["right"]] = (np.array(table[s], np.float32).reshape(-1, 2) for s in ("j_left", "j_right"))
+        if not np.isfinite(actions).all():
+            raise ValueError("NaN or infinity in it")
+    except (KeyError, TypeError, ValueError, OSError) as e:
         raise UserError(f"{path}: expected 17 button columns, j_left and j_right, found {type(e).__name__} {e}: download this shard again") from None
     return actions
 
@@ -1925,16 +1991,18 @@ def cut_labelled(folder, meta, video, out, args, key):
         start, end, chunk = float(source["start_time"]), float(source["end_time"]), int(meta["chunk_size"])
         sx, sy = info["size"][0] / width, info["size"][1] / height
         x, y, w, h = meta["bbox_controller_overlay"]
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{folder / 'metadata.json'}: expected original_video, chunk_size and bbox_controller_overlay, found no {e}: download this shard again") from None
+        box = [x * sx, y * sy, (x + w) * sx, (y + h) * sy]
+        rows = round(start * info["fps"]), round(end * info["fps"])
+        area = meta.get("bbox_game_area")
+        window = area and [min(max(round(area[edge] * side), 0), side) for edge, side in zip(("xtl", "ytl", "xbr", "ybr"), info["size"] * 2)]
+        if not np.isfinite(box).all() or window and not (window[0] < window[2] and window[1] < window[3]):
+            raise ValueError(f"boxes {box} and {window} in a picture of {info['size']}")
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as e:
+        raise UserError(f"{folder / 'metadata.json'}: expected original_video, chunk_size and bbox_controller_overlay, found {type(e).__name__} {e}: "
+                        "download this shard again") from None
     actions = label_actions(folder)
     if len(actions) != chunk or end <= start:
         raise UserError(f"{folder}: expected {chunk} rows over {start}-{end} s, found {len(actions)}: download this shard again")
-    area, window = meta.get("bbox_game_area"), None
-    if area:
-        window = [round(area["xtl"] * info["size"][0]), round(area["ytl"] * info["size"][1]), round(area["xbr"] * info["size"][0]), round(area["ybr"] * info["size"][1])]
-    box = [x * sx, y * sy, (x + w) * sx, (y + h) * sy]
-    rows = round(start * info["fps"]), round(end * info["fps"])
     tmp = fresh_folder(out)
     n = Cutter(info["size"], args.every, box=box, window=window).run(video, tmp, rows)
     if n < 0.5 * (rows[1] - rows[0]):
@@ -2133,6 +2201,9 @@ def train_xfeat(args):
     import torch
     from safetensors.torch import save_file
 
+    within(args, 1, None, "steps", "batch")
+    within(args, 1e-8, 1, "lr")
+    writable(args.out)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     teacher, net = load_xfeat(args.teacher), xfeat_net().train()
@@ -2193,7 +2264,7 @@ def find_videos(paths):
     if not videos:
         raise UserError(f"{' '.join(map(str, paths))}: expected videos ({' '.join(sorted(VIDEO_ENDINGS))}), found none in there")
     videos = list(dict.fromkeys(p.absolute() for p in videos))
-    stems = [p.stem for p in videos]
+    stems = [unicode(p).stem for p in videos]
     return [(p, p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}_{p.stem}_{fingerprint(str(p))[:6]}") for p in videos]
 
 
@@ -2201,11 +2272,11 @@ def journal(path):
     """extract.jsonl -> {video: its last line's dict}; a line cut off by a kill is passed over."""
     lines = {}
     if Path(path).exists():
-        for text in Path(path).read_text(encoding="utf-8").splitlines():
+        for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
                 lines[line["video"]] = line
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
     return lines
 
@@ -2267,8 +2338,7 @@ def report(line, i, n):
 def run_extract(args):
     """The main command: localise and cut every video, or cut along released labels."""
     videos, out = shard(find_videos(args.videos)), Path(args.out)
-    if args.every < 1 or (args.limit is not None and args.limit < 1):
-        raise UserError(f"--every {args.every} --limit {args.limit}: expected whole numbers from 1 on")
+    within(args, 1, None, "every", "limit")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -2298,14 +2368,21 @@ def run_extract(args):
         raise UserError(f"{failed} of {failed} videos can't be read: see the lines above")
 
 
+def video_id(meta):
+    """The id of a chunk's video; where its metadata names none, what no file's name holds."""
+    source = meta.get("original_video")
+    return str(isinstance(source, dict) and source.get("video_id") or "\0")
+
+
 def run_labels(videos, args, out):
     """--labels: one clip folder for each released chunk whose video is here."""
     by_id = {name: video for video, name in videos}
     chunks = label_chunks(args.labels)
-    known = [(folder, meta, next((v for s, v in by_id.items() if str(meta.get("original_video", {}).get("video_id", "\0")) in s), None)) for folder, meta in chunks]
+    known = [(folder, meta, next((v for s, v in by_id.items() if video_id(meta) in s), None)) for folder, meta in chunks]
     matched = [k for k in known if k[2] is not None]
     if not matched:
         raise UserError(f"{args.labels}: expected videos whose names hold one of its {len(known)} chunks' video ids, found none: name them <video_id>.mp4")
+    failed = 0
     for i, (folder, meta, video) in enumerate(matched, 1):
         start, target = time.time(), out / folder.name
         key = fingerprint(args.every, video.stat().st_size, video.stat().st_mtime_ns, meta)
@@ -2315,10 +2392,12 @@ def run_labels(videos, args, out):
         try:
             line |= {"status": "found", "template": "released labels", "by": {}, "box": cut_labelled(folder, meta, video, target, args, key)["box"]}
         except UserError as e:
-            line["reason"] = str(e)
+            line["reason"], failed = str(e), failed + 1
         line["seconds"] = round(time.time() - start, 2)
         log_line(out / "extract.jsonl", line)
         report(line, i, len(matched))
+    if failed == len(matched):
+        raise UserError(f"{failed} of {failed} chunks can't be cut: see the lines above")
 
 
 def contact_sheet(path, videos, lines, out):

@@ -145,9 +145,11 @@ class Config:
         for name in ("patch", "vision_heads", "frames", "horizon", "steps", "buckets", "embodiments"):
             need(getattr(self, name) > 0, f"{name} must be at least 1")
         for name, stack in ("mixing", self.mixing), ("dit", self.dit):
+            need(stack.dropout < 1, f"{name} dropout = {stack.dropout} leaves nothing")
             need(stack.activation in {**ACTIVATIONS, **GATED},
                  f"{name} activation {stack.activation!r} is not one of {', '.join([*ACTIVATIONS, *GATED])}")
         need(max(self.vision_layers, self.mixing.layers, self.dit.layers) <= 256, "more than 256 layers")
+        need(1 <= self.hz <= 1000, f"{self.hz} actions a second, expected 1 to 1000")
         need(self.image % self.patch == 0, f"image {self.image} is not a multiple of patch {self.patch}")
         need(not self.stem or self.patch >= 8 and self.patch & (self.patch - 1) == 0,
              f"a stem needs a patch of 8, 16, 32 ..., found {self.patch}")
@@ -157,6 +159,7 @@ class Config:
         need(self.width >= 4 and self.width % 2 == 0, f"DiT width {self.width} must be even and at least 4")
         need(self.action_dim > 4, f"action_dim {self.action_dim} leaves no button beside the four stick axes")
         need(self.horizon <= self.position_rows or not self.position_rows, f"{self.horizon} actions, {self.position_rows} positions")
+        need(self.length <= 1 << 16, f"a context of {self.length} tokens is out of range")
         needed = self.frames * self.image_tokens + bool(self.games)
         need(self.length >= needed, f"{self.frames} frames{' and a game' if self.games else ''} are {needed} tokens, the context has room for {self.length}")
         need(not self.mixing.sinusoidal or self.length <= self.mixing.max_positions, f"{self.length} context tokens, {self.mixing.max_positions} sine positions")
@@ -821,17 +824,17 @@ def convert_released(path, vision_heads=None, games=None):
     if not isinstance(ckpt, dict) or not isinstance(ckpt.get("ckpt_config"), dict) or not isinstance(ckpt.get("model"), dict):
         found = list(ckpt)[:5] if isinstance(ckpt, dict) else type(ckpt).__name__
         raise ModelError(f"{path}: expected the released format (model, ckpt_config, step, epoch), found {found}: give ng.pt")
-    state = {rename(n): t for n, t in ckpt["model"].items() if isinstance(t, Tensor)}
+    state = {rename(n): t for n, t in ckpt["model"].items() if isinstance(n, str) and isinstance(t, Tensor)}
     tables = {n: state.pop(n) for n in list(state) if n.endswith(".pos_embed.pe")}
     try:
         config = released_config(ckpt["ckpt_config"], state, vision_heads, games)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ModelError(f"{path}: its configuration or its tensors lack {e}: expected the released format") from None
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
+        raise e if isinstance(e, ModelError) else ModelError(f"{path}: its configuration or its tensors lack {e}: expected the released format") from None
     for name, t in tables.items():                                     # computed here, so what the file stores must be the formula's
         if t.ndim != 3 or (t[0] - sine_table(*t.shape[1:], t.device, t.dtype)).abs().max() > 1e-5:
             raise ModelError(f"{path}: {name} is not the sine table it should be")
     account = f"{len(ckpt['model'])} tensors read" + (f", {len(tables)} of them sine tables that are computed here" if tables else "")
-    return state, config, ckpt.get("step") or 0, account
+    return state, config, ckpt["step"] if type(ckpt.get("step")) is int else 0, account
 
 
 def convert_siglip(path, name):
@@ -881,7 +884,7 @@ def read_games(path):
         if isinstance(names, dict):
             ids = {i: n for n, i in names.items() if i != 0}
             names = [ids[i + 1] for i in range(len(ids))]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise ModelError(f"{path}: expected a JSON list of game names or {{name: id}} with ids 1, 2, ... ({type(e).__name__}: {e})") from None
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise ModelError(f"{path}: expected a JSON list of game names or {{name: id}} with ids 1, 2, ...")
@@ -893,6 +896,8 @@ def run_convert(args):
     path = Path(args.file)
     if not path.is_file():
         raise ModelError(f"{path}: expected ng.pt or SigLIP2's model.safetensors, found {'a folder' if path.is_dir() else 'nothing there'}: check the path")
+    if Path(args.out).is_dir():
+        raise ModelError(f"{args.out}: expected the name of a file to write, found a folder: give another name")
     if "pickle" in what_is(path):
         state, config, step, account = convert_released(path, args.vision_heads, read_games(args.games) if args.games else None)
     else:

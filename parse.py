@@ -246,15 +246,21 @@ def load_parser(path):
         tensors = load_file(str(path)) if header else None
     except Exception as e:                                                     # safetensors raises its own class for any damage
         raise UserError(f"{path}: expected a safetensors file of parse.py, found {type(e).__name__}: {e}: train or copy it again") from None
-    if not header or header["config"].get("kind") != "nitrogen-parser":
-        raise UserError(f"{path}: expected parser weights, found weights of another kind: use weights/parser.safetensors or parse.py train")
-    model = Parser(**{k: v for k, v in header["config"].items() if k != "kind"})
-    want = model.state_dict()
+    try:
+        config = dict(header["config"])
+        if config.pop("kind") != "nitrogen-parser" or any(d % h for d, h in zip(config["dims"], config["heads"])):
+            raise ValueError("not a parser's config")
+        with torch.device("meta"):                                             # sizes first: a header may ask for any amount of memory
+            want = Parser(**config).state_dict()
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as e:
+        raise UserError(f"{path}: expected parser weights, found weights of another kind ({type(e).__name__}: {e}): "
+                        "use weights/parser.safetensors or parse.py train") from None
     for name in sorted(set(want) ^ set(tensors)):
         raise UserError(f"{path}: tensor {name} is {'missing' if name in want else 'not of this net'}: the file is of another version, train it again")
     for name, t in tensors.items():
         if t.shape != want[name].shape:
             raise UserError(f"{path}: {name} is {tuple(t.shape)}, expected {tuple(want[name].shape)}: the file is of another preset")
+    model = Parser(**config)
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -404,8 +410,18 @@ def open_clip(folder):
     pads = extract.Frames(folder, "pads")
     if len(pads) == 0 or "pad" not in clip or "geometry" not in clip:
         raise UserError(f"{folder}: expected crops and their geometry, found {len(pads)} crops: cut the clip again with extract.py")
-    if tuple(pads[0].shape[1::-1]) != tuple(clip["pad"]):
+    if list(pads[0].shape[1::-1]) != clip["pad"]:
         raise UserError(f"{folder}: clip.json says crops of {clip['pad']}, pads.npy holds {list(pads[0].shape[1::-1])}: cut the clip again with extract.py")
+    geometry = clip["geometry"]
+    try:
+        with np.errstate(all="ignore"):
+            cutter = Cutter(geometry, clip["pad"])
+        [on_stick(geometry["buttons"].get(THUMB[s]), geometry["sticks"][s]) for s in cutter.sticks]
+        if not all(np.isfinite(m).all() for m in (*cutter.stick_map, *cutter.button_map)):
+            raise ValueError("numbers that are not finite")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(f"{folder}: expected buttons' boxes, sticks' centers and travels as \"geometry\" in clip.json, found {type(e).__name__} {e}: "
+                        "cut the clip again with extract.py") from None
     return clip, pads
 
 
@@ -564,8 +580,11 @@ def run_clip(model, folder, again=False):
         return "read already"
     began, shown = time.time(), len(clip["geometry"].get("buttons") or {}) + len(clip["geometry"].get("sticks") or {})
     if shown:
-        template = folder / "template.png"
-        pad = Pad(model, clip, pads, extract.read_rgba(template) if template.is_file() else None)
+        path = folder / "template.png"
+        template = extract.read_rgba(path) if path.is_file() else None
+        if template is not None and list(template.shape[1::-1]) != clip["pad"]:
+            raise UserError(f"{path}: expected a picture of {clip['pad']}, found {list(template.shape[1::-1])}: cut the clip again with extract.py")
+        pad = Pad(model, clip, pads, template)
         actions, confidence = settle(pad, clip, *pad.read(pads))
     else:
         actions, confidence = np.zeros((n, extract.A), np.float32), np.zeros(n, np.float32)
@@ -586,6 +605,10 @@ def folders_of(data):
 
 def run(args):
     """Read every clip folder of this process's share."""
+    try:
+        torch.empty(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {args.device}: expected a device of this machine, found none ({str(e).splitlines()[0]}): give cpu") from None
     model, wrong = load_parser(args.ckpt).to(args.device), []
     for folder in extract.shard(folders_of(args.data)):
         try:
@@ -648,9 +671,9 @@ def evaluate(args):
             model = model or load_parser(args.ckpt)
             run_clip(model, folder)
         actions, truth = (extract.read_npy(folder / f"{name}.npy", np.float32, 2) for name in ("actions", "truth"))
-        if truth.shape != actions.shape:
-            raise UserError(f"{folder}: truth.npy is {truth.shape}, the clip has {actions.shape}: give one row of 25 a video frame")
-        rows[folder.name] = {"family": clip["controller"], **score(actions, truth, clip["geometry"])}
+        for name, array in (("actions", actions), ("truth", truth)):
+            extract.check_actions(folder / f"{name}.npy", array, len(pads))
+        rows[folder.name] = {"family": str(clip.get("controller") or "generic"), **score(actions, truth, clip["geometry"])}
         print(line_of(folder.name, rows[folder.name]), flush=True)
     families = sorted({r["family"] for r in rows.values()})
     for name, chosen in [*((f, [r for r in rows.values() if r["family"] == f]) for f in families), ("all", list(rows.values()))]:
@@ -974,8 +997,11 @@ def train(args):
     """Train on drawn scenes; keep the running mean of the weights; write it again and again."""
     steps = (600 if args.skins else STEPS) if args.steps is None else args.steps
     peak = (5e-4 if args.skins else 2e-3) if args.lr is None else args.lr
-    if steps < 1 or args.batch < 8:
-        raise UserError(f"--steps {steps} --batch {args.batch}: expected at least 1 and 8")
+    extract.within(args, 1, None, "steps", "every")
+    extract.within(args, 1, 1e6, "pool")
+    extract.within(args, 8, None, "batch")
+    extract.within(args, 0, 1, "lr")
+    extract.writable(args.out)
     skins = extract.load_skins(args.skins, 480) if args.skins else None       # larger is slower to draw
     if skins is not None and not [s for s in skins if s.buttons or s.sticks]:
         raise UserError(f"--skins {args.skins}: expected an OBS input-overlay preset (layout .json + atlas .png) or skins with geometry, found none that moves")
@@ -984,7 +1010,6 @@ def train(args):
     model = load_parser(args.ckpt) if args.ckpt else Parser(args.preset)
     mean = load_parser(args.ckpt) if args.ckpt else Parser(args.preset)
     mean.load_state_dict(model.state_dict())
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     held = iter(Teacher(args.seed + 1000, skins, fresh=0))
     held = [next(held) for _ in range(16)]
     curve = [{"step": 0, **check(mean, held)}] if args.ckpt else []

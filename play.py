@@ -62,10 +62,10 @@ class Client:
                 self._wait("a request for the key; the server has none: leave out --key")
                 mpc.answer_challenge(self.connection, key.encode())
                 mpc.deliver_challenge(self.connection, key.encode())
+        except (OSError, EOFError, UnicodeError) as e:                      # the last: a host that can't be a name
+            raise UserError(f"server {self.where}: expected a server, found {e or 'a closed connection'}: start one with python sample.py serve") from None
         except (mpc.AuthenticationError, AssertionError, ValueError):      # Python 3.11's handshake asserts
             raise UserError(f"server {self.where}: the key is wrong: give the server's --key") from None
-        except (OSError, EOFError) as e:
-            raise UserError(f"server {self.where}: expected a server, found {e or 'a closed connection'}: start one with python sample.py serve") from None
         self.info()
 
     def _wait(self, expected):
@@ -189,7 +189,7 @@ def load_mapping(path=None):
     mapping = extract.read_json(path, dict) if path else MAPPING
     for control, key in mapping.items():
         if control in STICKS and isinstance(key, dict):
-            bad = [k for k, v in key.items() if not (k == "mouse" and isinstance(v, (int, float)) or k in SIDES and v in KEYS | MOUSE)]
+            bad = [k for k, v in key.items() if not (k == "mouse" and isinstance(v, (int, float)) and abs(v) < 1e5 or k in SIDES and isinstance(v, str) and v in KEYS | MOUSE)]
         else:
             bad = [] if control in BUTTON and isinstance(key, str) and key in KEYS | MOUSE else [control]
         if bad:
@@ -1628,7 +1628,7 @@ def policy_of(args):
     """The policy that the flags ask for: on a server, in a process of our own, or None with --human alone."""
     if args.server:
         host, _, port = args.server.rpartition(":")
-        if not port.isdigit():
+        if not port.isdecimal() or not 0 < int(port[:9]) < 1 << 16:
             raise UserError(f"expected --server HOST:PORT, found {args.server!r}: sample.py serve prints both")
         policy = Client(host or "127.0.0.1", int(port), args.key)
         if args.game is not None or args.seed:
@@ -1644,6 +1644,8 @@ def region_of(text):
     """--region left,top,width,height -> tuple."""
     try:
         left, top, width, height = map(int, text.split(","))
+        if max(abs(left), abs(top), width, height) >= 1 << 15:
+            raise ValueError("beyond any desktop")
     except ValueError:
         raise UserError(f"expected --region LEFT,TOP,WIDTH,HEIGHT in pixels, found {text!r}") from None
     return left, top, width, height
@@ -1655,8 +1657,13 @@ def run(args):
         return stand_guard(args.guard)
     if args.list:
         return list_windows()
+    extract.within(args, 0.1, 1000, "hz")
+    extract.within(args, 1, None, "actions_per_chunk", "euler")
+    extract.within(args, 0, None, "wait", "handback", "seconds")
     if not (args.ckpt or args.server or args.human):
         raise UserError("expected who plays, found nobody: give --ckpt FILE, --server HOST:PORT or --human")
+    if args.ckpt and args.server:
+        raise UserError("expected one model, found --ckpt and --server: leave one out")
     if args.human and (args.ckpt or args.server):
         raise UserError("expected one player, found --human and a model: leave out --human; any touch of your pad takes over from the model")
 

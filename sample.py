@@ -85,8 +85,8 @@ class Policy:
         self.model, self.meta = M.load(ckpt, self.device, getattr(torch, dtype), unused=False)
         self.config, self.guidance, self.dtype = self.model.config, guidance, dtype
         self.steps = self.config.steps if steps is None else steps
-        if self.steps < 1:
-            raise UserError(f"expected at least 1 Euler step, found {self.steps}: give another --euler")
+        if not 1 <= self.steps <= 10_000:
+            raise UserError(f"expected 1 to 10,000 Euler steps, found {self.steps}: give another --euler")
         self.lock, self.graphs = threading.Lock(), {}
         self.step = torch.compile(self.model.step) if compile else self.model.step
         self.use_graph = self.device.type == "cuda" and not compile
@@ -213,7 +213,7 @@ class Server:
         Session(policy, game)                                                              # a wrong --game is said now
         try:
             self.listener = mpc.Listener((host, port), "AF_INET", backlog=64)
-        except (OSError, OverflowError) as e:
+        except (OSError, OverflowError, UnicodeError) as e:
             raise UserError(f"can't listen on {host}:{port} ({e}): give another --port, or this machine's --host") from None
         self.address = self.listener.address
 
@@ -326,6 +326,8 @@ def borrow(connection):
 
 def policy_of(args):
     """The policy that the common flags ask for; prints the device and why."""
+    if hasattr(args, "out"):
+        extract.writable(args.out)
     policy = Policy(args.ckpt, args.device, args.dtype, args.euler, args.cfg, args.compile)
     print(f"device: {policy.device} ({policy.reason}), {policy.dtype}, {policy.steps} steps")
     return policy
@@ -364,17 +366,22 @@ def np_noise(path, shape):
     """Noise float32 (T, A) from a .npy; UserError names what is wrong with it."""
     try:
         noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path}: expected a .npy of noise, found {e}: save float32 {shape} with np.save") from None
+    except Exception as e:                                 # numpy's readers of headers and archives raise what they like
+        raise UserError(f"{path}: expected a .npy of noise, found {' '.join(str(e).split())[:200]}: save float32 {shape} with np.save") from None
     if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape[-2:] != shape or noise.size != np.prod(shape):
         raise UserError(f"{path}: expected noise float32 {shape}, found {getattr(noise, 'dtype', '')} {getattr(noise, 'shape', 'an archive')}: save it anew")
+    if not np.isfinite(noise).all():
+        raise UserError(f"{path}: expected numbers, found NaN or infinity: save it anew")
     return noise.reshape(shape)
 
 
 def run_video(args):
     """A chunk is predicted every T frames and drawn row by row, `action_shift` frames after the frame it was predicted from."""
+    info = extract.video_info(args.video)
+    if Path(args.out).resolve() == Path(args.video).resolve():
+        raise UserError(f"{args.out}: expected another name than the video's own, which would be lost: give another --out")
     policy = policy_of(args)
-    c, info = policy.config, extract.video_info(args.video)
+    c = policy.config
     session, skin = Session(policy, args.game, args.seed), extract.our_skins()[0]
     w, h = (n - n % 2 for n in info["size"])
     coming, begun = {}, time.monotonic()                                                   # frame number -> action

@@ -533,8 +533,24 @@ def test_extract_says_what_is_wrong_in_one_line(tmp_path, capfd):
     fails(video, "--out", tmp_path / "d", "--templates", tmp_path / "one", "--xfeat", tmp_path / "junk.pt", says="junk.pt")
     (tmp_path / "one" / "t.json").write_text('{"buttons": {"SOUTH": {"middle": 3}}}')
     fails(video, "--out", tmp_path / "d", "--templates", tmp_path / "one", says="t.json")
+    for wrong in ('{"sticks": {"left": {"center": [NaN, 5], "travel": [9, 9]}}}', '{"buttons": {"SOUTH": {"box": [0, 0, Infinity, 9]}}}', '{"buttons": []}', "[" * 99999):
+        (tmp_path / "one" / "t.json").write_text(wrong)
+        fails(video, "--out", tmp_path / "d", "--templates", tmp_path / "one", says="t.json")
     (tmp_path / "one" / "t.png").write_text("no picture")
     fails(video, "--out", tmp_path / "d", "--templates", tmp_path / "one", says="t.png")
+    (tmp_path / "obs").mkdir()
+    extract.save_png(tmp_path / "obs" / "p.png", np.full((64, 64, 4), 255, np.uint8))
+    part = {"type": 5, "pos": [0, 0], "mapping": [1, 1, 30, 30], "side": 0}
+    for wrong in ({"pos": "ab"}, {"mapping": [1, 2]}, {"mapping": [999, 999, 5, 5]}, {"side": 7}, {"stick_radius": float("inf")}, {"mapping": None}):
+        (tmp_path / "obs" / "p.json").write_text(json.dumps({"overlay_width": 60, "overlay_height": 60, "elements": [part | wrong]}))
+        fails(video, "--out", tmp_path / "d", "--templates", tmp_path / "obs", says="p.json")
+    (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:900])
+    with pytest.raises(extract.UserError, match="no picture stream"):
+        extract.video_info(tmp_path / "cut.mp4")
+    assert capfd.readouterr().err == ""                                          # neither FFmpeg nor OpenCV adds lines of its own
+    fails(f"{tmp_path}/\udcff.mp4", "--out", tmp_path / "d", says="UTF-8")       # OpenCV ends the process over such a name
+    for flag in (["--every", "9" * 30], ["--limit", "-1"]):
+        fails(video, "--out", tmp_path / "d", *flag, says=flag[0])
     assert run(extract.main, video, "--out") == 2 and run(extract.main, video, "--outt", tmp_path / "d") == 2
 
 # -------------------------------------------------------------------------------------------------------------------- extract: XFeat
@@ -877,13 +893,37 @@ def test_parse_bad_input_is_one_line_and_exit_2(tmp_path, capsys):
     clip = json.loads((data / "a" / "clip.json").read_text())
     (data / "a" / "clip.json").write_text(json.dumps({**clip, "pad": [100, 80]}))
     complains("run", data, "--ckpt", weights, about="crops of [100, 80]")
+    for wrong in ({"sticks": {"left": {"center": [5]}}}, {"buttons": {"SOUTH": [1, 2, 3]}}, {"buttons": {"SOUTH": [0, 0, math.nan, 9]}}, {"size": [0, 0]}, {"size": "ab"}):
+        (data / "a" / "clip.json").write_text(json.dumps({**clip, "geometry": clip["geometry"] | wrong}))
+        complains("run", data, "--ckpt", weights, about="geometry")
+    (data / "a" / "clip.json").write_text(json.dumps({**clip, "fps": None}))
+    complains("run", data, "--ckpt", weights, about="frames a second")
     (data / "a" / "clip.json").write_text(json.dumps(clip))
+    (data / "a" / "template.png").write_bytes(cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))[1].tobytes())
+    complains("run", data, "--ckpt", weights, about="template.png: expected a picture of")
+    (data / "a" / "template.png").unlink()
+    np.save(data / "a" / "truth.npy", np.full((12, 25), np.nan, np.float32))
+    parse.main(["run", str(data), "--ckpt", weights])
+    complains("eval", data, "--ckpt", weights, about="NaN in row 0")
+    for header in ([1], {"a": 1}, {"config": None}, {"config": {"kind": "nitrogen-parser", "preset": "giant"}}, {"config": parse.Parser().config | {"dims": [1 << 30] * 4}}):
+        save_file({"x": torch.zeros(1)}, str(tmp_path / "other.safetensors"), {"parser": json.dumps(header)})
+        complains("run", data, "--ckpt", tmp_path / "other.safetensors", about="another kind" if "dims" not in str(header) else "other.safetensors")
+    complains("run", data, "--ckpt", weights, "--device", "toaster", about="--device toaster")
+    index = np.load(data / "a" / "pads_index.npy")
+    for wrong in (index[::-1], index + [[0, 7]], index * [[-1, 1]], index[:0]):
+        np.save(data / "a" / "pads_index.npy", wrong)
+        complains("run", data, "--ckpt", weights, about="pads.npy: expected an index")
+    np.savez(data / "a" / "pads.npz", a=1)
+    for wrong in (b"\x93NUMPY\x01\x00\x10\x00{'descr': 'zz'  \n", b"PK\3\4", (data / "a" / "pads.npz").read_bytes(), b""):
+        (data / "a" / "pads.npy").write_bytes(wrong)
+        complains("run", data, "--ckpt", weights, about="pads.npy: expected a")
     (data / "a" / "pads.npy").unlink()
     complains("run", data, "--ckpt", weights, about="pads.npy")
     (data / "a" / "clip.json").write_text("{")
     complains("run", data, "--ckpt", weights, about="clip.json")
     complains("eval", tmp_path / "nowhere", about="nowhere")
-    complains("train", "--out", tmp_path / "w.safetensors", "--steps", "0", about="--steps 0")
+    for flag, value in (("--steps", "0"), ("--pool", "0"), ("--every", "0"), ("--lr", "nan"), ("--seed", "-1"), ("--batch", "7"), ("--out", str(tmp_path))):
+        complains("train", "--out", tmp_path / "w.safetensors", flag, value, about=value if flag == "--out" else f"{flag} {value}")
 
 
 def test_recorded_and_unknown_pads_are_said_in_one_line(tmp_path, capsys):
@@ -1348,6 +1388,13 @@ def wrong_files(folder):
             ("huge", struct.pack("<Q", len(huge)) + huge + good[8 + n:], "shape")):
         (folder / name).write_bytes(data)
         yield folder / name, says
+    for name, value, says in (("hz", 0.0, "actions a second"), ("frames", 100000, "context"), ("steps", 0, "steps must be"), ("games", [1], "games must be names")):
+        header = json.loads(good[8:8 + n])
+        meta = json.loads(header["__metadata__"]["nitrogen"])
+        header["__metadata__"]["nitrogen"] = json.dumps(meta | {"config": meta["config"] | {name: value}})
+        text = json.dumps(header).encode()
+        (folder / f"wrong {name}").write_bytes(struct.pack("<Q", len(text)) + text + good[8 + n:])
+        yield folder / f"wrong {name}", says
     save_file({"vision_model.embeddings.patch_embedding.weight": torch.zeros(2)}, folder / "siglip")
     yield folder / "siglip", "SigLIP weights"
     save_file({"model.layers.0.mlp": torch.zeros(2)}, folder / "llm")
@@ -1423,11 +1470,14 @@ def test_wrong_images_and_noise_get_one_line(ckpt, tmp_path, capsys):
     extract.save_png(tmp_path / "f.png", pictures(1)[0])
     np.save(tmp_path / "n.npy", np.zeros((4, 25), np.float32))
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.save(tmp_path / "nan.npy", np.full((8, 25), np.nan, np.float32))
+    (tmp_path / "huge.png").write_bytes(cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))[1].tobytes().replace(struct.pack(">II", 9, 9), struct.pack(">II", 60000, 60000)))
     frame, base = str(tmp_path / "f.png"), ["--ckpt", str(ckpt), "--out", str(tmp_path / "o.npy")]
     for args, says in (([frame] * 3, "at most 2"), ([str(tmp_path)], "a folder"), ([str(tmp_path / "no.png")], "nothing there"), ([str(tmp_path / "n.npy")], "picture"),
                        ([frame, "--noise", str(tmp_path / "n.npy")], "(8, 25)"), ([frame, "--noise", str(tmp_path / "objects.npy")], ".npy"),
                        ([frame, "--noise", frame], ".npy"), ([frame, "--game", "z"], "its games are x, y"), ([frame, "--device", "cuda:9"], "device"),
-                       ([frame, "--euler", "0"], "Euler step")):
+                       ([frame, "--euler", "0"], "Euler step"), ([frame, "--euler", "99999999"], "Euler step"), ([frame, "--cfg", "nan"], "--cfg nan"),
+                       ([frame, "--seed", "-1"], "--seed -1"), ([str(tmp_path / "huge.png")], "huge.png"), ([frame, "--noise", str(tmp_path / "nan.npy")], "NaN")):
         assert sample.main(["image", *args, *base]) == 2
         err = capsys.readouterr().err
         assert says in err and err.count("\n") == 1, err
@@ -2059,6 +2109,12 @@ def test_bad_data_is_one_line_that_names_the_clip(tmp_path, capfd):
     said("jpeg", says="clip x/frames.npy: expected a JPEG as frame")
     said("jpeg", "--batch", "6", "--micro", "4", says="--batch 6: expected a multiple")
     said("jpeg", "--steps", "0", says="--steps 0: expected at least 1")
+    said("jpeg", "--micro", "0", says="--micro 0: expected at least 1")
+    said("jpeg", "--warmup", "-5", says="--warmup -5: expected at least 0")
+    said("jpeg", "--lr", "nan", says="--lr nan: expected a finite number")
+    make_clip(tmp_path / "index" / "clip x")
+    np.save(tmp_path / "index" / "clip x" / "frames_index.npy", np.load(tmp_path / "index" / "clip x" / "frames_index.npy") + np.int64([[900, 0]] * 3 + [[0, 0]] * 38))
+    said("index", says="frames.npy: expected an index that fits")
     said("jpeg", "--ckpt", "no.safetensors", says="found nothing there")
 
 
@@ -2201,7 +2257,7 @@ def test_sticks_let_keys_go_later_than_they_press_them():
     assert play.keys_of(play.MAPPING, action(left=(0.3, 0)), hold) == set()
 
 
-@pytest.mark.parametrize("bad", [{"SOUT": "space"}, {"SOUTH": "spce"}, {"left": {"north": "w"}}, {"left": "w"}, {"right": {"mouse": "fast"}}])
+@pytest.mark.parametrize("bad", [{"SOUT": "space"}, {"SOUTH": "spce"}, {"left": {"north": "w"}}, {"left": "w"}, {"right": {"mouse": "fast"}}, {"right": {"mouse": math.inf}}, {"left": {"up": ["w"]}}])
 def test_a_wrong_mapping_names_its_fault(tmp_path, bad):
     path = tmp_path / "keys.json"
     path.write_text(json.dumps({"EAST": "e", **bad}))
@@ -2895,7 +2951,10 @@ def test_whatever_dies_the_pad_rests_and_the_game_runs(game, keys_file, tmp_path
 # -------------------------------------------------------------------------------------------------------------- play: its command line
 @pytest.mark.parametrize("argv, says", [
     ([], "--ckpt FILE, --server HOST:PORT or --human"), (["--human", "--ckpt", "x"], "one player"), (["--server", "here"], "HOST:PORT"),
-    (["--exe", "g", "--ckpt", "no such file"], "no such file"), (["--human", "--region", "1,2,3"], "LEFT,TOP,WIDTH,HEIGHT")])
+    (["--exe", "g", "--ckpt", "no such file"], "no such file"), (["--human", "--region", "1,2,3"], "LEFT,TOP,WIDTH,HEIGHT"),
+    (["--human", "--region", "0,0,99999999999,9"], "LEFT,TOP,WIDTH,HEIGHT"), (["--human", "--hz", "0"], "--hz 0"), (["--human", "--seconds", "nan"], "--seconds nan"),
+    (["--human", "--actions-per-chunk", "0"], "--actions-per-chunk 0"), (["--server", "127.0.0.1:99999"], "HOST:PORT"), (["--server", "a..b:5555"], "expected a server"),
+    (["--ckpt", "x", "--server", "a:1"], "one model")])
 def test_play_says_what_is_wrong_in_one_line(capfd, argv, says):
     assert play.main(argv) == 2
     err = capfd.readouterr().err.strip()
@@ -3173,6 +3232,9 @@ def test_model_rollouts_are_the_same_again_and_replan_every_k_steps(toy):
 @pytest.mark.parametrize("line, word", [
     (["record", "--out", "x", "--games", "tetris"], "tetris"),
     (["record", "--out", "x", "--minutes", "0"], "--minutes"),
+    (["record", "--out", "x", "--clip", "nan"], "--clip nan"),
+    (["parser", "--out", "x", "--videos", "nowhere"], "nowhere"),
+    (["parser", "--out", "x", "--each", "0"], "--each 0"),
     (["suite", "--video"], "--video"),
     (["suite", "-n", "0"], "-n"),
     (["suite", "--ckpt", "nothing.safetensors"], "nothing.safetensors"),

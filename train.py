@@ -105,17 +105,8 @@ class Clip:
     def __init__(self, folder, config, truth=False, human_weight=1.0):
         self.folder, self.file, meta = Path(folder), "truth.npy" if truth else "actions.npy", extract.read_clip(folder)
         frames, actions = open_clip(str(folder), self.file)
-        self.n, self.fps, self.game = len(actions), meta.get("fps"), str(meta.get("game") or "unknown")
-        if type(self.fps) not in (int, float) or not 1 <= self.fps <= 1000:
-            raise UserError(f"{folder}: expected 1 to 1000 frames a second as \"fps\" in clip.json, found {self.fps!r}: mend it or delete the clip")
-        if actions.shape != (frames.n, extract.A):
-            raise UserError(f"{folder}/{self.file}: expected {frames.n} x {extract.A}, one row a video frame, found {actions.shape}: "
-                            "delete it and run its stage again")
-        low, high = (actions.min(0), actions.max(0)) if self.n else (np.zeros(extract.A),) * 2             # NaN passes through both
-        if not (low >= [0] * len(BUTTONS) + [-1.001] * 4).all() or not (high <= 1.001).all():
-            bad = int(np.flatnonzero(~((actions[:, :-4] >= 0).all(1) & (np.abs(actions) <= 1.001).all(1)))[0])
-            raise UserError(f"{folder}/{self.file}: expected buttons in 0..1 and sticks in -1..1, found "
-                            f"{'NaN' if np.isnan(actions[bad]).any() else 'others'} in row {bad}: run its stage again or delete the clip")
+        self.n, self.fps, self.game = len(actions), meta["fps"], str(meta.get("game") or "unknown")
+        extract.check_actions(self.folder / self.file, actions, frames.n)
         self.ratio = self.fps / config.hz                                                                  # rows of the clip for one action
         self.shift, self.horizon = config.action_shift, config.horizon
         keep = self.flags("keep.npy", np.ones(self.n, bool))[frames.numbers]
@@ -559,9 +550,17 @@ class Log:
     def __init__(self, path, step):
         self.path, self.rows = path, []
         if step and path.is_file():
-            with open(path, newline="", encoding="utf-8") as f:
-                self.rows = [r for r in csv.DictReader(f) if (r.get("step") or "").isdecimal() and int(r["step"]) <= step]
+            with open(path, newline="", encoding="utf-8", errors="replace") as f:
+                self.rows = [r for r in csv.DictReader(f) if self.whole(r) and int(r["step"]) <= step]
         extract.write_atomic(path, lambda tmp: Path(tmp).write_text("".join(",".join(r) + "\n" for r in [COLUMNS, *map(self.texts, self.rows)]), encoding="utf-8"))
+
+    @staticmethod
+    def whole(row):
+        """Is this row one of ours, not cut off by a kill?"""
+        try:
+            return row["step"].isdecimal() and len([float(row[c]) for c in COLUMNS if row.get(c) or c == "seconds"]) > 0
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return False
 
     def texts(self, row):
         return [str(row.get(c) or "") for c in COLUMNS]
@@ -658,7 +657,7 @@ def read_state(run):
     try:
         meta = json.loads(meta["nitrogen"])
         return {"step": int(meta["step"]), "args": dict(meta["args"]), "metrics": dict(meta["metrics"])}, path
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
         raise UserError(f"{path}: expected the state of a run, found another .safetensors ({e}): give the --out of an earlier run") from None
 
 
@@ -670,6 +669,8 @@ def load_state(path, model, average, optimizer, step):
 
     def read(f, name):
         dtype, shape, offset = table[name]
+        if dtype is None:
+            raise UserError(f"{path}: expected floating point, found another type in tensor {name}: give the --out of an earlier run")
         f.seek(offset)
         return torch.frombuffer(bytearray(f.read(math.prod(shape) * dtype.itemsize)), dtype=dtype).view(shape)
     with open(path, "rb") as f, torch.no_grad():
@@ -688,6 +689,10 @@ def settle(args, parser, argv):
     state = None
     if args.resume:
         meta, path = read_state(args.resume)
+        for name, value in meta["args"].items():
+            default = getattr(args, name, None)
+            if default is not None and type(value) is not type(default):
+                raise UserError(f"{path}: expected the {name} of a run, found {str(value)[:20]!r}: give the --out of an earlier run")
         stored = argparse.Namespace(**{**vars(args), **meta["args"]})
         for name in ("resume", "out", "dry_run", "device", "workers"):                 # never stored
             setattr(stored, name, getattr(args, name))
@@ -707,13 +712,12 @@ def settle(args, parser, argv):
         raise UserError(f"{args.out}: expected a new folder, found a run in it: go on with --resume {args.out}, or give another --out")
     if args.ckpt and args.preset:
         raise UserError("expected --preset (a fresh model) or --ckpt (a trained one), found both: leave one out")
-    for name, least in (("steps", 1), ("batch", 1), ("draws", 1), ("every", 1), ("workers", 1), ("val_frames", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}: give another number")
-    for name, low, high in (("val", 0, 0.9), ("game_dropout", 0, 1), ("dropout", 0, 0.9), ("human_weight", 0, 1e6), ("lr", 0, 1), ("hz", 1, 1000), ("ema", 0, 1)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}: give another number")
+    extract.within(args, 1, None, "steps", "batch", "micro", "draws", "every", "workers", "val_frames")
+    extract.within(args, 0, None, "warmup", "decay")
+    extract.within(args, 0, 1, "game_dropout", "lr", "ema")
+    extract.within(args, 0, 0.9, "val", "dropout")
+    extract.within(args, 0, 1e6, "human_weight")
+    extract.within(args, 1, 1000, "hz")
     return args, state
 
 

@@ -2526,7 +2526,7 @@ def playing(args):
             results["sessions"].append({"hz": hz, "think_ms": ms, "actions_per_second": score.ticks / args.seconds, "skipped": score.beat.skipped, "late_predictions": score.late,
                                         "predictions": score.chunks, "capture_to_press_ms": press, "clock_late_ms": late})
             latency = f"{press['median']:.0f} ms (p95 {press['p95']:.0f}), {press['median'] / ms:.1f} x the thinking" if press else "-"
-            print(f"\r{hz:g} Hz, {ms:g} ms a chunk | {score.ticks / args.seconds:.1f} actions/s, {score.beat.skipped} skipped | capture to press {latency} | "
+            print(f"{hz:g} Hz, {ms:g} ms a chunk | {score.ticks / args.seconds:.1f} actions/s, {score.beat.skipped} skipped | capture to press {latency} | "
                   f"clock late {late['median']:.2f} ms (p95 {late['p95']:.2f}, max {late['max']:.1f}) | {score.late} of {score.chunks} predictions late")
     if args.out:
         extract.write_json(folder(args.out) / "playing.json", results)

@@ -94,6 +94,20 @@ def unicode(path):
     return path
 
 
+class Line:
+    """The progress line: rewritten in place on a terminal; in a file, one every ten seconds and where it matters."""
+    def __init__(self, quiet=False):
+        self.quiet, self.terminal, self.shown, self.width = quiet, sys.stdout.isatty(), -math.inf, 0
+
+    def show(self, text, keep=False):
+        """keep: this one stays, the next goes below it."""
+        if self.quiet or not (keep or self.terminal or time.monotonic() - self.shown >= 10):
+            return
+        self.shown = time.monotonic()
+        print(("\r" if self.terminal else "") + text.ljust(self.width if self.terminal else 0), end="" if self.terminal and not keep else "\n", flush=True)
+        self.width = 0 if keep else len(text)
+
+
 def neutral():
     """The pad at rest: float32 (25,) of zeros, in file convention."""
     return np.zeros(A, np.float32)

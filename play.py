@@ -1429,7 +1429,7 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
     or as soon as what is left of the plan lasts no longer than the slowest of the last ten predictions. With a pausing environment
     the game stands while the model thinks, and `per_chunk` actions (default: all) are played of each chunk."""
     beat, plan = Beat(env.hz), Plan(env.hz / 4)
-    score = Score(beat)
+    score, line = Score(beat), extract.Line()
     thinker, shift, horizon, asked = None, 0, 0, None
     if policy:
         config = policy.info()["config"]
@@ -1482,19 +1482,20 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
                 view.show(tick, frame, action, [env.name, "a person plays" if by_hand else "the model plays"], score)
             if time.monotonic() - checked >= 1:
                 checked = time.monotonic()
-                told = report(env, score, told)
+                told = report(env, score, told, line)
     except GameGone as e:
         print(f"\n{e}; the pad is at rest", file=sys.stderr)
     finally:
         with contextlib.suppress(UserError, OSError):
             env.pad.press(neutral())
             env.pause.go()                                 # now, not when the recording has been written
+        line.show(score.line(env), keep=True)
         if thinker:
             thinker.close()
     return score
 
 
-def report(env, score, told):
+def report(env, score, told, line):
     """The progress line, and once each what is wrong with the picture or the pace -> what was said last."""
     wrong = env.problem()
     if not wrong and env.pad.away:
@@ -1503,7 +1504,7 @@ def report(env, score, told):
         wrong = "most predictions come after the actions they hold: use --pause suspend, fewer --euler steps, a lower --hz or a faster device"
     if wrong and wrong != told:
         print(f"\n{wrong}", file=sys.stderr, flush=True)
-    print("\r" + score.line(env), end="", flush=True)
+    line.show(score.line(env))
     return wrong
 
 
@@ -1693,7 +1694,6 @@ def run(args):
             view = View(hz, args.show, args.video, (left + width + 8, top))
             last.callback(view.close)
         print(f"playing {env.name}: {env.window or f'region {env.region}'}, {hz:g} actions/s, pad {args.pad}, pause {args.pause}; Ctrl-C ends it", flush=True)
-        last.callback(print)
         play(env, policy, args.seconds, args.actions_per_chunk, people, args.handback, args.allow_menu, recorder, view)
 
 

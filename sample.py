@@ -384,7 +384,7 @@ def run_video(args):
     c = policy.config
     session, skin = Session(policy, args.game, args.seed), extract.our_skins()[0]
     w, h = (n - n % 2 for n in info["size"])
-    coming, begun = {}, time.monotonic()                                                   # frame number -> action
+    coming, begun, line = {}, time.monotonic(), extract.Line()                             # coming: frame number -> action
     pad_h, pad_w = skin_size(draw(skin).shape, h, w)
     with extract.VideoWriter(args.out, info["fps"], (w + pad_w, h)) as out:
         for i, rgb in extract.read_video(args.video):
@@ -397,8 +397,8 @@ def run_video(args):
             spot[:] = pad[..., :3] * alpha + spot * (1 - alpha) + 0.5
             out.add(canvas)
             if i % c.horizon == 0:
-                print(f"\rframe {i}/{info['n']} | {(i + 1) / (time.monotonic() - begun):.1f} frames/s", end="", flush=True)
-    print(f"\n{args.out}")
+                line.show(f"frame {i}/{info['n']} | {(i + 1) / (time.monotonic() - begun):.1f} frames/s")
+    line.show(args.out, keep=True)
 
 
 def skin_size(shape, h, w):

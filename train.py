@@ -787,20 +787,6 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
 
 
-class Line:
-    """The progress line: rewritten in place on a terminal; in a file, one every ten seconds and where it matters."""
-
-    def __init__(self, quiet):
-        self.quiet, self.terminal, self.shown, self.width = quiet, sys.stdout.isatty(), 0.0, 0
-
-    def show(self, text, keep=False):
-        if self.quiet or not (keep or self.terminal or time.monotonic() - self.shown >= 10):
-            return
-        self.shown = time.monotonic()
-        print(("\r" if self.terminal else "") + text.ljust(self.width if self.terminal else 0), end="" if self.terminal and not keep else "\n", flush=True)
-        self.width = 0 if keep else len(text)
-
-
 def train(args, parser, argv):
     """One run, from the command line to the last save."""
     args, state = settle(args, parser, argv)
@@ -872,7 +858,7 @@ def run(args, state, team):
     jobs = ((step, *((part * team.world + team.rank + k) * args.micro for k in (0, 1))) for step in range(start + 1, args.steps + 1) for part in range(parts))
     last = start + 1 if args.dry_run else args.steps
     out = None if args.dry_run else Path(args.out)
-    log, line = None, Line(team.rank > 0)
+    log, line = None, extract.Line(team.rank > 0)
     if out and team.rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)

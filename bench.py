@@ -1861,7 +1861,7 @@ def show_games(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- demo
-DEMO = ("rally/course", "swarm/gems", "glider/rings")       # a task of each family that a small model learns within minutes
+DEMO = ("crypt/exit", "vault/stairs", "glider/rings")       # a task of each family that a small model begins to master within minutes
 
 
 class Stages:
@@ -2575,10 +2575,10 @@ def add_games(sub):
     p.add_argument("--tasks", nargs="+", metavar="T", help=f"tasks or games (default {' '.join(DEMO)})")
     p.add_argument("--minutes", type=float, default=3, help="video of each game (default 3)")
     p.add_argument("--videos", type=int, default=3, help="files these minutes are cut into, each with another pad (default 3)")
-    p.add_argument("--steps", type=int, default=1000, help="training steps (default 1000: what is seen begins to matter after about 500)")
+    p.add_argument("--steps", type=int, default=1200, help="training steps (default 1200: what is seen begins to matter after about 500)")
     p.add_argument("--batch", type=int, default=32, help="frames a step (default 32)")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate: high, for a short run (default 2e-3)")
-    p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
+    p.add_argument("-n", type=int, default=100, help="rollouts of each task (default 100)")
     p.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
     p.set_defaults(run=demo)
     p = sub.add_parser("transfer", help="pre-training on the other games against training from scratch [P Fig. 7]", allow_abbrev=False)

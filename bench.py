@@ -3,6 +3,8 @@
     python bench.py demo --out DIR                                            everything, end to end, in about ten minutes on two cores
     python bench.py record --out DATA [--games G..] [--minutes M] [--video]   scripted play -> clip folders, or videos with an overlay
     python bench.py suite --ckpt F [--tasks T..] [-n N] [--out DIR]           completion of tasks, beside random and scripted players
+    python bench.py suite --env ID [--ckpt F] [-n N] [--table T.json]         a game by others, by its Gymnasium id; record takes --env too
+    python bench.py suite --exe G --tasks T.json --ckpt F --out DIR           a commercial game: a person starts each rollout and judges it
     python bench.py games --out DIR                                           a picture of the ten games
     python bench.py parser --out DIR [--videos DIR]                           what is read of the pads, per controller family
     python bench.py transfer --out DIR [--games G..]                          pre-training on other games against training from scratch
@@ -18,20 +20,24 @@ import argparse
 import cmath
 import contextlib
 import csv
+import fnmatch
 import functools
+import importlib
 import io
 import json
 import math
 import os
 import platform
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import types
-from collections import deque
+from collections import ChainMap, deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -224,6 +230,7 @@ class Game:
     """One task of one game, the same for the same seed. A subclass has begin(**task.start), play(), draw() and wish()."""
     keys, attack = {}, ()                          # what each control does; the buttons that a masher holds
     hud, lives = ("f44", "fff", 4), 3              # colours of health and score, where they stand
+    fps, late = FPS, (2, 4)                        # steps a second; by how many of them a person is late
 
     def __init__(self, task, seed=0):
         self.task = TASKS[task] if isinstance(task, str) else task
@@ -1465,6 +1472,7 @@ TASKS = {task.name: task for game, name, *rest in (
     (Dojo, "duel", "combat", 6, 20, dict(foes=1), False, "land six blows"),
     (Dojo, "pair", "combat", 6, 20, dict(foes=2), False, "land six blows on two rivals"),
     (Dojo, "boards", "specific", 7, 15, dict(boards=True), False, "break seven boards")) for task in [Task(f"{game.__name__.lower()}/{name}", game, *rest)]}
+PLAYABLE = ChainMap({}, TASKS)                     # and the games by others that were asked for
 GAMES = {task.game.__name__.lower(): task.game for task in TASKS.values()}
 FAMILIES = {"first person": ("crypt", "siege", "rally"), "top-down": ("swarm", "vault", "shade"), "side": ("cliffs", "commando", "glider", "dojo")}
 
@@ -1474,7 +1482,7 @@ class Scripted:
     """Plays a task as a person does: knows the game's wish, but sees it late, moves sticks gradually and askew, and slips now and then."""
     def __init__(self, game, seed=0):
         self.game, self.rng = game, random.Random(f"player {seed}")
-        self.late = deque([(0j, 0j, "")] * self.rng.randint(2, 4))
+        self.late = deque([(0j, 0j, "")] * self.rng.randint(*game.late))
         self.askew, self.reach, self.quick = self.rng.gauss(0, 0.05), self.rng.uniform(0.93, 1.0), self.rng.uniform(0.4, 0.7)
         self.sticks, self.slip, self.how = [0j, 0j], 0, ""
         self.careless = self.rng.uniform(0.002, 0.007)
@@ -1536,14 +1544,14 @@ class Learned:
     def act(self):
         shift = self.session.policy.config.action_shift
         if len(self.coming) <= shift:
-            chunk = at_30(self.session.predict(self.game.render()), self.session.policy.config)
+            chunk = at_rate(self.session.predict(self.game.render()), self.session.policy.config, self.game.fps)
             self.coming.extend(chunk[:self.per_chunk])
         return self.coming.popleft()
 
 
-def at_30(chunks, config):
-    """Chunks (..., T, 25) at the model's rate -> (..., K, 25) at the games' 30 steps a second."""
-    return chunks[..., (np.arange(int(config.horizon * FPS / config.hz)) * config.hz / FPS).astype(int), :]
+def at_rate(chunks, config, fps):
+    """Chunks (..., T, 25) at the model's rate -> (..., K, 25) at the game's."""
+    return chunks[..., (np.arange(int(config.horizon * fps / config.hz)) * config.hz / fps).astype(int), :]
 
 
 MASHING = ("right", "left", "up", "down", "right+attack", "left+attack", "up+attack", "down+attack", "spin+attack", "mash")
@@ -1568,12 +1576,12 @@ def film(tasks, seed, n, policy=None):
     for _ in range(n):
         begins = env is None or env.over
         if begins:
-            number, task = rng.randrange(PLAYED), TASKS[rng.choice(tasks)]
-            env = task.game(task, number)
+            number, task = rng.randrange(PLAYED), rng.choice(tasks)
+            env = PLAYABLE[task].game(task, number)
             script, turn, scripted = Scripted(env, number), 0, bool(policy)
         action = script.act()                                                  # sees the game at every step, so that it is late as ever at its turn
         if policy and turn == 0:
-            scripted, turn, model = not scripted, rng.randint(30, 90), Learned(env, policy, number)
+            scripted, turn, model = not scripted, rng.randint(env.fps, 3 * env.fps), Learned(env, policy, number)
         turn -= 1
         scripted = scripted or not policy
         if not scripted:
@@ -1592,7 +1600,7 @@ def learned(path, steps):
 def record_clip(job):
     """One recording -> its line. job: (folder of the data, tasks of one game, number, seed, steps, as a video?[, a policy's path, its Euler steps])."""
     out, tasks, number, seed, n, video, *model = job
-    name, seed = f"{tasks[0].split('/')[0]}-{number:03}", f"{seed} {number}"
+    name, seed = f"{PLAYABLE[tasks[0]].game.__name__.lower()}-{number:03}", f"{seed} {number}"
     return record_video(Path(out), name, tasks, seed, n) if video else record_folder(Path(out), name, tasks, seed, n, learned(*model) if model else None)
 
 
@@ -1614,7 +1622,8 @@ def record_folder(out, name, tasks, seed, n, policy=None):
         extract.write_npy(tmp / f"{file}.npy", array)
     if policy:
         extract.write_npy(tmp / "human.npy", scripted)
-    clip = {"video": "", "game": name.split("-")[0], "fps": FPS, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0, "player": policy.name if policy else "scripted", "seed": seed}
+    clip = {"video": "", "game": name.rpartition("-")[0], "fps": PLAYABLE[tasks[0]].game.fps, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0,
+            "player": policy.name if policy else "scripted", "seed": seed}
     extract.write_json(tmp / "clip.json", clip)
     os.replace(tmp, out / name)
     return f"{name}: {n} frames, {int(begins.sum())} episodes"
@@ -1631,7 +1640,7 @@ def record_video(out, name, tasks, seed, n, look=None, size=(640, 360)):
     high = round(wide * skin.size[1] / skin.size[0])
     x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
     truth = np.zeros((n, extract.A), np.float32)
-    with extract.VideoWriter(out / f"{name}.mp4", FPS, size) as video:
+    with extract.VideoWriter(out / f"{name}.mp4", PLAYABLE[tasks[0]].game.fps, size) as video:
         for i, (frame, truth[i], *_) in enumerate(film(tasks, seed, n)):
             picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
             put_pad(picture[y:y + high, x:x + wide], skin, truth[i], opacity)
@@ -1679,18 +1688,23 @@ def in_processes(work, jobs, workers):
 
 def record(args):
     """Scripted play -> clip folders or videos with an overlay."""
-    tasks, out = pick_tasks(args.games), folder(args.out)
-    n = round(min(args.clip, args.minutes * 60) * FPS)
+    tasks = theirs(args) if args.env or args.table else pick_tasks(args.games)
+    fps, out = PLAYABLE[tasks[0]].game.fps, folder(args.out)
+    if args.env and not PLAYABLE[args.env].game.table.get("script"):
+        raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: record it by hand with python play.py --exe GAME --human "
+                        "--record DATA")
+    n = round(min(args.clip, args.minutes * 60) * fps)
     if n < 32 or args.workers < 1:
         raise UserError(f"--minutes {args.minutes} --clip {args.clip} --workers {args.workers}: expected clips of a second or more and a worker or more")
     if args.ckpt and args.video:
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     if args.ckpt:
         sample.Policy(args.ckpt, "cpu", steps=args.euler)                      # a wrong file is said now, in one line
-    count = max(round(args.minutes * 60 * FPS / n), 1)
-    jobs = [(out, mine, i, args.seed, n, args.video, *((args.ckpt, args.euler) if args.ckpt else ())) for game in GAMES for mine in [[t for t in tasks if t.startswith(game + "/")]] if mine for i in range(count)]
+    count = max(round(args.minutes * 60 * fps / n), 1)
+    groups = [tasks] if args.env else [mine for game in GAMES for mine in [[t for t in tasks if t.startswith(game + "/")]] if mine]
+    jobs = [(out, mine, i, args.seed, n, args.video, *((args.ckpt, args.euler) if args.ckpt else ())) for mine in groups for i in range(count)]
     began = time.monotonic()
-    for i, line in enumerate(in_processes(record_clip, jobs, args.workers), 1):
+    for i, line in enumerate(in_processes(record_clip, jobs, 1 if args.env else args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line} | {i * n / (time.monotonic() - began):.0f} frames/s", flush=True)
 
 
@@ -1705,21 +1719,21 @@ def play_alone(job):
     """Rollouts of a player that is not a model: (task, name of the player, n, seed) -> wins."""
     task, who, n, seed = job
     make = Scripted if who == "scripted" else functools.partial(Blind, how=who)
-    return sum(finish(TASKS[task].game(task, PLAYED + seed + i), make, seed + i) for i in range(n))
+    return sum(finish(TASKS[task].game(task, PLAYED + seed + i), make, seed + i).won for i in range(n))
 
 
 def finish(game, make, seed):
-    """Play to the end -> won?"""
+    """Play to the end -> the game."""
     player = make(game, seed)
     while not game.over:
         game.advance(player.act())
-    return game.won
+    return game
 
 
-def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, say=None):
+def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, say=None, ended=None):
     """n rollouts of each task, `envs` at a time, a batch of chunks for all that need one -> {task: wins}. films: {task: list}, filled with
-    (frame as JPEG, action) of the first rollout of each task."""
-    c = policy.config
+    (frame as JPEG, action) of the first rollout of each task; ended: a list, filled with the games as they ended. All tasks have one rate."""
+    c, fps = policy.config, PLAYABLE[tasks[0]].game.fps
     jobs = deque((task, i) for i in range(n) for task in tasks)
     total, wins, done = len(jobs), dict.fromkeys(tasks, 0), 0
     slots = [None] * min(envs, total)                                                          # (game, task, i, actions to come)
@@ -1728,10 +1742,10 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, say=Non
         for s, slot in enumerate(slots):
             if jobs and (slot is None or slot[0].over):
                 task, i = jobs.popleft()
-                slots[s] = (TASKS[task].game(task, PLAYED + seed + i), task, i, deque([neutral()] * c.action_shift))
+                slots[s] = (PLAYABLE[task].game(task, PLAYED + seed + i), task, i, deque([neutral()] * c.action_shift))
                 session.reset(s, seed + i - s)                                             # environment s adds s: the same noise in any place
         frames = np.stack([slot[0].render() for slot in slots])
-        chunks = at_30(session.predict(frames), c)                                             # (B, K, 25)
+        chunks = at_rate(session.predict(frames), c, fps)                                      # (B, K, 25)
         for slot, chunk in zip(slots, chunks):
             game, task, i, coming = slot
             while len(coming) > c.action_shift:                                                # what is newly planned replaces what was
@@ -1746,6 +1760,8 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, say=Non
                 if game.over:
                     wins[task] += game.won
                     done += 1
+                    if ended is not None:
+                        ended.append(game)
         if say:
             say(done, total)
     return wins
@@ -1776,9 +1792,14 @@ def rows_of(table, n):
         rows[name] = {}
         for who in table[tasks[0]]:
             wins, total = sum(table[t][who] for t in tasks), n * len(tasks)
-            low, high = wilson(wins, total)
-            rows[name][who] = {"wins": wins, "n": total, "rate": wins / total, "low": low, "high": high}
+            rows[name][who] = share(wins, total)
     return rows
+
+
+def share(wins, n):
+    """A cell of a table."""
+    low, high = wilson(wins, n)
+    return {"wins": wins, "n": n, "rate": wins / n, "low": low, "high": high}
 
 
 def show_rows(rows):
@@ -1791,7 +1812,10 @@ def show_rows(rows):
 
 def suite(args):
     """Completion of a checkpoint beside random and scripted (and constant and mashing) players."""
-    args.tasks = pick_tasks(args.tasks)
+    if args.exe or args.play:
+        return judged(args)
+    args.tasks = theirs(args) if args.env or args.table else pick_tasks(args.tasks)
+    fps = PLAYABLE[args.tasks[0]].game.fps
     if args.n < 1 or args.actions_per_chunk < 1 or args.envs < 1 or args.workers < 1:
         raise UserError("-n, --actions-per-chunk, --envs and --workers: expected at least 1")
     out, policy, films, began = args.out and folder(args.out), None, {} if args.video else None, time.monotonic()
@@ -1799,21 +1823,24 @@ def suite(args):
         raise UserError("--video: expected --ckpt and --out with it, to show a model's play somewhere: give both")
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
-        if args.actions_per_chunk > int(policy.config.horizon * FPS / policy.config.hz) - policy.config.action_shift:
+        if args.actions_per_chunk > int(policy.config.horizon * fps / policy.config.hz) - policy.config.action_shift:
             raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: a chunk of this checkpoint lasts {policy.config.horizon / policy.config.hz:.2f} s, "
-                            f"{FPS} steps a second: give a smaller number")
+                            f"{fps} steps a second: give a smaller number")
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
-    table = completion(args, ("random", "scripted", *(MASHING if args.mashing else ())), policy, films)
-    if args.mashing:
+    if args.env:
+        rows = rows_of_theirs(args, policy, films)
+    else:
+        table = completion(args, ("random", "scripted", *(MASHING if args.mashing else ())), policy, films)
+    if args.mashing and not args.env:
         worst = {task: max(MASHING, key=row.get) for task, row in table.items()}
         table = {task: {**{k: v for k, v in row.items() if k not in MASHING}, "best of mashing": row[worst[task]]} for task, row in table.items()}
-    rows = rows_of(table, args.n)
+    rows = rows if args.env else rows_of(table, args.n)
     show_rows(rows)
     if out:
         meta = {"ckpt": args.ckpt, "n": args.n, "seed": args.seed, "actions_per_chunk": args.actions_per_chunk, "machine": machine()}
-        extract.write_json(out / "suite.json", meta | {"seconds": round(time.monotonic() - began, 1), "rows": rows} | ({"mashing": worst} if args.mashing else {}))
+        extract.write_json(out / "suite.json", meta | {"seconds": round(time.monotonic() - began, 1), "rows": rows} | ({"mashing": worst} if args.mashing and not args.env else {}))
         for task, frames in (films or {}).items():
-            save_film(out / f"{task.replace('/', '-')}.mp4", frames)
+            save_film(out / f"{task.replace('/', '-')}.mp4", frames, fps)
 
 
 def unpack(jpeg):
@@ -1821,11 +1848,11 @@ def unpack(jpeg):
     return cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
-def save_film(path, frames):
+def save_film(path, frames, fps=FPS):
     """(frame as JPEG, action) pairs -> a video of the game at twice its size, the pad beside it."""
     skin = skins()[0]
     high = round(360 * skin.size[1] / skin.size[0])
-    with extract.VideoWriter(path, FPS, (896, 512)) as video:
+    with extract.VideoWriter(path, fps, (896, 512)) as video:
         for jpeg, action in frames:
             picture = np.full((512, 896, 3), 24, np.uint8)
             picture[:, :512] = cv2.resize(unpack(jpeg), (512, 512), interpolation=cv2.INTER_NEAREST)
@@ -1858,6 +1885,333 @@ def show_games(args):
     path = folder(args.out) / "games.png"
     extract.save_png(path, np.vstack([np.hstack(cells[i:i + 2]) for i in range(0, len(cells), 2)]))
     print(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- games by others
+# How a pad plays them: Gymnasium ids (patterns) and what holds for them; all that fit are merged, later ones win. --table FILE.json is one more.
+#   pip, module    what to install, and to import so that the ids are known; make: arguments for gymnasium.make (the frame skip among them)
+#   factory        what makes the environment where Gymnasium does not know it; named: its argument for the second word of the id;
+#                  seed: its argument for the level, where reset() takes none
+#   fps, seconds   steps a second of game time, after the frame skip; the longest episode
+#   frame          where the picture is: "render", "" = the observation, else the part of the observation of that name
+#   controls       what the game calls an action, or its number -> what the pad does for it. Of a Discrete space the first that holds is taken ("" always
+#                  does), of MultiBinary all that hold; MultiDiscrete and Dict have such a table for each part (or one for all parts, by name).
+#                  "left.up & SOUTH | DPAD_UP": sticks pushed beyond play.TILT, buttons held. A Box takes values: "left.x", "RIGHT_TRIGGER - LEFT_TRIGGER",
+#                  "12 * right.x", from -1..1 (or 0..1 if it has no negative half) to its bounds; as they are where it has none.
+#   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
+#   script, late   the scripted player (of SCRIPTS) and by how many steps it is late
+JOYSTICK = {v + h + fire or "NOOP": " & ".join([f"left.{d.lower()}" for d in (v, h) if d] + ["SOUTH"] * bool(fire))
+            for v in ("UP", "DOWN", "") for h in ("RIGHT", "LEFT", "") for fire in ("FIRE", "")}
+OTHERS = {
+    "Vizdoom*": dict(pip="vizdoom", module="vizdoom.gymnasium_wrapper", make=dict(frame_skip=1, max_buttons_pressed=0, labels_buffer_enabled=True), fps=35,
+                     seconds=120, frame="screen", success={"return": 1}, controls={
+        "MOVE_FORWARD": "left.up", "MOVE_BACKWARD": "left.down", "MOVE_LEFT": "left.left", "MOVE_RIGHT": "left.right", "TURN_LEFT": "right.left",
+        "TURN_RIGHT": "right.right", "LOOK_UP": "right.up", "LOOK_DOWN": "right.down", "ATTACK": "RIGHT_TRIGGER", "USE": "WEST", "JUMP": "SOUTH",
+        "CROUCH": "EAST", "SPEED": "LEFT_THUMB", "SELECT_NEXT_WEAPON": "RIGHT_SHOULDER", "SELECT_PREV_WEAPON": "LEFT_SHOULDER",
+        "TURN_LEFT_RIGHT_DELTA": "6 * right.x", "LOOK_UP_DOWN_DELTA": "3 * right.y"}),                       # degrees a step
+    "VizdoomBasic*": dict(script="aims", success={"return": 0}),                                           # the monster shot in about three seconds
+    "VizdoomDefend*": dict(script="aims", success={"return": 10}),                                         # ten monsters
+    "VizdoomDeadlyCorridor*": dict(success={"return": 1000}), "VizdoomMyWayHome*": dict(success={"return": 0.5}),     # the armour is reached
+    "VizdoomHealthGathering*": dict(success={"return": 1000}), "VizdoomTakeCover*": dict(success={"return": 500}),    # steps survived
+    "ALE/*": dict(pip="ale-py", module="ale_py", make=dict(frameskip=2), fps=30, seconds=200, frame="render", controls=JOYSTICK, success={"return": 1}),
+    "ALE/Pong*": dict(script="rallies", late=(1, 2), controls={"RIGHT": "left.up", "LEFT": "left.down", "FIRE": "SOUTH", "NOOP": ""}),    # to win
+    "procgen-*": dict(pip="procgen2", factory="procgen.gym_registration:make_env", named="env_name", seed="start_level", make=dict(num_levels=1), fps=15,
+                      seconds=70, frame="", success={"return": 10}, controls={
+        "9": "SOUTH", "10": "WEST", "11": "NORTH", "12": "EAST", "13": "LEFT_SHOULDER", "14": "RIGHT_SHOULDER", "0": "left.left & left.down",
+        "2": "left.left & left.up", "6": "left.right & left.down", "8": "left.right & left.up", "1": "left.left", "7": "left.right", "3": "left.down",
+        "5": "left.up", "4": ""}),
+    "MiniGrid-*": dict(pip="minigrid", module="minigrid", fps=10, seconds=60, frame="render", script="walks", late=(0, 0), success={"return": 0.01},
+                       controls={"3": "SOUTH", "4": "EAST", "5": "WEST", "2": "left.up", "0": "left.left", "1": "left.right", "6": ""}),      # the goal is reached; 6 does nothing
+    "Crafter*": dict(pip="crafter", factory="crafter:Env", seed="seed", make=dict(size=[256, 256]), fps=10, seconds=300, frame="", controls={
+        "make_wood_pickaxe": "LEFT_TRIGGER & DPAD_LEFT", "make_stone_pickaxe": "LEFT_TRIGGER & DPAD_UP", "make_iron_pickaxe": "LEFT_TRIGGER & DPAD_RIGHT",
+        "make_wood_sword": "RIGHT_TRIGGER & DPAD_LEFT", "make_stone_sword": "RIGHT_TRIGGER & DPAD_UP", "make_iron_sword": "RIGHT_TRIGGER & DPAD_RIGHT",
+        "place_stone": "WEST", "place_table": "NORTH", "place_furnace": "RIGHT_SHOULDER", "place_plant": "EAST", "sleep": "LEFT_SHOULDER", "do": "SOUTH",
+        "move_up": "left.up", "move_down": "left.down", "move_left": "left.left", "move_right": "left.right", "noop": ""},
+        success={"return": 3})}                                                                            # about three achievements
+READINGS = {**{f"{stick}.{way}": (at.start + axis, sign) for stick, at in extract.STICKS.items() for way, (axis, sign) in {"x": (0, 0), "y": (1, 0), **play.SIDES}.items()},
+            **{name: (i, 1) for name, i in extract.BUTTON.items()}}        # place in the action, sign (0: both)
+
+
+def reading(action, name):
+    """What the pad says: a button or a side of a stick (left.up) 0..1, an axis (left.x) -1..1."""
+    i, sign = READINGS[name]
+    return float(max(action[i] * sign, 0) if sign else action[i])
+
+
+def holds(action, rule):
+    """Does the pad do what a rule says? "a & b | c"."""
+    return any(all(reading(action, name) > play.TILT for name in re.findall(r"[\w.]+", way)) for way in rule.split("|"))
+
+
+def value(action, rule):
+    """A sum of readings with signs and factors: "RIGHT_TRIGGER - 0.5 * left.x"."""
+    terms = re.findall(r"(-?)\s*(?:([\d.]+)\s*\*\s*)?([A-Za-z][\w.]*)", rule)
+    return sum(float(sign + (factor or "1")) * reading(action, name) for sign, factor, name in terms)
+
+
+def to_theirs(space, rules, names=()):
+    """An action space, its rules and what the game calls its actions -> a function from action float (25,) to an element of the space."""
+    kind = type(space).__name__
+    if kind in ("Dict", "MultiDiscrete"):
+        parts = space.spaces if kind == "Dict" else {str(i): types.SimpleNamespace(n=n) for i, n in enumerate(space.nvec)}           # each a Discrete one
+        made = {key: to_theirs(part, rules.get(key, rules), names) for key, part in parts.items()}
+        return lambda action: {k: f(action) for k, f in made.items()} if kind == "Dict" else np.array([f(action) for f in made.values()], space.dtype)
+    if kind not in ("Discrete", "SimpleNamespace", "MultiBinary", "Box"):
+        raise UserError(f"expected a game with actions of kind Discrete, MultiDiscrete, MultiBinary, Box or Dict, found {kind}: a pad can't play it")
+    names = [n for n in names if n.endswith("_DELTA") == (kind == "Box")]                      # so ViZDoom calls the numbers among its buttons
+    n, one = int(np.prod(space.shape)) if kind == "Box" else int(space.n), kind in ("Discrete", "SimpleNamespace")
+    rules = {names.index(k) if k in names else int(k) if k.isdecimal() else -1: rule for k, rule in rules.items()}
+    rules.pop(-1, None)                                                                        # a name that other games of the kind have
+    bad = [r for r in rules.values() if not isinstance(r, str) or any(w not in READINGS for w in re.findall(r"[A-Za-z][\w.]*", r))] + [i for i in rules if i >= n]
+    if bad or not rules or one and "" not in rules.values():
+        raise UserError(f"expected controls for {kind} of {n} ({', '.join(names) or 'no names'}), found {bad or rules}: give an action's name or number and what the pad does "
+                        f"for it{', one of them with an empty text for the pad at rest' * one}; a pad has {', '.join(READINGS)}")
+    if one:
+        return lambda action: next(i for i, rule in rules.items() if holds(action, rule))
+    if kind == "MultiBinary":
+        return lambda action: np.array([i in rules and holds(action, rules[i]) for i in range(n)], np.int8)
+
+    def numbers(action):
+        v = np.array([value(action, rules.get(i, "")) for i in range(n)]).reshape(space.shape)
+        u, bound = np.clip(v, -1, 1), np.abs(space.low) < 1e9
+        low, high = np.where(bound, space.low, 0), np.where(bound, space.high, 0)
+        return np.where(bound, np.where(low < 0, np.where(u > 0, u * high, -u * low), low + np.maximum(u, 0) * (high - low)), v).astype(space.dtype)
+    return numbers
+
+
+class Foreign:
+    """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its table, and environments at rest."""
+    attack, table, idle = (), {}, []
+
+    def __init__(self, task, seed=0):
+        number, arg = seed // PLAYED << 30 | seed % (1 << 30), self.table.get("seed")          # 31 bits, evaluation apart from recording as before
+        here = os.getcwd()
+        os.chdir(scratch().name)                                                               # ViZDoom leaves files where it starts
+        try:
+            self.env = self.idle.pop() if self.idle else open_env(task, self.table, {arg: number} if arg else {})
+            seen = self.env.reset() if arg else self.env.reset(seed=number)
+        finally:
+            os.chdir(here)
+        self.inside = getattr(self.env, "unwrapped", self.env)
+        meanings = getattr(self.inside, "get_action_meanings", None)                           # ALE's names for actions, ViZDoom's, Crafter's
+        buttons = getattr(getattr(self.inside, "game", None), "get_available_buttons", None)
+        names = meanings() if meanings else [b.name for b in buttons()] if buttons else getattr(self.inside, "action_names", ())
+        self.choose = to_theirs(self.env.action_space, self.table["controls"], names)
+        self.t, self.score, self.won, self.over = 0, 0.0, False, False
+        self.look(seen[0] if isinstance(seen, tuple) else seen)                                # Gym, before Gymnasium, had no info here
+
+    def look(self, seen):
+        """The picture after a step -> self.frame uint8 (256, 256, 3)."""
+        part = self.table["frame"]
+        if part not in ("", "render"):
+            seen = seen.get(part) if isinstance(seen, dict) else None
+        rgb = np.asarray(self.env.render() if part == "render" else seen)
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] not in (1, 3):
+            raise UserError(f"expected a picture uint8 (h, w, 3) as {part or 'the observation'!r}, found {rgb.dtype} {rgb.shape}: say in the table's \"frame\" where it is")
+        self.frame = extract.shrink(np.ascontiguousarray(np.broadcast_to(rgb, (*rgb.shape[:2], 3))))
+
+    def render(self):
+        return self.frame
+
+    def advance(self, action):
+        """One step with action float (25,)."""
+        if self.over:
+            return
+        seen, reward, *ends, info = self.env.step(self.choose(action))                         # ends: terminated, truncated; in Gym done
+        self.t, self.score = self.t + 1, self.score + float(reward)
+        self.over = any(ends) or self.t >= self.table["seconds"] * self.fps
+        if not self.over:
+            return self.look(seen)
+        rule = self.table["success"]
+        self.won = bool(self.score >= rule["return"] if "return" in rule else info.get(rule["info"], 0) >= rule.get("least", 1))
+        if "seed" not in self.table:
+            self.idle.append(self.env)
+
+    def wish(self):
+        """What the scripted player wants: left stick, right stick, buttons."""
+        return SCRIPTS[self.table["script"]](self)
+
+
+@functools.lru_cache(1)
+def scratch():
+    """A folder for what games leave behind, gone when this process ends."""
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+
+
+def open_env(env_id, table, level):
+    """An environment that gives pictures; from here on, and not before, the packages are needed."""
+    wants, package = table.get("make", {}) | level, f"gymnasium {table.get('pip', '')}".strip()
+    try:
+        if "factory" in table:
+            module, name = table["factory"].split(":")
+            return getattr(importlib.import_module(module), name)(**wants, **({table["named"]: env_id.split("-")[1]} if "named" in table else {}))
+        import gymnasium
+        if "module" in table:
+            importlib.import_module(table["module"])                                           # its import registers the ids
+        return gymnasium.make(env_id, render_mode="rgb_array", **wants)
+    except ImportError as e:
+        raise UserError(f"--env {env_id}: expected the packages {package}, found: {e}: pip install {package}") from None
+    except Exception as e:                                                                     # of any class: what is made comes from the flags alone
+        raise UserError(f"--env {env_id}: expected an environment that can be made, found {' '.join(str(e).split())}: mend the id or the table's \"make\"") from None
+
+
+def theirs(args):
+    """--env and --table -> [the id], from now on a task in PLAYABLE."""
+    if not args.env or getattr(args, "games", None) or getattr(args, "tasks", None) or getattr(args, "mashing", False):
+        raise UserError("--table goes with --env ID, and --env without --games, --tasks and --mashing: leave out what is too much")
+    table, wants = {}, {"fps": (int, float), "seconds": (int, float), "frame": str, "controls": dict, "success": dict}
+    for more in [more for pattern, more in OTHERS.items() if fnmatch.fnmatchcase(args.env, pattern)] + ([extract.read_json(args.table, dict)] if args.table else []):
+        table |= more
+    bad = [k for k, kind in wants.items() if not isinstance(table.get(k), kind)] + ["script"] * (table.get("script", "aims") not in SCRIPTS)
+    if bad or table["fps"] <= 0 or not {"return", "info"} & table["success"].keys():
+        raise UserError(f"--env {args.env}: expected a table with {', '.join(wants)}, found none or a wrong {', '.join(bad) or 'fps or success'}: give --table FILE.json; "
+                        f"there are tables for {', '.join(OTHERS)}")
+    buttons = sorted({w for w in re.findall(r"[A-Z_]+", json.dumps(table["controls"])) if w in extract.BUTTON} - set(MENU))
+    own = {"fps": table["fps"], "late": table.get("late", Game.late), "table": table, "keys": buttons or ["SOUTH"], "idle": []}
+    PLAYABLE[args.env] = Task(args.env, type(re.sub(r"\W+", "_", args.env), (Foreign,), own), "theirs", 0, table["seconds"], {}, False, "")
+    return [args.env]
+
+
+def rows_of_theirs(args, policy, films):
+    """Success and return of random, scripted and the model in a game by others -> rows for show_rows; the returns are printed."""
+    make = PLAYABLE[args.env].game
+    players = {"random": Blind} | ({"scripted": Scripted} if "script" in make.table else {})
+    ended = {who: [finish(make(args.env, PLAYED + args.seed + i), player, args.seed + i) for i in range(args.n)] for who, player in players.items()}
+    if policy:
+        play_model(policy, args.tasks, args.n, args.actions_per_chunk, args.seed, min(args.envs, 8), films, ended=ended.setdefault("model", []))
+    row = {}
+    for who, games in ended.items():
+        scores = [g.score for g in games]
+        row[who] = share(sum(g.won for g in games), args.n) | {"mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=min(args.n - 1, 1))), "returns": scores}
+        print(f"{who}: return {row[who]['mean']:.2f}, standard deviation {row[who]['sd']:.2f}, from {min(scores):.1f} to {max(scores):.1f}, n {args.n}")
+    print(f"success: {json.dumps(make.table['success'])}")
+    for env in make.idle:
+        env.close()
+    return {args.env: row}
+
+
+# The scripted players: from what they read in a game to (left stick, right stick, buttons); class Scripted makes a person of it.
+def aims(game):
+    """ViZDoom: turn (or walk sideways where there is no turning) to the monster that is near and near to the middle, and shoot when it is there. As
+    people do, it reckons with being late: it looks at where the monster will be on the screen in four steps."""
+    doom = game.inside.game
+    middle, state = doom.get_screen_width() / 2, doom.get_state()
+    foes = [(label.x + label.width / 2 - middle, label.width / 2) for label in (state.labels if state else ()) if label.object_category == "Monster"]
+    off, half = min(foes, key=lambda f: abs(f[0]) - 4 * f[1], default=(middle, 0.0))                       # none in sight: turn on
+    moved, game.off = off - getattr(game, "off", off), off
+    soon = off + 4 * moved if abs(moved) < 60 else off                                                     # else it is another monster
+    stick = complex(math.copysign(1, soon)) if abs(soon) > max(half / 2, 4) else 0j
+    shoots = "RIGHT_TRIGGER" * (max(abs(off), abs(soon)) < 0.7 * half + 2)
+    return (0j, stick, shoots) if any(b.name == "TURN_LEFT" for b in doom.get_available_buttons()) else (stick, 0j, shoots)
+
+
+def rallies(game):
+    """Pong, from the machine's memory: bring the paddle where the ball will be, near the middle while it goes away. It loses by a few points: no teacher yet."""
+    ram = game.inside.ale.getRAM()
+    now = [int(ram[i]) for i in (49, 54, 51)]                              # the ball's x and y, the paddle's y
+    vx, vy, vp = (v if abs(v) < 30 else 0 for v in np.subtract(now, getattr(game, "was", now)))
+    game.was = now
+    off = (now[1] + 4 * vy - 9 if vx > 0 else 120) - now[2] - 2 * vp       # the centres of ball and paddle are some 9 apart in these numbers
+    return complex(0, np.sign(off)) if abs(off) > 6 and now[1] else 0j, 0j, ""
+
+
+def walks(game):
+    """MiniGrid: the shortest way of turns and steps to the goal, around walls and lava; doors are not opened."""
+    at, grid = game.inside, game.inside.grid
+    queue = deque([(*map(int, at.agent_pos), int(at.agent_dir))])
+    first = {queue[0]: 0j}                                                 # state -> the push that begins the way to it
+    while queue:
+        x, y, d = here = queue.popleft()
+        if grid.get(x, y) and grid.get(x, y).type == "goal":
+            return first[here], 0j, ""
+        dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[d]
+        for there, push in (((x, y, (d - 1) % 4), -1 + 0j), ((x, y, (d + 1) % 4), 1 + 0j), ((x + dx, y + dy, d), -1j)):
+            if there not in first and getattr(grid.get(*there[:2]), "type", "goal") in ("goal", "floor"):
+                first[there] = first[here] or push
+                queue.append(there)
+    return 0j, 0j, ""
+
+
+SCRIPTS = {"aims": aims, "rallies": rallies, "walks": walks}
+
+
+# ----------------------------------------------------------------------------------------------- games that a person has to judge
+def ask(text):
+    """A question to the person at the terminal -> the answer."""
+    try:
+        return input(text).strip().lower()
+    except EOFError:
+        raise UserError("expected a person who answers, found the end of the input: run it in a terminal") from None
+
+
+@contextlib.contextmanager
+def at_the_game(args):
+    """The game's window, a pad and the model, by play.py -> rollout(seconds, seed)."""
+    own = {"--exe": args.exe, "--ckpt": args.ckpt, "--device": args.device, "--euler": args.euler}
+    flags = play.flags().parse_args([*(str(w) for flag, v in own.items() if v for w in (flag, v)), *shlex.split(args.play or "")])
+    with contextlib.ExitStack() as last:
+        policy = play.policy_of(flags)
+        if not policy:
+            raise UserError("expected who plays, found nobody: give --ckpt FILE, or --play '--server HOST:PORT'")
+        last.callback(policy.close)
+        env = play.GameEnv(flags.exe, flags.window, flags.region and play.region_of(flags.region), flags.launch, flags.wait, flags.pad, flags.map, flags.pause,
+                           flags.hz or policy.info()["config"]["hz"], flags.wake)
+        last.callback(env.close)
+
+        def rollout(seconds, seed):
+            policy.reset(seed=seed)
+            if env.window:
+                env.desktop.focus(env.window.id)                           # the person was at the terminal
+            play.play(env, policy, seconds, flags.actions_per_chunk, allow_menu=flags.allow_menu)
+            print()
+        yield rollout
+
+
+def judged(args):
+    """n rollouts of each task of a game that no program can judge [P 3.2]: a person brings the game to the start, the model plays, the person says how it
+    went. Each answer is kept in OUT/judged.jsonl at once, and what is there is not played again."""
+    if not (args.exe and args.out and args.tasks and len(args.tasks) == 1) or args.env or args.n < 1:
+        raise UserError("--exe: expected one --tasks FILE.json, --out DIR, -n of at least 1 and no --env with it: see --help")
+    tasks, wants = extract.read_json(args.tasks[0], list), {"name": str, "start": str, "seconds": (int, float)}
+    bad = [t for t in tasks if not isinstance(t, dict) or any(not isinstance(t.get(k), kind) for k, kind in wants.items()) or t["seconds"] <= 0]
+    if bad or not tasks or len({t["name"] for t in tasks}) < len(tasks):
+        raise UserError(f"{args.tasks[0]}: expected a list of {{\"name\", \"start\": instructions, \"seconds\", \"type\"}} of different names, found {json.dumps(bad or tasks)[:80]}: "
+                        "mend it")
+    log, who = folder(args.out) / "judged.jsonl", " ".join([*filter(None, (args.ckpt, args.play)), *([f"--euler {args.euler}"] if args.euler else [])])
+    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+    if not text.endswith("\n"):                                            # cut off while it was written
+        text = text[:text.rfind("\n") + 1]
+        extract.write_atomic(log, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+    try:
+        known = {(said["task"], said["rollout"]): said for said in map(json.loads, text.splitlines())}
+        others = {said["player"] for said in known.values()} - {who}
+        verdicts = {key: bool(said["success"]) for key, said in known.items()}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{log}: expected a judgement a line, found {e!r}: mend it or give another --out") from None
+    if others:
+        raise UserError(f"{log}: expected judgements of {who!r}, found some of {others.pop()!r}: give another --out for another player")
+    left = [(t, i) for i in range(args.n) for t in tasks if (t["name"], i) not in verdicts]
+    print(f"{len(verdicts)} judged already, {len(left)} to play")
+    with at_the_game(args) if left else contextlib.nullcontext() as rollout:
+        for task, i in left:
+            said = "redo"
+            while said in ("r", "redo"):
+                ask(f"\n{task['name']}, rollout {i + 1} of {args.n}, at most {task['seconds']:g} s: {task['start']}\nEnter when the game is there: ")
+                rollout(task["seconds"], args.seed + i)
+                while (said := ask("success? y, n, or redo: ")) not in ("y", "yes", "n", "no", "r", "redo"):
+                    pass
+            verdicts[task["name"], i] = said[0] == "y"
+            line = {"task": task["name"], "type": task.get("type", ""), "rollout": i, "success": said[0] == "y", "seed": args.seed + i, "player": who,
+                    "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+            with log.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    groups = {t["name"]: [t["name"]] for t in tasks}
+    for t in tasks:
+        groups.setdefault(f"type: {t.get('type') or 'none'}", []).append(t["name"])
+    groups["all"] = [t["name"] for t in tasks]
+    rows = {name: {"model": share(sum(verdicts[t, i] for t in names for i in range(args.n)), args.n * len(names))} for name, names in groups.items()}
+    show_rows(rows)
+    extract.write_json(folder(args.out) / "judged.json", {"player": who, "exe": args.exe, "n": args.n, "rows": rows})
 
 
 # ------------------------------------------------------------------------------------------------------------------------- demo
@@ -2548,6 +2902,8 @@ def add_games(sub):
     p = sub.add_parser("record", help="scripted play -> clip folders, or videos with an overlay", allow_abbrev=False)
     p.add_argument("--out", required=True, help="folder of clips or videos; what is whole there stays")
     p.add_argument("--games", nargs="+", metavar="G", help=f"of {', '.join(GAMES)}, or tasks of theirs (default all)")
+    p.add_argument("--env", metavar="ID", help="a game by others instead: its Gymnasium id, of those with a scripted player")
+    p.add_argument("--table", metavar="FILE.json", help="how the pad plays --env, as an entry of OTHERS in this script (default: that)")
     p.add_argument("--minutes", type=float, default=5, help="game time of each game (default 5)")
     p.add_argument("--clip", type=float, default=30, help="seconds of a clip (default 30)")
     p.add_argument("--seed", type=int, default=0, help="of players and levels: another seed gives held-out data (default 0)")
@@ -2558,14 +2914,18 @@ def add_games(sub):
     p.set_defaults(run=record)
     p = sub.add_parser("suite", help="completion of tasks beside random and scripted players", allow_abbrev=False)
     p.add_argument("--ckpt", help="a .safetensors or a run folder (default: only the players that need none)")
-    p.add_argument("--tasks", nargs="+", metavar="T", help="names of tasks or games (default all)")
+    p.add_argument("--tasks", nargs="+", metavar="T", help="names of tasks or games (default all); with --exe a JSON list of {name, start, seconds, type}")
+    p.add_argument("--env", metavar="ID", help="a game by others instead: its Gymnasium id")
+    p.add_argument("--table", metavar="FILE.json", help="how the pad plays --env, as an entry of OTHERS in this script (default: that)")
+    p.add_argument("--exe", metavar="GAME", help="a commercial game that runs: its program, as for play.py; a person starts and judges each rollout")
+    p.add_argument("--play", metavar="FLAGS", help="flags of play.py for --exe, in quotes, say '--pad keyboard --pause suspend' (default: none)")
     p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
     p.add_argument("--actions-per-chunk", type=int, default=8, metavar="K", help="steps of a chunk to play before looking again (default 8)")
     p.add_argument("--mashing", action="store_true", help=f"also the best of {len(MASHING)} constant and mashing players")
     p.add_argument("--out", help="folder for suite.json and videos (default: print only)")
     p.add_argument("--video", action="store_true", help="a video of the model's first rollout of each task")
     p.add_argument("--euler", type=int, metavar="K", help="Euler steps (default: the checkpoint's)")
-    p.add_argument("--envs", type=int, default=64, help="games played side by side (default 64)")
+    p.add_argument("--envs", type=int, default=64, help="games played side by side (default 64; of --env at most 8)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
     p.add_argument("--seed", type=int, default=0, help="of levels and noise (default 0)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of the players that are no model (default: one a core)")

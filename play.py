@@ -1697,8 +1697,8 @@ def run(args):
         play(env, policy, args.seconds, args.actions_per_chunk, people, args.handback, args.allow_menu, recorder, view)
 
 
-def main(argv=None):
-    """Parse the command line."""
+def flags():
+    """The parser of the command line."""
     p = extract.Parser(description="Play a game with a policy, or record a person who plays it.", allow_abbrev=False)
     p.set_defaults(run=run)
     add = p.add_argument_group("the game").add_argument
@@ -1736,7 +1736,12 @@ def main(argv=None):
     add("--show", action="store_true", help="a window with what the model sees and presses")
     add("--video", metavar="OUT.mp4", help="the same as a video")
     add("--guard", help="internal: what to undo, as JSON (class Guard)")
-    return extract.cli(p, argv)
+    return p
+
+
+def main(argv=None):
+    """Play."""
+    return extract.cli(flags(), argv)
 
 
 if __name__ == "__main__":

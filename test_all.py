@@ -3250,3 +3250,180 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, line, word):
 def test_contact_sheet(tmp_path):
     assert bench.main(["games", "--out", str(tmp_path)]) == 0
     assert extract.read_rgba(tmp_path / "games.png").shape[1] == 1560
+
+
+# ------------------------------------------------------------------------------------------- bench: games by others, people as judges
+def space(kind, **of):
+    """An action space with the attributes of Gymnasium's, without the package."""
+    return type(kind, (), of)()
+
+
+class Catch:
+    """A game with Gymnasium's methods: a ball falls for 20 steps, action 1 moves the basket left, 2 right; 1 point for a catch, then over."""
+    action_space = space("Discrete", n=3)
+
+    def reset(self, seed=None):
+        self.rng, self.t, self.x = random.Random(seed), 0, 8
+        self.ball = self.rng.choice((1, 15))
+        return self.picture(), {}
+
+    def picture(self):
+        frame = np.zeros((32, 32, 3), np.uint8)
+        frame[self.t:self.t + 4, 2 * self.ball - 2:2 * self.ball + 2] = 255, 0, 0
+        frame[28:, 2 * self.x - 2:2 * self.x + 2] = 0, 255, 0
+        return frame
+
+    def step(self, action):
+        self.t, self.x = self.t + 1, min(max(self.x + (0, -1, 1)[action], 1), 15)
+        caught = self.t == 20 and abs(self.x - self.ball) < 2
+        return self.picture(), float(caught), self.t == 20, False, {"caught": caught}
+
+    def close(self):
+        pass
+
+
+CATCH = {"fps": 15, "seconds": 60, "frame": "", "controls": {"1": "left.left", "2": "left.right", "0": ""}, "success": {"info": "caught"}, "script": "follows"}
+
+
+@pytest.fixture
+def catch(monkeypatch, tmp_path):
+    """The flags that play Catch."""
+    monkeypatch.setattr(bench, "open_env", lambda env_id, table, level: Catch())
+    monkeypatch.setitem(bench.SCRIPTS, "follows", lambda game: (complex(np.sign(game.inside.ball - game.inside.x)), 0j, ""))
+    monkeypatch.setattr(bench, "PLAYABLE", bench.PLAYABLE.new_child())
+    (tmp_path / "catch.json").write_text(json.dumps(CATCH))
+    return ["--env", "Catch-v0", "--table", str(tmp_path / "catch.json")]
+
+
+def test_tables_map_pads_to_every_kind_of_action():
+    discrete = bench.to_theirs(space("Discrete", n=4), {"3": "left.up & SOUTH | DPAD_UP", "JUMP": "SOUTH", "0": ""}, ("WAIT", "JUMP"))
+    assert [discrete(a) for a in (push(-1j, 0j, "SOUTH"), push(0j, 0j, "DPAD_UP"), push(1j, 0j, "SOUTH"), push(-1j), push(-0.4j))] == [3, 3, 1, 0, 0]
+    binary = bench.to_theirs(space("MultiBinary", n=3), {"ATTACK": "RIGHT_TRIGGER", "0": "right.left"}, ("TURN_LEFT", "USE", "ATTACK"))
+    assert binary(push(0j, -1, "RIGHT_TRIGGER")).tolist() == [1, 0, 1] and binary(push(1, 1)).tolist() == [0, 0, 0]
+    several = bench.to_theirs(space("MultiDiscrete", nvec=[2, 3], dtype=np.int64), {"0": {"1": "WEST", "0": ""}, "1": {"2": "left.right", "1": "left.left", "0": ""}})
+    assert several(push(-1, 0j, "WEST")).tolist() == [1, 1] and several(push()).tolist() == [0, 0]
+    box = space("Box", shape=(4,), low=np.float32([-2, 0, -1, -np.inf]), high=np.float32([4, 1, 1, np.inf]), dtype=np.float32)
+    numbers = bench.to_theirs(box, {"0": "left.x", "1": "RIGHT_TRIGGER", "2": "RIGHT_TRIGGER - 0.5 * left.y", "3": "-12 * right.x"})
+    assert numbers(push(0.5 + 1j, 0.25, "RIGHT_TRIGGER")).tolist() == [2, 1, 0.5, -3] and numbers(push(-1)).tolist() == [-2, 0, 0, 0]
+    parts = {"binary": space("MultiBinary", n=1), "continuous": space("Box", shape=(1,), low=np.float32([-3e38]), high=np.float32([3e38]), dtype=np.float32)}
+    both = bench.to_theirs(space("Dict", spaces=parts), {"ATTACK": "RIGHT_TRIGGER", "LOOK_DELTA": "3 * right.y"}, ("LOOK_DELTA", "ATTACK"))
+    assert {k: v.tolist() for k, v in both(push(0j, 0.5j, "RIGHT_TRIGGER")).items()} == {"binary": [1], "continuous": [1.5]}
+
+
+def test_ready_tables_speak_of_controls_that_exist():
+    for pattern, table in bench.OTHERS.items():
+        for rule in table.get("controls", {}).values():
+            assert all(w in bench.READINGS for w in re.findall(r"[A-Za-z][\w.]*", rule)), (pattern, rule)
+        assert table.get("script", "aims") in bench.SCRIPTS and not set(bench.MENU) & set(re.findall(r"[A-Z]+", json.dumps(table.get("controls", {}))))
+    ale = bench.to_theirs(space("Discrete", n=18), bench.JOYSTICK, list(bench.JOYSTICK))
+    assert list(bench.JOYSTICK)[ale(push(1 - 1j, 0j, "SOUTH"))] == "UPRIGHTFIRE" and list(bench.JOYSTICK)[ale(push())] == "NOOP"
+    few = bench.to_theirs(space("Discrete", n=4), bench.JOYSTICK, ("NOOP", "FIRE", "RIGHT", "LEFT"))
+    assert few(push(1 - 1j, 0j, "SOUTH")) == 2 and few(push(-1j)) == 0                         # what the game does not have is left out
+
+
+def test_a_game_by_others_is_recorded_and_evaluated(tmp_path, catch, toy, capsys):
+    assert bench.main(["record", *catch, "--out", str(tmp_path / "data"), "--minutes", "0.2", "--clip", "6"]) == 0
+    clips = extract.clips_in(tmp_path / "data")
+    assert [c.name for c in clips] == ["catch_v0-000", "catch_v0-001"] and extract.read_clip(clips[0])["fps"] == 15 and len(extract.Frames(clips[0])) == 90
+    assert train.load_clips([tmp_path / "data"], M.preset("toy", hz=30.0))[0].game == "catch_v0"
+    capsys.readouterr()
+    line = ["suite", *catch, "--ckpt", str(toy), "-n", "10", "--actions-per-chunk", "4", "--device", "cpu", "--video", "--out", str(tmp_path / "out")]
+    assert bench.main(line) == 0
+    said, row = capsys.readouterr().out, json.loads((tmp_path / "out" / "suite.json").read_text())["rows"]["Catch-v0"]
+    assert set(row) == {"random", "scripted", "model"} and "standard deviation" in said and "Catch-v0" in said
+    assert row["scripted"]["wins"] > row["random"]["wins"] and all(r["wins"] == sum(r["returns"]) and len(r["returns"]) == 10 for r in row.values())
+    assert row["scripted"]["mean"] == pytest.approx(row["scripted"]["rate"]) and extract.video_info(tmp_path / "out" / "Catch-v0.mp4")["n"] == 20
+
+
+def test_gymnasiums_own_games_are_played_by_id(tmp_path, capsys):
+    pytest.importorskip("gymnasium", reason="needs the package gymnasium")
+    pytest.importorskip("pygame", reason="needs the package pygame, which draws Gymnasium's own games")
+    table = tmp_path / "pole.json"
+    table.write_text(json.dumps({"fps": 50, "seconds": 10, "frame": "render", "controls": {"0": "left.left", "1": ""}, "success": {"return": 9}}))
+    assert bench.main(["suite", "--env", "CartPole-v1", "--table", str(table), "-n", "2"]) == 0
+    assert "CartPole-v1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, table, says", [
+    (["--env", "VizdoomBasic-v1"], None, "pip install gymnasium vizdoom"),
+    (["--env", "ALE/Pong-v5"], None, "pip install gymnasium ale-py"),
+    (["--env", "Crafter-v1"], None, "pip install gymnasium crafter"),
+    (["--env", "Tetris-v0"], None, "--table"),
+    (["--table", "x.json"], None, "--env"),
+    (["--env", "Catch-v0", "--tasks", "swarm"], CATCH, "--tasks"),
+    (["--env", "Catch-v0"], CATCH | {"controls": {"1": "left.leftt", "0": ""}}, "left.leftt"),
+    (["--env", "Catch-v0"], CATCH | {"controls": {"7": "left.left", "0": ""}}, "7"),
+    (["--env", "Catch-v0"], CATCH | {"controls": {"1": "left.left"}}, "at rest"),
+    (["--env", "Catch-v0"], CATCH | {"frame": "screen"}, "screen"),
+    (["--env", "Catch-v0"], CATCH | {"fps": 0}, "fps"),
+    (["--env", "Catch-v0"], CATCH | {"script": "nobody"}, "script"),
+    (["--exe", "game.exe"], None, "--tasks FILE.json"),
+])
+def test_mistakes_about_games_by_others_are_one_line(tmp_path, monkeypatch, capfd, flags, table, says):
+    monkeypatch.setattr(bench, "PLAYABLE", bench.PLAYABLE.new_child())
+    monkeypatch.setitem(bench.SCRIPTS, "follows", bench.walks)
+    for module in ("vizdoom", "vizdoom.gymnasium_wrapper", "ale_py", "crafter"):
+        monkeypatch.setitem(sys.modules, module, None)                                         # as if it were not installed
+    if table:
+        monkeypatch.setattr(bench, "open_env", lambda env_id, table, level: Catch())
+        (tmp_path / "t.json").write_text(json.dumps(table))
+        flags = [*flags, "--table", str(tmp_path / "t.json")]
+    fails_in_one_line(capfd, bench.main, "suite", *flags, "-n", 1, says=says)
+
+
+def test_a_game_without_a_script_is_recorded_by_hand(tmp_path, capfd):
+    fails_in_one_line(capfd, bench.main, "record", "--env", "ALE/Breakout-v5", "--out", tmp_path, says="play.py --exe GAME --human")
+
+
+TASKS_OF_A_GAME = [{"name": "boss", "start": "stand before the gate", "seconds": 5, "type": "combat"}, {"name": "climb", "start": "load the third save", "seconds": 9}]
+
+
+def judge(monkeypatch, answers):
+    """A fake person who gives these answers, and a fake game -> what was asked and played."""
+    answers, asked, rollouts = iter(answers), [], []
+
+    def ask(text):
+        asked.append(text)
+        if (answer := "" if "Enter" in text else next(answers)) == "leaves":
+            raise KeyboardInterrupt
+        return answer
+    monkeypatch.setattr(bench, "ask", ask)
+    monkeypatch.setattr(bench, "at_the_game", lambda args: contextlib.nullcontext(lambda seconds, seed: rollouts.append((seconds, seed))))
+    return asked, rollouts
+
+
+def test_a_persons_judgements_are_kept_at_once_and_resumed(tmp_path, monkeypatch, capfd):
+    (tmp_path / "tasks.json").write_text(json.dumps(TASKS_OF_A_GAME))
+    line = ["suite", "--exe", "game.exe", "--tasks", tmp_path / "tasks.json", "--ckpt", "a.safetensors", "-n", 3, "--seed", 7, "--out", tmp_path / "out"]
+    asked, rollouts = judge(monkeypatch, ["y", "redo", "what?", "n", "leaves"])
+    assert run(bench.main, *line) == 130
+    log = tmp_path / "out" / "judged.jsonl"
+    kept = [json.loads(row) for row in log.read_text().splitlines()]
+    assert [(k["task"], k["rollout"], k["success"]) for k in kept] == [("boss", 0, True), ("climb", 0, False)]
+    assert rollouts == [(5, 7), (9, 7), (9, 7), (5, 8)] and "stand before the gate" in asked[0]
+    log.write_text(log.read_text() + '{"task": "boss", "roll')                               # cut off while it was written
+    asked, rollouts = judge(monkeypatch, ["y", "y", "n", "y"])
+    assert run(bench.main, *line) == 0 and len(rollouts) == 4 and rollouts[0] == (5, 8)
+    rows = json.loads((tmp_path / "out" / "judged.json").read_text())["rows"]
+    assert {name: (r["model"]["wins"], r["model"]["n"]) for name, r in rows.items()} == {
+        "boss": (2, 3), "climb": (2, 3), "type: combat": (2, 3), "type: none": (2, 3), "all": (4, 6)}
+    assert (rows["all"]["model"]["low"], rows["all"]["model"]["high"]) == bench.wilson(4, 6) and "[" in capfd.readouterr().out
+    assert run(bench.main, *line) == 0 and len(rollouts) == 4                                # all is judged: nothing is played
+    fails_in_one_line(capfd, bench.main, *["b.safetensors" if x == "a.safetensors" else x for x in line], says="another --out")
+
+
+@pytest.mark.parametrize("tasks, says", [([], "different names"), ([{"name": "boss"}], '[{"name": "boss"}]'), ([TASKS_OF_A_GAME[0] | {"seconds": 0}], '"stand before'),
+                                         (TASKS_OF_A_GAME[:1] * 2, "different names"), ({}, "list")])
+def test_a_wrong_list_of_tasks_is_one_line(tmp_path, capfd, tasks, says):
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    fails_in_one_line(capfd, bench.main, "suite", "--exe", "g", "--tasks", tmp_path / "tasks.json", "--ckpt", "a", "--out", tmp_path / "out", says=says)
+
+
+def test_a_real_game_is_played_until_its_person_judges(game, keys_file, toy, tmp_path, monkeypatch):
+    (tmp_path / "tasks.json").write_text(json.dumps([TASKS_OF_A_GAME[0] | {"seconds": 1}]))
+    said = []
+    monkeypatch.setattr(bench, "ask", lambda text: said.append(text) or ("" if "Enter" in text else "y"))
+    assert run(bench.main, "suite", "--exe", game.script.name, "--tasks", tmp_path / "tasks.json", "--ckpt", toy, "-n", 2, "--out", tmp_path / "out",
+               "--play", f"--pad keyboard --map '{keys_file}' --device cpu") == 0
+    assert len(said) == 4 and game.state()["held"] == []
+    assert json.loads((tmp_path / "out" / "judged.json").read_text())["rows"]["all"]["model"]["wins"] == 2

@@ -365,7 +365,8 @@ def smooth_buttons(logits, press=0.03, release=0.12, trust=0.8):
 
 def level(logits):
     """Logits (n, k) -> the same with each button's own threshold at 0: where a video's logits fall into two tight groups, pressed and not,
-    their middle is a better threshold than the net's. A button that is never pressed has one group and stays as it is."""
+    their middle is a better threshold than the net's. A button that is never pressed has one group, or two that the net calls not pressed
+    (a scene behind a see-through pad that changes), and stays as it is."""
     out = logits.copy()
     for x in out.T:
         ranked = np.sort(x)
@@ -376,7 +377,7 @@ def level(logits):
         if best is None or hi[best] - lo[best] < 2 or min(best + 1, n - best - 1) < 4:
             continue
         spread = np.sqrt((ranked[:best + 1].var() * (best + 1) + ranked[best + 1:].var() * (n - best - 1)) / n)
-        if hi[best] - lo[best] > 3.5 * spread:
+        if hi[best] - lo[best] > 3.5 * spread and hi[best] > 1:
             x -= np.clip((lo[best] + hi[best]) / 2, -2, 2)
             x *= max(1, 6 / (hi[best] - lo[best]))
     return out

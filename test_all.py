@@ -747,6 +747,16 @@ def test_decoding_is_finer_than_the_grid():
     assert np.abs(mean_of_all[:, 0] - values[:, 0].numpy()).mean() > 0.07
 
 
+def test_level_moves_the_threshold_between_two_groups_but_not_within_one():
+    """A trigger that barely lights is told from rest by its own two groups; a bright scene behind a see-through button is no press."""
+    rng = np.random.default_rng(0)
+    groups = lambda low, high: np.where(np.arange(400) % 4 == 0, high, low) + rng.normal(0, 0.2, 400)
+    logits = np.stack([groups(-4, -1.5), groups(0.6, 5), groups(-3, 2), rng.normal(-2, 1, 400)], 1)
+    pressed = parse.level(logits) > 0
+    assert not pressed[:, 0].any() and np.array_equal(pressed[:, 3], logits[:, 3] > 0)
+    assert np.array_equal(pressed[:, 1], np.arange(400) % 4 == 0) and np.array_equal(pressed[:, 2], np.arange(400) % 4 == 0)
+
+
 def test_smoothing_buttons_equals_enumeration():
     """Forward-backward at full trust = summing over all 2^8 histories of one button."""
     logits, press, release = RNG(1).normal(0, 2, (8, 1)).astype(np.float32), 0.03, 0.12

@@ -1598,10 +1598,11 @@ def learned(path, steps):
 
 
 def record_clip(job):
-    """One recording -> its line. job: (folder of the data, tasks of one game, number, seed, steps, as a video?[, a policy's path, its Euler steps])."""
+    """One recording -> its line. job: (folder of the data, tasks of one game, number, seed, steps, as a video? (True, or the pad's corner)
+    [, a policy's path, its Euler steps])."""
     out, tasks, number, seed, n, video, *model = job
     name, seed = f"{PLAYABLE[tasks[0]].game.__name__.lower()}-{number:03}", f"{seed} {number}"
-    return record_video(Path(out), name, tasks, seed, n) if video else record_folder(Path(out), name, tasks, seed, n, learned(*model) if model else None)
+    return record_video(Path(out), name, tasks, seed, n, corner=video) if video else record_folder(Path(out), name, tasks, seed, n, learned(*model) if model else None)
 
 
 def record_folder(out, name, tasks, seed, n, policy=None):
@@ -1629,16 +1630,17 @@ def record_folder(out, name, tasks, seed, n, policy=None):
     return f"{name}: {n} frames, {int(begins.sum())} episodes"
 
 
-def record_video(out, name, tasks, seed, n, look=None, size=(640, 360)):
+def record_video(out, name, tasks, seed, n, look=None, size=(640, 360), corner=True):
     """NAME.mp4 with one of our pads over it, NAME.truth.npy float32 (n, 25) and NAME.json (where the pad is) beside it. look: (the pad's name, its share
-    of the width, its opacity), drawn at random where not given."""
+    of the width, its opacity), and corner: (to the right?, low?), drawn at random where not given."""
     if (out / f"{name}.json").is_file():
         return f"{name}: recorded already"
     rng = random.Random(f"overlay {name} {seed}")
     pad, share, opacity = look or (rng.choice(skins()).name, rng.uniform(0.22, 0.3), rng.uniform(0.75, 1))
     skin, wide = next(s for s in skins() if s.name == pad), round(size[0] * share)
     high = round(wide * skin.size[1] / skin.size[0])
-    x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
+    right, low = (rng.random() < 0.5, rng.random() < 0.5) if corner is True else corner
+    x, y = size[0] - wide - 8 if right else 8, size[1] - high - 8 if low else 8
     truth = np.zeros((n, extract.A), np.float32)
     with extract.VideoWriter(out / f"{name}.mp4", PLAYABLE[tasks[0]].game.fps, size) as video:
         for i, (frame, truth[i], *_) in enumerate(film(tasks, seed, n)):
@@ -2274,7 +2276,8 @@ def demo(args):
     games = list(dict.fromkeys(task.split("/")[0] for task in args.tasks))
     with stages.stage("play on video") as say:
         steps = round(args.minutes * 60 * FPS / args.videos)
-        jobs = [(videos, [t for t in args.tasks if t.startswith(g + "/")], i, args.seed, steps, True) for g in games for i in range(args.videos)]
+        low_left = False, True                                         # one channel keeps its pad in one place
+        jobs = [(videos, [t for t in args.tasks if t.startswith(g + "/")], i, args.seed, steps, low_left) for g in games for i in range(args.videos)]
         for line in in_processes(record_clip, jobs, os.cpu_count() or 1):
             print(line)
         say(f"{len(jobs)} mp4 of {', '.join(games)}, {len(jobs) * steps / FPS / 60:.1f} minutes at 640 x 360")

@@ -1826,6 +1826,7 @@ class Cutter:
         x0, y0, x1, y1 = window or (0, 0, *size)
         self.hole = None if box is None else [int(np.floor((box[0] - x0) / (x1 - x0) * SIDE)), int(np.floor((box[1] - y0) / (y1 - y0) * SIDE)),
                                               int(np.ceil((box[2] - x0) / (x1 - x0) * SIDE)), int(np.ceil((box[3] - y0) / (y1 - y0) * SIDE))]
+        self.hole = self.hole and [min(max(v, 0), SIDE) for v in self.hole]
         self.pad = None
         if skin is not None:
             self.pad = PAD_WIDTH, max(round(skin.size[1] * PAD_WIDTH / skin.size[0]), 1)
@@ -1849,7 +1850,7 @@ class Cutter:
             bgr = bgr[self.window[1]:self.window[3], self.window[0]:self.window[2]]
         small = shrink(bgr)
         if self.hole:
-            x0, y0, x1, y1 = (max(v, 0) for v in self.hole)
+            x0, y0, x1, y1 = self.hole
             small[y0:y1, x0:x1] = 0
         return small
 
@@ -1935,7 +1936,7 @@ def cut_clip(video, folder, matcher, find, args, key):
             "box": [round(v, 2) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])], "template": skin.name, "controller": skin.family,
             "affine": [[round(float(v), 6) for v in row] for row in corners_convention(find.affine)], "inliers": int(find.inliers),
             "matcher": max(find.by, key=find.by.get), "every": args.every, "lag": 0, "by": find.by, "edges": round(find.edges, 3), "seen": round(find.seen, 3),
-            "pad": list(cutter.pad), "geometry": geometry_of(skin, matcher), "run": key}
+            "hole": cutter.hole, "pad": list(cutter.pad), "geometry": geometry_of(skin, matcher), "run": key}
     save_png(tmp / "template.png", cv2.resize(draw(skin), cutter.pad, interpolation=cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR))
     write_json(tmp / "clip.json", clip)
     os.replace(tmp, folder)
@@ -2018,7 +2019,8 @@ def cut_labelled(folder, meta, video, out, args, key):
     if len(actions) != chunk or end <= start:
         raise UserError(f"{folder}: expected {chunk} rows over {start}-{end} s, found {len(actions)}: download this shard again")
     tmp = fresh_folder(out)
-    n = Cutter(info["size"], args.every, box=box, window=window).run(video, tmp, rows)
+    cutter = Cutter(info["size"], args.every, box=box, window=window)
+    n = cutter.run(video, tmp, rows)
     if n < 0.5 * (rows[1] - rows[0]):
         raise UserError(f"{video}: expected frames {rows[0]}-{rows[1]} of chunk {folder.name}, found {n} of them: download the whole video")
     at = np.minimum((np.arange(n) + 0.5) / info["fps"] * chunk / (end - start), chunk - 1).astype(int)      # frames and label rows may differ in rate
@@ -2027,7 +2029,7 @@ def cut_labelled(folder, meta, video, out, args, key):
     write_npy(tmp / "keep.npy", dense(actions[at]))
     clip = {"video": Path(video).name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n, "size": list(info["size"]), "box": [x * sx, y * sy, w * sx, h * sy],
             "template": "released labels", "controller": meta.get("controller_type", "generic"), "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0,
-            "matcher": "labels", "every": args.every, "lag": 0, "run": key}
+            "matcher": "labels", "every": args.every, "lag": 0, "hole": cutter.hole, "run": key}
     write_json(tmp / "clip.json", clip)
     os.replace(tmp, out)
     return clip

@@ -87,6 +87,8 @@ class Policy:
         self.steps = self.config.steps if steps is None else steps
         if not 1 <= self.steps <= 10_000:
             raise UserError(f"expected 1 to 10,000 Euler steps, found {self.steps}: give another --euler")
+        hole = (self.meta.get("data") or {}).get("hole")
+        self.hole = hole if isinstance(hole, list) and len(hole) == 4 and all(type(v) is int and 0 <= v <= 256 for v in hole) else None
         self.lock, self.graphs = threading.Lock(), {}
         self.step = torch.compile(self.model.step) if compile else self.model.step
         self.use_graph = self.device.type == "cuda" and not compile
@@ -95,7 +97,11 @@ class Policy:
 
     @torch.inference_mode()
     def see(self, frames):
-        """uint8 (B, 256, 256, 3) -> image tokens (B, N, V)."""
+        """uint8 (B, 256, 256, 3) -> image tokens (B, N, V). A model that never saw a whole frame, since an overlay was masked out of each that it learned
+        from, is shown none: the same place is black for it when it plays."""
+        if self.hole:
+            frames, (x0, y0, x1, y1) = frames.copy(), self.hole
+            frames[:, y0:y1, x0:x1] = 0
         with self.lock:
             return self.model.see(torch.from_numpy(np.ascontiguousarray(frames))[:, None].to(self.device))[:, 0]
 

@@ -3159,6 +3159,22 @@ def test_overlap_of_boxes():
     assert bench.overlap([0, 0, 10, 10], [5, 0, 10, 10]) == pytest.approx(1 / 3)
 
 
+def test_what_was_masked_in_training_is_masked_in_play(tmp_path):
+    """A model that learned from frames with a black hole only is shown that hole; one that saw whole frames is not."""
+    clip = lambda hole, n: types.SimpleNamespace(hole=hole, kept=range(n))
+    assert train.usual_hole([clip([0, 9, 8, 20], 5), clip([1, 2, 3, 4], 9), clip([0, 9, 8, 20], 6)]) == [0, 9, 8, 20]
+    assert train.usual_hole([clip([0, 9, 8, 20], 5), clip(None, 1)]) is None
+    model, frame = tiny(), np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    black = frame.copy()
+    black[9:200, 0:80] = 0
+    said = {}
+    for name, data in (("whole", {}), ("hole", {"hole": [0, 9, 80, 200]}), ("broken", {"hole": [0, "x", 80, 900]})):
+        M.save(tmp_path / f"{name}.safetensors", model.state_dict(), model.config, data=data)
+        said[name] = [sample.Session(sample.Policy(tmp_path / f"{name}.safetensors", "cpu"), seed=1).predict(f) for f in (frame, black)]
+    assert np.array_equal(said["hole"][0], said["whole"][1]) and np.array_equal(*said["hole"])
+    assert not np.array_equal(*said["whole"]) and np.array_equal(said["broken"][0], said["whole"][0])
+
+
 def test_recorded_clips_are_what_train_reads(tmp_path, capsys):
     line = ["record", "--out", str(tmp_path / "dätä"), "--games", "dojo", "crypt/key", "--minutes", "0.1", "--clip", "3", "--workers", "1"]
     assert bench.main(line) == 0

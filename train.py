@@ -28,7 +28,7 @@ import sys
 import time
 import weakref
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +112,7 @@ class Clip:
         keep = self.flags("keep.npy", np.ones(self.n, bool))[frames.numbers]
         self.kept = np.flatnonzero(keep & (self.edges(frames.numbers)[:, 0] < self.n)).astype(np.int32)    # frames that may start a chunk
         self.rows = frames.numbers[self.kept]                                                              # and their rows, int64
-        self.weight, self.cumulative = float(len(self.kept)), None
+        self.weight, self.cumulative, self.hole = float(len(self.kept)), None, meta.get("hole")
         if human_weight != 1 and len(self.kept):
             weights = np.where(self.flags("human.npy", np.zeros(self.n, bool))[self.rows], human_weight, 1.0)
             self.cumulative = np.cumsum(weights)
@@ -175,6 +175,14 @@ def load_clips(data, config, truth=False, human_weight=1.0, say=print):
             raise UserError(f"{why}{f', and {len(short) - 1} more like it' if len(short) > 1 else ''}: nothing is left to train on: give longer clips")
         say(f"left out {len(short)} clip(s) | {why}")
     return clips
+
+
+def usual_hole(clips):
+    """Where the overlay was masked out of most frames, [x0, y0, x1, y1] in the 256 x 256 picture; None where some clip has whole frames."""
+    frames = Counter()
+    for clip in clips:
+        frames[json.dumps(clip.hole)] += len(clip.kept)
+    return None if "null" in frames else json.loads(max(frames, key=frames.get))
 
 
 def split(clips, share):
@@ -853,7 +861,7 @@ def run(args, state, team):
     check = Sampler(held, config, min(args.val_frames, sum(len(c.kept) for c in held)), 4, balance=True, augment=False, game_ids=ids) if held else None
     sums = {g: (sum(c.sum for c in training if c.game == g), sum(c.n for c in training if c.game == g)) for g in {c.game for c in training}}
     means = {g: total / n for g, (total, n) in sums.items()}
-    data = {"clips": len(training), "held": sorted(c.folder.name for c in held), "frames": sum(len(c.kept) for c in training), "games": sorted(means)}
+    data = {"clips": len(training), "held": sorted(c.folder.name for c in held), "frames": sum(len(c.kept) for c in training), "games": sorted(means), "hole": usual_hole(training)}
     parts = args.batch // (args.micro * team.world)
     jobs = ((step, *((part * team.world + team.rank + k) * args.micro for k in (0, 1))) for step in range(start + 1, args.steps + 1) for part in range(parts))
     last = start + 1 if args.dry_run else args.steps

@@ -817,7 +817,7 @@ def prepare(args, team, say):
     c = model.config
     clips = load_clips(args.data, c, args.truth, args.human_weight, say)
     if args.lr is None:
-        args.lr = float(f"{1e-4 * max(1.0, 1024 / c.width) ** 1.5:.1e}")     # [P: 1e-4 at D 1024]; narrower nets take more [O: found best at D 96]
+        args.lr = float(f"{1e-4 * max(1.0, 1024 / c.width):.1e}")            # [P: 1e-4 at D 1024]; narrower nets take more [O: at D 96 twice as much learns less]
     args.warmup = min(500, args.steps // 20 + 1) if args.warmup is None else args.warmup
     args.decay = args.steps // 5 if args.decay is None else args.decay
     args.micro = min(args.micro or args.batch, args.batch // team.world or 1)
@@ -942,7 +942,7 @@ def main(argv=None):
     p.add_argument("--batch", type=int, default=64, help="frames a step, over all processes (default 64; 4096 in the release)")
     p.add_argument("--micro", type=int, help="frames of one forward pass of one process; the rest is accumulated (default: the whole share)")
     p.add_argument("--draws", type=int, default=4, metavar="M", help="noises and times for each encoded frame (default 4: after a toy run's first minutes the lowest loss at equal time)")
-    p.add_argument("--lr", type=float, help="constant phase of AdamW's rate (default 1e-4 [paper] at width 1024, more for narrower ones: toy 3.5e-3)")
+    p.add_argument("--lr", type=float, help="constant phase of AdamW's rate (default 1e-4 [paper] at width 1024, more for narrower ones: toy 1.1e-3)")
     p.add_argument("--warmup", type=int, help="steps of rising rate (default a twentieth of the steps, at most 500)")
     p.add_argument("--decay", type=int, help="steps of falling rate at the end (default a fifth of the steps)")
     p.add_argument("--ema", type=float, default=EMA, help=f"decay of the weights' average (default {EMA} [paper], warmed up)")

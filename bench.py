@@ -1578,12 +1578,11 @@ def film(tasks, seed, n, policy=None):
         if begins:
             number, task = rng.randrange(PLAYED), rng.choice(tasks)
             env = PLAYABLE[task].game(task, number)
-            script, turn, scripted = Scripted(env, number), 0, bool(policy)
+            script, turn, scripted = Scripted(env, number), 0, True
         action = script.act()                                                  # sees the game at every step, so that it is late as ever at its turn
         if policy and turn == 0:
             scripted, turn, model = not scripted, rng.randint(env.fps, 3 * env.fps), Learned(env, policy, number)
         turn -= 1
-        scripted = scripted or not policy
         if not scripted:
             action = model.act()
         yield env.render(), action, begins, scripted
@@ -1701,7 +1700,7 @@ def record(args):
     if args.ckpt and args.video:
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     if args.ckpt:
-        sample.Policy(args.ckpt, "cpu", steps=args.euler)                      # a wrong file is said now, in one line
+        learned(args.ckpt, args.euler)                                         # a wrong file is said now, in one line
     count = max(round(args.minutes * 60 * fps / n), 1)
     groups = [tasks] if args.env else [mine for game in GAMES for mine in [[t for t in tasks if t.startswith(game + "/")]] if mine]
     jobs = [(out, mine, i, args.seed, n, args.video, *((args.ckpt, args.euler) if args.ckpt else ())) for mine in groups for i in range(count)]
@@ -1818,8 +1817,7 @@ def suite(args):
         return judged(args)
     args.tasks = theirs(args) if args.env or args.table else pick_tasks(args.tasks)
     fps = PLAYABLE[args.tasks[0]].game.fps
-    if args.n < 1 or args.actions_per_chunk < 1 or args.envs < 1 or args.workers < 1:
-        raise UserError("-n, --actions-per-chunk, --envs and --workers: expected at least 1")
+    extract.within(args, 1, None, "n", "actions_per_chunk", "envs", "workers")
     out, policy, films, began = args.out and folder(args.out), None, {} if args.video else None, time.monotonic()
     if args.video and not (args.ckpt and out):
         raise UserError("--video: expected --ckpt and --out with it, to show a model's play somewhere: give both")
@@ -1833,14 +1831,14 @@ def suite(args):
         rows = rows_of_theirs(args, policy, films)
     else:
         table = completion(args, ("random", "scripted", *(MASHING if args.mashing else ())), policy, films)
-    if args.mashing and not args.env:
-        worst = {task: max(MASHING, key=row.get) for task, row in table.items()}
-        table = {task: {**{k: v for k, v in row.items() if k not in MASHING}, "best of mashing": row[worst[task]]} for task, row in table.items()}
-    rows = rows if args.env else rows_of(table, args.n)
+        if args.mashing:
+            worst = {task: max(MASHING, key=row.get) for task, row in table.items()}
+            table = {task: {**{k: v for k, v in row.items() if k not in MASHING}, "best of mashing": row[worst[task]]} for task, row in table.items()}
+        rows = rows_of(table, args.n)
     show_rows(rows)
     if out:
         meta = {"ckpt": args.ckpt, "n": args.n, "seed": args.seed, "actions_per_chunk": args.actions_per_chunk, "machine": machine()}
-        extract.write_json(out / "suite.json", meta | {"seconds": round(time.monotonic() - began, 1), "rows": rows} | ({"mashing": worst} if args.mashing and not args.env else {}))
+        extract.write_json(out / "suite.json", meta | {"seconds": round(time.monotonic() - began, 1), "rows": rows} | ({"mashing": worst} if args.mashing else {}))
         for task, frames in (films or {}).items():
             save_film(out / f"{task.replace('/', '-')}.mp4", frames, fps)
 
@@ -2165,7 +2163,6 @@ def at_the_game(args):
             if env.window:
                 env.desktop.focus(env.window.id)                           # the person was at the terminal
             play.play(env, policy, seconds, flags.actions_per_chunk, allow_menu=flags.allow_menu)
-            print()
         yield rollout
 
 

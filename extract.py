@@ -1284,9 +1284,9 @@ def read_clip(folder):
 
 
 def clips_in(data):
-    """The whole clip folders under DATA, sorted by name; UserError when there is none."""
+    """The whole clip folders under DATA, sorted by name, or DATA itself where it is one; UserError when there is none."""
     data = Path(data)
-    folders = sorted(p.parent for p in data.glob("*/clip.json") if not p.parent.name.endswith(".tmp")) if data.is_dir() else []
+    folders = [data] if (data / "clip.json").is_file() else sorted(p.parent for p in data.glob("*/clip.json") if not p.parent.name.endswith(".tmp")) if data.is_dir() else []
     if not folders:
         raise UserError(f"{data}: expected a folder of clips (each with clip.json), found none: make them with extract.py or play.py --record")
     return list(map(unicode, folders))
@@ -1822,11 +1822,12 @@ class Cutter:
     """The one pass over a video: shrinks, masks, warps and encodes each frame. find = None cuts no pads (released labels bring actions)."""
 
     def __init__(self, size, every, skin=None, affine=None, box=None, window=None):
-        self.every, self.window = every, window                     # window = [x0, y0, x1, y1]: the part of the frame that is the game
-        x0, y0, x1, y1 = window or (0, 0, *size)
-        self.hole = None if box is None else [int(np.floor((box[0] - x0) / (x1 - x0) * SIDE)), int(np.floor((box[1] - y0) / (y1 - y0) * SIDE)),
-                                              int(np.ceil((box[2] - x0) / (x1 - x0) * SIDE)), int(np.ceil((box[3] - y0) / (y1 - y0) * SIDE))]
-        self.hole = self.hole and [min(max(v, 0), SIDE) for v in self.hole]
+        self.every, self.window = every, window                     # box = [x0, y0, x1, y1]: masked out; window alike: the part of the frame that is the game
+        self.hole = None                                            # the same place in the 256 x 256 picture
+        if box is not None:
+            x0, y0, x1, y1 = window or (0, 0, *size)
+            corners = (np.reshape(box, (2, 2)) - (x0, y0)) / (x1 - x0, y1 - y0) * SIDE
+            self.hole = np.clip([*np.floor(corners[0]), *np.ceil(corners[1])], 0, SIDE).astype(int).tolist()
         self.pad = None
         if skin is not None:
             self.pad = PAD_WIDTH, max(round(skin.size[1] * PAD_WIDTH / skin.size[0]), 1)

@@ -599,11 +599,6 @@ def run_clip(model, folder, again=False):
             f"{n / took:.0f} frames/s, {n / clip['fps'] / took:.1f} x real time")
 
 
-def folders_of(data):
-    """The clip folders that DATA names: DATA itself when it is one."""
-    return [Path(data)] if (Path(data) / "clip.json").is_file() else extract.clips_in(data)
-
-
 def run(args):
     """Read every clip folder of this process's share."""
     try:
@@ -611,7 +606,7 @@ def run(args):
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {args.device}: expected a device of this machine, found none ({str(e).splitlines()[0]}): give cpu") from None
     model, wrong = load_parser(args.ckpt).to(args.device), []
-    for folder in extract.shard(folders_of(args.data)):
+    for folder in extract.shard(extract.clips_in(args.data)):
         try:
             print(f"{folder.name}: {run_clip(model, folder)}", flush=True)
         except UserError as e:                                                 # the other clips are read all the same
@@ -661,7 +656,7 @@ def agreement(actions, truth, geometry, lag):
 def evaluate(args):
     """Score every clip that has truth.npy, reading those not read yet; one line a clip, then the means per family and over all."""
     model, rows = None, {}
-    folders = [f for f in folders_of(args.data) if (f / "truth.npy").is_file()]
+    folders = [f for f in extract.clips_in(args.data) if (f / "truth.npy").is_file()]
     if not folders:
         raise UserError(f"{args.data}: expected clips with truth.npy, found none: only rendered or recorded clips can be scored")
     for folder in folders:

@@ -88,7 +88,7 @@ class Policy:
         if not 1 <= self.steps <= 10_000:
             raise UserError(f"expected 1 to 10,000 Euler steps, found {self.steps}: give another --euler")
         hole = (self.meta.get("data") or {}).get("hole")
-        self.hole = hole if isinstance(hole, list) and len(hole) == 4 and all(type(v) is int and 0 <= v <= 256 for v in hole) else None
+        self.hole = hole if isinstance(hole, list) and len(hole) == 4 and all(type(v) is int and 0 <= v <= extract.SIDE for v in hole) else None
         self.lock, self.graphs = threading.Lock(), {}
         self.step = torch.compile(self.model.step) if compile else self.model.step
         self.use_graph = self.device.type == "cuda" and not compile

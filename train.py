@@ -164,7 +164,7 @@ def load_clips(data, config, truth=False, human_weight=1.0, say=print):
     """Every clip of the folders `data` that has a chunk to learn from; one line names those left out, UserError when none is left."""
     clips, short = [], []
     for folder in data:
-        for path in [Path(folder)] if (Path(folder) / "clip.json").is_file() else extract.clips_in(folder):
+        for path in extract.clips_in(folder):
             clip = Clip(path, config, truth, human_weight)
             if len(clip.kept):
                 clip.pictures(0, config)                                                       # a broken first picture is said now
@@ -811,7 +811,7 @@ def prepare(args, team, say):
     names = set()
     if args.game_ids and not args.resume:
         for folder in args.data:
-            for path in [Path(folder)] if (Path(folder) / "clip.json").is_file() else extract.clips_in(folder):
+            for path in extract.clips_in(folder):
                 names.add(str(extract.read_clip(path).get("game") or "unknown"))
     model = build(args, sorted(names))
     c = model.config

@@ -383,6 +383,15 @@ def level(logits):
     return out
 
 
+def decisive(pressed, logits):
+    """Reads bool (n, k) and their logits -> the reads without buttons whose plainest press is not plain: a scene that shines through a thin-lined
+    button looks a little like a press for as long as it is there, and the longer a button was really held, the plainer is its best frame."""
+    out = pressed.copy()
+    for j in np.flatnonzero(pressed.any(0)):
+        out[:, j] &= logits[pressed[:, j], j].max() >= min(1 + 0.2 * math.log2(pressed[:, j].sum()), 2.5)
+    return out
+
+
 def normalise(values, known):
     """Per video [paper: centre at rest, 99th percentile as scale], guarded. values (n, 2) of one stick.
 
@@ -553,8 +562,9 @@ def settle(pad, clip, grids, clicks, logits, like):
             j = cutter.buttons.index(THUMB[side])
             logits[:, j] = (logits[:, j] + clicks[:, i]) / 2                   # the stick's net follows the moving cap
     if cutter.buttons:
-        p = smooth_buttons(level(logits))
-        actions[:, [BUTTON[b] for b in cutter.buttons]] = p > 0.5
+        logits = level(logits)
+        p = smooth_buttons(logits)
+        actions[:, [BUTTON[b] for b in cutter.buttons]] = decisive(p > 0.5, logits)
         sure.append(np.abs(2 * p - 1).mean(1))
     there = np.clip((like / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
     return actions, (there * np.mean(sure[1:] or sure, 0)).astype(np.float32)

@@ -747,6 +747,14 @@ def test_decoding_is_finer_than_the_grid():
     assert np.abs(mean_of_all[:, 0] - values[:, 0].numpy()).mean() > 0.07
 
 
+def test_a_long_press_that_is_never_plain_is_dropped_and_a_short_faint_one_kept():
+    """A scene behind an outline button lifts its logits a little for a minute; a real press of a faint button lasts a few frames; a held one is plain."""
+    logits = np.full((1000, 4), -3.0)
+    logits[100:700, 0], logits[50:56, 1], logits[100:900, 2] = 1.4, 1.8, 3.0
+    read = parse.decisive(logits > 0, logits)
+    assert read.sum(0).tolist() == [0, 6, 800, 0]
+
+
 def test_level_moves_the_threshold_between_two_groups_but_not_within_one():
     """A trigger that barely lights is told from rest by its own two groups; a bright scene behind a see-through button is no press."""
     rng = np.random.default_rng(0)

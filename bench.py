@@ -125,21 +125,21 @@ def icon(name, size, turn=0, flip=False):
     return np.ascontiguousarray(small[..., :3]), (small[..., 3] > 127).astype(np.uint8)
 
 
-def stamp(frame, name, x, y, size, turn=0, flip=False, seen=None):
-    """Draw an icon centred at (x, y), cut at the frame's edge; seen bool (256,): columns that nothing hides."""
+def stamp(frame, name, at, size, turn=0.0, flip=False, seen=None):
+    """Draw an icon centred at a place, turned by `turn` radians, cut at the frame's edge; seen bool (256,): columns that nothing hides."""
     size = max(int(size) // 4 * 4, 4)
-    picture, mask = icon(name, size, turn % 32, flip)
-    x, y = round(x) - size // 2, round(y) - size // 2
+    picture, mask = icon(name, size, round(turn / math.tau * 32) % 32, flip)
+    x, y = round(at.real) - size // 2, round(at.imag) - size // 2
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + size, 256), min(y + size, 256)
     if x0 < x1 and y0 < y1:
         mask = mask[y0 - y:y1 - y, x0 - x:x1 - x]
         cv2.copyTo(picture[y0 - y:y1 - y, x0 - x:x1 - x], mask if seen is None else mask * seen[x0:x1], frame[y0:y1, x0:x1])
 
 
-def arrow(frame, x, y, angle, size, ink):
-    """A fat arrowhead at (x, y) that points along `angle`."""
+def arrow(frame, at, angle, size, ink):
+    """A fat arrowhead at a place that points along `angle`."""
     for grow, paint in ((1.35, (10, 10, 16)), (1, ink)):
-        tips = [complex(x, y) + size * grow * cmath.rect(r, angle + a) for r, a in ((1, 0), (0.9, 2.5), (0.3, math.pi), (0.9, -2.5))]
+        tips = [at + size * grow * cmath.rect(r, angle + a) for r, a in ((1, 0), (0.9, 2.5), (0.3, math.pi), (0.9, -2.5))]
         cv2.fillPoly(frame, [np.int32([(p.real, p.imag) for p in tips])], paint)
 
 
@@ -160,9 +160,14 @@ def pattern(kind, h, w, dark, light, seed=0):
     return picture
 
 
-def span(x):
-    """A number cut to [-1, 1], as a stick gives it."""
-    return max(-1.0, min(1.0, x))
+def span(x, low=-1.0, high=1.0):
+    """A number cut to [low, high]; by default to what a stick gives."""
+    return min(max(x, low), high)
+
+
+def fence(p, low, high):
+    """A place moved into the square from low to high."""
+    return complex(span(p.real, low, high), span(p.imag, low, high))
 
 
 def dot(p):
@@ -183,6 +188,11 @@ def unit(v):
 def wrap(angle):
     """An angle in [-pi, pi)."""
     return (angle + math.pi) % math.tau - math.pi
+
+
+def walled(w, h):
+    """An empty map with a wall around it: grid[y][x], True = wall."""
+    return [[x in (0, w - 1) or y in (0, h - 1) for x in range(w)] for y in range(h)]
 
 
 def slide(grid, p, d, r):
@@ -317,6 +327,11 @@ LENS = np.linspace(-0.7, 0.7, 128)                 # where each of 128 columns l
 ROWS = np.arange(128, dtype=np.float32)[:, None] - 63.5
 
 
+def packed(rgb):
+    """Colours (..., 3) as one uint32 each, RGBA."""
+    return np.concatenate([rgb, np.full((*rgb.shape[:-1], 1), 255)], -1).astype(np.uint8).view(np.uint32)[..., 0]
+
+
 class FirstPerson(Game):
     """A map of square cells seen from inside, by ray casting: all crossings of all rays with all grid lines at once. Left stick walks, right turns."""
     wall, ceiling, floor, size, density = ("bricks", "532", "b86"), ("112", "224"), ("222", "654"), 9, 0.2
@@ -324,18 +339,17 @@ class FirstPerson(Game):
     @classmethod
     @functools.lru_cache(8)
     def paint(cls):
-        """Wall texture (32 shades x 32 x 32) and the colours of ceiling and floor (128, 1), as packed RGBA."""
+        """Wall texture (32 shades x 32 x 32,) and the colours of ceiling and floor (128, 1), as packed RGBA."""
         texture = pattern(cls.wall[0], 32, 32, *cls.wall[1:]).astype(np.float32)
         shades = np.stack([texture * max(1 - i / 18, 0.15) * side for side in (1, 0.75) for i in range(16)])
-        rows = np.stack([(1 - s) * np.array(colour(a)) + s * np.array(colour(b)) for y in np.linspace(-1, 1, 128) for s in [abs(y)]
-                         for a, b in [cls.ceiling if y < 0 else cls.floor]])
-        pack = lambda rgb: np.ascontiguousarray(np.concatenate([rgb, np.full((*rgb.shape[:-1], 1), 255)], -1).astype(np.uint8)).view(np.uint32)[..., 0]
-        return pack(shades).ravel(), pack(rows)[:, None]
+        y = np.linspace(-1, 1, 128)[:, None]
+        above, below = ((1 - abs(y)) * np.array(colour(far)) + abs(y) * np.array(colour(near)) for far, near in (cls.ceiling, cls.floor))
+        return packed(shades).ravel(), packed(np.where(y < 0, above, below))[:, None]
 
     def build(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell, looking anywhere."""
         n = self.size
-        self.grid = [[x in (0, n - 1) or y in (0, n - 1) for x in range(n)] for y in range(n)]
+        self.grid = walled(n, n)
         for x, y in self.plan.sample([(x, y) for x in range(1, n - 1) for y in range(1, n - 1)], int(self.density * (n - 2) ** 2)):
             self.grid[y][x] = True
             free = [complex(a, b) for b in range(n) for a in range(n) if not self.grid[b][a]]
@@ -386,12 +400,13 @@ class FirstPerson(Game):
         """A flat picture that always faces the player, behind what is nearer."""
         rel = (thing.at - self.pos) * cmath.rect(1, -self.face)
         if rel.real > 0.15:
-            x, scale = 128 + rel.imag / rel.real / 0.7 * 128, 230 / max(rel.real, 0.4)
-            stamp(frame, thing.kind, x, 128 + scale * (0.5 - thing.lift - thing.size / 2), scale * thing.size, seen=np.repeat(self.depth > rel.real - 0.3, 2))
+            scale = 230 / max(rel.real, 0.4)
+            at = complex(128 + rel.imag / rel.real / 0.7 * 128, 128 + scale * (0.5 - thing.lift - thing.size / 2))
+            stamp(frame, thing.kind, at, scale * thing.size, seen=np.repeat(self.depth > rel.real - 0.3, 2))
 
     def compass(self, frame, target, ink):
         """An arrow at the top: up = ahead."""
-        arrow(frame, 128, 40, self.angle(target) - math.pi / 2, 32, ink)
+        arrow(frame, 128 + 40j, self.angle(target) - math.pi / 2, 32, ink)
 
     def steer(self, target, near=0.0):
         """Both sticks of a walk to a place: turn there, walk once it is about ahead; stop when nearer than `near`."""
@@ -450,11 +465,10 @@ class Crypt(FirstPerson):
         frame = super().draw()
         if self.score < self.task.goal:
             self.compass(frame, self.target(), (255, 220, 60))
-        swing = self.rests("sword")
         if "LEFT_TRIGGER" in self.held:
             cv2.circle(frame, (80, 246), 54, (90, 110, 200), -1)
-        hand = 210 - 4 * max(swing - 14, 0)
-        cv2.line(frame, (214, 256), (hand, 170 + 3 * max(swing - 14, 0)), (240, 240, 250) if not swing else (120, 120, 130), 12)
+        swing = max(self.rests("sword") - 14, 0)
+        cv2.line(frame, (214, 256), (210 - 4 * swing, 170 + 3 * swing), (120, 120, 130) if self.rests("sword") else (240, 240, 250), 12)
         return frame
 
     def target(self):
@@ -469,8 +483,9 @@ class Crypt(FirstPerson):
         left, right = self.steer(goal.at if fight else self.target(), 0.95 if fight else 0.1)
         if self.foes and reach < 1.6 and goal.wind:
             return 0j, right, "LEFT_TRIGGER"
-        hit = self.foes and reach < 1.25 and abs(self.angle(goal.at)) < 0.35
-        return left, right, "RIGHT_TRIGGER" if hit else "SOUTH" if not self.foes and goal.kind != "portal" and reach < 1 else ""
+        if self.foes:
+            return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(goal.at)) < 0.35 else ""
+        return left, right, "SOUTH" if goal.kind != "portal" and reach < 1 else ""
 
 
 class Siege(FirstPerson):
@@ -527,13 +542,14 @@ class Siege(FirstPerson):
 
     def wish(self):
         goal, reach = self.goal, abs(self.goal.at - self.pos)
-        left, right = self.steer(self.target(), 2.5 if self.want == "drone" and sees(self.grid, self.pos, goal.at) else 0.5)
-        if self.want == "drone":
-            shot = min(self.shots, key=lambda s: abs(s.at - self.pos), default=None)
-            if shot and abs(shot.at - self.pos) < 2:
-                left += -1 if self.angle(shot.at) > 0 else 1               # step out of its way
-            return left, right, "RIGHT_TRIGGER" if abs(self.angle(goal.at)) < 0.26 / max(reach, 0.5) and sees(self.grid, self.pos, goal.at) else ""
-        return left, right, "WEST" if self.want == "crate" and reach < 1 else ""
+        if self.want != "drone":
+            return *self.steer(self.target(), 0.5), "WEST" if self.want == "crate" and reach < 1 else ""
+        clear = sees(self.grid, self.pos, goal.at)
+        left, right = self.steer(self.target(), 2.5 if clear else 0.5)
+        shot = min(self.shots, key=lambda s: abs(s.at - self.pos), default=None)
+        if shot and abs(shot.at - self.pos) < 2:
+            left += -1 if self.angle(shot.at) > 0 else 1                   # step out of its way
+        return left, right, "RIGHT_TRIGGER" if clear and abs(self.angle(goal.at)) < 0.26 / max(reach, 0.5) else ""
 
 
 LENGTH, HORIZON_Y, HIGH = 170, 100, 30             # Rally's camera: focal length in pixels, the horizon's row, pixels above the ground
@@ -552,27 +568,29 @@ class Rally(Game):
         path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + phase)) * np.exp(1j * ways)
         path = np.roll(path, self.rng.randrange(256))
         self.path = path if self.rng.random() < 0.5 else path[::-1]
-        self.ground = pattern("checker" if park else "waves", 1024, 1024, *(("445", "556") if park else ("271", "493"))).copy()
-        line = [np.int32(np.stack([path.real, path.imag], 1))]
+        self.ground = pattern(*(("checker", 1024, 1024, "445", "556") if park else ("waves", 1024, 1024, "271", "493"))).copy()
         if park:
             self.pos, self.face = 512 + 512j, self.rng.uniform(0, math.tau)
             self.spawn()
         else:
             for wide, ink in ((112, (235, 235, 235)), (100, (84, 84, 92))):
-                cv2.polylines(self.ground, line, True, ink, wide)
+                cv2.polylines(self.ground, [np.int32(np.stack([path.real, path.imag], 1))], True, ink, wide)
             for i in range(0, 256, 4):
                 cv2.polylines(self.ground, [np.int32([(p.real, p.imag) for p in path[i:i + 2]])], False, (250, 220, 90), 5)
             self.pos, self.face = self.path[0], cmath.phase(self.path[2] - self.path[0])
-            beside = lambda i, far: self.path[i] + 1j * far * unit(self.path[i + 1] - self.path[i])
-            self.things = [Thing(kind="tree", at=beside(i, s * 95), size=90) for i in range(0, 255, 16) for s in (-1, 1)]
-            self.gates = [Thing(kind="post", at=beside(i, s * 54), size=44) for i in range(20, 255, 20) for s in (-1, 1)]
+            self.things = [Thing(kind="tree", at=self.beside(i, s * 95), size=90) for i in range(0, 255, 16) for s in (-1, 1)]
+            self.gates = [Thing(kind="post", at=self.beside(i, s * 54), size=44) for i in range(20, 255, 20) for s in (-1, 1)]
             self.rivals = [Thing(kind="rival", at=0j, size=46, along=14.0 + 16 * i, side=self.rng.choice((-22, 22)), passed=False) for i in range(rivals)]
             self.ahead()
 
+    def beside(self, i, far):
+        """The place so many pixels to the right of point i of the path."""
+        return self.path[i] + 1j * far * unit(self.path[i + 1] - self.path[i])
+
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
-        self.bay = self.pos + self.around(170, 260, self.face + self.rng.choice((-1, 1)) * self.rng.uniform(0.2, 0.9))
-        self.bay = complex(min(max(self.bay.real, 90), 934), min(max(self.bay.imag, 90), 934))
+        way = self.around(170, 260, self.face + self.rng.choice((-1, 1)) * self.rng.uniform(0.2, 0.9))
+        self.bay = fence(self.pos + way, 90, 934)
         cv2.circle(self.ground, dot(self.bay), 34, (255, 220, 40), 8)
         cv2.circle(self.ground, dot(self.bay), 30, (30, 110, 230), -1)
         self.things = [Thing(kind="bay", at=self.bay, size=60)]
@@ -589,13 +607,13 @@ class Rally(Game):
     def play(self):
         on_road = self.park or abs(self.path[self.index] - self.pos) < 58
         gas, brake = "RIGHT_TRIGGER" in self.held, "LEFT_TRIGGER" in self.held
-        self.speed += (0.28 if gas else 0) - (0.3 if brake and self.speed > 0 else 0.1 if brake else 0)
+        slower = 0.3 if self.speed > 0 else 0.1                            # in reverse the brake is a weak engine
+        self.speed += 0.28 * gas - slower * brake
         self.speed = max(-2, self.speed * (0.972 if on_road else 0.88))
         if not gas and not brake:
             self.speed *= 0.97
-        self.face = wrap(self.face + self.left.real * 0.05 * max(min(self.speed / 2, 1), -1))
-        self.pos += self.speed * cmath.rect(1, self.face)
-        self.pos = complex(min(max(self.pos.real, 40), 984), min(max(self.pos.imag, 40), 984))
+        self.face = wrap(self.face + self.left.real * 0.05 * span(self.speed / 2))
+        self.pos = fence(self.pos + self.speed * cmath.rect(1, self.face), 40, 984)
         if self.park:
             if abs(self.bay - self.pos) < 34 and abs(self.speed) < 0.7:
                 self.score += 1
@@ -625,13 +643,19 @@ class Rally(Game):
         for rel, thing in sorted((((thing.at - eye) * complex(c, -s), thing) for thing in things), key=lambda d: -d[0].real):
             size = LENGTH * thing.size / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
-                stamp(frame, thing.kind, 128 + LENGTH * rel.imag / rel.real, HORIZON_Y + LENGTH * HIGH / rel.real - size / 2, size)
+                stamp(frame, thing.kind, complex(128 + LENGTH * rel.imag / rel.real, HORIZON_Y + LENGTH * HIGH / rel.real - size / 2), size)
         if self.park:
-            arrow(frame, 128, 40, cmath.phase((self.bay - self.pos) * complex(c, -s)) - math.pi / 2, 32, (255, 230, 60))
-        stamp(frame, "car", 128, 214, 76)
+            arrow(frame, 128 + 40j, cmath.phase((self.bay - self.pos) * complex(c, -s)) - math.pi / 2, 32, (255, 230, 60))
+        stamp(frame, "car", 128 + 214j, 76)
         cv2.rectangle(frame, (8, 240), (8 + int(18 * max(self.speed, 0)), 250), (80, 255, 120), -1)
         cv2.line(frame, (128, 186), (int(128 + 26 * self.left.real), 186), (255, 255, 255), 4)
         return frame
+
+    def pedal(self, fast, over):
+        """The trigger that brings the speed to `fast`; the brake only from `over` above it."""
+        if self.speed < fast:
+            return "RIGHT_TRIGGER"
+        return "LEFT_TRIGGER" if self.speed > fast + over else ""
 
     def wish(self):
         if self.park:
@@ -639,16 +663,13 @@ class Rally(Game):
             angle, far = cmath.phase(rel), abs(rel)
             if abs(angle) > 1.9 and far < 130:
                 return complex(-math.copysign(1, rel.imag) if abs(angle) < 2.9 else 0, 0), 0j, "LEFT_TRIGGER"
-            fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
-            return complex(span(2.5 * angle), 0), 0j, "RIGHT_TRIGGER" if self.speed < fast else "LEFT_TRIGGER" if self.speed > fast + 0.4 else ""
-        i = min(self.index + 9, 254)
-        target = self.path[i]
+            return complex(span(2.5 * angle), 0), 0j, self.pedal(min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35)), 0.4)
+        target = self.path[min(self.index + 9, 254)]
         near = min((r for r in self.rivals if not r.passed and 0 < r.along - self.index < 13), key=lambda r: r.along, default=None)
-        if near:
-            target = self.path[min(self.index + 7, 254)] - near.side * 1j * unit(self.path[min(self.index + 8, 255)] - self.path[min(self.index + 7, 254)])
+        if near:                                                           # pass it on its other side
+            target = self.beside(min(self.index + 7, 254), -near.side)
         angle = cmath.phase((target - self.pos) * cmath.rect(1, -self.face))
-        fast = 3 if abs(angle) > 0.6 else 4.4
-        return complex(span(2.6 * angle), 0), 0j, "LEFT_TRIGGER" if self.speed > fast + 1 else "RIGHT_TRIGGER" if self.speed < fast else ""
+        return complex(span(2.6 * angle), 0), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
 
 
 @functools.lru_cache(16)
@@ -687,8 +708,7 @@ class TopDown(Game):
         return self.ground[y:y + 256, x:x + 256].copy(), corner
 
     def show(self, frame, corner, thing, size, turn=0.0):
-        p = thing.at - corner
-        stamp(frame, thing.kind, p.real, p.imag, size, round(turn / math.tau * 32))
+        stamp(frame, thing.kind, thing.at - corner, size, turn)
 
     def trail(self, frame, places, start, ink):
         """Dots on the floor along the way to go, from place to place on the screen."""
@@ -703,7 +723,7 @@ class TopDown(Game):
         d = target - self.pos
         if max(abs(d.real), abs(d.imag)) > 116:
             d *= 102 / max(abs(d.real), abs(d.imag))
-            arrow(frame, 128 + d.real, 128 + d.imag, cmath.phase(d), 22, ink)
+            arrow(frame, 128 + 128j + d, cmath.phase(d), 22, ink)
 
 
 class Swarm(TopDown):
@@ -713,23 +733,21 @@ class Swarm(TopDown):
     floor, block = ("grid", "013", "16a"), ("checker", "407", "82b")
 
     def begin(self, foe="", gems=False):
-        n = 12
-        self.lay([[x in (0, n - 1) or y in (0, n - 1) for x in range(n)] for y in range(n)])
+        self.lay(walled(12, 12))
         self.pos, self.aim, self.foe, self.gems = 384 + 384j + self.around(0, 90), self.rng.uniform(0, math.tau), foe, gems
         self.foes, self.bolts, self.mines = [], [], []
         self.next()
 
     def next(self):
         """Two bugs at a time, or the brute, or the next gem with mines about."""
-        inside = lambda p: complex(min(max(p.real, 90), 678), min(max(p.imag, 90), 678))
         if self.gems:
-            self.gem = Thing(kind="gem", at=inside(self.pos + self.around(130, 200)))
+            self.gem = Thing(kind="gem", at=fence(self.pos + self.around(130, 200), 90, 678))
             if abs(self.gem.at - self.pos) < 90:
-                self.gem.at = inside(2 * self.pos - self.gem.at)
-            spots = [inside(self.pos + (self.gem.at - self.pos) * self.rng.uniform(0.4, 0.7) + self.around(0, 40)) for _ in range(2)]
+                self.gem.at = fence(2 * self.pos - self.gem.at, 90, 678)
+            spots = [fence(self.pos + (self.gem.at - self.pos) * self.rng.uniform(0.4, 0.7) + self.around(0, 40), 90, 678) for _ in range(2)]
             self.mines = [Thing(kind="mine", at=p) for p in spots if abs(p - self.pos) > 60 and abs(p - self.gem.at) > 45]
         while self.foe and len(self.foes) < (1 if self.foe == "brute" else 2):
-            at = inside(self.pos + self.around(105, 135))
+            at = fence(self.pos + self.around(105, 135), 90, 678)
             if abs(at - self.pos) > 80:
                 self.foes.append(Thing(kind=self.foe, at=at, hp=16 if self.foe == "brute" else 2, wind=0, dash=0, way=1))
 
@@ -771,8 +789,8 @@ class Swarm(TopDown):
             f.dash -= 1
             f.at = self.move(f.at, 7 * f.way, 20)
         elif f.wind:
-            f.wind -= 1
-            f.dash, f.kind = (0, "brute!") if f.wind else (22, "brute!")
+            f.wind, f.kind = f.wind - 1, "brute!"
+            f.dash = 0 if f.wind else 22
         elif self.ready("charge", 75) and self.t > 20:
             f.wind, f.way = 18, unit(self.pos - f.at) or 1
         else:
@@ -790,14 +808,13 @@ class Swarm(TopDown):
         for mine in self.mines:
             self.show(frame, corner, mine, 44)
         for bolt in self.bolts:
-            p = bolt.at - corner
-            cv2.circle(frame, dot(p), 5, (255, 255, 120), -1)
+            cv2.circle(frame, dot(bolt.at - corner), 5, (255, 255, 120), -1)
         if self.gems and self.gem:
             self.trail(frame, [self.gem.at - corner], 128 + 128j, (60, 255, 200))
             self.show(frame, corner, self.gem, 52)
         if self.foe == "brute" and self.foes:
             cv2.rectangle(frame, (60, 240), (60 + 10 * self.foes[0].hp, 250), (255, 120, 0), -1)
-        stamp(frame, "hero", 128, 128, 48, round(self.aim / math.tau * 32))
+        stamp(frame, "hero", 128 + 128j, 48, self.aim)
         cv2.circle(frame, (128, 128), 26, (0, 255, 255) if not self.rests("dash") else (70, 70, 90), 2)
         return frame
 
@@ -810,10 +827,14 @@ class Swarm(TopDown):
                 ahead, side = (d * way.conjugate()).real, (d * way.conjugate()).imag
                 if -10 < ahead < 90 and abs(side) < 44:
                     way = unit(way - 1j * way * math.copysign(1.1, side) * (1 - abs(side) / 90))
-            return way, way, "LEFT_TRIGGER" if abs(self.gem.at - self.pos) > 110 and not any(abs(m.at - self.pos) < 110 for m in self.mines) else ""
+            free = all(abs(thing.at - self.pos) >= 110 for thing in self.mines) and abs(self.gem.at - self.pos) > 110
+            return way, way, "LEFT_TRIGGER" if free else ""
         near = min(self.foes, key=lambda f: abs(f.at - self.pos))
         d = near.at - self.pos
-        away = -unit(d) * (1 if abs(d) < 80 else 0.3 if abs(d) < 100 else -0.3) + middle / 500
+        push = 1.0 if abs(d) < 80 else 0.3
+        if abs(d) >= 100:
+            push = -0.3                                                # too far off to hit it
+        away = -unit(d) * push + middle / 500
         if near.wind or near.dash:
             side = (d * near.way.conjugate()).imag                     # on which side of the line of the charge we stand
             away = 1j * near.way * (-1 if side > 0 else 1) + middle / 400
@@ -835,13 +856,13 @@ class Vault(TopDown):
         """A room with blocks; the way in is where the player stands."""
         here = [(1, 1), (6, 1), (1, 6), (6, 6)][corner] if corner is not None else (int(self.pos.real // 32), int(self.pos.imag // 32))
         while True:
-            grid = [[x in (0, 7) or y in (0, 7) for x in range(8)] for y in range(8)]
+            grid = walled(8, 8)
             for x, y in self.plan.sample([(x, y) for x in range(1, 7) for y in range(1, 7)], 4 if self.want == "slime" else 9):
                 grid[y][x] = (x, y) != here
             far = flood(grid, complex(*here))
             if len(far) >= 24:
                 break
-        self.lay([[bool(c) for c in row] for row in grid])
+        self.lay(grid)
         self.pos = complex(*here) * 32 + 16 + 16j
         cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
         middle = lambda c: complex(*c) * 32 + 16 + 16j
@@ -896,18 +917,15 @@ class Vault(TopDown):
                 p = waypoint(self.far, int(p.real) + int(p.imag) * 1j + 0.5 + 0.5j)
                 way.append(p * 32)
             self.trail(frame, way, self.pos, (70, 130, 255))
-        for thing in self.things:
+        for thing in self.things + self.slimes:
             self.show(frame, 0, thing, 36)
-        for s in self.slimes:
-            self.show(frame, 0, s, 36)
         if self.rests("sword") > 14:
-            tip = self.pos + cmath.rect(46, self.face)
-            cv2.line(frame, dot(self.pos), dot(tip), (255, 255, 255), 9)
-        stamp(frame, "knight", self.pos.real, self.pos.imag, 36, round(self.face / math.tau * 32))
+            cv2.line(frame, dot(self.pos), dot(self.pos + cmath.rect(46, self.face)), (255, 255, 255), 9)
+        stamp(frame, "knight", self.pos, 36, self.face)
         if self.rests("sword"):
             cv2.circle(frame, dot(self.pos), 20, (120, 120, 130), 3)
         if self.key:
-            stamp(frame, "key", 128, 16, 32)
+            stamp(frame, "key", 128 + 16j, 32)
         return frame
 
     def wish(self):
@@ -919,9 +937,11 @@ class Vault(TopDown):
                 return -unit(d), 0j, ""
             return unit(way) * (0.5 if abs(d) < 50 else 1), 0j, "WEST" if abs(d) < 48 and abs(wrap(cmath.phase(d) - self.face)) < 0.5 else ""
         goal = self.things[0]
-        way = (waypoint(self.far, self.pos / 32) * 32 if abs(goal.at - self.pos) > 32 else goal.at) - self.pos
-        near = abs(goal.at - self.pos)
-        return unit(way), 0j, "SOUTH" if goal.kind == "chest" and near < 40 else "RIGHT_TRIGGER" if near > 80 else ""
+        reach = abs(goal.at - self.pos)
+        way = (waypoint(self.far, self.pos / 32) * 32 if reach > 32 else goal.at) - self.pos
+        if goal.kind == "chest" and reach < 40:
+            return unit(way), 0j, "SOUTH"
+        return unit(way), 0j, "RIGHT_TRIGGER" if reach > 80 else ""
 
 
 class Shade(TopDown):
@@ -931,8 +951,9 @@ class Shade(TopDown):
     floor, block, cell = ("planks", "322", "543"), ("dots", "124", "246"), 48
 
     def begin(self, want="exit"):
-        self.want, w, h = want, 13, 11
-        grid = [[x in (0, w - 1) or y in (0, h - 1) or (x % 4 == 2 and y % 4 == 2 and self.plan.random() < 0.8) for x in range(w)] for y in range(h)]
+        self.want, w, grid = want, 13, walled(13, 11)
+        for x, y in ((2, 2), (6, 2), (10, 2), (2, 6), (6, 6), (10, 6)):
+            grid[y][x] = self.plan.random() < 0.8                          # most of the pillars
         self.lay(grid)
         side, self.alarm = self.rng.choice((0, 1)), 0.0
         spot = lambda column, rows=(1, 3, 5, 7, 9): complex(column + 0.5, self.rng.choice(rows) + 0.5) * 48
@@ -946,11 +967,14 @@ class Shade(TopDown):
         else:
             self.things = [Thing(kind="gem", at=spot(column)) for column in self.rng.sample((3, 4, 5, 7, 8, 9), 3 if want == "gem" else 0)]
 
+    def light(self):
+        """How far the guards' lights reach, in pixels."""
+        return 60 if "LEFT_TRIGGER" in self.held else 100
+
     def lit(self, p, guard, more=0.0, wide=0.0):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
         d = p - guard.at
-        reach = (60 if "LEFT_TRIGGER" in self.held else 100) + more
-        return abs(d) < reach and abs(cmath.phase(d * guard.way.conjugate())) < 0.55 + wide and sees(self.grid, guard.at / 48, p / 48)
+        return abs(d) < self.light() + more and abs(cmath.phase(d * guard.way.conjugate())) < 0.55 + wide and sees(self.grid, guard.at / 48, p / 48)
 
     def play(self):
         self.pos = self.move(self.pos, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
@@ -972,11 +996,10 @@ class Shade(TopDown):
 
     def draw(self):
         frame, corner = self.view()
-        reach = 60 if "LEFT_TRIGGER" in self.held else 100
         for g in self.guards:
             p = g.at - corner
             if -120 < p.real < 376 and -120 < p.imag < 376:
-                fan = [p, *(p + cmath.rect(reach, cmath.phase(g.way) + a) for a in (-0.55, -0.28, 0, 0.28, 0.55))]
+                fan = [p, *(p + cmath.rect(self.light(), cmath.phase(g.way) + a) for a in (-0.55, -0.28, 0, 0.28, 0.55))]
                 cv2.fillPoly(frame, [np.int32([(q.real, q.imag) for q in fan])], (240, 220, 90))
                 self.show(frame, corner, g, 40, cmath.phase(g.way))
         for thing in self.things:
@@ -984,7 +1007,7 @@ class Shade(TopDown):
         goal = self.goal()
         if goal:
             self.pointer(frame, goal.at, (90, 255, 160))
-        stamp(frame, "thief", 128, 128, 32 if "LEFT_TRIGGER" in self.held else 40, round(cmath.phase(self.left) / math.tau * 32))
+        stamp(frame, "thief", 128 + 128j, 32 if "LEFT_TRIGGER" in self.held else 40, cmath.phase(self.left))
         cv2.rectangle(frame, (60, 240), (60 + round(136 * self.alarm), 251), (255, 40, 40), -1)
         cv2.rectangle(frame, (60, 240), (196, 251), (255, 255, 255), 1)
         return frame
@@ -1005,16 +1028,13 @@ class Shade(TopDown):
         way = (target if straight else waypoint(flood(self.grid, target / 48), self.pos / 48) * 48) - self.pos
         if self.want == "guard" and abs(goal.at - self.pos) < 110 and self.lit(self.pos, goal, 60, 0.9):
             way = target + 70 * 1j * goal.way * (1 if ((self.pos - goal.at) * (1j * goal.way).conjugate()).real > 0 else -1) - self.pos
-        best, least, margin = 0j, 0.3, (14, 0.2) if self.want == "guard" else (30, 0.35)
-        for k in range(-1, 16):
-            d = cmath.rect(1, k * math.tau / 16) if k >= 0 else 0j
+        best, most, margin = 0j, -99.0, (14, 0.2) if self.want == "guard" else (30, 0.35)
+        for d in (0j, *(cmath.rect(1, k * math.tau / 16) for k in range(16))):
             q = self.move(self.pos, 24 * d)
             danger = sum(self.lit(q + s * 12 * d, g, *margin) or abs(q - g.at) < margin[0] + 14 for g in self.guards for s in (0, 1))
             gain = ((q - self.pos) * unit(way).conjugate()).real / 24 - 2 * danger
-            if k < 0:
-                gain, least = gain - 0.0, -99
-            if gain > least + 0.01:
-                best, least = d, gain
+            if gain > most + 0.01:
+                best, most = d, gain
         near = min((abs(g.at - self.pos) for g in self.guards), default=999)
         strike = "EAST" if self.want == "guard" and abs(goal.at - self.pos) < 50 else ""
         return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
@@ -1022,11 +1042,16 @@ class Shade(TopDown):
 
 # ----------------------------------------------------------------------------------------------------------------- side-scrolling
 class Side(Game):
-    """Seen from the side, the camera on the player: gravity, and islands [x0, x1, y] to land on, which do not stop a jump from below."""
+    """Seen from the side, the camera on the player: gravity, and islands (x0, x1, y) to land on, which do not stop a jump from below."""
     fall, jump, run, scenery = 0.5, 8.4, 3.2, ()
 
-    def stand(self, x, y):
-        self.pos, self.v, self.ground, self.stood, self.way = complex(x, y), 0.0, True, self.t, 1
+    def stand(self, place):
+        self.pos, self.v, self.ground, self.stood, self.way = place, 0.0, True, self.t, 1
+
+    def top(self, i):
+        """The middle of island i."""
+        x0, x1, y = self.islands[i]
+        return complex((x0 + x1) / 2, y)
 
     def bodily(self, leap, speed=None):
         """Run by the left stick, jump from the ground, fall, land."""
@@ -1042,12 +1067,13 @@ class Side(Game):
             if self.v >= 0 and old.imag <= y + 0.01 and self.pos.imag >= y and x0 - 8 < self.pos.real < x1 + 8:
                 self.pos, self.v, self.ground, self.stood, self.on = complex(self.pos.real, y), 0.0, True, self.t, i
 
-    def land(self, frame, cx, cy, ink, edge):
-        """The islands of a scene whose camera's corner is (cx, cy)."""
+    def land(self, frame, corner):
+        """The islands in sight of a camera whose top left corner is there."""
         for x0, x1, y in self.islands:
-            if x1 > cx and x0 < cx + 256:
-                cv2.rectangle(frame, (round(x0 - cx), round(y - cy)), (round(x1 - cx), round(y - cy) + 26), ink, -1)
-                cv2.rectangle(frame, (round(x0 - cx), round(y - cy)), (round(x1 - cx), round(y - cy) + 8), edge, -1)
+            if x1 > corner.real and x0 < corner.real + 256:
+                left, right, top = round(x0 - corner.real), round(x1 - corner.real), round(y - corner.imag)
+                cv2.rectangle(frame, (left, top), (right, top + 26), (150, 100, 60), -1)
+                cv2.rectangle(frame, (left, top), (right, top + 8), (80, 200, 70), -1)
 
     def back(self, x):
         """The scenery behind, moving at a third of the speed."""
@@ -1063,24 +1089,20 @@ class Cliffs(Side):
     def begin(self, want="flag"):
         self.want, self.islands, x, y, s = want, [], 0, 0, self.rng.choice((-1, 1))
         if want == "tower":
-            x = 0
-            self.islands = [[-90, 90, 0]]
+            self.islands = [(-90, 90, 0)]
             for i in range(1, 9):
                 x += self.plan.choice((-1, 1)) * s * self.plan.uniform(60, 88)
-                self.islands.append([x - 34, x + 34, -58 * i])
+                self.islands.append((x - 34, x + 34, -58 * i))
         else:
             for i in range(7):
                 wide = self.plan.uniform(80, 150)
-                self.islands.append([x, x + wide, y] if s > 0 else [-x - wide, -x, y])
+                self.islands.append((x, x + wide, y) if s > 0 else (-x - wide, -x, y))
                 x, y = x + wide + self.plan.uniform(50, 68), y + self.plan.choice((-20, 0, 20))
+        self.on = self.last = 3 if want == "coin" else 0                   # the island stood on, and the one to come back to after a fall
+        self.stand(self.top(self.on))
+        self.coins = [self.top(-1) - 20j]                                  # the flag's place
         if want == "coin":
-            self.stand(sum(self.islands[3][:2]) / 2, self.islands[3][2])
-            self.coins = [complex(self.rng.uniform(x0 + 15, x1 - 15), y - self.rng.choice((16, 70))) for x0, x1, y in (self.islands[i] for i in (1, 2, 4, 5))]
-        else:
-            self.stand(sum(self.islands[0][:2]) / 2, self.islands[0][2])
-            end = self.islands[-1]
-            self.coins = [complex((end[0] + end[1]) / 2, end[2] - 20)]
-        self.on = self.last = self.islands.index(min(self.islands, key=lambda i: abs((i[0] + i[1]) / 2 - self.pos.real) + abs(i[2] - self.pos.imag)))
+            self.coins = [complex(self.rng.uniform(x0 + 15, x1 - 15), y - self.rng.choice((16, 70))) for x0, x1, y in self.islands[1:3] + self.islands[4:6]]
 
     def play(self):
         self.bodily("SOUTH" in self.held, 4.0 if "RIGHT_TRIGGER" in self.held else 3.0)
@@ -1088,53 +1110,59 @@ class Cliffs(Side):
             self.last = self.on
         if self.pos.imag > self.islands[self.last][2] + 150:
             self.health -= 1
-            x0, x1, y = self.islands[self.last]
-            self.stand((x0 + x1) / 2, y)
+            self.stand(self.top(self.last))
         for coin in [c for c in self.coins if abs(c.real - self.pos.real) < 26 and abs(c.imag - self.pos.imag + 16) < 30]:
             self.coins.remove(coin)
             self.score += 1
 
     def draw(self):
-        cx, cy = self.pos.real - 128, self.pos.imag - 160
+        corner = self.pos - 128 - 160j
         frame = self.back(self.pos.real)
-        self.land(frame, cx, cy, (150, 100, 60), (80, 200, 70))
+        self.land(frame, corner)
         for c in self.coins:
-            stamp(frame, *(("coin", c.real - cx, c.imag - cy, 36) if self.want == "coin" else ("flag", c.real - cx, c.imag - cy - 4, 48)))
+            if self.want == "coin":
+                stamp(frame, "coin", c - corner, 36)
+            else:
+                stamp(frame, "flag", c - corner - 4j, 48)
         goal = self.target()
         if goal is not None and abs(goal - self.pos) > 120:
-            arrow(frame, 128, 40, cmath.phase(goal - self.pos), 28, (255, 240, 60))
-        stamp(frame, "runner", 128, 140, 40, flip=self.way < 0)
+            arrow(frame, 128 + 40j, cmath.phase(goal - self.pos), 28, (255, 240, 60))
+        stamp(frame, "runner", 128 + 140j, 40, flip=self.way < 0)
         if not self.ground:
-            arrow(frame, 128, 176, math.copysign(math.pi / 2, self.v), 10, (255, 255, 255))
+            arrow(frame, 128 + 176j, math.copysign(math.pi / 2, self.v), 10, (255, 255, 255))
         return frame
 
     def target(self):
         return min(self.coins, key=lambda c: abs(c - self.pos), default=None)
 
     def wish(self):
-        goal, here = self.target(), self.islands[self.on]
+        goal, x = self.target(), self.pos.real
         if goal is None:
             return 0j, 0j, ""
-        at = min(range(len(self.islands)), key=lambda i: abs(goal.real - sum(self.islands[i][:2]) / 2) + abs(goal.imag - self.islands[i][2]))
-        x = self.pos.real
+        far = [abs(goal.real - self.top(i).real) + abs(goal.imag - self.top(i).imag) for i in range(len(self.islands))]
+        at = far.index(min(far))                                           # the goal's island
+        x0, x1, y = self.islands[self.on]
         if at == self.on:
             d = goal.real - x
-            return complex(span(d / 20), 0), 0j, "SOUTH" if goal.imag < here[2] - 40 and abs(d) < 30 and self.ground else ""
-        to = self.islands[self.on + (1 if at > self.on else -1)]
-        s = 1 if to[0] + to[1] > here[0] + here[1] else -1
-        edge = here[1] if s > 0 else here[0]
-        aim = sum(to[:2]) / 2 if self.want == "tower" else (to[0] + 26 if s > 0 else to[1] - 26)
+            return complex(span(d / 20), 0), 0j, "SOUTH" if goal.imag < y - 40 and abs(d) < 30 and self.ground else ""
+        to = self.on + (1 if at > self.on else -1)                         # the next island on the way
+        s = 1 if self.top(to).real > self.top(self.on).real else -1
+        edge = x1 if s > 0 else x0
         if self.want == "tower":
             spot = edge - s * 6
             if self.ground:
                 return complex(span((spot - x) / 16), 0), 0j, "SOUTH" if (spot - x) * s < 24 else ""
-            return complex(span((aim - x) / 24), 0), 0j, "SOUTH" if self.v < 0 else ""
-        drop = to[2] - self.pos.imag
-        flight = 2 * (math.sqrt(self.v ** 2 + drop) - self.v) if self.v ** 2 + drop > 0 else 0.0   # steps until there: drop = v t + t^2 / 4
-        if not self.ground and (to[0 if s > 0 else 1] - 8 * s - x) * s > 3 * flight:               # not to be reached: back to where we stood
-            return complex(span((edge - 20 * s - x) / 20), 0), 0j, ""
+            return complex(span((self.top(to).real - x) / 24), 0), 0j, "SOUTH" if self.v < 0 else ""
         if self.ground:
-            return complex(s, 0), 0j, "SOUTH" if (edge - x) * s < 24 else "RIGHT_TRIGGER" if (edge - x) * s > 70 else ""
+            if (edge - x) * s < 24:
+                return complex(s, 0), 0j, "SOUTH"
+            return complex(s, 0), 0j, "RIGHT_TRIGGER" if (edge - x) * s > 70 else ""
+        near = self.islands[to][0 if s > 0 else 1]                         # its edge on this side
+        drop = self.islands[to][2] - self.pos.imag
+        flight = 2 * (math.sqrt(self.v ** 2 + drop) - self.v) if self.v ** 2 + drop > 0 else 0.0   # steps until there: drop = v t + t^2 / 4
+        if (near - 8 * s - x) * s > 3 * flight:                            # not to be reached: back to where we stood
+            return complex(span((edge - 20 * s - x) / 20), 0), 0j, ""
+        aim = near + 26 * s
         return complex(s if (aim - x) * s > 0 else (aim - x) / 30, 0), 0j, "SOUTH" if self.v < 0 else ""
 
 
@@ -1144,8 +1172,9 @@ class Commando(Side):
     attack, hud, lives, scenery = ("RIGHT_TRIGGER", "SOUTH"), ("f22", "fd0", 4), 3, ("c63", "fc7", ("a54", "632"))
 
     def begin(self, foe="", breach=False):
-        self.foe, self.breach, self.islands, self.foes, self.bolts, self.shots, self.wires = foe, breach, [[-2000, 2000, 200]], [], [], [], []
-        self.stand(0, 200)
+        self.foe, self.breach, self.islands = foe, breach, [(-2000, 2000, 200)]
+        self.foes, self.bolts, self.shots, self.wires = [], [], [], []
+        self.stand(200j)
         self.aim = self.rng.choice((0, math.pi))
         if breach:
             s, x = self.rng.choice((-1, 1)), 60.0
@@ -1157,9 +1186,12 @@ class Commando(Side):
 
     def recruit(self):
         """Soldiers to both sides, on the ground or on ledges; turrets in the air."""
-        for side in (-1, 1) if self.foe and not self.foes else ():
-            at = complex(self.pos.real + side * self.rng.uniform(80, 112), 200 - self.rng.choice((20, 70, 120) if self.foe == "soldier" else (100, 130, 150)))
-            self.foes.append(Thing(kind=self.foe, at=at, hp=1 if self.foe == "soldier" else 3, wait=self.rng.randint(40, 90)))
+        if not self.foe or self.foes:
+            return
+        heights, hp = ((20, 70, 120), 1) if self.foe == "soldier" else ((100, 130, 150), 3)
+        for side in (-1, 1):
+            at = complex(self.pos.real + side * self.rng.uniform(80, 112), 200 - self.rng.choice(heights))
+            self.foes.append(Thing(kind=self.foe, at=at, hp=hp, wait=self.rng.randint(40, 90)))
 
     def play(self):
         self.bodily("SOUTH" in self.held)
@@ -1190,49 +1222,50 @@ class Commando(Side):
         self.recruit()
 
     def draw(self):
-        cx = self.pos.real - 128
+        corner = self.pos.real - 128
         frame = self.back(self.pos.real)
-        x = int(cx) % 128
+        x = int(corner) % 128
         frame[200:] = pattern("sand", 56, 512, "541", "874")[:, x:x + 256]
         for w in self.wires:
-            if abs(w - cx - 128) < 160:
-                stamp(frame, "wire", w - cx, 186, 40)
+            if abs(w - self.pos.real) < 160:
+                stamp(frame, "wire", w - corner + 186j, 40)
         if self.breach:
-            stamp(frame, "copter", self.copter - cx, 160, 92)
-            arrow(frame, 128, 40, 0 if self.copter > self.pos.real else math.pi, 32, (255, 255, 60))
+            stamp(frame, "copter", self.copter - corner + 160j, 92)
+            arrow(frame, 128 + 40j, 0 if self.copter > self.pos.real else math.pi, 32, (255, 255, 60))
         for f in self.foes:
+            x, y = dot(f.at - corner)
             if f.kind == "soldier" and f.at.imag < 170:
-                cv2.rectangle(frame, (round(f.at.real - cx) - 24, round(f.at.imag) + 18), (round(f.at.real - cx) + 24, round(f.at.imag) + 28), (90, 60, 50), -1)
-            stamp(frame, f.kind, f.at.real - cx, f.at.imag - 4, 52, flip=f.at.real > self.pos.real)
-        stamp(frame, "trooper", 128, self.pos.imag - 22, 52, flip=self.way < 0)
+                cv2.rectangle(frame, (x - 24, y + 18), (x + 24, y + 28), (90, 60, 50), -1)
+            stamp(frame, f.kind, f.at - corner - 4j, 52, flip=f.at.real > self.pos.real)
         gun = complex(128, self.pos.imag - 22)
-        tip = gun + cmath.rect(30, self.aim)
-        cv2.line(frame, (128, round(gun.imag)), dot(tip), (20, 20, 20), 8)
+        stamp(frame, "trooper", gun, 52, flip=self.way < 0)
+        cv2.line(frame, dot(gun), dot(gun + cmath.rect(30, self.aim)), (20, 20, 20), 8)
         for bolt in self.bolts:
-            cv2.circle(frame, (round(bolt.at.real - cx), round(bolt.at.imag)), 5, (255, 255, 160), -1)
+            cv2.circle(frame, dot(bolt.at - corner), 5, (255, 255, 160), -1)
         for shot in self.shots:
-            cv2.circle(frame, (round(shot.at.real - cx), round(shot.at.imag)), 9, (10, 10, 10), -1)
-            cv2.circle(frame, (round(shot.at.real - cx), round(shot.at.imag)), 7, (255, 40, 220), -1)
+            cv2.circle(frame, dot(shot.at - corner), 9, (10, 10, 10), -1)
+            cv2.circle(frame, dot(shot.at - corner), 7, (255, 40, 220), -1)
         return frame
 
     def wish(self):
-        heart, leap, run = self.pos - 22j, "", 0.0
-        danger = [s for s in self.shots if abs(s.at - heart) < 80 and ((heart - s.at) * s.v.conjugate()).real > 0]
-        if danger:
-            s = danger[0]
-            flat = abs(s.v.imag) < 0.6
-            if flat and abs(s.at.real - heart.real) < 58:
-                leap = " SOUTH"
-            if not flat:
-                run = -1.0 if s.v.real > 0 else 1.0                        # run under it, towards where it comes from
         if self.breach:
             s = 1 if self.copter > self.pos.real else -1
             near = min(((w - self.pos.real) * s for w in self.wires if (w - self.pos.real) * s > 0), default=999)
             return complex(s, 0), complex(s, 0), "SOUTH" if 24 < near < 56 else ""
+        heart, leap, run = self.pos - 22j, "", 0.0
         foe = min(self.foes, key=lambda f: abs(wrap(self.aim - cmath.phase(f.at - heart))))   # whom the gun points at most
         d = foe.at - heart
-        if not danger:
-            run = 0.0 if 70 < abs(d.real) < 115 else math.copysign(0.8, d.real) if abs(d.real) > 115 else -math.copysign(0.6, d.real)
+        danger = [s for s in self.shots if abs(s.at - heart) < 80 and ((heart - s.at) * s.v.conjugate()).real > 0]
+        if danger:
+            s = danger[0]
+            if abs(s.v.imag) >= 0.6:
+                run = -1.0 if s.v.real > 0 else 1.0                        # run under it, towards where it comes from
+            elif abs(s.at.real - heart.real) < 58:
+                leap = " SOUTH"
+        elif abs(d.real) > 115:
+            run = math.copysign(0.8, d.real)
+        elif not 70 < abs(d.real) < 115:
+            run = -math.copysign(0.6, d.real)
         return complex(run, 0), unit(d), ("RIGHT_TRIGGER" if abs(wrap(self.aim - cmath.phase(d))) < 0.15 else "") + leap
 
 
@@ -1242,12 +1275,12 @@ class Glider(Side):
     attack, hud, scenery = ("RIGHT_TRIGGER", "SOUTH"), ("f28", "fff", 4), ("325", "f96", ("a46", "525"))
 
     def begin(self, want="ring"):
-        self.want, self.pos, self.things, self.bolts, self.bombs, self.ammo = want, complex(0, self.rng.uniform(70, 180)), [], [], [], 6 if want == "tank" else 11
-        self.gap, self.gone = 70.0, 0
+        self.want, self.pos, self.gap, self.ammo = want, complex(0, self.rng.uniform(70, 180)), 70.0, 6 if want == "tank" else 11
+        self.things, self.bolts, self.bombs = [], [], []
 
     def play(self):
         ahead = 2.6 + 1.2 * self.left.real
-        self.pos = complex(self.pos.real + ahead, min(max(self.pos.imag + 3.4 * self.left.imag, 34), 205 if self.want != "tank" else 120))
+        self.pos = complex(self.pos.real + ahead, span(self.pos.imag + 3.4 * self.left.imag, 34, 120 if self.want == "tank" else 205))
         self.gap -= ahead
         if self.gap <= 0:
             self.gap = {"ring": 120, "foe": 95, "tank": 120}[self.want] * self.rng.uniform(0.85, 1.25)
@@ -1272,7 +1305,7 @@ class Glider(Side):
                 f.at = complex(f.at.real - 0.4, f.base + 14 * math.sin(f.phase + self.t / 18))
                 if abs(d.real) < 30 and abs(d.imag) < 26:
                     self.hurt()
-            if self.want == "ring" and abs(d.real) < ahead and not f.kind == "gone":
+            if self.want == "ring" and abs(d.real) < ahead:
                 f.kind = "gone"
                 if abs(d.imag) < 25:
                     self.score += 1
@@ -1305,12 +1338,12 @@ class Glider(Side):
                 for ink, thick in ((90, 50, 0), 14), ((255, 210, 0), 9):
                     cv2.ellipse(frame, dot(f.at - corner), (16, 36), 0, 0, 360, ink, thick)
             else:
-                stamp(frame, f.kind, (f.at - corner).real, (f.at - corner).imag, 52)
+                stamp(frame, f.kind, f.at - corner, 52)
         for bolt in self.bolts:
             cv2.rectangle(frame, dot(bolt.at - corner - 9 - 3j), dot(bolt.at - corner + 9 + 3j), (120, 255, 255), -1)
         for bomb in self.bombs:
-            stamp(frame, "bomb", (bomb.at - corner).real, (bomb.at - corner).imag, 28, 8)
-        stamp(frame, "plane", 70, (self.pos - corner).imag, 56, round(2 * self.left.imag))
+            stamp(frame, "bomb", bomb.at - corner, 28, math.pi / 2)
+        stamp(frame, "plane", self.pos - corner, 56, round(2 * self.left.imag) * math.tau / 32)
         return frame
 
     def wish(self):
@@ -1335,14 +1368,14 @@ class Dojo(Game):
     attack, hud, lives = ("WEST", "SOUTH"), ("f40", "420", 8), 3
 
     def begin(self, foes=1, boards=False):
-        self.boards, self.x, self.way, self.foes, self.count = boards, 128.0, self.rng.choice((-1, 1)), [], foes
+        self.boards, self.x, self.way, self.foes = boards, 128.0, self.rng.choice((-1, 1)), []
         self.floor = pattern("planks", 256, 256, "630", "a62").copy()
         self.floor[:170] = pattern("grid", 170, 256, "fec", "c96")
         cv2.circle(self.floor, (128, 70), 40, (230, 60, 50), -1)
         self.board, self.aim = None, 0.0
         for i in range(0 if boards else foes):
             side = self.rng.choice((-1, 1)) if foes == 1 else 2 * i - 1
-            self.foes.append(Thing(x=128.0 + 90 * side, kind="idle", wait=20 + 40 * i, hits=0))
+            self.foes.append(Thing(x=128.0 + 90 * side, kind="idle", wait=20 + 40 * i))
 
     def play(self):
         pressed = [b for b in ("WEST", "SOUTH", "LEFT_TRIGGER") if b in self.held]
@@ -1351,14 +1384,14 @@ class Dojo(Game):
             return self.chop(move)
         if abs(self.left.real) > 0.15 and not self.rests("stun"):
             self.way = 1 if self.left.real > 0 else -1
-            self.x = min(max(self.x + 2.8 * self.left.real * (move != "LEFT_TRIGGER"), 24), 232)
+            self.x = span(self.x + 2.8 * self.left.real * (move != "LEFT_TRIGGER"), 24, 232)
         for f in self.foes:
             d = f.x - self.x
             f.wait -= 1
             if abs(d) > 44:
                 f.x -= math.copysign(1.2, d) if len(self.foes) == 1 or f.kind != "idle" else 0
             elif abs(d) < 36:
-                f.x = min(max(f.x + math.copysign(2, d), 16), 240)
+                f.x = span(f.x + math.copysign(2, d), 16, 240)
             if f.wait <= 0:
                 if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
                     self.hurt()
@@ -1371,9 +1404,9 @@ class Dojo(Game):
                 if f.kind == {"WEST": "open", "SOUTH": "shut"}[move]:
                     self.score += 1
                     f.kind, f.wait = "idle", 12
-                    f.x = min(max(f.x + 26 * self.way, 16), 240)
+                    f.x = span(f.x + 26 * self.way, 16, 240)
                     if len(self.foes) == 1 and self.rng.random() < 0.5:
-                        f.x = min(max(2 * self.x - f.x, 16), 240)                           # leaps over to the other side
+                        f.x = span(2 * self.x - f.x, 16, 240)                               # leaps over to the other side
                 elif f.kind != "idle":
                     self.due["stun"] = self.t + 12
                     self.hurt()
@@ -1401,18 +1434,18 @@ class Dojo(Game):
         if self.boards:
             cv2.circle(frame, (128, 140), 60, (40, 200, 255), 4)
             if self.board:
-                p = 128 + 140j + cmath.rect(self.board.far, self.board.angle)
-                stamp(frame, "board", p.real, p.imag, 52, round(self.board.angle / math.tau * 32))
-            arrow(frame, 128 + 34 * math.cos(self.aim), 140 + 34 * math.sin(self.aim), self.aim, 14, (255, 255, 255))
-            stamp(frame, "monk", 128, 140, 52, flip=math.cos(self.aim) < 0)
-        for f in self.foes:
-            stamp(frame, f.kind, f.x, 190, 84, flip=f.x > self.x)
-        if not self.boards:
-            stamp(frame, "monk", self.x, 190, 84, flip=self.way < 0)
+                stamp(frame, "board", 128 + 140j + cmath.rect(self.board.far, self.board.angle), 52, self.board.angle)
+            arrow(frame, 128 + 140j + cmath.rect(34, self.aim), self.aim, 14, (255, 255, 255))
+            stamp(frame, "monk", 128 + 140j, 52, flip=math.cos(self.aim) < 0)
+        else:
+            for f in self.foes:
+                stamp(frame, f.kind, f.x + 190j, 84, flip=f.x > self.x)
+            stamp(frame, "monk", self.x + 190j, 84, flip=self.way < 0)
             if "LEFT_TRIGGER" in self.held:
-                cv2.rectangle(frame, (round(self.x + 22 * self.way) - 4, 150), (round(self.x + 22 * self.way) + 4, 220), (120, 200, 255), -1)
+                x = round(self.x + 22 * self.way)
+                cv2.rectangle(frame, (x - 4, 150), (x + 4, 220), (120, 200, 255), -1)
         if self.rests("stun"):
-            cv2.circle(frame, (round(self.x) if not self.boards else 128, 132 if not self.boards else 108), 12, (255, 255, 0), 4)
+            cv2.circle(frame, (128, 108) if self.boards else (round(self.x), 132), 12, (255, 255, 0), 4)
         return frame
 
     def wish(self):

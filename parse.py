@@ -1,7 +1,7 @@
 """parse.py: read buttons and sticks from the overlay crops (NitroGen, arXiv 2601.02427, section 3.1).
 
     python parse.py run DATA [--ckpt weights/parser.safetensors]        read every clip folder of DATA
-    python parse.py eval DATA [--sheet FILE.png]                        score the clips that have truth.npy
+    python parse.py eval DATA [--sheet FILE.png --out FILE.json]        score the clips that have truth.npy
     python parse.py train --out FILE [--skins DIR --ckpt FILE]          train the reader, or fit it to your own skin
 
 In, per clip folder (extract.py): clip.json with the template's geometry; pads.npy + pads_index.npy, one crop a video frame;
@@ -12,9 +12,10 @@ template.png uint8 (h, w, 4). Out, beside them:
 
 How: each control is cut out of the crop at one scale ("close-up": a stick's travel, or a button's box, has always the same
 size), from the previous frame, from the current frame [paper: a pair of frames] and from the pad at rest, which is the video's
-own median picture [ours]. A narrow SegFormer (arXiv 2105.15203) reads a stick's close-ups into an 11 x 11 grid [paper: a
-segmentation, much better than regression] and a button's into one logit. Reads are then smoothed over the whole video.
+own median picture [ours]. Two narrow SegFormers (arXiv 2105.15203): one reads a stick's close-ups into an 11 x 11 grid [paper: a
+segmentation, much better than regression], one a button's into one logit. Reads are then smoothed over the whole video.
 """
+import copy
 import json
 import math
 import time
@@ -125,7 +126,8 @@ class Encoder(nn.Module):
 
     def __init__(self, cin, dims, depths, heads, sr, mlp):
         super().__init__()
-        self.patch_embeddings = nn.ModuleList(Patches(a, b, 3 if i else 7, 2 if i else STRIDE) for i, (a, b) in enumerate(zip((cin, *dims), dims)))
+        first, later = Patches(cin, dims[0], 7, STRIDE), [Patches(a, b, 3, 2) for a, b in zip(dims, dims[1:])]
+        self.patch_embeddings = nn.ModuleList([first, *later])
         self.block = nn.ModuleList(nn.ModuleList(Block(d, h, s, mlp) for _ in range(n)) for d, n, h, s in zip(dims, depths, heads, sr))
         self.layer_norm = nn.ModuleList(nn.LayerNorm(d) for d in dims)
 
@@ -245,7 +247,7 @@ def load_parser(path):
             header = json.loads((f.metadata() or {}).get("parser", "null"))
         tensors = load_file(str(path)) if header else None
     except Exception as e:                                                     # safetensors raises its own class for any damage
-        raise UserError(f"{path}: expected a safetensors file of parse.py, found {type(e).__name__}: {e}: train or copy it again") from None
+        raise UserError(f"{path}: expected a safetensors file of parse.py, found {type(e).__name__}: {e}: copy it again or train it anew") from None
     try:
         config = dict(header["config"])
         if config.pop("kind") != "nitrogen-parser" or any(d % h for d, h in zip(config["dims"], config["heads"])):
@@ -255,11 +257,10 @@ def load_parser(path):
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as e:
         raise UserError(f"{path}: expected parser weights, found weights of another kind ({type(e).__name__}: {e}): "
                         "use weights/parser.safetensors or parse.py train") from None
-    for name in sorted(set(want) ^ set(tensors)):
-        raise UserError(f"{path}: tensor {name} is {'missing' if name in want else 'not of this net'}: the file is of another version, train it again")
-    for name, t in tensors.items():
-        if t.shape != want[name].shape:
-            raise UserError(f"{path}: {name} is {tuple(t.shape)}, expected {tuple(want[name].shape)}: the file is of another preset")
+    for name in sorted(set(want) | set(tensors)):
+        expected, found = (tuple(state[name].shape) if name in state else "no such tensor" for state in (want, tensors))
+        if expected != found:
+            raise UserError(f"{path}: tensor {name}: expected {expected}, found {found}: the file is of another version, train it again")
     model = Parser(**config)
     model.load_state_dict(tensors)
     return model.eval()
@@ -267,7 +268,7 @@ def load_parser(path):
 
 # ---------------------------------------------------------------------------------------------------------------- the close-ups
 class Cutter:
-    """Cuts the close-ups of one geometry out of crops of one size."""
+    """Cuts the close-ups of one geometry (template pixels) out of crops of one size, pad = (width, height)."""
 
     def __init__(self, geometry, pad):
         fx, fy = pad[0] / geometry["size"][0], pad[1] / geometry["size"][1]    # template pixels -> crop pixels
@@ -286,9 +287,19 @@ class Cutter:
         self.button_map = closeup_map((boxes[:, :2] + boxes[:, 2:]) / 2, sides / BOX, BUTTON_SIDE)
 
     def __call__(self, crop):
-        """uint8 (h, w, 3) -> sticks uint8 (sticks, 57, 57, 3), buttons uint8 (buttons, 33, 33, 3)."""
-        return [cv2.remap(crop, *m, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(-1, side, side, 3) if len(m[0])
-                else np.zeros((0, side, side, 3), np.uint8) for m, side in ((self.stick_map, STICK_SIDE), (self.button_map, BUTTON_SIDE))]
+        """uint8 (h, w, 3) -> [sticks uint8 (sticks, 57, 57, 3), buttons uint8 (buttons, 33, 33, 3)]."""
+        return [closeups(crop, self.stick_map, STICK_SIDE), closeups(crop, self.button_map, BUTTON_SIDE)]
+
+    def all(self, crops):
+        """Crops of n frames -> the same two arrays with n in front."""
+        return [np.stack(kind) for kind in zip(*map(self, crops))]
+
+
+def closeups(crop, maps, side):
+    """The close-ups that closeup_map laid out, uint8 (k, side, side, 3)."""
+    if len(maps[0]) == 0:                                                      # remap takes no empty maps
+        return np.zeros((0, side, side, 3), np.uint8)
+    return cv2.remap(crop, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).reshape(-1, side, side, 3)
 
 
 def closeup_map(centers, steps, side):
@@ -302,8 +313,11 @@ def closeup_map(centers, steps, side):
 
 
 def on_stick(box, stick):
-    """Does this box of L3 / R3 lie on the stick itself (and not on a label beside it)?"""
-    return box is not None and math.hypot((box[0] + box[2]) / 2 - stick["center"][0], (box[1] + box[3]) / 2 - stick["center"][1]) < stick["radius"]
+    """Does this box of L3 / R3 (None: not shown) lie on the stick itself, and not on a label beside it?"""
+    if box is None:
+        return False
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return math.hypot(x - stick["center"][0], y - stick["center"][1]) < stick["radius"]
 
 
 # ------------------------------------------------------------------------------------------------------------------------ decoding
@@ -327,73 +341,84 @@ def expect(p):
     return mean.astype(np.float32), np.sqrt(np.maximum((x + y) @ cells ** 2 - (mean ** 2).sum(1), 0))
 
 
-def smooth(e, walk, start, trust, own):
-    """Forward-backward: log likelihoods e (n, k, states) of k controls in n frames -> posterior (n, k, states) given all frames. What
-    the other frames say counts `trust` < 1, since errors of neighbouring frames are alike (same skin, same scene behind); the frame
-    itself counts `own`."""
-    near, passes = np.exp(trust * (e - e.max(-1, keepdims=True))) + 1e-12, []
-    for order, matrix, message in ((range(len(e)), walk, start), (range(len(e) - 1, -1, -1), walk.T, np.ones_like(start))):
-        out = np.empty_like(near)
+def smooth(e, transition, prior, trust, own):
+    """Forward-backward: log likelihoods e (n, k, states) of k controls in n frames -> posterior (n, k, states) given all frames.
+    transition (states, states): row = state now, column = next; prior (states,): of the first frame. What the other frames say counts
+    `trust` <= 1, since errors of neighbouring frames are alike (same skin, same scene behind); the frame itself counts `own`."""
+    e = e - e.max(-1, keepdims=True)
+    others = np.exp(trust * e) + 1e-12
+    forward, backward = range(len(e)), range(len(e) - 1, -1, -1)
+    passes = []
+    for order, matrix, message in ((forward, transition, prior), (backward, transition.T, np.ones_like(prior))):
+        out = np.empty_like(others)
         for t in order:
             out[t] = message                                                   # what the frames on this side say of frame t
-            message = (message * near[t]) @ matrix
+            message = (message * others[t]) @ matrix
             message = message / message.sum(-1, keepdims=True)
         passes.append(out)
-    p = passes[0] * passes[1] * (np.exp(own * (e - e.max(-1, keepdims=True))) + 1e-12)
+    p = passes[0] * passes[1] * (np.exp(own * e) + 1e-12)
     return p / p.sum(-1, keepdims=True)
 
 
 def smooth_grids(log_p, trust=0.3, own=0.8):
     """Log grids (n, k, 11, 11) of k sticks -> posterior, same shape. A dark cap over a dark scene tells little in one frame; its
-    neighbours tell the rest. The walk: a stick stays, moves by a cell or so, or goes anywhere, most often home.
+    neighbours tell the rest. From frame to frame a stick stays, moves by a cell or so, or goes anywhere, most often home.
 
     The net's answer holds how often the teacher's sticks are in a cell; that is divided out first, or home would win each doubt."""
     i = np.arange(GRID)
     near = np.exp(-0.5 * ((i[:, None] - i) / 1.2) ** 2)
     near /= near.sum(1, keepdims=True)
-    usual = 0.36 * labels(torch.zeros(1, 2)).numpy().ravel().astype(np.float64) + 0.64 / GRID ** 2
-    walk = 0.3 * np.eye(GRID ** 2) + 0.4 * np.kron(near, near) + 0.3 * usual
-    e = log_p.reshape(*log_p.shape[:2], -1).astype(np.float64) - np.log(usual)
-    return smooth(e, walk, usual, trust, own).reshape(log_p.shape)
+    home = labels(torch.zeros(1, 2)).numpy().ravel().astype(np.float64)
+    prior = 0.36 * home + 0.64 / GRID ** 2                                     # some 0.4 of play()'s frames are at rest
+    transition = 0.3 * np.eye(GRID ** 2) + 0.4 * np.kron(near, near) + 0.3 * prior
+    e = log_p.reshape(*log_p.shape[:2], -1).astype(np.float64) - np.log(prior)
+    return smooth(e, transition, prior, trust, own).reshape(log_p.shape)
 
 
 def smooth_buttons(logits, press=0.03, release=0.12, trust=0.8):
-    """Logits (n, k) of k buttons -> probability of "pressed" (n, k) given all frames."""
+    """Logits (n, k) of k buttons -> probability of "pressed" (n, k) given all frames. press, release: how probable these are from one
+    frame to the next."""
     e = np.stack([np.zeros(logits.shape), np.clip(logits, -20, 20)], -1)       # (n, k, 2): off, on
-    return smooth(e, np.array([[1 - press, press], [release, 1 - release]]), np.array([release, press]) / (press + release), trust, trust)[..., 1]
+    transition = np.array([[1 - press, press], [release, 1 - release]])
+    prior = np.array([release, press]) / (press + release)
+    return smooth(e, transition, prior, trust, trust)[..., 1]
 
 
 def level(logits):
     """Logits (n, k) -> the same with each button's own threshold at 0: where a video's logits fall into two tight groups, pressed and not,
     their middle is a better threshold than the net's. A button that is never pressed has one group, or two that the net calls not pressed
     (a scene behind a see-through pad that changes), and stays as it is."""
-    out = logits.copy()
-    for x in out.T:
-        ranked = np.sort(x)
-        k, n = np.arange(1, len(x)), len(x)
+    out, n = logits.copy(), len(logits)
+    if n < 8:                                                                  # too few for two groups of four
+        return out
+    for x in out.T:                                                            # a view: changed in place
+        ranked, k = np.sort(x), np.arange(1, n)                                # k frames in the lower group, n - k in the upper
         total = np.cumsum(ranked)[:-1]
-        lo, hi = total / k, (ranked.sum() - total) / (n - k)
-        best = (k * (n - k) * (hi - lo) ** 2).argmax() if n > 1 else None      # Otsu's split: the largest variance between the groups
-        if best is None or hi[best] - lo[best] < 2 or min(best + 1, n - best - 1) < 4:
-            continue
-        spread = np.sqrt((ranked[:best + 1].var() * (best + 1) + ranked[best + 1:].var() * (n - best - 1)) / n)
-        if hi[best] - lo[best] > 3.5 * spread and hi[best] > 1:
-            x -= np.clip((lo[best] + hi[best]) / 2, -2, 2)
-            x *= max(1, 6 / (hi[best] - lo[best]))
+        lows, highs = total / k, (ranked.sum() - total) / (n - k)              # the groups' means at each split
+        best = (k * (n - k) * (highs - lows) ** 2).argmax()                    # Otsu's split: the largest variance between the groups
+        low, high, few = lows[best], highs[best], k[best]
+        spread = np.sqrt((ranked[:few].var() * few + ranked[few:].var() * (n - few)) / n)
+        if min(few, n - few) >= 4 and high - low >= 2 and high - low > 3.5 * spread and high > 1:
+            x -= np.clip((low + high) / 2, -2, 2)
+            x *= max(1, 6 / (high - low))
     return out
 
 
 def decisive(pressed, logits):
-    """Reads bool (n, k) and their logits -> the reads without buttons whose plainest press is not plain: a scene that shines through a thin-lined
-    button looks a little like a press for as long as it is there, and the longer a button was really held, the plainer is its best frame."""
+    """Reads bool (n, k) and their logits -> the reads without buttons whose plainest press is not plain: a scene that shines through
+    a thin-lined button looks a little like a press for as long as it is there, and the longer a button was really held, the plainer
+    is its best frame."""
     out = pressed.copy()
     for j in np.flatnonzero(pressed.any(0)):
-        out[:, j] &= logits[pressed[:, j], j].max() >= min(1 + 0.2 * math.log2(pressed[:, j].sum()), 2.5)
+        frames = pressed[:, j]
+        plain = min(1 + 0.2 * math.log2(frames.sum()), 2.5)
+        if logits[frames, j].max() < plain:
+            out[:, j] = False
     return out
 
 
 def normalise(values, known):
-    """Per video [paper: centre at rest, 99th percentile as scale], guarded. values (n, 2) of one stick.
+    """Per video [paper: centre at rest, 99th percentile as scale], guarded: values float32 (n, 2) of one stick -> the same, in [-1, 1].
 
     Known travel: trusted as it is. Unknown: the centre is the mode (a mean is wrong when a stick is pushed one way only); one
     scale for both axes (an axis that is never used must not be blown up); a stick that hardly moves keeps its scale.
@@ -413,20 +438,21 @@ def normalise(values, known):
 
 # ------------------------------------------------------------------------------------------------------------------------- reading
 def open_clip(folder):
-    """A clip folder -> clip dict, pads (Frames), after checking that they belong together; None for a recorder's clip (no overlay)."""
+    """A clip folder -> clip dict, pads (Frames), after checking that they belong together; a recorder's clip has no overlay: pads None."""
     clip = extract.read_clip(folder)
     if not clip.get("box"):
         return clip, None
     pads = extract.Frames(folder, "pads")
     if len(pads) == 0 or "pad" not in clip or "geometry" not in clip:
         raise UserError(f"{folder}: expected crops and their geometry, found {len(pads)} crops: cut the clip again with extract.py")
-    if list(pads[0].shape[1::-1]) != clip["pad"]:
-        raise UserError(f"{folder}: clip.json says crops of {clip['pad']}, pads.npy holds {list(pads[0].shape[1::-1])}: cut the clip again with extract.py")
-    geometry = clip["geometry"]
-    try:
+    size, geometry = list(pads[0].shape[1::-1]), clip["geometry"]
+    if size != clip["pad"]:
+        raise UserError(f"{folder}: clip.json says crops of {clip['pad']}, pads.npy holds {size}: cut the clip again with extract.py")
+    try:                                                                       # everything that reading asks of a geometry, tried once
         with np.errstate(all="ignore"):
             cutter = Cutter(geometry, clip["pad"])
-        [on_stick(geometry["buttons"].get(THUMB[s]), geometry["sticks"][s]) for s in cutter.sticks]
+        for side in cutter.sticks:
+            on_stick(geometry["buttons"].get(THUMB[side]), geometry["sticks"][side])
         if not all(np.isfinite(m).all() for m in (*cutter.stick_map, *cutter.button_map)):
             raise ValueError("numbers that are not finite")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as e:
@@ -437,66 +463,70 @@ def open_clip(folder):
 
 @torch.inference_mode()
 def net_reads(model, panels, batch=256):
-    """Close-ups ((k, 3, 57, 57, 3), (m, 3, 33, 33, 3)) uint8 -> log grids (k, 11, 11), click logits (k,), button logits (m,)."""
+    """Panels [(k, 3, 57, 57, 3), (m, 3, 33, 33, 3)] uint8 -> log grids (k, 11, 11), click logits (k,), button logits (m,), float32."""
     device = next(model.parameters()).device
-    sticks, buttons = ([t.to(device) for t in torch.from_numpy(p).split(batch)] if len(p) else [] for p in panels)
-    reads = [model.sticks(t) for t in sticks]
-    logits = [model.buttons(t) for t in buttons]
-    join = lambda parts, *shape: torch.cat(parts).float().cpu().numpy() if parts else np.zeros(shape, np.float32)
-    return join([r[0] for r in reads], 0, GRID, GRID), join([r[1] for r in reads], 0), join(logits, 0)
+    sticks, buttons = (torch.from_numpy(p).split(batch) if len(p) else () for p in panels)
+    reads = [model.sticks(t.to(device)) for t in sticks]
+    grids, clicks = [grid for grid, _ in reads], [click for _, click in reads]
+    logits = [model.buttons(t.to(device)) for t in buttons]
+    return joined(grids, (0, GRID, GRID)), joined(clicks, (0,)), joined(logits, (0,))
+
+
+def joined(batches, nothing):
+    """Tensors of batches -> one array; without any, an empty one of shape `nothing`."""
+    return torch.cat(batches).float().cpu().numpy() if batches else np.zeros(nothing, np.float32)
 
 
 def montages(previous, current, rest):
-    """Cuts of k frames, (k, e, S, S, 3) each, and the rest picture (e, S, S, 3) -> (k e, 3, S, S, 3)."""
+    """Close-ups of n frames, (n, k, S, S, 3) each, and those of the pad at rest (k, S, S, 3) -> panels (n k, 3, S, S, 3)."""
     return np.stack([previous, current, np.broadcast_to(rest, current.shape)], 2).reshape(-1, 3, *current.shape[2:])
 
 
 class Pad:
     """One clip's pad: its controls, what they look like at rest in this video, and how a crop is told from a crop without it."""
 
-    def __init__(self, model, clip, pads, template=None):
-        self.model, self.cutter = model, Cutter(clip["geometry"], clip["pad"])
+    def __init__(self, model, cutter, pads, template=None):
+        self.model, self.cutter = model, cutter
         at = np.unique(np.linspace(0, len(pads) - 1, SAMPLES).astype(int))
-        crops, before = [pads[i] for i in at], [self.cutter(pads[max(i - 1, 0)]) for i in at]
-        now = [self.cutter(c) for c in crops]
-        before, now = ([np.stack([c[i] for c in cuts]) for i in range(2)] for cuts in (before, now))
-        usual = np.median(np.stack(crops[::2]), 0).astype(np.uint8)
-        self.rest = self.cutter(usual)
-        median = [r.copy() for r in self.rest]
-        doubted = self.trust_template(usual, template) if template is not None else [np.zeros(len(m), bool) for m in median]
-        for turn in range(2):                                                  # the median over frames that were read as at rest
-            for kind, few in enumerate(self.improve(before, now)):
-                if turn == 0:                                                  # never at rest beside a template that may be at fault
-                    self.rest[kind][doubted[kind] & few] = median[kind][doubted[kind] & few]
-        self.outline = edges(usual)
-        self.usual = np.median([self.likeness(c) for c in crops])
+        crops = [pads[i] for i in at]
+        before, now = self.cutter.all(pads[max(i - 1, 0)] for i in at), self.cutter.all(crops)
+        picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # the video's median picture of the pad
+        self.rest, median = self.cutter(picture), self.cutter(picture)
+        doubted = self.trust_template(picture, template) if template is not None else [np.zeros(len(m), bool) for m in median]
+        few = self.improve(before, now)
+        for rest, old, wrong in zip(self.rest, median, [d & f for d, f in zip(doubted, few)]):
+            rest[wrong] = old[wrong]                                           # never at rest beside a template that may be at fault
+        self.improve(before, now)
+        self.outline = edges(picture)
+        self.usual = np.median([self.likeness(c) for c in crops])              # of crops with the pad, to compare each crop's with
 
-    def trust_template(self, usual, template):
-        """A control that the net, given the template as rest, sees deflected or pressed in the video's median picture seldom rests:
-        its rest picture is the template's, uint8 (h, w, 4). -> of sticks and of buttons: which of these replacements are in doubt, since the template
-        hardly differs there from the median picture, or is unlike the pad also where controls do rest."""
-        drawn = self.cutter(in_the_videos_light(template, usual))
+    def trust_template(self, picture, template):
+        """A control that the net, given the template uint8 (h, w, 4) as rest, sees deflected or pressed in the video's median picture
+        seldom rests: its rest picture becomes the template's. -> of sticks and of buttons, bool: replaced but in doubt, since the
+        template hardly differs there from the median picture, or is unlike the pad also where controls do rest."""
+        drawn = self.cutter(in_the_videos_light(template, picture))
         grids, clicks, logits = net_reads(self.model, [montages(r[None], r[None], d) for r, d in zip(self.rest, drawn)])
-        away = (np.hypot(*decode(np.exp(grids)).T) > 0.5) & (grids.max((1, 2), initial=-9) > math.log(0.15))
-        calm, replaced = [], []
+        away = (np.hypot(*decode(np.exp(grids)).T) > 0.5) & (grids.max((1, 2)) > math.log(0.15))
+        calm, replaced, doubtful = [], [], []
         for kind, seldom in enumerate((away | (clicks > 3), logits > 3)):
             alike = np.array([likeness(a, b) for a, b in zip(drawn[kind], self.rest[kind])])
-            if kind == 1 and len(alike):                                       # far more unlike than the others: less need be said by the net
-                seldom = seldom | (alike < np.median(alike) - 0.25) & (logits > 2)
+            if kind == 1 and len(alike):                                       # far more unlike than the others: the net need say less
+                seldom = seldom | ((alike < np.median(alike) - 0.25) & (logits > 2))
             calm += alike[~seldom].tolist()
             seldom = seldom & (alike < 0.95)                                   # what looks as it does at rest is at rest
             self.rest[kind][seldom] = drawn[kind][seldom]
-            replaced.append((seldom, seldom & (alike > 0.85)))
-        faithful = len(calm) > 0 and np.median(calm) > 0.8
-        return [doubtful if faithful else seldom for seldom, doubtful in replaced]
+            replaced.append(seldom)
+            doubtful.append(seldom & (alike > 0.85))
+        faithful = len(calm) > 0 and np.median(calm) > 0.8                     # like the pad where controls do rest
+        return doubtful if faithful else replaced
 
     def improve(self, before, now):
-        """Make each control's rest picture again from the frames in which the net, given the old one, sees it at rest. -> of sticks and
-        of buttons: which have too few such frames."""
-        k, e = now[0].shape[:2]
-        grids, clicks, logits = net_reads(self.model, [montages(b, n, r) for b, n, r in zip(before, now, self.rest)])
+        """Make each control's rest picture again: the median over the frames in which the net, given the old one, sees it at rest.
+        -> of sticks and of buttons, bool: too few such frames, so left as it is."""
+        n, k = now[0].shape[:2]
+        grids, clicks, logits = net_reads(self.model, [montages(b, c, r) for b, c, r in zip(before, now, self.rest)])
         still = np.hypot(*decode(np.exp(grids)).T) < 0.2
-        quiets = (still & (clicks < 0)).reshape(k, e), (logits < -0.5).reshape(k, -1)
+        quiets = (still & (clicks < 0)).reshape(n, k), (logits < -0.5).reshape(n, -1)
         for kind, quiet in enumerate(quiets):
             for j in np.flatnonzero(quiet.sum(0) >= 8):
                 self.rest[kind][j] = np.median(now[kind][quiet[:, j], j], 0)
@@ -504,42 +534,43 @@ class Pad:
 
     def likeness(self, crop):
         """Of the crop's edges to those of the pad at rest: falls towards 0 where the overlay is gone or covered."""
-        return likeness(edges(crop), self.outline, 0)
+        return likeness(edges(crop), self.outline, centre=False)
 
     def read(self, pads):
         """All frames -> log grids (n, sticks, 11, 11), click logits (n, sticks), button logits (n, buttons), likeness (n,)."""
-        out, like, last = [], [], None
+        reads, like, last = [], [], None
         for start in range(0, len(pads), 32):
             crops = [pads[i] for i in range(start, min(start + 32, len(pads)))]
             like += [self.likeness(c) for c in crops]
-            cuts = [np.stack(c) for c in zip(*(self.cutter(c) for c in crops))]
-            last = last or [c[:1] for c in cuts]
-            out.append(net_reads(self.model, [montages(np.concatenate([p, c[:-1]]), c, r) for p, c, r in zip(last, cuts, self.rest)]))
-            last = [c[-1:] for c in cuts]
+            now = self.cutter.all(crops)
+            last = last or [c[:1] for c in now]                                # the first frame is its own previous one
+            reads.append(net_reads(self.model, [montages(np.concatenate([b, c[:-1]]), c, r) for b, c, r in zip(last, now, self.rest)]))
+            last = [c[-1:] for c in now]
         n = len(pads)
-        grids, clicks, logits = (np.concatenate(o) for o in zip(*out))
+        grids, clicks, logits = (np.concatenate(parts) for parts in zip(*reads))
         return grids.reshape(n, -1, GRID, GRID), clicks.reshape(n, -1), logits.reshape(n, -1), np.array(like)
 
 
-def in_the_videos_light(template, usual):
-    """The template, uint8 (h, w, 4), as it would look in the video whose median crop is `usual` (h, w, 3): by a line fitted where it is opaque; where
-    little is, as a share (the overlay's opacity) of it over the mean colour of what lies beside it."""
+def in_the_videos_light(template, picture):
+    """The template, uint8 (h, w, 4), as it would look in the video whose median picture (h, w, 3) is given: by a line fitted where it is
+    opaque; where little is, as a share (the overlay's opacity) of it over the mean colour of what lies beside it."""
     alpha, rgb = template[..., 3:] / 255.0, template[..., :3].astype(float)
     solid, beside = template[..., 3] > 200, template[..., 3] < 25
     if solid.sum() >= 200 and rgb[solid].std() >= 8:
-        gain, lift = np.polyfit(rgb[solid].ravel(), usual[solid].ravel(), 1)
-        drawn = alpha * np.clip(np.clip(gain, 0.3, 1.1) * rgb + lift, 0, 255) + (1 - alpha) * usual
+        gain, lift = np.polyfit(rgb[solid].ravel(), picture[solid].ravel(), 1)
+        drawn = alpha * np.clip(np.clip(gain, 0.3, 1.1) * rgb + lift, 0, 255) + (1 - alpha) * picture
     else:
-        ground = usual[beside].mean(0) if beside.any() else np.full(3, 127.0)
+        ground = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
         full = alpha * (rgb - ground)
-        share = np.clip(((usual - ground) * full).sum() / max((full ** 2).sum(), 1), 0.3, 1)
-        drawn = np.where(beside[..., None], usual, np.clip(ground + share * full, 0, 255))
+        share = np.clip(((picture - ground) * full).sum() / max((full ** 2).sum(), 1), 0.3, 1)
+        drawn = np.where(beside[..., None], picture, np.clip(ground + share * full, 0, 255))
     return np.rint(drawn).astype(np.uint8)
 
 
-def likeness(a, b, mean=1):
-    """Correlation of two pictures or edge maps (mean = 0: those are 0 on average as they are)."""
-    a, b = (x.astype(np.float32) - mean * x.mean((0, 1), dtype=np.float32) if mean else x for x in (a, b))
+def likeness(a, b, centre=True):
+    """Correlation, -1..1, of two pictures, each colour's mean taken off; with centre=False of two edge maps, 0 on average as they are."""
+    if centre:
+        a, b = (x - x.mean((0, 1), dtype=np.float32) for x in (a, b))
     return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-6))
 
 
@@ -550,9 +581,9 @@ def edges(crop):
 
 
 def settle(pad, clip, grids, clicks, logits, like):
-    """The net's reads of a whole video -> actions (n, 25), confidence (n,)."""
+    """The net's reads of a whole video (Pad.read) -> actions float32 (n, 25), confidence float32 (n,)."""
     n, geometry, cutter = len(like), clip["geometry"], pad.cutter
-    actions, sure, logits = np.zeros((n, extract.A), np.float32), [np.ones(n)], logits.copy()
+    actions, sure, logits = np.zeros((n, extract.A), np.float32), [], logits.copy()
     smoothed = smooth_grids(grids) if cutter.sticks else grids
     for i, side in enumerate(cutter.sticks):
         values, spread = expect(smoothed[:, i])
@@ -567,7 +598,7 @@ def settle(pad, clip, grids, clicks, logits, like):
         actions[:, [BUTTON[b] for b in cutter.buttons]] = decisive(p > 0.5, logits)
         sure.append(np.abs(2 * p - 1).mean(1))
     there = np.clip((like / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
-    return actions, (there * np.mean(sure[1:] or sure, 0)).astype(np.float32)
+    return actions, (there * np.mean(sure, 0)).astype(np.float32)
 
 
 def unread(folder, n):
@@ -581,21 +612,23 @@ def unread(folder, n):
     return False
 
 
-def run_clip(model, folder, again=False):
-    """Read one clip folder and write its three files -> one line that says what came out."""
+def run_clip(model, folder):
+    """Read one clip folder, unless it was read before, and write its three files -> one line that says what came out."""
     clip, pads = open_clip(folder)
     if pads is None:
         return "recorded play, no overlay to read: left as it is"
     n = len(pads)
-    if not again and not unread(folder, n):
-        return "read already"
-    began, shown = time.time(), len(clip["geometry"].get("buttons") or {}) + len(clip["geometry"].get("sticks") or {})
+    if not unread(folder, n):
+        return "read already: delete its actions.npy to read it again"
+    began, cutter = time.time(), Cutter(clip["geometry"], clip["pad"])
+    shown = bool(cutter.sticks or cutter.buttons)
     if shown:
         path = folder / "template.png"
         template = extract.read_rgba(path) if path.is_file() else None
-        if template is not None and list(template.shape[1::-1]) != clip["pad"]:
-            raise UserError(f"{path}: expected a picture of {clip['pad']}, found {list(template.shape[1::-1])}: cut the clip again with extract.py")
-        pad = Pad(model, clip, pads, template)
+        size = clip["pad"] if template is None else list(template.shape[1::-1])
+        if size != clip["pad"]:
+            raise UserError(f"{path}: expected a picture of {clip['pad']}, found {size}: cut the clip again with extract.py")
+        pad = Pad(model, cutter, pads, template)
         actions, confidence = settle(pad, clip, *pad.read(pads))
     else:
         actions, confidence = np.zeros((n, extract.A), np.float32), np.zeros(n, np.float32)
@@ -603,9 +636,9 @@ def run_clip(model, folder, again=False):
     for name, array in (("keep", keep), ("confidence", confidence), ("actions", actions)):
         extract.write_npy(folder / f"{name}.npy", array)
     if not shown:
-        return f"template {clip['template']} has no geometry: confidence 0, nothing kept; give NAME.json with boxes and centres beside its PNG"
-    took = time.time() - began
-    return (f"{n} frames | confidence {confidence.mean():.2f} | kept {keep.mean():.0%} | pressed {(actions[:, :21] > 0).any(1).mean():.0%} | "
+        return f"template {clip.get('template')} has no geometry: confidence 0, nothing kept; give NAME.json with boxes and centres beside its PNG"
+    took, pressed = time.time() - began, (actions[:, :len(BUTTONS)] > 0).any(1)
+    return (f"{n} frames | confidence {confidence.mean():.2f} | kept {keep.mean():.0%} | pressed {pressed.mean():.0%} | "
             f"{n / took:.0f} frames/s, {n / clip['fps'] / took:.1f} x real time")
 
 
@@ -627,7 +660,7 @@ def run(args):
 
 # ------------------------------------------------------------------------------------------------------------------------- scoring
 def r2(got, true):
-    """R2 of one stick (n, 2), both axes together: an axis that hardly moves counts with the little it varies; nan for a stick that never moves."""
+    """R2 of one stick (n, 2), both axes together: an axis that hardly moves counts with the little it varies; nan: it never moves."""
     varies = ((true - true.mean(0)) ** 2).sum()
     return float(1 - ((got - true) ** 2).sum() / varies) if varies > 4e-4 * len(true) else float("nan")
 
@@ -637,15 +670,16 @@ def score(actions, truth, geometry):
     shown = [BUTTON[b] for b in geometry["buttons"] if b not in LEGACY]
     got, true = actions[:, shown] > 0.5, truth[:, shown] > 0.5
     hit, occurs = (got & true).sum(0), true.any(0)
-    precision, recall = hit / np.maximum(got.sum(0), 1), hit / np.maximum(true.sum(0), 1)
     f1 = 2 * hit / np.maximum(got.sum(0) + true.sum(0), 1)
+    row = {f"{s} R2": r2(actions[:, STICKS[s]], truth[:, STICKS[s]]) for s in geometry["sticks"]}
+    row["accuracy"] = float((got == true).mean()) if got.size else math.nan
+    for name, values in (("precision", hit / np.maximum(got.sum(0), 1)), ("recall", hit / np.maximum(true.sum(0), 1)), ("F1", f1)):
+        row[name] = float(values[occurs].mean()) if occurs.any() else math.nan     # a button that is never pressed has none
     late = [d for b in range(len(shown)) for d in onset_errors(got[:, b], true[:, b])]
-    lags = {d: agreement(actions, truth, geometry, d) for d in range(-4, 5)}
-    return {**{f"{s} R2": r2(actions[:, STICKS[s]], truth[:, STICKS[s]]) for s in geometry["sticks"]},
-            "accuracy": float((got == true).mean()), **{k: float(v[occurs].mean()) if occurs.any() else float("nan") for k, v in
-                                                        (("precision", precision), ("recall", recall), ("F1", f1))},
-            "timing": float(np.median(late)) if late else float("nan"), "lag": max(lags, key=lags.get),
-            "by button": {BUTTONS[b]: round(float(f), 3) for b, f, o in zip(shown, f1, occurs) if o}}
+    row["timing"] = float(np.median(late)) if late else math.nan
+    lags = sorted((d for d in range(-4, 5) if abs(d) < len(truth)), key=abs)   # the smallest first: it wins where several fit alike
+    row["lag"] = max(lags, key=lambda d: agreement(actions, truth, geometry, d), default=0)
+    return {**row, "by button": {BUTTONS[b]: round(float(f), 3) for b, f, o in zip(shown, f1, occurs) if o}}
 
 
 def onset_errors(got, true, within=8):
@@ -665,6 +699,9 @@ def agreement(actions, truth, geometry, lag):
 
 def evaluate(args):
     """Score every clip that has truth.npy, reading those not read yet; one line a clip, then the means per family and over all."""
+    for path in (args.out, args.sheet):
+        if path:
+            extract.writable(path)                                             # before the reading, which may take long
     model, rows = None, {}
     folders = [f for f in extract.clips_in(args.data) if (f / "truth.npy").is_file()]
     if not folders:
@@ -681,11 +718,16 @@ def evaluate(args):
             extract.check_actions(folder / f"{name}.npy", array, len(pads))
         rows[folder.name] = {"family": str(clip.get("controller") or "generic"), **score(actions, truth, clip["geometry"])}
         print(line_of(folder.name, rows[folder.name]), flush=True)
-    families = sorted({r["family"] for r in rows.values()})
-    for name, chosen in [*((f, [r for r in rows.values() if r["family"] == f]) for f in families), ("all", list(rows.values()))]:
-        print(line_of(f"= {name} ({len(chosen)})", mean_of(chosen)))
+    if not rows:
+        raise UserError(f"{args.data}: expected clips with an overlay, found recorded play only: give clips of extract.py")
+    every = list(rows.values())
+    for family in sorted({row["family"] for row in every}):
+        chosen = [row for row in every if row["family"] == family]
+        print(line_of(f"= {family} ({len(chosen)})", mean_of(chosen)))
+    print(line_of(f"= all ({len(every)})", mean_of(every)))
     if args.out:
-        extract.write_atomic(args.out, lambda tmp: tmp.write_text(json.dumps({"clips": rows, "all": mean_of(list(rows.values()))}, indent=1)))
+        figures = json.dumps({"clips": rows, "all": mean_of(every)}, indent=1)
+        extract.write_atomic(args.out, lambda tmp: tmp.write_text(figures))
     if args.sheet:
         sheet(args.sheet, [f for f in folders if f.name in rows])
 
@@ -699,31 +741,33 @@ def mean_of(rows):
 
 def line_of(name, row):
     """One line of scores."""
-    sticks = [row[k] for k in ("left R2", "right R2") if k in row]
+    sticks = " ".join(f"{row[k]:.3f}" for k in ("left R2", "right R2") if k in row)
     accuracy, precision, recall, f1, timing, lag = (row.get(k, math.nan) for k in ("accuracy", "precision", "recall", "F1", "timing", "lag"))
-    return (f"{name}: stick R2 {' '.join(f'{v:.3f}' for v in sticks)} | accuracy {accuracy:.4f} | precision {precision:.3f} | recall {recall:.3f} | F1 {f1:.3f} | "
+    return (f"{name}: stick R2 {sticks} | accuracy {accuracy:.4f} | precision {precision:.3f} | recall {recall:.3f} | F1 {f1:.3f} | "
             f"press {timing:.1f} frames off | lag {lag:.0f}")
 
 
 def sheet(path, folders, count=20):
-    """The largest errors as pictures: the control at rest, what the net saw, truth and answer. A run of wrong frames is one error."""
+    """The largest errors as one PNG: the control's median picture, what the net saw, truth and answer. A run of wrong frames is one error."""
     found = []
     for folder in folders:
-        geometry, actions, truth = open_clip(folder)[0]["geometry"], np.load(folder / "actions.npy"), np.load(folder / "truth.npy")
-        for control in [*geometry["sticks"], *geometry["buttons"]]:
-            columns = np.arange(extract.A)[STICKS.get(control, slice(BUTTON.get(control), BUTTON.get(control, 0) + 1))]
-            off = np.linalg.norm(actions[:, columns] - truth[:, columns], axis=1)
-            found += [(size, folder, control, t, truth[t, columns], actions[t, columns]) for size, t in error_runs(np.where(off > 0.35, off, 0))]
-    found.sort(key=lambda f: -f[0])
-    tiles = []
-    for size, folder, control, t, true, read in found[:count]:
         clip, pads = open_clip(folder)
-        kind, cutter = int(control not in STICKS), Cutter(clip["geometry"], clip["pad"])
-        j = (cutter.sticks, cutter.buttons)[kind].index(control)
-        rest = np.median([cutter(pads[i])[kind][j] for i in np.linspace(0, len(pads) - 1, 48).astype(int)], 0).astype(np.uint8)
+        cutter, actions, truth = Cutter(clip["geometry"], clip["pad"]), np.load(folder / "actions.npy"), np.load(folder / "truth.npy")
+        for kind, controls in enumerate((cutter.sticks, cutter.buttons)):
+            for j, control in enumerate(controls):
+                columns = [BUTTON[control]] if kind else STICKS[control]
+                off = np.linalg.norm(actions[:, columns] - truth[:, columns], axis=1)
+                for size, t in error_runs(np.where(off > 0.35, off, 0)):
+                    found.append((size, folder, pads, cutter, kind, j, control, t, truth[t, columns], actions[t, columns]))
+    found.sort(key=lambda error: -error[0])
+    tiles = []
+    for size, folder, pads, cutter, kind, j, control, t, true, read in found[:count]:
+        spread = np.linspace(0, len(pads) - 1, 48).astype(int)
+        rest = np.median([cutter(pads[i])[kind][j] for i in spread], 0).astype(np.uint8)
         views = [cv2.resize(v, (160, 160), interpolation=cv2.INTER_NEAREST) for v in (rest, cutter(pads[t])[kind][j])]
         tile = cv2.copyMakeBorder(np.hstack(views), 0, 40, 0, 0, cv2.BORDER_CONSTANT)
-        for y, text in ((174, f"{folder.name} frame {t} {control} error {size:.1f}"), (192, f"true {np.round(true, 2)}  read {np.round(read, 2)}")):
+        lines = f"{folder.name} frame {t} {control} error {size:.1f}", f"true {np.round(true, 2)}  read {np.round(read, 2)}"
+        for y, text in zip((174, 192), lines):
             cv2.putText(tile, text, (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (255, 255, 255), 1, cv2.LINE_AA)
         tiles.append(tile)
     tiles += [np.zeros((200, 320, 3), np.uint8)] * (-len(tiles) % 4 if tiles else 4)
@@ -732,9 +776,9 @@ def sheet(path, folders, count=20):
 
 
 def error_runs(off):
-    """Runs of neighbouring frames that are wrong -> [(summed error, the worst frame)]."""
-    starts = np.flatnonzero(np.diff(np.concatenate([[0], (off > 0).astype(int), [0]])))
-    return [(float(off[a:b].sum()), a + int(off[a:b].argmax())) for a, b in zip(starts[::2], starts[1::2])]
+    """Errors of n frames, 0 where right -> [(summed error, the worst frame)] of each run of neighbouring wrong frames."""
+    turns = np.flatnonzero(np.diff(np.concatenate([[0], (off > 0).astype(int), [0]])))      # first of a run, first after it, and so on
+    return [(float(off[a:b].sum()), a + int(off[a:b].argmax())) for a, b in zip(turns[::2], turns[1::2])]
 
 
 # -------------------------------------------------------------------------------------------------------------------- the teacher
@@ -789,6 +833,7 @@ class Film:
                         for _ in range(rng.integers(0, 4))]
 
     def cut(self):
+        """Another backdrop, or another place in it."""
         self.image = self.backdrops[self.rng.integers(len(self.backdrops))]
         self.zoom = self.rng.choice([0.6, 1, 1, 2, 3])
         H, W = self.image.shape[:2]
@@ -810,17 +855,21 @@ class Film:
         for i, (source, at, velocity, side) in enumerate(self.sprites):
             at = at + velocity
             x, y = int(at[0]) % self.size[0], int(at[1]) % self.size[1]
-            patch = self.backdrops[source % len(self.backdrops)][:side, :side][:self.size[1] - y, :self.size[0] - x]
+            patch = self.backdrops[source][:min(side, self.size[1] - y), :min(side, self.size[0] - x)]
             view[y:y + patch.shape[0], x:x + patch.shape[1]] = patch
             self.sprites[i] = source, at, velocity, side
         return view
+
+
+def jpeg(image, quality):
+    """A picture as JPEG leaves it."""
+    return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1], cv2.IMREAD_COLOR)
 
 
 def codec(rng, frames):
     """Frames as a video codec leaves them: a JPEG, then JPEGs of what changed, blocks with little change kept as they were."""
     quality, inter, keep = rng.integers(45, 95), rng.integers(30, 92), rng.choice([0, 1, 3, 6])
     out, last = [], None
-    jpeg = lambda image, q: cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(q)])[1], 1)
     for frame in frames:
         if last is None:
             last = jpeg(frame, quality)
@@ -834,7 +883,7 @@ def codec(rng, frames):
     return out
 
 
-class Look:
+class Overlay:
     """How one video shows one skin: size, opacity, quality, and where the crop lies a little wrong."""
 
     def __init__(self, rng, skin):
@@ -862,10 +911,11 @@ class Look:
         return rgba.astype(np.float32) * np.float32(self.opacity)
 
     def over(self, sprite, view):
+        """The sprite drawn over what is behind it, uint8 (h, w, 3)."""
         return np.rint(sprite[..., :3] + view * (1 - sprite[..., 3:] / 255)).astype(np.uint8)
 
     def crops(self, frames):
-        """Frames -> crops as extract.py would cut them."""
+        """Frames -> crops as extract.py would cut them, one by one."""
         for _ in range(self.passes):
             frames = codec(self.rng, frames)
         for frame in frames:
@@ -875,49 +925,48 @@ class Look:
                 frame = self.lut[frame]
             crop = cv2.warpAffine(frame, self.warp, self.pad, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
             if self.jpeg:
-                crop = cv2.imdecode(cv2.imencode(".jpg", crop, [cv2.IMWRITE_JPEG_QUALITY, self.jpeg])[1], 1)
+                crop = jpeg(crop, self.jpeg)
             yield crop
 
 
 def scene(rng, skin, backdrops):
-    """One scene -> close-ups with truth: sticks uint8 (n, 3, 57, 57, 3), values (n, 2), click (n,) (nan: not shown on this pad);
-    buttons uint8 (m, 3, 33, 33, 3), pressed (m,). The panels are previous, current, rest."""
-    look, actions = Look(rng, skin), play(rng, FRAMES)
-    film = Film(rng, backdrops, look.w, look.h)
-    cutter = Cutter({"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}, look.pad)
-    sprites = [look.sprite(a) for a in actions]
+    """One scene -> panels with truth: sticks uint8 (k, 3, 57, 57, 3), values (k, 2), click (k,) (nan: not shown on this pad);
+    buttons uint8 (m, 3, 33, 33, 3), pressed (m,). The panels are previous, current, rest; k and m count all frames' controls."""
+    overlay, actions = Overlay(rng, skin), play(rng, FRAMES)
+    film = Film(rng, backdrops, overlay.w, overlay.h)
+    cutter = Cutter({"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}, overlay.pad)
+    sprites = [overlay.sprite(a) for a in actions]
     views = [film.step() for _ in actions]
-    cuts = [cutter(c) for c in look.crops([look.over(s, v) for s, v in zip(sprites, views)])]
+    now = cutter.all(overlay.crops([overlay.over(s, v) for s, v in zip(sprites, views)]))
     # the pad at rest: a median over frames that mostly are at rest, over the same background or over others
-    asleep, idle, same = look.sprite(None), rng.choice([0.3, 0.75, 0.95, 1, 1]), rng.random() < 0.4
+    asleep, idle, same = overlay.sprite(None), rng.choice([0.3, 0.75, 0.95, 1, 1]), rng.random() < 0.4
     rests = []
     for _ in range(RESTS):
         if not same:
             film.cut()
         sprite = asleep if rng.random() < idle else sprites[rng.integers(FRAMES)]
-        rests.append(look.over(sprite, views[rng.integers(FRAMES)] if same else film.window()))
-    look.passes = look.passes * (rng.random() < 0.3)                           # a median over a video hardly shows its codec
-    rests = [cutter(c) for c in look.crops(rests)]
-    rest = [np.sort(np.stack([r[i] for r in rests]), 0)[RESTS // 2] for i in range(2)]
-    panels = [np.stack([np.stack([cuts[max(t - 1, 0)][i], cuts[t][i], rest[i]], 1) for t in range(FRAMES)]) for i in range(2)]
-    values = np.stack([actions[:, STICKS[s]] for s in cutter.sticks], 1) if cutter.sticks else np.zeros((FRAMES, 0, 2), np.float32)
-    clicks = [actions[:, BUTTON[THUMB[s]]] if on_stick(skin.buttons.get(THUMB[s]), skin.sticks[s]) else np.full(FRAMES, np.nan, np.float32)
-              for s in cutter.sticks]
+        rests.append(overlay.over(sprite, views[rng.integers(FRAMES)] if same else film.window()))
+    overlay.passes = overlay.passes * (rng.random() < 0.3)                     # a median over a video hardly shows its codec
+    rest = [np.sort(cuts, 0)[RESTS // 2] for cuts in cutter.all(overlay.crops(rests))]      # np.median, at a fraction of its time
+    sticks, buttons = (montages(np.concatenate([c[:1], c[:-1]]), c, r) for c, r in zip(now, rest))
+    values, clicks = np.zeros((FRAMES, len(cutter.sticks), 2), np.float32), np.full((FRAMES, len(cutter.sticks)), np.nan, np.float32)
+    for i, side in enumerate(cutter.sticks):
+        values[:, i] = actions[:, STICKS[side]]
+        if on_stick(skin.buttons.get(THUMB[side]), skin.sticks[side]):
+            clicks[:, i] = actions[:, BUTTON[THUMB[side]]]
     pressed = actions[:, [BUTTON[b] for b in cutter.buttons]]
-    return (panels[0].reshape(-1, 3, STICK_SIDE, STICK_SIDE, 3), values.reshape(-1, 2).astype(np.float32),
-            np.stack(clicks, 1).reshape(-1).astype(np.float32) if clicks else np.zeros(0, np.float32),
-            panels[1].reshape(-1, 3, BUTTON_SIDE, BUTTON_SIDE, 3), pressed.reshape(-1).astype(np.float32))
+    return sticks, values.reshape(-1, 2), clicks.ravel(), buttons, pressed.ravel()
 
 
 class Teacher(torch.utils.data.IterableDataset):
-    """Endless scenes, each of a skin drawn anew, or of one of `skins` (then a share `fresh` is drawn anew, lest the net forget)."""
+    """Endless scenes as tensors, each of a skin drawn anew or, where there are `skins`, of one of those but for a share `fresh`, lest the
+    net forget."""
 
     def __init__(self, seed, skins=None, fresh=0.25):
         self.seed, self.skins, self.fresh = seed, skins, fresh
 
     def __iter__(self):
         cv2.setNumThreads(1)
-        torch.set_num_threads(1)
         rng = np.random.default_rng([self.seed, 7])
         backdrops = [extract.backdrop(rng, 400, 600) for _ in range(24)]
         while True:
@@ -929,12 +978,13 @@ class Teacher(torch.utils.data.IterableDataset):
 
 # ------------------------------------------------------------------------------------------------------------------------ training
 class Pool:
-    """The last `size` close-ups of one kind, drawn from at random: rendering is slow, and each close-up serves several times."""
+    """The last `size` close-ups of one kind with their truth, drawn from at random: rendering is slow, so each serves several times."""
 
     def __init__(self, size):
         self.size, self.n, self.at, self.data = size, 0, 0, None
 
     def add(self, *tensors):
+        """Store these rows over the oldest."""
         if self.data is None:
             self.data = [torch.empty((self.size, *t.shape[1:]), dtype=t.dtype) for t in tensors]
         rows = (self.at + torch.arange(len(tensors[0]))) % self.size
@@ -943,6 +993,7 @@ class Pool:
         self.at, self.n = (self.at + len(rows)) % self.size, min(self.n + len(rows), self.size)
 
     def draw(self, generator, count):
+        """`count` rows of each tensor, with replacement."""
         rows = torch.randint(self.n, (count,), generator=generator)
         return [store[rows] for store in self.data]
 
@@ -989,18 +1040,19 @@ def parser_loss(model, generator, sticks, buttons):
 def check(model, scenes):
     """Single-frame score on drawn scenes: R2 of the sticks, F1 of clicks and buttons together."""
     model.eval()
-    log_p, clicks = zip(*(model.sticks(s[0]) for s in scenes if len(s[0]))) if any(len(s[0]) for s in scenes) else ([torch.zeros(0, GRID, GRID)], [])
-    got, true = decode(torch.cat(log_p).exp().numpy()), torch.cat([s[1] for s in scenes]).numpy()
-    fit = 1 - ((got - true) ** 2).sum() / ((true - true.mean(0)) ** 2).sum() if len(true) else float("nan")
-    logits = torch.cat([model.buttons(s[3]) for s in scenes] + list(clicks))
-    true = torch.cat([s[4] for s in scenes] + [s[2] for s in scenes])
-    hit = ((logits > 0) & (true == 1)).sum()
-    f1 = 2 * hit / ((logits > 0) & ~true.isnan()).sum().add((true == 1).sum()).clamp(min=1)
+    reads, fit = [model.sticks(s[0]) for s in scenes if len(s[0])], math.nan   # a skin may have sticks only, or buttons only
+    if reads:
+        got, true = decode(torch.cat([log_p for log_p, _ in reads]).exp().numpy()), torch.cat([s[1] for s in scenes]).numpy()
+        fit = 1 - ((got - true) ** 2).sum() / ((true - true.mean(0)) ** 2).sum()
+    logits = torch.cat([click for _, click in reads] + [model.buttons(s[3]) for s in scenes if len(s[3])])
+    true = torch.cat([s[2] for s in scenes] + [s[4] for s in scenes])          # a click that the pad does not show: nan
+    read, held = (logits > 0) & ~true.isnan(), true == 1
+    f1 = 2 * (read & held).sum() / (read.sum() + held.sum()).clamp(min=1)
     return {"stick R2": round(float(fit), 4), "button F1": round(float(f1), 4)}
 
 
 def train(args):
-    """Train on drawn scenes; keep the running mean of the weights; write it again and again."""
+    """Train on drawn scenes; what is checked and written every --every steps is the running mean of the weights."""
     steps = (600 if args.skins else STEPS) if args.steps is None else args.steps
     peak = (5e-4 if args.skins else 2e-3) if args.lr is None else args.lr
     extract.within(args, 1, None, "steps", "every")
@@ -1008,14 +1060,16 @@ def train(args):
     extract.within(args, 8, None, "batch")
     extract.within(args, 0, 1, "lr")
     extract.writable(args.out)
-    skins = extract.load_skins(args.skins, 480) if args.skins else None       # larger is slower to draw
-    if skins is not None and not [s for s in skins if s.buttons or s.sticks]:
-        raise UserError(f"--skins {args.skins}: expected an OBS input-overlay preset (layout .json + atlas .png) or skins with geometry, found none that moves")
+    skins = extract.load_skins(args.skins, 480) if args.skins else []         # larger is slower to draw
+    skins = [s for s in skins if s.buttons or s.sticks]                        # a bare picture teaches nothing
+    if args.skins and not skins:
+        raise UserError(f"--skins {args.skins}: expected OBS input-overlay presets (layout .json + atlas .png) or NAME.png with NAME.json, "
+                        "found bare pictures: say in NAME.json where their controls are")
+    torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))      # the process that renders scenes has a core of its own
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = load_parser(args.ckpt) if args.ckpt else Parser(args.preset)
-    mean = load_parser(args.ckpt) if args.ckpt else Parser(args.preset)
-    mean.load_state_dict(model.state_dict())
+    mean = copy.deepcopy(model)
     held = iter(Teacher(args.seed + 1000, skins, fresh=0))
     held = [next(held) for _ in range(16)]
     curve = [{"step": 0, **check(mean, held)}] if args.ckpt else []
@@ -1024,7 +1078,7 @@ def train(args):
     stick_pool, button_pool = Pool(args.pool), Pool(8 * args.pool)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.02, betas=(0.9, 0.98))
     warmup = min(200, steps // 10 + 1)
-    bar = tqdm(range(1, steps + 1), desc=f"train {args.preset}", mininterval=10)
+    bar = tqdm(range(1, steps + 1), desc=f"train {model.config['preset']}", mininterval=10)
     for step in bar:
         for _ in range(1 if stick_pool.n else 40):                             # one new scene a step, forty before the first
             scene_ = next(scenes)
@@ -1034,9 +1088,12 @@ def train(args):
         # --- one step: everything below the next line is book-keeping
         model.train()
         loss = parser_loss(model, generator, stick_pool.draw(generator, args.batch), button_pool.draw(generator, 3 * args.batch))
+        total = sum(loss.values())
+        if not math.isfinite(total.item()):                                    # or it would spoil the mean and the file
+            raise UserError(f"expected a falling loss, found {total.item()} at step {step}: give a smaller --lr than {peak:g}")
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        sum(loss.values()).backward()
+        total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         # ---
@@ -1046,11 +1103,13 @@ def train(args):
                 a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
         bar.set_postfix_str(" | ".join(f"{k} {v.item():.3f}" for k, v in loss.items()) + f" | lr {lr:.1e}", refresh=False)
         if step % args.every == 0 or step == steps:
-            curve.append({"step": step, **{k: round(v.item(), 4) for k, v in loss.items()}, **check(mean, held), "cpu_s": round(time.process_time())})
+            losses = {k: round(v.item(), 4) for k, v in loss.items()}
+            curve.append({"step": step, **losses, **check(mean, held), "cpu_s": round(time.process_time())})
             tqdm.write(" | ".join(f"{k} {v}" for k, v in curve[-1].items()))
             save_parser(args.out, mean, step=step, curve=curve, args={k: str(v) for k, v in vars(args).items() if k != "run"})
     if args.ckpt:
-        print(f"before {curve[0]['stick R2']:.3f} R2, {curve[0]['button F1']:.3f} F1; after {curve[-1]['stick R2']:.3f} R2, {curve[-1]['button F1']:.3f} F1 (one frame at a time)")
+        before, after = (f"{row['stick R2']:.3f} R2, {row['button F1']:.3f} F1" for row in (curve[0], curve[-1]))
+        print(f"before {before}; after {after} (one frame at a time)")
 
 
 def main(argv=None):
@@ -1070,11 +1129,11 @@ def main(argv=None):
     p.set_defaults(run=evaluate)
     p = verbs.add_parser("train", help="train the reader on drawn skins, or fit it to yours", allow_abbrev=False)
     p.add_argument("--out", required=True, help="where the weights go (.safetensors)")
-    p.add_argument("--skins", metavar="DIR", help="OBS input-overlay preset(s) to train on instead of random drawn skins")
+    p.add_argument("--skins", metavar="DIR", help="skins to fit to: OBS input-overlay presets, or NAME.png with NAME.json (default: random ones)")
     p.add_argument("--ckpt", help="weights to start from (default: none, from scratch)")
-    p.add_argument("--preset", default="narrow", choices=PRESETS, help="size of the nets (default: narrow; b0 and larger want a GPU)")
+    p.add_argument("--preset", default="narrow", choices=PRESETS, help="size of new nets; --ckpt brings its own (default: narrow; the CPU trains it)")
     p.add_argument("--steps", type=int, help=f"optimiser steps (default: {STEPS}; with --skins 600)")
-    p.add_argument("--batch", type=int, default=64, help="sticks a step, and three times as many buttons (default: as shipped)")
+    p.add_argument("--batch", type=int, default=64, help="sticks a step, and three times as many buttons (default: 64)")
     p.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: 2e-3; with --skins 5e-4)")
     p.add_argument("--pool", type=int, default=12000, help="stick close-ups kept to draw from, 8 x as many buttons: about 1.3 GB by default")
     p.add_argument("--every", type=int, default=250, help="steps between checks on held-out scenes; the file is written at each")

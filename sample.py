@@ -6,7 +6,7 @@
 
 F is a .safetensors or a run folder. A Policy is loaded once and shared; a Session holds what one player has seen; both are what play.py and
 bench.py use. Letters as in model.py: B batch, F context frames, N image tokens, T actions of a chunk, A action dims, V vision width, k steps.
-What `--raw` writes is the sampler's own tensor (T, A): the model's layout, sticks (v + 1) / 2, nothing thresholded or clamped.
+What `--raw` writes is the sampler's own tensor, float32 (T, A): the model's layout, sticks (v + 1) / 2, nothing thresholded or clamped.
 """
 import contextlib
 import multiprocessing.connection as mpc
@@ -20,6 +20,7 @@ from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 
@@ -66,7 +67,7 @@ class Graph:
             fn(*self.args)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):      # other clients' threads may use the GPU meanwhile
             self.out = fn(*self.args)
 
     def __call__(self, *args):
@@ -100,7 +101,8 @@ class Policy:
         """uint8 (B, 256, 256, 3) -> image tokens (B, N, V). A model that never saw a whole frame, since an overlay was masked out of each that it learned
         from, is shown none: the same place is black for it when it plays."""
         if self.hole:
-            frames, (x0, y0, x1, y1) = frames.copy(), self.hole
+            x0, y0, x1, y1 = self.hole
+            frames = frames.copy()
             frames[:, y0:y1, x0:x1] = 0
         with self.lock:
             return self.model.see(torch.from_numpy(np.ascontiguousarray(frames))[:, None].to(self.device))[:, 0]
@@ -116,14 +118,15 @@ class Policy:
             return (self.replay if self.use_graph else self.run)(context, uncond, noise).float().cpu()
 
     def run(self, context, uncond, noise):
+        """euler() with what this policy has at hand."""
         return euler(self.model, context, noise, self.steps, self.guidance, uncond, self.times, self.step)
 
     def replay(self, context, uncond, noise):
         """run() through a CUDA graph, recorded at the first chunk of each batch size."""
-        def flat(c):
+        def flat(c):                                       # a Context as a list of tensors, which is what a graph can be fed
             return [] if c is None else [c.tokens, *(t for kv in c.kv if kv for t in kv)]
 
-        def fill(c, tensors):
+        def fill(c, tensors):                              # and a Context of c's form out of such tensors
             return c and M.Context(next(tensors), [kv and (next(tensors), next(tensors)) for kv in c.kv])
 
         def fn(noise, *tensors):
@@ -165,15 +168,17 @@ class Session:
         self.reset()
 
     def reset(self, env=None, seed=None, game=None):
-        """Forget what was seen and restart the noise, for one environment or all. Environment i draws from seed + i."""
-        self.seed = self.seed if seed is None else seed
-        self.game = self.game if game is None else game
+        """Forget what was seen and restart the noise, for one environment or all; seed and game stay as they are where not given. Environment i
+        draws from seed + i."""
+        game = self.game if game is None else game
+        number = self.policy.game_id(game)                 # first: a game that is not known leaves the session as it was
+        self.game, self.seed = game, self.seed if seed is None else seed
         if env is None:
-            c = self.policy.config
-            self.games = torch.full((self.envs,), self.policy.game_id(self.game))
-            self.seen = [deque(maxlen=c.frames) for _ in range(self.envs)]
+            self.games = torch.zeros(self.envs, dtype=torch.long)
+            self.seen = [deque(maxlen=self.policy.config.frames) for _ in range(self.envs)]
             self.noise = [torch.Generator() for _ in range(self.envs)]
         for i in range(self.envs) if env is None else [env]:
+            self.games[i] = number
             self.seen[i].clear()
             self.noise[i].manual_seed((self.seed + i) % 2**63)
 
@@ -194,8 +199,9 @@ class Session:
         blank = torch.zeros_like(self.seen[0][-1])
         seen = torch.stack([torch.stack([blank] * (n - len(s)) + list(s)) for s in self.seen])   # (B, n, N, V), oldest first
         keep = torch.tensor([[i >= n - len(s) for i in range(n)] for s in self.seen])      # (B, n)
-        noise = torch.stack([torch.randn(c.horizon, c.action_dim, generator=g) for g in self.noise]) if noise is None else \
-            torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)             # (B, T, A)
+        if noise is None:
+            noise = torch.stack([torch.randn(c.horizon, c.action_dim, generator=g) for g in self.noise])
+        noise = torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)         # (B, T, A)
         raw = self.policy.chunk(seen, keep, self.games, noise)
         return raw[0] if single else raw
 
@@ -211,7 +217,7 @@ class Session:
 class Server:
     """Sessions over multiprocessing.connection: framed bytes, never pickles; the messages are described in extract.py. A thread and a Session
     for each client. Whatever a client sends or leaves out costs that client its connection at most."""
-    PATIENCE, IDLE, CLIENTS = 10.0, 3600.0, 32     # seconds for a message to arrive or leave, seconds between two, clients at a time
+    PATIENCE, IDLE, CLIENTS = 10.0, 3600.0, 32     # seconds a message may take to arrive or to leave, seconds between two, clients at a time
 
     def __init__(self, policy, host="127.0.0.1", port=5555, key=None, game=None, seed=0):
         self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
@@ -238,6 +244,7 @@ class Server:
             time.sleep(0.05)
 
     def cut(self, late):
+        """Shut down the connections whose due time is `late`."""
         with self.lock:                                    # held while closing too, so that no other connection gets the number meanwhile
             for connection in [c for c, due in self.due.items() if late(due)]:
                 self.due[connection] = float("inf")
@@ -245,6 +252,7 @@ class Server:
                     s.shutdown(socket.SHUT_RDWR)
 
     def accept(self):
+        """A thread for each client that comes; one too many is told so."""
         while not self.stop.is_set():
             try:
                 connection = self.listener.accept()
@@ -295,6 +303,7 @@ class Server:
                     pass
 
     def answer(self, session, message):
+        """One message -> its reply, both bytes as extract.py describes them; a request that can't be served is answered too."""
         try:
             header, array = extract.unpack_message(message)
             do = header.get("do")
@@ -302,8 +311,10 @@ class Server:
                 return extract.pack_message(session.info())
             if do == "reset":
                 seed, game = header.get("seed"), header.get("game")
-                if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 63) or not isinstance(game, (str, int, type(None))):
-                    raise ValueError("expected an integer seed >= 0 and a game's name or id")
+                if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 63):
+                    raise ValueError("expected an integer seed >= 0")
+                if not isinstance(game, (str, int, type(None))):
+                    raise ValueError("expected a game's name or id")
                 session.reset(seed=seed, game=game)
                 return extract.pack_message({})
             if do != "predict":
@@ -341,22 +352,18 @@ def policy_of(args):
 
 def run_image(args):
     """One chunk from one or more pictures -> chunk.npy."""
+    frames = [picture(p) for p in args.images]
     policy = policy_of(args)
     c = policy.config
-    if len(args.images) > c.frames:
-        raise UserError(f"expected at most {c.frames} image(s), the context of this checkpoint, found {len(args.images)}: give the newest")
-    frames = [picture(p) for p in args.images]
+    if len(frames) > c.frames:
+        raise UserError(f"expected at most {c.frames} image(s), the context of this checkpoint, found {len(frames)}: give the newest")
     noise = np_noise(args.noise, (c.horizon, c.action_dim)) if args.noise else None
     session = Session(policy, args.game, args.seed)
     for frame in frames[:-1]:
         session.seen[0].append(policy.see(shrink(frame)[None])[0])
     raw = session.predict_raw(frames[-1], noise)
     chunk = raw.numpy() if args.raw else policy.to_file(raw)
-
-    def write(tmp):
-        with open(tmp, "wb") as f:
-            np.save(f, chunk)
-    extract.write_atomic(args.out, write)
+    extract.write_npy(args.out, chunk)
     print(f"{args.out}: float32 {chunk.shape}")
 
 
@@ -382,7 +389,8 @@ def np_noise(path, shape):
 
 
 def run_video(args):
-    """A chunk is predicted every T frames and drawn row by row, `action_shift` frames after the frame it was predicted from."""
+    """A chunk is predicted whenever the one before it is used up; its actions are drawn at the model's rate, from `action_shift` actions after the
+    frame it was predicted from."""
     info = extract.video_info(args.video)
     if Path(args.out).resolve() == Path(args.video).resolve():
         raise UserError(f"{args.out}: expected another name than the video's own, which would be lost: give another --out")
@@ -390,20 +398,24 @@ def run_video(args):
     c = policy.config
     session, skin = Session(policy, args.game, args.seed), extract.our_skins()[0]
     w, h = (n - n % 2 for n in info["size"])
-    coming, begun, line = {}, time.monotonic(), extract.Line()                             # coming: frame number -> action
+    per_action = info["fps"] / c.hz                                                        # frames of the video, as in training
+    every, shift = max(round(c.horizon * per_action), 1), round(c.action_shift * per_action)
+    coming, begun, line = {}, time.perf_counter(), extract.Line()                          # coming: frame number -> action
     pad_h, pad_w = skin_size(draw(skin).shape, h, w)
     with extract.VideoWriter(args.out, info["fps"], (w + pad_w, h)) as out:
         for i, rgb in extract.read_video(args.video):
-            if i % c.horizon == 0:
-                coming |= {i + c.action_shift + j: a for j, a in enumerate(session.predict(rgb))}
+            if i % every == 0:
+                chunk = session.predict(rgb)                                               # (T, 25)
+                coming |= {i + shift + k: chunk[min(int(k / per_action + 1e-6), c.horizon - 1)] for k in range(every)}
             canvas = np.full((h, w + pad_w, 3), 24, np.uint8)
             canvas[:, :w] = rgb[:h, :w]
-            pad = extract.cv2.resize(draw(skin, coming.pop(i, extract.neutral())), (pad_w, pad_h), interpolation=extract.cv2.INTER_AREA).astype(np.float32)
-            spot, alpha = canvas[(h - pad_h) // 2:(h - pad_h) // 2 + pad_h, w:], pad[..., 3:] / 255
+            pad = cv2.resize(draw(skin, coming.pop(i, extract.neutral())), (pad_w, pad_h), interpolation=cv2.INTER_AREA).astype(np.float32)
+            top, alpha = (h - pad_h) // 2, pad[..., 3:] / 255
+            spot = canvas[top:top + pad_h, w:]
             spot[:] = pad[..., :3] * alpha + spot * (1 - alpha) + 0.5
             out.add(canvas)
-            if i % c.horizon == 0:
-                line.show(f"frame {i}/{info['n']} | {(i + 1) / (time.monotonic() - begun):.1f} frames/s")
+            if i % every == 0:
+                line.show(f"frame {i}/{info['n'] or '?'} | {(i + 1) / (time.perf_counter() - begun):.1f} frames/s")
     line.show(args.out, keep=True)
 
 
@@ -415,19 +427,22 @@ def skin_size(shape, h, w):
 
 def run_serve(args):
     """Serve until Ctrl-C or SIGTERM."""
+    if args.key == "":                                     # an unset variable, say: it would serve without any key
+        raise UserError("--key: expected a secret, found an empty one: give some letters, or leave --key out")
     policy = policy_of(args)
     server = Server(policy, args.host, args.port, args.key, args.game, args.seed)
     if threading.current_thread() is threading.main_thread():
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, lambda *_: server.stop.set())
     open_to_all = args.host not in ("127.0.0.1", "localhost") and not args.key
-    print(f"serving {args.ckpt} on {server.address[0]}:{server.address[1]}{', to anyone who can reach it: consider --key' if open_to_all else ''}; Ctrl-C ends it", flush=True)
+    warning = ", to anyone who can reach it: consider --key" if open_to_all else ""
+    print(f"serving {args.ckpt} on {server.address[0]}:{server.address[1]}{warning}; Ctrl-C ends it", flush=True)
     server.run()
 
 
 def main(argv=None):
     """Parse the command line."""
-    parser = extract.Parser(description="Sample actions from a policy.", allow_abbrev=False)
+    parser = extract.Parser(prog="sample.py", description="Sample actions from a policy.", allow_abbrev=False)
     sub = parser.add_subparsers(required=True, metavar="image | video | serve")
 
     def command(name, run, text):
@@ -435,11 +450,13 @@ def main(argv=None):
         p.set_defaults(run=run)
         p.add_argument("--ckpt", required=True, help="a .safetensors, or a run folder of train.py")
         p.add_argument("--euler", type=int, metavar="K", help="Euler steps (default: the checkpoint's; 16 in the paper)")
-        p.add_argument("--cfg", type=float, default=0.0, metavar="S", help="guidance: cond + S (cond - uncond), uncond = the newest frame alone, no game (default 0 = off)")
+        p.add_argument("--cfg", type=float, default=0.0, metavar="S",
+                       help="guidance: cond + S (cond - uncond), uncond = the newest frame alone, no game (default 0 = off)")
         p.add_argument("--game", metavar="ID|NAME", help="the game to play, where the checkpoint knows games (default: none)")
         p.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-        p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations; bfloat16 pays on GPUs (default float32)")
+        p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                       help="of weights and activations; bfloat16 pays on GPUs (default float32)")
         p.add_argument("--compile", action="store_true", help="torch.compile the denoising step: a minute at the start (default off)")
         return p
     p = command("image", run_image, "predict one chunk from images")
@@ -454,7 +471,7 @@ def main(argv=None):
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = every network (default 127.0.0.1, this machine only)")
     p.add_argument("--port", type=int, default=5555, help="TCP port (default 5555)")
     p.add_argument("--key", help="a secret that clients must give (default: none)")
-    return extract.cli(parser, argv, M.ModelError, OSError)
+    return extract.cli(parser, argv, M.ModelError)
 
 
 if __name__ == "__main__":

@@ -1478,6 +1478,20 @@ def test_a_session_equals_encode_and_euler(policy):
     assert chunk.shape == (8, 25) and chunk.dtype == np.float32 and set(np.unique(chunk[:, :21])) <= {0.0, 1.0} and np.abs(chunk[:, 21:]).max() <= 1
 
 
+def test_a_refused_reset_changes_nothing_and_one_environment_may_change_its_game(policy):
+    session = sample.Session(policy, game="x", envs=2)
+    with pytest.raises(extract.UserError, match="its games are x, y"):
+        session.reset(seed=9, game="tetris")
+    session.reset()
+    assert session.game == "x" and session.seed == 0 and session.games.tolist() == [1, 1]
+    session.reset(1, game="y")
+    assert session.games.tolist() == [1, 2]
+
+
+def test_an_empty_key_is_refused(ckpt, capfd):
+    fails_in_one_line(capfd, sample.main, "serve", "--ckpt", ckpt, "--key", "", says="--key: expected a secret")
+
+
 def test_bfloat16_stays_near_float32(ckpt, policy):
     half = sample.Session(sample.Policy(ckpt, device="cpu", dtype="bfloat16")).predict_raw(pictures(1)[0])
     full = sample.Session(policy).predict_raw(pictures(1)[0])
@@ -1507,7 +1521,10 @@ def test_a_video_gets_its_pad(ckpt, tmp_path, monkeypatch):
     with extract.VideoWriter(tmp_path / "in ö.mp4", 30, (192, 108)) as out:
         for f in pictures(20):
             out.add(f[:108, :192])
+    asked, real = [], sample.Session.predict
+    monkeypatch.setattr(sample.Session, "predict", lambda self, rgb: asked.append(rgb) or real(self, rgb))
     assert sample.main(["video", str(tmp_path / "in ö.mp4"), "--ckpt", str(ckpt), "--out", str(tmp_path / "o.mp4")]) == 0
+    assert len(asked) == 5                                 # 8 actions of 60 Hz last 4 frames of 30
     frames = [rgb for _, rgb in extract.read_video(tmp_path / "o.mp4")]
     assert len(frames) == 20 and frames[0].shape[1] > 192 and frames[0].shape[0] == 108
 

@@ -2022,7 +2022,9 @@ def test_resume_equals_uninterrupted(squares, tmp_path, monkeypatch, capfd):
     assert logs[0] == logs[1] and len(logs[0]) == 8
     fails_in_one_line(capfd, train.main, "--resume", tmp_path / "cut", says="more --steps")
     fails_in_one_line(capfd, train.main, "--resume", tmp_path / "cut", "--steps", 9, "--batch", 2, says="--batch 2: expected 4")
+    fails_in_one_line(capfd, train.main, "--resume", tmp_path / "cut", "--steps", 9, "--hz", 30, says="--hz 30.0: expected none given")
     fails_in_one_line(capfd, train.main, squares, "--out", tmp_path / "cut", says="found a run in it")
+    fails_in_one_line(capfd, train.main, "--resume", tmp_path / "whole", "--steps", 9, "--out", tmp_path / "cut", says="found a run in it")
     assert run(train.main, "--resume", tmp_path / "cut", "--steps", 8) == 0
     assert cv2.imread(str(tmp_path / "cut" / "curve.png")).shape == (420, 1200, 3)
     meta = M.read_meta(tmp_path / "cut")[0]
@@ -2102,6 +2104,38 @@ def test_failed_saves_leave_the_old_files_and_say_so(squares, tmp_path, monkeypa
     assert {n: (out / n).read_bytes() for n in before} == before and not list(out.glob("*.tmp"))
     monkeypatch.undo()
     assert run(train.main, "--resume", out, "--steps", 3) == 0
+    monkeypatch.setattr(M, "save_file", full)                                              # the first save of a run: no state without its model
+    fails_in_one_line(capfd, train.main, squares, "--out", tmp_path / "first", *QUICK, "--steps", 1, says="start again")
+    assert not list((tmp_path / "first").glob("*.safetensors*"))
+
+
+def test_memory_that_runs_out_is_one_line(squares, tmp_path, monkeypatch, capfd):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(train, "cfm_loss", full)
+    monkeypatch.setattr(train, "memory", lambda *args: [])
+    fails_in_one_line(capfd, train.main, squares, "--out", tmp_path / "run", *QUICK, says="lower --micro")
+
+
+def test_dropout_is_replaced_where_the_checkpoint_had_none(tmp_path):
+    """And as the configuration, from which a resumed run builds its model, says."""
+    config = M.preset("toy", mixing=M.Stack(1, 6, 16, 0.0))
+    M.save(tmp_path / "start.safetensors", M.create(config).state_dict(), config)
+    args = type("Args", (), dict(resume=None, ckpt=tmp_path / "start.safetensors", hz=None, horizon=None, action_shift=None, dropout=0.3, freeze=[],
+                                 checkpointing=False, seed=0))
+    model = train.build(args, [])
+    again = M.NitroGen(model.config)
+    for ours, theirs in zip([*model.mixing, *model.dit], [*again.mixing, *again.dit]):
+        assert (ours.dropout, ours.final_dropout, ours.ff.dropout) == (theirs.dropout, theirs.final_dropout, theirs.ff.dropout) == (0.3, 0.3, 0.3)
+
+
+def test_the_curve_leaves_out_what_is_not_a_number(tmp_path):
+    log = train.Log(tmp_path / "log.csv", 0)
+    log.add(step=1, loss=1.5, val=1.0, r2=math.nan, f1=0.5, seconds=1.0)
+    log.add(step=2, loss=1.0, r2=0.25, seconds=2.0)
+    again = train.Log(tmp_path / "log.csv", 2)
+    assert again.rows[0]["r2"] == "nan" and [x.tolist() for x in again.column("r2")] == [[2], [0.25]]
+    train.draw_curve(tmp_path / "curve.png", again, {"rest": [math.nan, 0.0]})
 
 
 def test_divergence_stops_the_run_and_says_so(squares, tmp_path, capfd):

@@ -7,17 +7,16 @@
 
 In: DATA/CLIP/ with clip.json, frames.npy, frames_index.npy, actions.npy float32 (n, 25), and where they exist keep.npy bool (n,): this row may
 start a chunk; human.npy bool (n,): here a person took over; truth.npy for --truth. Out, under RUN:
-    model.safetensors    the average of the weights (EMA): what sample.py, play.py and --ckpt load
-    state.safetensors    raw weights, average, AdamW's moments, step: what --resume needs
+    model.safetensors    the average of the weights (EMA) and what is frozen: what sample.py, play.py and --ckpt load
+    state.safetensors    raw weights, average, AdamW's moments, step: what --resume needs beside it
     log.csv, curve.png   a line a step; the curves drawn
 
 Every random number is a function of the seed and of the sample's or the step's global number, so a resumed run, another number of processes or
 another size of micro-batch draws the same frames, noises, times and augmentations.
-Letters as in model.py, and M draws: pairs of noise and time for each encoded frame.
+Letters as in model.py; r draws are r pairs of noise and time for each encoded frame.
 """
 import argparse
 import contextlib
-import csv
 import ctypes
 import functools
 import json
@@ -30,7 +29,6 @@ import weakref
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import extract
 import model as M
-from extract import BUTTONS, UserError
+from extract import UserError
 
 OPEN_CLIPS = 100                     # clips held open at a time, two files each: under every system's limit
 WEIGHT_DECAY, EMA = 0.001, 0.9999    # [P]
@@ -66,16 +64,22 @@ def cfm_loss(model, frames, actions, mask=None, games=None, keep=None, noise=Non
     """Conditional flow matching [§3.4]: how far the network's velocity at a point between noise and action is from action - noise.
 
     frames (B, F, 256, 256, 3), actions (B, T, A) in the model's convention, mask (B, T) or (B, T, A): which of them count, games (B,) ids,
-    keep (B, F). noise (M B, T, A) and t (M B,): sample i owns the rows i M to i M + M - 1; drawn anew, M = 1, where not given. total: how many
+    keep (B, F). noise (r B, T, A) and t (r B,): sample i owns the rows i r to i r + r - 1; drawn anew, r = 1, where not given. total: how many
     action values to divide by where this is a part of a larger batch (default: those of the mask). -> a scalar.
     """
-    config = getattr(model, "module", model).config
-    noise = torch.randn_like(actions) if noise is None else noise                                         # (M B, T, A)
-    t = torch.from_numpy(draw_times(np.random.default_rng(int(torch.randint(2**62, ()))), len(noise), config)).to(noise) if t is None else t
+    config = getattr(model, "module", model).config            # DDP keeps the model under .module
+    if noise is None:
+        noise = torch.randn_like(actions)                                                                 # (r B, T, A)
+    if t is None:
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        t = torch.from_numpy(draw_times(rng, len(noise), config)).to(noise)                               # (r B,)
+    if mask is None:
+        mask = torch.ones_like(actions)
+    elif mask.ndim == 2:
+        mask = mask[..., None]
     draws = len(noise) // len(actions)
-    a = actions.repeat_interleave(draws, 0)                                                               # (M B, T, A)
-    w = torch.ones_like(actions) if mask is None else (mask if mask.ndim == 3 else mask[..., None]).expand_as(actions).to(actions.dtype)
-    w = w.repeat_interleave(draws, 0)                                                                     # (M B, T, A)
+    a = actions.repeat_interleave(draws, 0)                                                               # (r B, T, A)
+    w = mask.expand_as(actions).to(actions.dtype).repeat_interleave(draws, 0)                             # (r B, T, A)
     at = t[:, None, None]
     x = (1 - at) * noise + at * a                              # x_t: the straight line from noise (t = 0) to action (t = 1)
     v = model(x, t, frames, games, keep)                       # what the network takes for dx/dt
@@ -88,24 +92,31 @@ def sample_chunks(model, frames, noise, games=None, keep=None):
     """Noise (B, T, A) -> the sampler's tensor (B, T, A): x += v / k from t = 0, sample.py's Euler steps without its guidance and graphs."""
     config, context, x = model.config, model.encode(frames, games, keep), noise
     for i in range(config.steps):
-        x = x + model.velocity(x, torch.full((len(x),), int(i / config.steps * config.buckets), device=x.device), context) / config.steps
+        bucket = int(i / config.steps * config.buckets)
+        x = x + model.velocity(x, torch.full((len(x),), bucket, device=x.device), context) / config.steps
     return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the clips
 @functools.lru_cache(OPEN_CLIPS)
 def open_clip(folder, actions):
-    """(Frames, the actions of file `actions`, memory-mapped) of a clip."""
+    """A clip's extract.Frames and the actions of its file `actions`, float32 (n, 25); both memory-mapped."""
     return extract.Frames(folder), extract.read_npy(Path(folder) / actions, np.float32, 2)
+
+
+def game_of(meta):
+    """The game's name in a clip.json."""
+    return str(meta.get("game") or "unknown")
 
 
 class Clip:
     """One clip folder, checked: which frames may start a chunk, and chunks at the model's rate from a clip of any rate."""
 
     def __init__(self, folder, config, truth=False, human_weight=1.0):
-        self.folder, self.file, meta = Path(folder), "truth.npy" if truth else "actions.npy", extract.read_clip(folder)
+        self.folder, self.file = Path(folder), "truth.npy" if truth else "actions.npy"
+        meta = extract.read_clip(folder)
         frames, actions = open_clip(str(folder), self.file)
-        self.n, self.fps, self.game = len(actions), meta["fps"], str(meta.get("game") or "unknown")
+        self.n, self.fps, self.game = len(actions), meta["fps"], game_of(meta)
         extract.check_actions(self.folder / self.file, actions, frames.n)
         self.ratio = self.fps / config.hz                                                                  # rows of the clip for one action
         self.shift, self.horizon = config.action_shift, config.horizon
@@ -168,11 +179,14 @@ def load_clips(data, config, truth=False, human_weight=1.0, say=print):
             clip = Clip(path, config, truth, human_weight)
             if len(clip.kept):
                 clip.pictures(0, config)                                                       # a broken first picture is said now
-            (clips if len(clip.kept) else short).append(clip)
+                clips.append(clip)
+            else:
+                short.append(clip)
     if short:
         why = f"{short[0].folder}: {short[0].n} rows, none of its frames may start a chunk (too short, or all filtered out by keep.npy)"
         if not clips:
-            raise UserError(f"{why}{f', and {len(short) - 1} more like it' if len(short) > 1 else ''}: nothing is left to train on: give longer clips")
+            more = f", and {len(short) - 1} more like it" if len(short) > 1 else ""
+            raise UserError(f"{why}{more}: nothing is left to train on: give longer clips")
         say(f"left out {len(short)} clip(s) | {why}")
     return clips
 
@@ -188,9 +202,11 @@ def usual_hole(clips):
 def split(clips, share):
     """Clips -> (training, held out), by a hash of each clip's name: stable when clips are added. A game of two or more clips has at least one
     on each side, so that validation can speak of it."""
+    if not share:
+        return clips, []
     place = {clip: zlib.crc32(clip.folder.name.encode()) / 2**32 for clip in clips}
     held = set()
-    for game in {c.game for c in clips} if share > 0 else ():
+    for game in {c.game for c in clips}:
         mine = sorted((c for c in clips if c.game == game), key=lambda c: (place[c], c.folder.name))
         n = sum(place[c] < share for c in mine)
         held |= set(mine[:min(max(n, 1), len(mine) - 1)])
@@ -210,22 +226,24 @@ class Batch(NamedTuple):
     mask: Tensor                              # bool (B, T)
     games: Tensor                             # (B,) ids, 0 = none
     keep: Tensor                              # bool (B, F)
-    noise: Tensor                             # (M B, T, A)
-    t: Tensor                                 # (M B,)
+    noise: Tensor                             # (r B, T, A)
+    t: Tensor                                 # (r B,)
     colour: Tensor                            # (B, 3, 4), see augmentation
     warp: Tensor                              # (B, 2, 3)
-    last: Tensor                              # (B, A) the action before the frame, in file convention
+    last: Tensor                              # (B, 25) the action before the frame, in file convention
     clip: Tensor                              # (B,) number of the clip
 
     def to(self, device):
         if device.type == "cpu":
             return self
-        return Batch(*(x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device) for x in self))
+        if device.type == "cuda":
+            return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in self))
+        return Batch(*(x.to(device) for x in self))
 
 
 class Sampler:
     """Chunks drawn uniformly over all kept frames, or each game alike (`balance`). A batch of B takes one frame from each of B equal shares of
-    the (weighted) frames in a row, so it holds every clip and game in its share, which is less noise for nothing than independent draws [O]."""
+    the (weighted) frames in a row, so it holds every clip and game in proportion, with less noise than independent draws and at no cost [O]."""
 
     def __init__(self, clips, config, batch, draws=1, seed=0, balance=False, augment=True, game_ids=None, drop_games=0.0, on_cpu=True):
         self.clips, self.config, self.batch, self.draws, self.seed = clips, config, batch, draws, seed
@@ -253,17 +271,20 @@ class Sampler:
 
     def total(self, step):
         """How many action values count in the whole batch of a step, all processes' shares together."""
-        steps = sum(int((self.clips[k].edges(self.clips[k].rows[j])[:-1] < self.clips[k].n).sum()) for k, j in zip(*self.picks(step)))
-        return steps * self.draws * self.config.action_dim
+        actions = 0
+        for k, j in zip(*self.picks(step)):
+            clip = self.clips[k]
+            actions += int((clip.edges(clip.rows[j])[:-1] < clip.n).sum())
+        return actions * self.draws * self.config.action_dim
 
     def load(self, step, begin=0, end=None):
         """Samples begin..end of a step's batch -> Batch. Runs in threads: decoding and warping leave Python's lock."""
-        clips, frames = self.picks(step)
-        rows = [self.sample(step * self.batch + j, int(clips[j]), int(frames[j])) for j in range(begin, self.batch if end is None else end)]
-        frames, actions, mask, game, keep, noise, t, colour, warp, last = (np.stack(x) for x in zip(*rows))
-        actions = M.actions_in(torch.from_numpy(actions), self.config.old_layout)
-        return Batch(torch.from_numpy(frames), actions, *map(torch.from_numpy, (mask, game, keep)), torch.from_numpy(noise).flatten(0, 1),
-                     torch.from_numpy(t).flatten(), *map(torch.from_numpy, (colour, warp, last)), torch.from_numpy(clips[begin:end]))
+        end = self.batch if end is None else end
+        clips, kept = self.picks(step)
+        rows = [self.sample(step * self.batch + i, int(clips[i]), int(kept[i])) for i in range(begin, end)]
+        frames, actions, mask, games, keep, noise, t, colour, warp, last = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
+        return Batch(frames, M.actions_in(actions, self.config.old_layout), mask, games, keep, noise.flatten(0, 1), t.flatten(),
+                     colour, warp, last, torch.from_numpy(clips[begin:end]))
 
     def sample(self, number, k, j):
         """Everything of the sample with this global number: kept frame j of clip k."""
@@ -280,7 +301,7 @@ class Sampler:
 
 
 def narrow(actions, dim):
-    """Actions (T, 25) -> (T, dim): models of 21 values know only the 17 buttons of a real pad."""
+    """Actions (..., 25) -> (..., dim): models of 21 values know only the 17 buttons of a real pad."""
     if dim == extract.A:
         return actions
     if dim != extract.A - len(extract.LEGACY):
@@ -343,8 +364,9 @@ def groups(model):
     decay, free = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            plain = p.ndim < 2 or name.endswith((".b", ".bias")) or "embedding.weight" in name and "patch" not in name
-            (free if plain else decay).append(p)
+            table = name.endswith(("position_embedding.weight", "game_embedding.weight"))
+            matrix = p.ndim >= 2 and not name.endswith(".b") and not table                # .b: (embodiments, n), a bias with two dimensions
+            (decay if matrix else free).append(p)
     return [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
 
 
@@ -355,7 +377,7 @@ def rate(step, args):
 
 
 class Average:
-    """EMA of the weights [P: 0.9999]. Its first steps average over a tenth of what has been, or a short run would stay at its start."""
+    """EMA of the weights [P: 0.9999]. Early on it spans about the last tenth of the steps so far, or a short run would stay at its start."""
 
     def __init__(self, params, device, decay=EMA):
         self.params, self.decay = list(params), decay
@@ -388,35 +410,42 @@ class Average:
 FREEZE = {"vision": ["vision"], "mixing": ["mixing"], "all-but-head": ["vision", "mixing", "dit", "games"]}
 
 
+def add_games(model, games, seed):
+    """Rows in the game table for the names that a checkpoint does not know yet."""
+    c, old = model.config, model.game_embedding
+    new = [g for g in games if g not in c.games]
+    if not new:
+        return
+    c.games = c.games + new
+    if c.context_tokens:                                       # a context that its frames fill has no room for the game token
+        c.context_tokens = max(c.context_tokens, c.frames * c.image_tokens + 1)
+    model.game_embedding = M.Embedding(len(c.games) + 1, c.vision_width, padding_idx=0, scale_grad_by_freq=True)
+    with torch.no_grad():
+        weight = model.game_embedding.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
+        weight[0] = 0                                          # row 0 = no game
+        if old is not None:
+            weight[:len(old.weight)] = old.weight
+
+
 def build(args, games):
     """The model to train, on the CPU: a fresh preset or --ckpt, with what the command line changes in its configuration."""
-    changes = {name: value for name, value in (("hz", args.hz), ("horizon", args.horizon), ("action_shift", args.action_shift)) if value is not None}
+    changes = {name: getattr(args, name) for name in ("hz", "horizon", "action_shift") if getattr(args, name) is not None}
     if args.resume:                                            # its frozen weights are there too, and its configuration as it was settled
         model, _ = M.load(args.resume)
     elif args.ckpt:
         model, _ = M.load(args.ckpt)
-        c = model.config
-        new = [g for g in games if g not in c.games]
-        if new:                                                # rows for games that the checkpoint does not know
-            c.games = c.games + new
-            c.context_tokens = c.context_tokens and max(c.context_tokens, c.frames * c.image_tokens + 1)
-            old, row = model.game_embedding, torch.Generator().manual_seed(args.seed)
-            table = M.Embedding(len(c.games) + 1, c.vision_width, padding_idx=0, scale_grad_by_freq=True)
-            with torch.no_grad():
-                table.weight.normal_(0, 0.02, generator=row)[0] = 0
-                if old is not None:
-                    table.weight[:len(old.weight)] = old.weight
-            model.game_embedding = table
+        add_games(model, games, args.seed)
         for name, value in changes.items():
-            setattr(c, name, value)
-        c.check()
+            setattr(model.config, name, value)
+        model.config.check()
     else:
         model = M.create(M.preset(args.preset or "toy", games=games, **changes), args.seed)
     if args.dropout is not None and not args.resume:
-        for block in (*model.mixing, *model.dit):
-            block.dropout = block.ff.dropout = args.dropout
-            block.final_dropout = args.dropout if block.final_dropout else 0.0
-        model.config.mixing.dropout = model.config.dit.dropout = args.dropout
+        for stack, blocks in (model.config.mixing, model.mixing), (model.config.dit, model.dit):
+            stack.dropout = args.dropout
+            for block in blocks:
+                block.dropout = block.ff.dropout = args.dropout
+                block.final_dropout = args.dropout if stack.final_dropout else 0.0
     for what in args.freeze:
         model.freeze(*FREEZE[what])
     model.checkpointing = args.checkpointing
@@ -490,7 +519,8 @@ def print_memory(rows):
     """The table of memory(), and its sum by device."""
     print(f"{'memory':36}{'values':>13}{'bytes each':>12}{'GB':>9}  device")
     for what, n, each, size, where in rows:
-        print(f"{what:36}{f'{n:,}' if n is not None else '':>13}{each or '':>12}{size / 1e9:9.3f}  {where}")
+        values = "" if n is None else f"{n:,}"
+        print(f"{what:36}{values:>13}{each or '':>12}{size / 1e9:9.3f}  {where}")
     for where in dict.fromkeys(r[-1] for r in rows):
         print(f"{'in all':36}{'':>25}{sum(r[3] for r in rows if r[-1] == where) / 1e9:9.3f}  {where}")
 
@@ -501,20 +531,24 @@ def score(chunks, truth, mask):
     chunks, truth = chunks[mask], truth[mask]                                                              # (steps, 25)
     sticks, error = truth[:, -4:], chunks[:, -4:] - truth[:, -4:]
     spread = ((sticks - sticks.mean(0)) ** 2).sum()
+    r2 = float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan
     pressed, true = chunks[:, :-4] > 0.5, truth[:, :-4] > 0.5
     hits, wrong = (pressed & true).sum(), (pressed != true).sum()
-    return (float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan), (float(2 * hits / (2 * hits + wrong)) if true.any() else math.nan)
+    f1 = float(2 * hits / (2 * hits + wrong)) if true.any() else math.nan
+    return r2, f1
 
 
 @torch.no_grad()
 def validate(model, sampler, means, device, autocast, micro):
-    """Loss at fixed noise and times, and chunks sampled from fixed noise, on held-out clips -> {"loss", "r2", "f1", "games": {game: {policy: [r2, f1]}}}.
+    """Loss at fixed noise and times, and chunks sampled from fixed noise, on held-out clips -> {"loss", "r2", "f1", "policies": {policy: [r2, f1]},
+    "games": {game: {policy: (r2, f1)}}}.
 
     Beside the model stand three policies that do not look: rest, repeat (the last action before the frame, which the model is not told) and
     mean (of the game's training clips). r2 and f1 are means over games.
     """
     model.eval()
-    sums, parts = np.zeros(2), []
+    layout, dim = model.config.old_layout, model.config.action_dim
+    sums, parts = np.zeros(2), []                              # sums: loss x actions, actions
     for begin in range(0, sampler.batch, micro):
         batch = sampler.load(0, begin, min(begin + micro, sampler.batch))
         b = batch.to(device)
@@ -523,18 +557,20 @@ def validate(model, sampler, means, device, autocast, micro):
             raw = sample_chunks(model, b.frames, b.noise[::sampler.draws], b.games, b.keep).float().cpu()
         weight = batch.mask.sum().item()
         sums += loss.item() * weight, weight
-        parts.append((M.actions_out(raw, model.config.old_layout).numpy(), M.actions_out(batch.actions, model.config.old_layout).numpy(),
-                      batch.mask.numpy(), narrow(batch.last.numpy(), model.config.action_dim), batch.clip.numpy()))
+        parts.append((M.actions_out(raw, layout).numpy(), M.actions_out(batch.actions, layout).numpy(), batch.mask.numpy(),
+                      narrow(batch.last.numpy(), dim), batch.clip.numpy()))
     chunks, truth, mask, last, clip = (np.concatenate(x) for x in zip(*parts))
-    game_of, games = np.array([c.game for c in sampler.clips])[clip], {}
-    for game in sorted(set(game_of)):
-        here = game_of == game
-        mean = narrow(means.get(game, np.zeros(extract.A)), truth.shape[-1])
+    played, games = np.array([c.game for c in sampler.clips])[clip], {}                                    # (n,) names
+    for game in sorted(set(played)):
+        here = played == game
+        mean = narrow(means.get(game, extract.neutral()), dim)
         policies = {"model": chunks[here], "rest": np.zeros_like(truth[here]), "repeat": np.repeat(last[here, None], truth.shape[1], 1),
                     "mean": np.broadcast_to(mean, truth[here].shape)}
         games[game] = {name: score(p, truth[here], mask[here]) for name, p in policies.items()}
-    overall = {name: [float(np.nanmean(x)) if not np.isnan(x).all() else math.nan for x in np.array([g[name] for g in games.values()]).T]
-               for name in ("model", "rest", "repeat", "mean")}
+    overall = {}
+    for name in policies:
+        columns = np.array([g[name] for g in games.values()]).T                                            # R2, F1 of each game
+        overall[name] = [math.nan if np.isnan(x).all() else float(np.nanmean(x)) for x in columns]
     training_mode(model)
     return {"loss": float(sums[0] / sums[1]), "r2": overall["model"][0], "f1": overall["model"][1], "policies": overall, "games": games}
 
@@ -558,33 +594,39 @@ class Log:
     def __init__(self, path, step):
         self.path, self.rows = path, []
         if step and path.is_file():
-            with open(path, newline="", encoding="utf-8", errors="replace") as f:
-                self.rows = [r for r in csv.DictReader(f) if self.whole(r) and int(r["step"]) <= step]
-        extract.write_atomic(path, lambda tmp: Path(tmp).write_text("".join(",".join(r) + "\n" for r in [COLUMNS, *map(self.texts, self.rows)]), encoding="utf-8"))
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            rows = [dict(zip(COLUMNS, line.split(","))) for line in lines]
+            self.rows = [r for r in rows if self.whole(r) and int(r["step"]) <= step]
+        text = "".join(self.line(r) for r in [dict(zip(COLUMNS, COLUMNS)), *self.rows])
+        extract.write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
     @staticmethod
     def whole(row):
-        """Is this row one of ours, not cut off by a kill?"""
+        """Is this row one of ours, not the header and not cut off by a kill?"""
         try:
-            return row["step"].isdecimal() and len([float(row[c]) for c in COLUMNS if row.get(c) or c == "seconds"]) > 0
-        except (KeyError, TypeError, ValueError, AttributeError):
+            for text in [row["seconds"], *filter(None, row.values())]:
+                float(text)
+            return row["step"].isdecimal()
+        except (KeyError, ValueError):
             return False
 
-    def texts(self, row):
-        return [str(row.get(c) or "") for c in COLUMNS]
+    @staticmethod
+    def line(row):
+        """A row, texts by column, as a line of the file."""
+        return ",".join(row.get(c, "") for c in COLUMNS) + "\n"
 
     def add(self, **row):
         """Append one step's row."""
         self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
         try:
             with open(self.path, "a", encoding="utf-8") as f:
-                f.write(",".join(self.texts(self.rows[-1])) + "\n")
+                f.write(self.line(self.rows[-1]))
         except OSError as e:
-            raise UserError(f"can't write {self.path}: {e.strerror or e}: make room, then --resume {self.path.parent}") from None
+            raise UserError(f"can't write {self.path}: {e.strerror or e}: make room or close what holds it, then --resume {self.path.parent}") from None
 
     def column(self, name):
-        """(steps, values) where the column has a value."""
-        rows = [(int(r["step"]), float(r[name])) for r in self.rows if r.get(name)]
+        """(steps, values) where the column has a value; NaN (nothing to find on the held-out clips) is none."""
+        rows = [(int(r["step"]), float(r[name])) for r in self.rows if r.get(name) and math.isfinite(float(r[name]))]
         return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
 
 
@@ -599,6 +641,7 @@ def draw_curve(path, log, policies):
         def place(step, value):
             y = box[3] - (np.clip(value, low, high) - low) / (high - low) * (box[3] - box[1])
             return np.stack([box[0] + np.asarray(step) / last * (box[2] - box[0]), y], -1)
+
         cv2.putText(picture, title, (box[0], 25), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
         for k in range(5):
             value = low + (high - low) * k / 4
@@ -610,23 +653,23 @@ def draw_curve(path, log, policies):
         for i, (name, colour, thick, steps, values) in enumerate(lines):
             if len(steps):
                 cv2.polylines(picture, [(place(steps, values) * 16).astype(np.int32)], False, colour, thick, cv2.LINE_AA, 4)
-                at = f"{name} {values[-1]:.3f}"
-                cv2.putText(picture, at, (box[0] + 4 + 170 * (i % 3), box[3] + 38), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
+                seen = f"{name} {values[-1]:.3f}"
+                cv2.putText(picture, seen, (box[0] - 20 + 135 * i, box[3] + 38), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
+
     steps, loss = log.column("loss")
     half = max(1, len(loss) // 100)                                                                        # a running mean over 2 % of the run
     smooth = np.convolve(np.pad(loss, half, "edge"), np.ones(2 * half + 1) / (2 * half + 1), "valid") if len(loss) else loss
-    blue, orange, green, grey = (180, 90, 30), (30, 120, 230), (60, 150, 60), (160, 160, 160)              # BGR
+    blue, orange, green, grey = (30, 90, 180), (230, 120, 30), (60, 150, 60), (160, 160, 160)              # RGB
     val = log.column("val")
     high = max([1e-3, *np.percentile(smooth, [99]), *val[1]]) if len(smooth) else 1.0
     panel(0, "flow matching loss", 0.0, high, [("train", blue, 1, steps, smooth), ("held out", orange, 2, *val)])
     lines = [("stick R2", green, 2, *log.column("r2")), ("button F1", orange, 2, *log.column("f1"))]
     for i, name in enumerate(("best blind R2", "best blind F1")):
-        best = np.nanmax([-1.0, *(p[i] for policy, p in policies.items() if policy != "model" and not math.isnan(p[i]))]) if policies else -1.0
-        if best >= 0:
-            lines.append((name, grey, 1, np.array([0, last]), np.array([best, best])))
+        blind = [scores[i] for policy, scores in policies.items() if policy != "model" and scores[i] >= 0]   # below 0, or NaN: not drawn
+        if blind:
+            lines.append((name, grey, 1, np.array([0, last]), np.array([max(blind)] * 2)))
     panel(600, "sampled chunks on held-out clips", 0.0, 1.0, lines)
-    ok, png = cv2.imencode(".png", picture)
-    extract.write_atomic(path, lambda tmp: Path(tmp).write_bytes(png.tobytes()))
+    extract.save_png(path, picture)
 
 
 # ------------------------------------------------------------------------------------------------------------- saving, resuming
@@ -635,13 +678,18 @@ def named(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+NOT_RECORDED = {"out", "resume", "run", "dry_run", "device", "workers"}         # may differ between two equal runs
+FREE_AT_RESUME = {"data", "steps", "decay", "every", "micro", "ema_device", "compile", "checkpointing"}
+
+
 def recorded(args):
-    """The command line as files keep it: without what may differ between two equal runs."""
-    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "run", "dry_run", "device", "workers")}
+    """The command line as files keep it."""
+    return {k: v for k, v in vars(args).items() if k not in NOT_RECORDED}
 
 
 def save_run(out, model, average, optimizer, step, args, data, metrics):
-    """state.safetensors, then model.safetensors, each written aside and renamed: a crash or a full disk leaves the old ones whole."""
+    """model.safetensors and state.safetensors, each written aside and renamed: a crash or a full disk leaves the old ones whole. The state gets
+    its name last, since a state without its model could not be resumed."""
     params = named(model)
     tensors = {}
     for (name, p), mean in zip(params.items(), average.mean):
@@ -649,22 +697,28 @@ def save_run(out, model, average, optimizer, step, args, data, metrics):
         tensors |= {f"weights.{name}": p.detach(), f"average.{name}": mean, f"first.{name}": moments["exp_avg"], f"second.{name}": moments["exp_avg_sq"]}
     meta = {"nitrogen": json.dumps({"step": step, "args": recorded(args), "metrics": metrics})}
     whole = {**model.state_dict(), **dict(zip(params, average.mean))}
-    try:
-        extract.write_atomic(out / "state.safetensors", lambda tmp: save_file({n: t.contiguous() for n, t in tensors.items()}, tmp, meta))
-        M.save(out / "model.safetensors", whole, model.config, step, recorded(args), data, metrics)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"can't save to {out} ({e}): the files of the last save are whole; make room, then --resume {out}") from None
+
+    def write(tmp):
+        try:
+            save_file({n: t.contiguous() for n, t in tensors.items()}, tmp, meta)
+            M.save(out / "model.safetensors", whole, model.config, step, recorded(args), data, metrics)
+        except (OSError, SafetensorError) as e:
+            again = f"--resume {out}: the files of the last save are whole" if (out / "state.safetensors").is_file() else "start again"
+            raise UserError(f"can't save to {out} ({e}): make room, then {again}") from None
+    extract.write_atomic(out / "state.safetensors", write)
 
 
 def read_state(run):
-    """state.safetensors of a run folder -> (its meta, the file)."""
+    """state.safetensors of a run folder -> {"path", "step", "args", "metrics"}."""
     path = Path(run) / "state.safetensors"
     if not path.is_file():
         raise UserError(f"{run}: expected a run folder with state.safetensors, found none: give the --out of an earlier run")
     _, meta = M.read_header(path)
     try:
         meta = json.loads(meta["nitrogen"])
-        return {"step": int(meta["step"]), "args": dict(meta["args"]), "metrics": dict(meta["metrics"])}, path
+        args = dict(meta["args"])
+        args["data"] = [str(folder) for folder in args["data"]]
+        return {"path": path, "step": int(meta["step"]), "args": args, "metrics": dict(meta["metrics"])}
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
         raise UserError(f"{path}: expected the state of a run, found another .safetensors ({e}): give the --out of an earlier run") from None
 
@@ -686,37 +740,33 @@ def load_state(path, model, average, optimizer, step):
             p.copy_(read(f, f"weights.{name}"))
             mean.copy_(read(f, f"average.{name}"))
             first, second = (read(f, f"{kind}.{name}").to(p.device) for kind in ("first", "second"))
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device if p.device.type == "cuda" else "cpu"), "exp_avg": first, "exp_avg_sq": second}
-
-
-FREE_AT_RESUME = {"data", "steps", "decay", "device", "workers", "every", "micro", "ema_device", "compile", "checkpointing", "resume", "dry_run", "run"}
+            count = torch.tensor(float(step), device=p.device if p.device.type == "cuda" else "cpu")       # where AdamW keeps it itself
+            optimizer.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
 
 
 def settle(args, parser, argv):
-    """Fill in what the command line leaves open: from the run that is resumed, or by the preset. -> (args, the state's meta or None)"""
-    state = None
-    if args.resume:
-        meta, path = read_state(args.resume)
-        for name, value in meta["args"].items():
-            default = getattr(args, name, None)
+    """Fill in what the command line leaves open from the run that is resumed, and check it. -> (args, read_state()'s answer or None)"""
+    state = read_state(args.resume) if args.resume else None
+    if state:
+        given, stored = args, state["args"]
+        for name, value in stored.items():
+            default = parser.get_default(name)
             if default is not None and type(value) is not type(default):
-                raise UserError(f"{path}: expected the {name} of a run, found {str(value)[:20]!r}: give the --out of an earlier run")
-        stored = argparse.Namespace(**{**vars(args), **meta["args"]})
-        for name in ("resume", "out", "dry_run", "device", "workers"):                 # never stored
-            setattr(stored, name, getattr(args, name))
-        stored.out = args.resume
-        data, args = args.data, parser.parse_args(argv, stored)                        # what the line names wins over what is stored
-        args.data = data or meta["args"]["data"]
-        for name, value in meta["args"].items():
+                raise UserError(f"{state['path']}: expected the {name} of a run, found {str(value)[:20]!r}: give the --out of an earlier run")
+        args = argparse.Namespace(**{**vars(given), **stored, "out": given.resume})
+        args = parser.parse_args(argv, args)                                           # what the line names wins over what is stored
+        args.data = given.data or stored["data"]
+        for name, value in stored.items():
             if getattr(args, name) != value and name not in FREE_AT_RESUME:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {value}, as {path} was trained: "
+                expected = "none given" if value is None else value
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}, as {state['path']} was trained: "
                                 f"leave it out, or start anew with --ckpt {args.resume}")
-        state = meta | {"path": path}
     if not args.data:
         raise UserError("expected at least one folder of clips, found none: python train.py DATA --out RUN")
     if not args.out and not args.dry_run:
         raise UserError("expected --out RUN, where the run is kept, found none: add it")
-    if not args.resume and args.out and (Path(args.out) / "state.safetensors").is_file():
+    own = args.resume and args.out and Path(args.out).resolve() == Path(args.resume).resolve()
+    if args.out and not own and (Path(args.out) / "state.safetensors").is_file():
         raise UserError(f"{args.out}: expected a new folder, found a run in it: go on with --resume {args.out}, or give another --out")
     if args.ckpt and args.preset:
         raise UserError("expected --preset (a fresh model) or --ckpt (a trained one), found both: leave one out")
@@ -739,8 +789,9 @@ class Team(NamedTuple):
 
     @classmethod
     def join(cls, device):
+        """Meet the others and take a device: each process its own GPU, where there are GPUs."""
         world = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-        if world > 1 and device == "auto" and torch.cuda.is_available():
+        if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         device, reason = M.pick_device(device)
         if world > 1:
@@ -801,6 +852,9 @@ def train(args, parser, argv):
     team = Team.join(args.device)
     try:
         run(args, state, team)
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory on {team.device}: expected room for --micro {args.micro} and what the table names, found too little: lower --micro, "
+                        "or add --dtype bfloat16, --checkpointing, --freeze vision or --ema-device cpu") from None
     finally:
         if team.world > 1:
             dist.destroy_process_group()
@@ -808,16 +862,15 @@ def train(args, parser, argv):
 
 def prepare(args, team, say):
     """Data and model: (model, training clips, held-out clips, {game: id}). Fills in what depends on the model: lr, warm-up, decay, micro-batch."""
-    names = set()
+    games = set()
     if args.game_ids and not args.resume:
-        for folder in args.data:
-            for path in extract.clips_in(folder):
-                names.add(str(extract.read_clip(path).get("game") or "unknown"))
-    model = build(args, sorted(names))
+        games = {game_of(extract.read_clip(path)) for folder in args.data for path in extract.clips_in(folder)}
+    model = build(args, sorted(games))
     c = model.config
     clips = load_clips(args.data, c, args.truth, args.human_weight, say)
     if args.lr is None:
-        args.lr = float(f"{1e-4 * max(1.0, 1024 / c.width):.1e}")            # [P: 1e-4 at D 1024]; narrower nets take more [O: at D 96 twice as much learns less]
+        # [P: 1e-4 at D 1024]; narrower nets take more [O: at D 96 twice as much learns less]
+        args.lr = float(f"{1e-4 * max(1.0, 1024 / c.width):.1e}")
     args.warmup = min(500, args.steps // 20 + 1) if args.warmup is None else args.warmup
     args.decay = args.steps // 5 if args.decay is None else args.decay
     args.micro = min(args.micro or args.batch, args.batch // team.world or 1)
@@ -857,24 +910,29 @@ def run(args, state, team):
     net = torch.compile(model) if args.compile else model
     if team.world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    sampler = Sampler(training, config, args.batch, args.draws, args.seed, args.balance, not args.no_augment, ids, args.game_dropout, device.type == "cpu")
-    check = Sampler(held, config, min(args.val_frames, sum(len(c.kept) for c in held)), 4, balance=True, augment=False, game_ids=ids) if held else None
-    sums = {g: (sum(c.sum for c in training if c.game == g), sum(c.n for c in training if c.game == g)) for g in {c.game for c in training}}
-    means = {g: total / n for g, (total, n) in sums.items()}
-    data = {"clips": len(training), "held": sorted(c.folder.name for c in held), "frames": sum(len(c.kept) for c in training), "games": sorted(means), "hole": usual_hole(training)}
+    sampler = Sampler(training, config, args.batch, args.draws, args.seed, args.balance, not args.no_augment, ids, args.game_dropout,
+                      on_cpu=device.type == "cpu")
+    check = None
+    if held:
+        check = Sampler(held, config, min(args.val_frames, sum(len(c.kept) for c in held)), 4, balance=True, augment=False, game_ids=ids)
+    means = {}
+    for game in {c.game for c in training}:
+        mine = [c for c in training if c.game == game]
+        means[game] = sum(c.sum for c in mine) / sum(c.n for c in mine)
+    data = {"clips": len(training), "held": sorted(c.folder.name for c in held), "frames": sum(len(c.kept) for c in training),
+            "games": sorted(means), "hole": usual_hole(training)}
     parts = args.batch // (args.micro * team.world)
-    jobs = ((step, *((part * team.world + team.rank + k) * args.micro for k in (0, 1))) for step in range(start + 1, args.steps + 1) for part in range(parts))
     last = start + 1 if args.dry_run else args.steps
+    begins = [(part * team.world + team.rank) * args.micro for part in range(parts)]                       # this process's share of a batch
+    jobs = ((step, begin, begin + args.micro) for step in range(start + 1, last + 1) for begin in begins)
     out = None if args.dry_run else Path(args.out)
     log, line = None, extract.Line(team.rank > 0)
     if out and team.rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"can't write to {out} ({e.strerror}): give another --out") from None
+        out.mkdir(parents=True, exist_ok=True)
         log = Log(out / "log.csv", start)
     before = float(log.rows[-1]["seconds"]) if log and log.rows else 0.0
-    params, batches, began, smooth = list(named(model).values()), feed(sampler, jobs, args.workers), time.monotonic(), None
+    params, batches, smooth = list(named(model).values()), feed(sampler, jobs, args.workers), None
+    began = time.perf_counter()                                          # monotonic() stands still for 15 ms on Windows
     with signals() as asked, contextlib.closing(batches):
         for step in range(start + 1, last + 1):
             lr, total = rate(step, args), sampler.total(step)
@@ -903,7 +961,7 @@ def run(args, state, team):
             optimizer.zero_grad(set_to_none=True)
             average.update(step)
             # ---
-            took = time.monotonic() - began
+            took = time.perf_counter() - began
             row = {"step": step, "loss": loss, "lr": lr, "norm": norm.item(), "seconds": before + took}
             ends = step == last or stop
             if team.rank == 0 and check and out and (step % args.every == 0 or step == last):
@@ -919,7 +977,7 @@ def run(args, state, team):
                 if step % args.every == 0 or ends:
                     save_run(out, model, average, optimizer, step, args, data, metrics)
                     draw_curve(out / "curve.png", log, metrics.get("policies", {}))
-            if stop:
+            if stop and step < last:
                 say(f"saved at step {step} | go on with --resume {out}" if out else "nothing was written")
                 raise KeyboardInterrupt
     if team.rank == 0 and metrics:
@@ -937,11 +995,13 @@ def main(argv=None):
     p.add_argument("--preset", choices=M.PRESETS, help="size of a fresh model (default toy)")
     p.add_argument("--ckpt", metavar="F", help="weights to start from instead: a .safetensors or a run folder (a new optimiser and schedule)")
     p.add_argument("--resume", metavar="RUN", help="go on with a run where it stopped; --steps may grow, what shapes the run may not change")
-    p.add_argument("--freeze", nargs="+", default=[], choices=FREEZE, help="parts that keep their weights; all-but-head trains the action encoder and decoder only")
+    p.add_argument("--freeze", nargs="+", default=[], choices=FREEZE,
+                   help="parts that keep their weights; all-but-head trains the action encoder and decoder only")
     p.add_argument("--steps", type=int, default=3000, help="optimiser steps (default 3000)")
     p.add_argument("--batch", type=int, default=64, help="frames a step, over all processes (default 64; 4096 in the release)")
     p.add_argument("--micro", type=int, help="frames of one forward pass of one process; the rest is accumulated (default: the whole share)")
-    p.add_argument("--draws", type=int, default=4, metavar="M", help="noises and times for each encoded frame (default 4: after a toy run's first minutes the lowest loss at equal time)")
+    p.add_argument("--draws", type=int, default=4, metavar="r",
+                   help="noises and times for each encoded frame (default 4: after a toy run's first minutes the lowest loss at equal time)")
     p.add_argument("--lr", type=float, help="constant phase of AdamW's rate (default 1e-4 [paper] at width 1024, more for narrower ones: toy 1.1e-3)")
     p.add_argument("--warmup", type=int, help="steps of rising rate (default a twentieth of the steps, at most 500)")
     p.add_argument("--decay", type=int, help="steps of falling rate at the end (default a fifth of the steps)")
@@ -953,7 +1013,8 @@ def main(argv=None):
     p.add_argument("--human-weight", type=float, default=1.0, metavar="W", help="weight of frames where a person took over (human.npy; default 1)")
     p.add_argument("--truth", action="store_true", help="learn from truth.npy instead of actions.npy, to see what the labels cost")
     p.add_argument("--game-ids", action="store_true", help="tell the model which game it plays (clip.json's \"game\")")
-    p.add_argument("--game-dropout", type=float, default=0.2, metavar="P", help="share of samples without their game, which sample.py --cfg needs (default 0.2)")
+    p.add_argument("--game-dropout", type=float, default=0.2, metavar="P",
+                   help="share of samples without their game, which sample.py --cfg needs (default 0.2)")
     p.add_argument("--hz", type=float, help="actions a second (default: the preset's or the checkpoint's)")
     p.add_argument("--horizon", type=int, help="actions of a chunk (default: the preset's or the checkpoint's)")
     p.add_argument("--action-shift", type=int, help="actions between the frame and the chunk's first (default: the preset's or the checkpoint's)")

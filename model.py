@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -142,7 +143,7 @@ class Config:
         for name, value in [*vars(self).items(), *vars(self.mixing).items(), *vars(self.dit).items()]:
             if type(value) in (int, float):
                 need(0 <= value <= 1 << 20, f"{name} = {value} is out of range")
-        for name in ("patch", "vision_heads", "frames", "horizon", "steps", "buckets", "embodiments"):
+        for name in ("image", "patch", "vision_width", "vision_heads", "frames", "horizon", "steps", "buckets", "embodiments"):
             need(getattr(self, name) > 0, f"{name} must be at least 1")
         for name, stack in ("mixing", self.mixing), ("dit", self.dit):
             need(stack.dropout < 1, f"{name} dropout = {stack.dropout} leaves nothing")
@@ -161,9 +162,10 @@ class Config:
         need(self.horizon <= self.position_rows or not self.position_rows, f"{self.horizon} actions, {self.position_rows} positions")
         need(self.length <= 1 << 16, f"a context of {self.length} tokens is out of range")
         needed = self.frames * self.image_tokens + bool(self.games)
-        need(self.length >= needed, f"{self.frames} frames{' and a game' if self.games else ''} are {needed} tokens, the context has room for {self.length}")
-        need(not self.mixing.sinusoidal or self.length <= self.mixing.max_positions, f"{self.length} context tokens, {self.mixing.max_positions} sine positions")
-        need(not self.dit.sinusoidal or self.horizon <= self.dit.max_positions, f"{self.horizon} actions, {self.dit.max_positions} sine positions")
+        game = " and a game" if self.games else ""
+        need(self.length >= needed, f"{self.frames} frames{game} are {needed} tokens, the context has room for {self.length}")
+        for what, tokens, stack in ("context tokens", self.length, self.mixing), ("actions", self.horizon, self.dit):
+            need(not stack.sinusoidal or tokens <= stack.max_positions, f"{tokens} {what}, {stack.max_positions} sine positions")
         need(all(type(g) is str for g in self.games), "games must be names")
         need(len(self.beta) == 2 and all(type(b) in (int, float) and b > 0 for b in self.beta), "beta must be two positive numbers")
         return self
@@ -174,7 +176,8 @@ def dit_stack(layers, heads, head_width):
     return Stack(layers, heads, head_width, interleave=True, ada=True, affine=False)
 
 
-# toy and nano look at 32-pixel patches, through a stem: 64 image tokens, a quarter of the cost. small takes Google's SigLIP2-B/16-256, nitrogen SigLIP2-L/16-256.
+# toy and nano look at 32-pixel patches, through a stem: 64 image tokens, a quarter of the cost. small takes Google's SigLIP2-B/16-256,
+# nitrogen SigLIP2-L/16-256. First: patch, vision width, layers, heads, ffn.
 PRESETS = {
     "toy": Config(32, 96, 4, 6, 384, mixing=Stack(1, 6, 16, 0.1), dit=dit_stack(3, 6, 16), stem=True),
     "nano": Config(32, 192, 6, 6, 768, mixing=Stack(2, 6, 32, 0.1), dit=dit_stack(6, 6, 32), stem=True),
@@ -196,20 +199,20 @@ def preset(name, **changes):
 ACTIVATIONS = {"gelu": F.gelu, "gelu-approximate": functools.partial(F.gelu, approximate="tanh"), "linear-silu": F.silu,
                "geglu-approximate": lambda x: x * torch.sigmoid(1.702 * x)}     # not gated, whatever its name says [diffusers]
 GATED = {"geglu": F.gelu, "swiglu": F.silu}                                     # half of the projection gates the other half
-FEW_ROWS, LARGE = 64, 1 << 18
+FEW_ROWS, LARGE = 64, 1 << 18                                                   # rows of x, numbers in a weight: see linear()
 
 
 def linear(x, weight, bias):
     """x weight^T + bias. The T rows of a denoising step are too few for the default BLAS, which is tuned for many: on a CPU a product of 18
     rows with a large weight is up to 1.6 times faster through oneDNN (float32, 2 Zen 3 cores), one of 256 rows no faster."""
-    if x.numel() // x.shape[-1] <= FEW_ROWS and weight.numel() >= LARGE and x.device.type == "cpu" and x.dtype == torch.float32 \
-            and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+    few = x.numel() // x.shape[-1] <= FEW_ROWS and weight.numel() >= LARGE and x.device.type == "cpu" and x.dtype == torch.float32
+    if few and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-# torch's layers without their own random numbers, which init() or a checkpoint would overwrite (on the meta device they cost 70 MB of imports).
-
+# torch's layers without their own random numbers, which init() or a checkpoint would overwrite (on the meta device they cost 70 MB of
+# imports).
 class Linear(nn.Linear):
     """nn.Linear that skips its random fill (a checkpoint or create() fills it) and multiplies by linear() above."""
 
@@ -338,8 +341,9 @@ class PoolingHead(nn.Module):
 
 
 class Stem(nn.Sequential):
-    """A patch embedding of small strided convolutions, 4 x 4 then 3 x 3 at half the size each (2106.14881). A linear map of a 32 x 32 patch sees an
-    object anew at each place in it: in a test on three games, as many frames taught this stem sticks of R2 0.85 and that map none [O]."""
+    """A patch embedding of small strided convolutions, 4 x 4 then 3 x 3 at half the size each (2106.14881). A linear map of a 32 x 32 patch
+    sees an object anew at each place in it: in a test on three games, as many frames taught this stem sticks of R2 0.85 and that map none
+    [O]."""
     def __init__(self, patch, width):
         halvings = patch.bit_length() - 3                              # after the first layer's 4
         widths = [3, *(min(16 << n, width) for n in range(halvings)), width]
@@ -404,18 +408,21 @@ class Context(NamedTuple):
         return Context(self.tokens.repeat_interleave(r, 0), [kv and tuple(x.repeat_interleave(r, 0) for x in kv) for kv in self.kv])
 
     def cat(self, other):
-        return Context(torch.cat([self.tokens, other.tokens]), [a and tuple(map(torch.cat, zip(a, b))) for a, b in zip(self.kv, other.kv)])
+        """The samples of both, this one's first."""
+        kv = [ours and (torch.cat([ours[0], theirs[0]]), torch.cat([ours[1], theirs[1]])) for ours, theirs in zip(self.kv, other.kv)]
+        return Context(torch.cat([self.tokens, other.tokens]), kv)
 
 
 class Times(NamedTuple):
     """What depends on t only, for a batch of times (or for all steps of a sampler at once)."""
     encoder: Tensor                           # (B, 1, D) the time code's share of the action encoder
-    blocks: list                              # for each DiT block (scale, shift), (B, 1, D) each
+    blocks: list                              # for each DiT block (scale, shift), (B, 1, D) each; None: its norm1 is not modulated
     final: tuple                              # (shift, scale), in this order [R]
 
     def at(self, i):
         """Row i alone: step i of a sampler, for every sample of a batch."""
-        return Times(self.encoder[i:i + 1], [b and (b[0][i:i + 1], b[1][i:i + 1]) for b in self.blocks], tuple(x[i:i + 1] for x in self.final))
+        row = slice(i, i + 1)
+        return Times(self.encoder[row], [b and (b[0][row], b[1][row]) for b in self.blocks], (self.final[0][row], self.final[1][row]))
 
 
 class NitroGen(nn.Module):
@@ -594,7 +601,7 @@ def pick_device(wanted="auto"):
         try:
             device = torch.device(wanted)
             torch.empty(1, device=device).item()
-        except (RuntimeError, AssertionError) as e:
+        except (RuntimeError, AssertionError) as e:                    # AssertionError: a torch built without this device
             raise ModelError(f"device {wanted!r} can not be used here ({str(e).splitlines()[0]}): take cpu or auto") from None
         return device, "asked for"
     if torch.cuda.is_available():
@@ -630,8 +637,12 @@ def what_is(path):
     """What a file that is not a checkpoint seems to be, by its first bytes."""
     with open(path, "rb") as f:
         head = f.read(64)
-    return "an empty file" if not head else next((name for magic, name in MAGIC if head.startswith(magic)), None) \
-        or ("a video" if head[4:8] == b"ftyp" else "an unknown format")
+    if not head:
+        return "an empty file"
+    for magic, name in MAGIC:
+        if head.startswith(magic):
+            return name
+    return "a video" if head[4:8] == b"ftyp" else "an unknown format"
 
 
 def find(path):
@@ -639,7 +650,8 @@ def find(path):
     path = Path(path)
     if path.is_dir():
         if not (path / "model.safetensors").is_file():
-            raise ModelError(f"{path}: expected a checkpoint, found a folder without model.safetensors: give a .safetensors file or a folder written by train.py")
+            raise ModelError(f"{path}: expected a checkpoint, found a folder without model.safetensors: "
+                             "give a .safetensors file or a folder written by train.py")
         return path / "model.safetensors"
     if not path.is_file():
         raise ModelError(f"{path}: expected a checkpoint, found nothing there: check the path")
@@ -647,7 +659,8 @@ def find(path):
 
 
 def read_header(path):
-    """A .safetensors header -> ({name: (dtype, shape, first byte in the file)}, metadata). Believes nothing that it has not checked."""
+    """A .safetensors header -> ({name: (dtype, shape, first byte in the file)}, metadata); dtype None = not floating point. Believes nothing
+    that it has not checked."""
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         start = f.read(8)
@@ -664,11 +677,9 @@ def read_header(path):
         meta = entries.pop("__metadata__", {})
         table, end = {}, 0
         for name, e in sorted(entries.items(), key=lambda kv: kv[1]["data_offsets"]):
-            (a, b), shape = e["data_offsets"], e["shape"]
-            if a != end or any(type(s) is not int or s < 0 for s in shape):
-                raise ValueError(f"tensor {name!r} has impossible offsets or shape")
-            dtype = DTYPES.get(e["dtype"])
-            if dtype and b - a != math.prod(shape) * dtype.itemsize:
+            (a, b), shape, dtype = e["data_offsets"], e["shape"], DTYPES.get(e["dtype"])
+            whole = all(type(number) is int and number >= 0 for number in (a, b, *shape)) and a == end <= b
+            if not whole or dtype and b - a != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name!r} has impossible offsets or shape")
             table[name], end = (dtype, tuple(shape), 8 + n + a), b
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
@@ -696,9 +707,11 @@ def read_meta(path):
     path = find(path)
     table, meta = read_header(path)
     if not isinstance(meta, dict) or "nitrogen" not in meta:
-        siglip = any(n.startswith("vision_model.") for n in table)
-        raise ModelError(f"{path}: expected one of our checkpoints, found " + ("SigLIP weights: python model.py convert FILE OUT.safetensors --preset small"
-                         if siglip else f"another model's .safetensors (it holds {next(iter(table), 'nothing')}): give one written by train.py or model.py convert"))
+        if any(n.startswith("vision_model.") for n in table):
+            found = "SigLIP weights: python model.py convert FILE OUT.safetensors --preset small"
+        else:
+            found = f"another model's .safetensors (it holds {next(iter(table), 'nothing')}): give one written by train.py or model.py convert"
+        raise ModelError(f"{path}: expected one of our checkpoints, found {found}")
     try:
         meta = json.loads(meta["nitrogen"])
         meta["config"] = Config.from_dict(meta["config"])
@@ -732,7 +745,8 @@ def load(path, device="cpu", dtype=torch.float32, unused=True):
 
 
 def save(path, state, config, step=0, args=None, data=None, metrics=None):
-    """Write a checkpoint: beside its place first, then renamed, so that a reader never sees half a file."""
+    """Write a checkpoint, its folder too: beside its place first, then renamed, so that a reader never sees half a file. state: {name: tensor};
+    args, data, metrics: JSON dicts. A full disk raises safetensors' SafetensorError."""
     meta = {"config": asdict(config), "step": step, "args": args or {}, "data": data or {}, "metrics": metrics or {}}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -791,7 +805,8 @@ def released_config(released, state, vision_heads, games):
                      bool(d.get("attention_bias", True)), d.get("activation_fn", "gelu-approximate"), positions == "sinusoidal",
                      d.get("max_num_positional_embeddings", 512), bool(d.get("interleave_self_attention", False)), **norms)
     d = m["diffusion_model_cfg"]
-    dit = stack(d, ada=d.get("norm_type", "ada_norm") == "ada_norm", affine=bool(d.get("norm_elementwise_affine", False)), eps=float(d.get("norm_eps", 1e-5)))
+    dit = stack(d, ada=d.get("norm_type", "ada_norm") == "ada_norm", affine=bool(d.get("norm_elementwise_affine", False)),
+                eps=float(d.get("norm_eps", 1e-5)))
     rows = len(state["game_embedding.weight"]) - 1 if "game_embedding.weight" in state else 0
     if games is not None and len(games) != rows:
         raise ModelError(f"--games names {len(games)} games, the checkpoint has {rows}: one name for each id from 1 on")
@@ -819,8 +834,8 @@ def convert_released(path, vision_heads=None, games=None):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         raise ModelError(f"{path}: a pickle that wants to run code ({str(e).split('.')[0][:100]}): not opened; expected the released ng.pt") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError) as e:
-        raise ModelError(f"{path}: a damaged or foreign pickle ({str(e).splitlines()[0][:100]}): download it again") from None
+    except Exception as e:                                             # a damaged file meets whatever the unpickler trips over first
+        raise ModelError(f"{path}: a damaged or foreign pickle ({type(e).__name__} {' '.join(str(e).split())[:100]}): download it again") from None
     if not isinstance(ckpt, dict) or not isinstance(ckpt.get("ckpt_config"), dict) or not isinstance(ckpt.get("model"), dict):
         found = list(ckpt)[:5] if isinstance(ckpt, dict) else type(ckpt).__name__
         raise ModelError(f"{path}: expected the released format (model, ckpt_config, step, epoch), found {found}: give ng.pt")
@@ -828,8 +843,10 @@ def convert_released(path, vision_heads=None, games=None):
     tables = {n: state.pop(n) for n in list(state) if n.endswith(".pos_embed.pe")}
     try:
         config = released_config(ckpt["ckpt_config"], state, vision_heads, games)
+    except ModelError as e:
+        raise ModelError(f"{path}: {e}") from None
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
-        raise e if isinstance(e, ModelError) else ModelError(f"{path}: its configuration or its tensors lack {e}: expected the released format") from None
+        raise ModelError(f"{path}: its configuration or its tensors lack {e}: expected the released format") from None
     for name, t in tables.items():                                     # computed here, so what the file stores must be the formula's
         if t.ndim != 3 or (t[0] - sine_table(*t.shape[1:], t.device, t.dtype)).abs().max() > 1e-5:
             raise ModelError(f"{path}: {name} is not the sine table it should be")
@@ -843,7 +860,8 @@ def convert_siglip(path, name):
     theirs = {n: rename("vision_encoder." + n.removeprefix("vision_model.")) for n in table
               if n.startswith(("vision_model.", "embeddings.", "encoder.", "post_layernorm.", "head.")) and table[n][0]}
     if "vision.patch_embedding.weight" not in theirs.values():
-        raise ModelError(f"{path}: expected SigLIP2 weights (vision_model.*), found tensors like {next(iter(table), 'nothing')}: give google/siglip2-*'s model.safetensors")
+        raise ModelError(f"{path}: expected SigLIP2 weights (vision_model.*), found tensors like {next(iter(table), 'nothing')}: "
+                         "give google/siglip2-*'s model.safetensors")
     config = preset(name)
     model = create(config)
     state = model.state_dict()
@@ -884,10 +902,10 @@ def read_games(path):
         if isinstance(names, dict):
             ids = {i: n for n, i in names.items() if i != 0}
             names = [ids[i + 1] for i in range(len(ids))]
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError("other JSON")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ModelError(f"{path}: expected a JSON list of game names or {{name: id}} with ids 1, 2, ... ({type(e).__name__}: {e})") from None
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise ModelError(f"{path}: expected a JSON list of game names or {{name: id}} with ids 1, 2, ...")
+        raise ModelError(f"{path}: expected a JSON list of game names or {{name: id}} with ids 1, 2, ..., found {type(e).__name__} {e}: mend it") from None
     return names
 
 
@@ -898,12 +916,15 @@ def run_convert(args):
         raise ModelError(f"{path}: expected ng.pt or SigLIP2's model.safetensors, found {'a folder' if path.is_dir() else 'nothing there'}: check the path")
     if Path(args.out).is_dir():
         raise ModelError(f"{args.out}: expected the name of a file to write, found a folder: give another name")
+    if Path(args.out).resolve() == path.resolve():
+        raise ModelError(f"{args.out}: expected the name of a new file, found the one to convert: give another name")
     if "pickle" in what_is(path):
         state, config, step, account = convert_released(path, args.vision_heads, read_games(args.games) if args.games else None)
     else:
         read_header(path)                                              # says what a wrong file is before anything is asked of it
         if not args.preset:
-            raise ModelError(f"{path}: is a .safetensors: to start a policy from SigLIP2's vision add --preset (small: base-patch16-256, nitrogen: large-patch16-256)")
+            raise ModelError(f"{path}: expected ng.pt, found a .safetensors: to start a policy from SigLIP2's vision add --preset "
+                             "(small: base-patch16-256, nitrogen: large-patch16-256)")
         state, config, step, account = convert_siglip(path, args.preset)
     with torch.device("meta"):
         compare({n: t.shape for n, t in NitroGen(config).state_dict().items()}, {n: t.shape for n, t in state.items()}, path)
@@ -916,7 +937,8 @@ def run_info(args):
     meta, table, path = read_meta(args.file)
     c = meta["config"]
     print(f"{path}: step {meta.get('step')}, {sum(math.prod(s) for _, s, _ in table.values()):,} parameters in {len(table)} tensors")
-    print(f"{c.frames} frame(s) of {c.image_tokens} tokens in a context of {c.length}, {len(c.games)} games; {c.horizon} actions of {c.action_dim}, {c.steps} steps")
+    print(f"{c.frames} frame(s) of {c.image_tokens} tokens in a context of {c.length}, {len(c.games)} games; {c.horizon} actions of {c.action_dim}, "
+          f"{c.steps} steps")
     for key, value in {**meta, "config": asdict(c)}.items():
         print(f"{key}: {json.dumps(value)}")
 
@@ -930,7 +952,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """Parse the command line; without a command, the table of presets."""
-    parser = Parser(description="The policy's sizes and weights.", allow_abbrev=False)
+    parser = Parser(prog="model.py", description="The policy's sizes and weights.", allow_abbrev=False)
     parser.set_defaults(run=show_presets)
     sub = parser.add_subparsers()
     p = sub.add_parser("convert", help="the released ng.pt, or Google's SigLIP2 with --preset, -> OUT.safetensors", allow_abbrev=False)
@@ -949,6 +971,12 @@ def main(argv=None):
     except (ModelError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except SafetensorError as e:                                       # of save(): a full disk
+        print(f"error: can't write {args.out} ({e}): make room or give another name", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

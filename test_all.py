@@ -29,6 +29,7 @@ import threading
 import time
 import types
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -809,6 +810,15 @@ def test_normalisation_is_guarded():
     assert parse.r2(parse.normalise(one_sided.astype(np.float32), known=False), np.abs(true)) > 0.9
 
 
+def test_lag_is_the_shift_that_fits_and_none_where_all_fit_alike():
+    geometry = {"buttons": {"SOUTH": [0, 0, 1, 1]}, "sticks": {"left": {}}}
+    for n in 1, 3, 50:
+        still = np.zeros((n, 25), np.float32)
+        assert parse.score(still, still, geometry)["lag"] == 0
+    truth = parse.play(RNG(0), 50)
+    assert parse.score(np.roll(truth, 2, 0), truth, geometry)["lag"] == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------- parse.py: clips
 def drawn_clip(folder, skin, n=150, seed=0, opacity=0.9, held=None):
     """A clip folder of a drawn skin over a scrolling backdrop, with truth.npy; one button may be held most of the time."""
@@ -957,6 +967,8 @@ def test_recorded_and_unknown_pads_are_said_in_one_line(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 2 and "no overlay" in out[0] and "no geometry" in out[1]
     assert not np.load(tmp_path / "data" / "unknown" / "confidence.npy").any()
+    np.save(tmp_path / "data" / "rec" / "truth.npy", np.zeros((10, 25), np.float32))
+    fails_in_one_line(capsys, parse.main, "eval", tmp_path / "data" / "rec", says="found recorded play only")
 
 
 def test_confidence_falls_where_the_overlay_is_gone(tmp_path):
@@ -980,6 +992,22 @@ def test_training_is_reproducible_and_fits(tmp_path):
         assert parse.main([str(a) for a in argv]) == 0
     a, b, c = (parse.load_parser(f).state_dict() for f in files)
     assert all(torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_skins_of_sticks_or_buttons_only_and_a_lost_loss_are_no_traceback(tmp_path, monkeypatch, capsys):
+    """A pad may show sticks only, or buttons only; a loss that is not finite ends the training before it is written."""
+    skin, rng = extract.our_skins()[3], RNG(0)
+    backdrops = [extract.backdrop(rng, 400, 600)]
+    whole = [torch.from_numpy(a) for a in parse.scene(rng, skin, backdrops)]
+    for shown in ({"buttons": {}}, {"sticks": {}}):
+        scenes = [[torch.from_numpy(a) for a in parse.scene(rng, replace(skin, **shown), backdrops)]]
+        assert math.isnan(parse.check(parse.Parser(), scenes)["stick R2"]) == ("sticks" in shown)
+    monkeypatch.setattr(parse, "Teacher", lambda *args, **kwargs: itertools.repeat(whole))
+    monkeypatch.setattr(parse.torch.utils.data, "DataLoader", lambda scenes, **kwargs: scenes)
+    monkeypatch.setattr(parse, "parser_loss", lambda *args: {"grid": torch.tensor(math.nan)})
+    assert parse.main(["train", "--out", str(tmp_path / "w.safetensors"), "--pool", "400", "--workers", "0"]) == 2
+    assert "error: expected a falling loss, found nan at step 1" in capsys.readouterr().err
+    assert not (tmp_path / "w.safetensors").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- model, sample, play.Client
@@ -1403,6 +1431,7 @@ def wrong_files(folder):
             ("page", b"<!DOCTYPE html>", "a web page"), ("lfs", b"version https://git-lfs.github.com", "git-lfs"), ("noise", bytes(range(256)) * 9, "unknown format"),
             ("claims", struct.pack("<Q", 1 << 62) + b"{}", "unknown format"), ("json", good[:8] + b"{" + b"[" * (n - 1) + good[8 + n:], "damaged"),
             ("offsets", struct.pack("<Q", 75) + json.dumps({"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}).encode().ljust(75) + bytes(4), "impossible"),
+            ("null", struct.pack("<Q", 75) + json.dumps({"w": {"dtype": "I64", "shape": [1], "data_offsets": [0, None]}}).encode().ljust(75) + bytes(4), "impossible"),
             ("huge", struct.pack("<Q", len(huge)) + huge + good[8 + n:], "shape")):
         (folder / name).write_bytes(data)
         yield folder / name, says
@@ -1436,6 +1465,29 @@ def test_wrong_files_get_one_line_that_says_what_they_are(tmp_path, capsys, monk
         assert M.main(["convert", file, "out.safetensors"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "bombed").exists() and not (tmp_path / "out.safetensors").exists()
+    assert M.main(["convert", "pickle", "./pickle"]) == 2 and "a new file" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pickle_cut_anywhere_is_one_line(tmp_path):
+    torch.save({"model": {"a": torch.zeros(3)}, "ckpt_config": {}}, tmp_path / "ng.pt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "ng.pt").read_bytes()
+    for n in range(2, len(whole), 7):
+        (tmp_path / "ng.pt").write_bytes(whole[:n])
+        with pytest.raises(M.ModelError, match="download it again|wants to run code"):
+            M.convert_released(tmp_path / "ng.pt")
+
+
+def test_a_full_disk_leaves_no_half_checkpoint_and_no_traceback(tmp_path, monkeypatch, capsys):
+    def full(state, path, meta):
+        Path(path).write_bytes(b"half")
+        raise M.SafetensorError("No space left on device")
+    monkeypatch.setattr(M, "save_file", full)
+    monkeypatch.setattr(M, "convert_released", lambda *args: (model.state_dict(), model.config, 0, ""))
+    model = tiny()
+    (tmp_path / "ng.pt").write_bytes(b"\x80")
+    assert M.main(["convert", str(tmp_path / "ng.pt"), str(tmp_path / "new" / "x.safetensors")]) == 2
+    assert "No space left on device): make room" in capsys.readouterr().err and not list((tmp_path / "new").iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------- sessions and server

@@ -48,38 +48,49 @@ import extract
 from extract import A, BUTTON, BUTTONS, LEGACY, MESSAGE_LIMIT, SIDE, STICKS, UserError, neutral, pack_message, shrink, unpack_message
 
 WINDOWS = sys.platform == "win32"
+APART = {"creationflags": 0x200} if WINDOWS else {"start_new_session": True}       # for processes that our Ctrl-C must not reach
 MENU = ("BACK", "START", "GUIDE")                  # never pressed without --allow-menu: they pause, quit, or leave the game
 
 
 # ------------------------------------------------------------------------------------------------------------ the model elsewhere
 class Client:
-    """A session on a server: the frames it has seen are its own, other clients have theirs."""
+    """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: seconds to wait for an answer."""
+    connection = None
+
     def __init__(self, host="127.0.0.1", port=5555, key=None, timeout=60.0):
-        self.where, self.timeout, self.connection = f"{host}:{port}", timeout, None
+        self.where, self.timeout, self.lock = f"{host}:{port}", timeout, threading.Lock()
         try:
             self.connection = mpc.Client((host, port), "AF_INET")
-            if key:
-                self._wait("a request for the key; the server has none: leave out --key")
-                mpc.answer_challenge(self.connection, key.encode())
-                mpc.deliver_challenge(self.connection, key.encode())
-        except (OSError, EOFError, UnicodeError) as e:                      # the last: a host that can't be a name
-            raise UserError(f"server {self.where}: expected a server, found {e or 'a closed connection'}: start one with python sample.py serve") from None
+        except (OSError, UnicodeError) as e:               # the last: a host that can't be a name
+            raise UserError(f"server {self.where}: expected a server, found {e}: start one with python sample.py serve") from None
+        if key:
+            self._prove(key.encode())
+        self.info()
+
+    def _prove(self, key):
+        """Each side shows the other that it knows the key. A server without one never asks: it waits for our first message, and hangs up."""
+        self._wait("a request for the key")
+        try:
+            mpc.answer_challenge(self.connection, key)
+            mpc.deliver_challenge(self.connection, key)
+        except (OSError, EOFError):
+            raise UserError(f"server {self.where}: expected a request for the key, found a closed connection: leave out --key if the server has none") from None
         except (mpc.AuthenticationError, AssertionError, ValueError):      # Python 3.11's handshake asserts
             raise UserError(f"server {self.where}: the key is wrong: give the server's --key") from None
-        self.info()
 
     def _wait(self, expected):
         if not self.connection.poll(self.timeout):
             self.close()
-            raise UserError(f"server {self.where}: expected {expected}, found no answer in {self.timeout:g} s")
+            raise UserError(f"server {self.where}: expected {expected}, found no answer in {self.timeout:g} s: is it busy, or something else on that port?")
 
     def _ask(self, header, array=None):
         if self.connection is None:
             raise UserError(f"server {self.where}: the connection is closed: make a new Client")
         try:
-            self.connection.send_bytes(pack_message(header, array))
-            self._wait("an answer")
-            message = self.connection.recv_bytes(MESSAGE_LIMIT)
+            with self.lock:                                # one question at a time: a reset waits for the answer to a prediction of before
+                self.connection.send_bytes(pack_message(header, array))
+                self._wait("an answer")
+                message = self.connection.recv_bytes(MESSAGE_LIMIT)
         except (OSError, EOFError) as e:
             self.close()
             raise UserError(f"server {self.where}: the connection broke ({e or 'closed by the server'}): is the server still running?") from None
@@ -119,26 +130,33 @@ class LocalModel(Client):
         command = [sys.executable, str(Path(__file__).with_name("sample.py")), "serve", "--port", "0", *flags]
         self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
                                       errors="replace", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-        self.guard, self.last, found = Guard(model=self.child.pid), deque(maxlen=1), None
-        while not found:
-            line = self.child.stdout.readline()
-            if not line:
-                self.guard.dismiss()
-                raise UserError(f"the model did not start ({self._ended()})")
-            self.last.append(line.strip())
-            found = re.match(r"serving .* on 127\.0\.0\.1:(\d+)", line)
-        self.last.clear()
-        threading.Thread(target=lambda: self.last.extend(s.strip() for s in self.child.stdout), daemon=True).start()      # or its pipe fills
+        self.guard, self.last = Guard(model=self.child.pid), ""
         try:
-            super().__init__("127.0.0.1", int(found[1]), timeout=600.0)
+            port = self._port()
+            threading.Thread(target=self._listen, daemon=True).start()
+            super().__init__("127.0.0.1", port, timeout=600.0)
         except BaseException:
             self.close()
             raise
 
+    def _port(self):
+        """The port that the child says it serves on, once its model is loaded."""
+        for line in self.child.stdout:
+            self.last = line.strip()
+            found = re.match(r"serving .* on 127\.0\.0\.1:(\d+)", line)
+            if found:
+                self.last = ""
+                return int(found[1])
+        raise UserError(f"the model did not start ({self._ended()})")
+
+    def _listen(self):
+        """Read what the child says, or its pipe fills and it stands; the last line tells why it ended."""
+        for line in self.child.stdout:
+            self.last = line.strip()
+
     def _ended(self):
         status = self.child.wait(10)
-        words = " ".join(self.last)
-        return words.removeprefix("error: ") if status == 2 else f"its process ended with status {status}; last words: {words or 'none'}"
+        return self.last.removeprefix("error: ") if status == 2 else f"its process ended with status {status}; last words: {self.last or 'none'}"
 
     def _ask(self, header, array=None):
         try:
@@ -151,9 +169,11 @@ class LocalModel(Client):
 
     def close(self):
         super().close()
-        if self.child.poll() is None:
-            self.child.terminate()
-        self.child.wait(10)
+        self.child.terminate()
+        try:
+            self.child.wait(10)
+        except subprocess.TimeoutExpired:                  # in the midst of a long chunk
+            self.child.kill()
         self.guard.dismiss()
 
 
@@ -189,18 +209,32 @@ def load_mapping(path=None):
     mapping = extract.read_json(path, dict) if path else MAPPING
     for control, key in mapping.items():
         if control in STICKS and isinstance(key, dict):
-            bad = [k for k, v in key.items() if not (k == "mouse" and isinstance(v, (int, float)) and abs(v) < 1e5 or k in SIDES and isinstance(v, str) and v in KEYS | MOUSE)]
+            good = all(is_speed(v) if side == "mouse" else side in SIDES and is_key(v) for side, v in key.items())
         else:
-            bad = [] if control in BUTTON and isinstance(key, str) and key in KEYS | MOUSE else [control]
-        if bad:
+            good = control in BUTTON and is_key(key)
+        if not good:
+            named = [k for k in KEYS if not re.fullmatch(r"[a-z0-9]|f\d+", k)]
             raise UserError(f"{path}: expected a pad's control and a key, found {control!r}: {json.dumps(key)}: controls are {', '.join(BUTTONS)}, left, right "
-                            f"(of left, right, up, down, or mouse); keys a-z, 0-9, f1-f12, {', '.join(k for k in KEYS if len(k) > 3)}, {', '.join(MOUSE)}")
+                            f"(of left, right, up, down, or mouse); keys a-z, 0-9, f1-f12, {', '.join(named)}, {', '.join(MOUSE)}")
     return mapping
+
+
+def is_key(value):
+    """The name of a key or a mouse button?"""
+    return isinstance(value, str) and (value in KEYS or value in MOUSE)
+
+
+def is_speed(value):
+    """Pixels a second, of either sign?"""
+    return isinstance(value, (int, float)) and abs(value) < 1e5
 
 
 def keys_in(mapping):
     """All keys that a mapping can press."""
-    return {k for key in mapping.values() for k in ([key] if isinstance(key, str) else [v for s, v in key.items() if s in SIDES])}
+    keys = set()
+    for key in mapping.values():
+        keys |= {key} if isinstance(key, str) else {k for side, k in key.items() if side in SIDES}
+    return keys
 
 
 def keys_of(mapping, action, down=frozenset()):
@@ -223,10 +257,11 @@ def action_of(mapping, keys):
             action[BUTTON[control]] = 1
             keys.discard(key)
         elif control in STICKS:
-            for side in [s for s, k in key.items() if s in SIDES and k in keys]:
-                axis, sign = SIDES[side]
-                action[STICKS[control].start + axis] += sign
-                keys.discard(key[side])
+            for side, k in key.items():
+                if side in SIDES and k in keys:
+                    axis, sign = SIDES[side]
+                    action[STICKS[control].start + axis] += sign
+                    keys.discard(k)
     return action
 
 
@@ -244,17 +279,26 @@ class Window:
 
     @property
     def pid(self):
+        """The process that the window belongs to, 0 where it does not say."""
         return self.names[0][0] if self.names else 0
+
+    @property
+    def name(self):
+        """What --exe would find it by: the program, else the window's class; "" for a process that does not let itself be asked."""
+        spelled = self.names[0][1] if self.names else self.kind.lower().split("\0")
+        return spelled[0] if spelled else ""
 
     def rank(self, name):
         """How many processes up the tree a name is found, 99 for the window's class, None for nowhere."""
-        wanted = {name.lower(), name.lower().removesuffix(".exe")}
-        found = next((i for i, (_, names) in enumerate(self.names) if wanted & set(names)), None)
-        return 99 if found is None and wanted & set(self.kind.lower().split("\0")) else found
+        last = re.split(r"[\\/]", name.lower())[-1]        # of a path
+        wanted = {last, last.removesuffix(".exe")}
+        for i, (_, names) in enumerate(self.names):
+            if wanted & set(names):
+                return i
+        return 99 if wanted & set(self.kind.lower().split("\0")) else None
 
     def __str__(self):
-        name = self.names[0][1][0] if self.names else self.kind.replace("\0", "/") or "?"
-        return f"{name} {self.title[:40]!r} (id {self.id})"
+        return f"{self.name or '?'} {self.title[:40]!r} (id {self.id})"
 
 
 def spellings(*names):
@@ -349,11 +393,14 @@ class X11:
             pid, kind = self._property(window, "_NET_WM_PID"), self._property(window, "WM_CLASS")
             if window == self.root or not (pid or kind):
                 continue
-            box, title = self.box(window), self._property(window, "_NET_WM_NAME") or self._property(window, "WM_NAME")
-            if box and self._attributes(window).map_state == 2 and min(box[2:]) > 1:
+            box, attributes = self.box(window), self._attributes(window)                   # either is None for one that has vanished meanwhile
+            if box and attributes and attributes.map_state == 2 and min(box[2:]) > 1:
                 names = self.family(int.from_bytes(pid[:4], "little")) if pid else []
-                found.append(Window(window, title.decode(errors="replace"), box, names, kind.decode(errors="replace").strip("\0")))
+                found.append(Window(window, self._title(window), box, names, kind.decode(errors="replace").strip("\0")))
         return found
+
+    def _title(self, window):
+        return (self._property(window, "_NET_WM_NAME") or self._property(window, "WM_NAME")).decode(errors="replace")
 
     def box(self, window):
         """(left, top, width, height) of the client area on the desktop; None when the window is gone."""
@@ -364,19 +411,24 @@ class X11:
     def problem(self, window):
         """Why the picture is not the game's: "" when there is no reason to think so."""
         a, box = self._attributes(window), self.box(window)
-        if not a or a.map_state != 2:
+        if not a or not box or a.map_state != 2:
             return "is minimised"
         left, top, width, height = box
         mine = self._top(window)
         for x, y in ((0.5, 0.5), (0.2, 0.2), (0.8, 0.2), (0.2, 0.8), (0.8, 0.8)):
             over = self._place(self.root, left + int(width * x), top + int(height * y))[2]
             if over and over != mine:
-                return f"is covered by {self._title_in(over)!r}"
+                return f"is covered by {self._title_in(over) or 'another window'!r}"
         return ""
 
     def _title_in(self, window):
-        title = self._property(window, "_NET_WM_NAME") or self._property(window, "WM_NAME")
-        return title.decode(errors="replace") or next(filter(None, map(self._title_in, self._children(window)[1])), "another window")
+        """The title of a window, or the first one inside it: a window manager's frame has none of its own."""
+        if title := self._title(window):
+            return title
+        for child in self._children(window)[1]:
+            if title := self._title_in(child):
+                return title
+        return ""
 
     def focused(self, window):
         """Do keys go to this window? Without a window manager they may go to whatever lies under the pointer."""
@@ -423,12 +475,12 @@ class X11:
         self.x.XFlush(self.display)
 
     def held(self):
-        """The keys and mouse buttons that are down now, whoever presses them, of those given to prepare_keys."""
+        """The keys given to prepare_keys and the mouse buttons that are down now, whoever presses them."""
         state = ctypes.create_string_buffer(32)
         self.x.XQueryKeymap(self.display, state)
         mask = self._pointer()[1]
-        down = {n for n, code in self.codes.items() if state.raw[code // 8] >> code % 8 & 1}
-        return down | {n for n, number in MOUSE.items() if mask >> 7 + number & 1}
+        down = {n for n, code in self.codes.items() if state.raw[code // 8] >> (code % 8) & 1}
+        return down | {n for n, number in MOUSE.items() if mask >> (7 + number) & 1}
 
     def family(self, pid):
         """[(pid, [its names])] of a process and those that started it; a program under Wine or an interpreter also goes by its script's name."""
@@ -436,10 +488,10 @@ class X11:
         while pid > 1 and len(found) < 8:
             try:
                 comm = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                words = words[:1] + [w for w in words[1:3] if not w.startswith("-")][:1]
+                program, *words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                script = [w for w in words[:2] if not w.startswith("-")][:1]
                 status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-                found.append((pid, spellings(words[0] or comm, comm, *words[1:])))
+                found.append((pid, spellings(program or comm, comm, *script)))
             except OSError:
                 break
             pid = int(re.search(r"^PPid:\s*(\d+)", status, re.M)[1])
@@ -532,9 +584,12 @@ class Win32:
 
     def windows(self):
         """Every visible window with an inside. Found by process: titles may be empty or shared (NitroGen issues 7, 12, 38)."""
-        handles = []
-        self.user.EnumWindows(self.Visitor(lambda window, _: handles.append(window) or 1), None)
-        found = []
+        handles, found = [], []
+
+        def visit(window, _):
+            handles.append(window)
+            return 1                                       # go on
+        self.user.EnumWindows(self.Visitor(visit), None)
         for window in handles:
             box = self.box(window)
             if self.user.IsWindowVisible(window) and box and (min(box[2:]) > 1 or self.user.IsIconic(window)):
@@ -599,7 +654,7 @@ class Win32:
         """SendInput does not wait."""
 
     def held(self):
-        """The keys and mouse buttons that are down now, whoever presses them, of those given to prepare_keys."""
+        """The keys given to prepare_keys and the mouse buttons that are down now, whoever presses them."""
         virtual = {n: KEYS[n][1] for n in self.codes} | {"mouse1": 1, "mouse2": 4, "mouse3": 2}
         return {n for n, code in virtual.items() if self.user.GetAsyncKeyState(code) & 0x8000}
 
@@ -607,7 +662,7 @@ class Win32:
         return self.kernel.OpenProcess(access, 0, pid)
 
     def family(self, pid):
-        """[(pid, [its names])]; Windows keeps no tree that could be trusted: a parent's number may be another's by now."""
+        """[(pid, [its names, none where Windows does not tell])]; there is no tree that could be trusted: a parent's number may be another's by now."""
         handle, size = self._process(pid, 0x1000), ctypes.c_uint32(1024)                   # PROCESS_QUERY_LIMITED_INFORMATION
         path = ctypes.create_unicode_buffer(size.value)
         if handle:
@@ -647,22 +702,25 @@ def this_desktop():
 
 
 def find_window(desktop, exe=None, window=None, pid=None):
-    """The largest window of the process `exe` (or one that it started), with id or title `window` where given; None when there is none."""
+    """The largest window of the process `exe`, else `pid` (or one that it started), with id or part of the title `window` where given; None when there
+    is none. An id goes before a title that has the same digits in it."""
     found = []
     for w in desktop.windows():
         rank = w.rank(exe) if exe else 0
         if pid and not exe:
-            rank = next((i for i, (p, _) in enumerate(w.names) if p == pid), None)
-        meant = window is None or window.lower() in w.title.lower() or window.isdigit() and int(window) == w.id or window.lower() == hex(w.id)
-        if rank is not None and meant and w.pid != os.getpid():
-            found.append((rank, -w.box[2] * w.box[3], w.id, w))
+            family = [p for p, _ in w.names]
+            rank = family.index(pid) if pid in family else None
+        by_id = window is not None and window.lower() in (str(w.id), hex(w.id))
+        by_title = window is None or window.lower() in w.title.lower()
+        if rank is not None and (by_id or by_title) and w.pid != os.getpid():
+            found.append((not by_id, rank, -w.box[2] * w.box[3], w.id, w))
     return min(found)[-1] if found else None
 
 
 def await_window(desktop, exe=None, window=None, launched=None, seconds=60.0):
     """find_window(), waiting for a game that is still starting. UserError lists what is there instead."""
     ends, told = time.monotonic() + seconds, False
-    wanted = " with ".join([*([exe] if exe else []), *([f"title or id {window!r}"] if window else [])]) or "the launched program"
+    wanted = " with ".join(filter(None, (exe, window and f"title or id {window!r}"))) or "the launched program"
     while True:
         found = find_window(desktop, exe, window, launched and launched.pid)
         if found:
@@ -691,14 +749,17 @@ class Capture:
         self.mss, self.last, self.rgb = grabber, None, None
 
     def look(self, box):
-        """(left, top, width, height) -> uint8 (256, 256, 3) RGB, by training's shrink(). What lies outside of the screen is black."""
+        """Pixels (left, top, width, height) of the desktop -> uint8 (256, 256, 3) RGB, by training's shrink(). What lies outside of the screen is black."""
         left, top, width, height = box
         screen = self.mss.monitors[0]                      # the whole desktop: several monitors, maybe with negative corners
         x0, y0 = max(left, screen["left"]), max(top, screen["top"])
         x1, y1 = min(left + width, screen["left"] + screen["width"]), min(top + height, screen["top"] + screen["height"])
         if x1 <= x0 or y1 <= y0:
             return np.zeros((SIDE, SIDE, 3), np.uint8)
-        shot = self.mss.grab({"left": x0, "top": y0, "width": x1 - x0, "height": y1 - y0})
+        try:
+            shot = self.mss.grab({"left": x0, "top": y0, "width": x1 - x0, "height": y1 - y0})
+        except Exception as e:
+            raise UserError(f"expected to capture the screen, found it refused ({e}): was it locked, or its resolution changed? Start again") from None
         # Both buffers live on until the next look: given back each time, their pages cost more than the picture.
         rgb = self.rgb = cv2.cvtColor(np.frombuffer(shot.raw, np.uint8).reshape(shot.height, shot.width, 4), cv2.COLOR_BGRA2RGB, self.rgb)
         self.last = shot
@@ -725,7 +786,7 @@ UP = {"vgamepad": -1, "dualshock": 1}              # the sign of y in each pad's
 
 class VirtualPad:
     """A gamepad that games see as a real one: kind "vgamepad" (Xbox 360) or "dualshock"."""
-    away, down = False, frozenset()
+    away, down, window = False, frozenset(), 0             # as in KeyboardPad, but it presses wherever the window is
 
     def __init__(self, kind="vgamepad"):
         self.kind = kind
@@ -788,14 +849,20 @@ class KeyboardPad:
     def press(self, action):
         """Hold exactly this action; the mouse moves by one tick's worth."""
         self.away = bool(self.window) and not self.desktop.focused(self.window)
-        self._hold(frozenset() if self.away else keys_of(self.mapping, action, self.down))
-        for stick, speed in ({} if self.away else self.speed).items():
-            self.rest += action[STICKS[stick]] * speed
-            whole = np.trunc(self.rest).astype(int)
-            if whole.any():
-                self.desktop.move(*whole.tolist())
-                self.rest -= whole
+        if self.away:
+            self._hold(frozenset())
+        else:
+            self._hold(keys_of(self.mapping, action, self.down))
+            self._move(action)
         self.desktop.flush()
+
+    def _move(self, action):
+        for stick, speed in self.speed.items():
+            self.rest += action[STICKS[stick]] * speed
+        whole = np.trunc(self.rest).astype(int)
+        if whole.any():
+            self.desktop.move(*whole.tolist())
+            self.rest -= whole
 
     def _hold(self, keys):
         for key in self.down - keys:
@@ -812,7 +879,7 @@ class KeyboardPad:
 
 class NoPad:
     """Presses nothing: a person plays, or one only wants to see what the model would do."""
-    away, down = False, frozenset()
+    away, down, window = False, frozenset(), 0             # as in KeyboardPad, but it presses wherever the window is
 
     def press(self, action):
         """Nothing."""
@@ -915,16 +982,19 @@ class XInput:
 
 
 class Keys:
-    """A person at the keyboard of a game that is played by keys: what is down and not held by us. Mouse movement is not read."""
+    """A person at the keyboard of a game (a GameEnv) that is played by keys: what is down and not held by us, while the game's window has the
+    keyboard: what is typed elsewhere is no play. Mouse movement is not read."""
     forward = False                                        # the game has seen the keys already
 
-    def __init__(self, desktop, mapping, pad):
-        self.desktop, self.mapping, self.pad = desktop, mapping, pad
-        desktop.prepare_keys(keys_in(mapping))
+    def __init__(self, env):
+        self.env = env
+        env.desktop.prepare_keys(keys_in(env.mapping))
 
     def read(self):
         """The keys now, as the action that they mean -> float32 (25,)."""
-        return action_of(self.mapping, self.desktop.held() - self.pad.down)
+        env = self.env
+        env.pad.away = bool(env.window) and not env.desktop.focused(env.window.id)         # said in the progress line
+        return neutral() if env.pad.away else action_of(env.mapping, env.desktop.held() - env.pad.down)
 
     def close(self):
         """Nothing to give back."""
@@ -958,13 +1028,11 @@ class Running:
 
 
 class Suspended:
-    """--pause suspend: the process stands while the model thinks. Its clock does not: a game that measures time sees the pause as one long frame,
-    which engines cap, commonly at 0.1 to 0.25 s."""
+    """--pause suspend: the process stands while the model thinks. The system's clock does not: a game that measures time sees the pause as one long
+    frame, which engines cap, commonly at 0.1 to 0.25 s."""
     stops = True
 
     def __init__(self, desktop, pid):
-        if not pid:
-            raise UserError("expected the process of the window, found a window that does not name it: use --pause none, or start the game with --launch")
         if any(p == pid for p, _ in desktop.family(os.getpid())):
             raise UserError("expected another program's window, found the terminal that play.py runs in: name the game with --exe")
         self.desktop, self.pid, self.stopped = desktop, pid, False
@@ -981,7 +1049,9 @@ class Suspended:
             self.desktop.resume(self.pid)
             self.stopped = False
 
-    close = go
+    def close(self):
+        """Let it run on."""
+        self.go()
 
 
 class FakeTime(Suspended):
@@ -992,7 +1062,8 @@ class FakeTime(Suspended):
 
     @staticmethod
     def prepare():
-        """(environment for the game, the file that holds its clock's offset). UserError without the library."""
+        """(environment for the game, the file that holds its clock's offset). UserError without the library. The file stays: without it the clock
+        of a game that runs on would jump."""
         found = [p for d in ("lib/*", "lib", "lib64", "local/lib") for p in glob.glob(f"/usr/{d}/faketime/libfaketimeMT.so.1")]
         if not found:
             raise UserError("expected libfaketime for --pause clock, found none: sudo apt-get install libfaketime, or use --pause suspend")
@@ -1013,41 +1084,38 @@ class FakeTime(Suspended):
             self.since = time.perf_counter()
 
     def go(self):
-        if self.stopped:
-            self.offset += time.perf_counter() - self.since
-            with open(self.file, "r+") as f:               # read again by the game at each look at the clock; it stands now
-                f.write(self.text(self.offset))
-        super().go()
-
-    def close(self):
-        """The offset stays: the clock would jump without it."""
-        self.go()
+        try:
+            if self.stopped:
+                self.offset += time.perf_counter() - self.since
+                with open(self.file, "r+") as f:           # read again by the game at each look at the clock; it stands now
+                    f.write(self.text(self.offset))
+        finally:
+            super().go()
 
 
 class SpeedHack:
     """--pause clock on Windows: the package xspeedhack puts a library into the game that scales its clocks; 0 stops them."""
     stops = True
+    PIPE = r"\\.\pipe\xspeedhackpipe"                     # the library's own name for it, so one game at a time
 
-    def __init__(self, pid, find=importlib.util.find_spec, run=subprocess.run, pipe=r"\\.\pipe\xspeedhackpipe"):
+    def __init__(self, pid, find=importlib.util.find_spec, run=subprocess.run, pipe=PIPE):
         spec = find("xspeedhack")
         if spec is None:
             raise UserError("expected the package xspeedhack for --pause clock, found none: pip install xspeedhack, or use --pause suspend")
-        files = {p.name.lower(): p for p in Path(spec.submodule_search_locations[0]).rglob("*") if p.suffix.lower() in (".exe", ".dll")}
-        bits = "32" if self._is_32_bit(pid) else "64"
+        bits, self.pipe = "32" if self._is_32_bit(pid) else "64", pipe
+        files = [p for p in Path(spec.submodule_search_locations[0]).rglob("*") if p.suffix.lower() in (".exe", ".dll")]
+        ours = {p.suffix.lower(): p for p in files if bits in p.name}
+        if len(ours) < 2:
+            names = ", ".join(p.name for p in files) or "nothing"
+            raise UserError(f"expected an injector and a library for {bits} bits in xspeedhack, found {names}: reinstall it")
         try:
-            injector, library = (next(p for n, p in files.items() if n.endswith(end) and bits in n) for end in (".exe", ".dll"))
-        except StopIteration:
-            raise UserError(f"expected an injector and a library for {bits} bits in xspeedhack, found {', '.join(files) or 'nothing'}: reinstall it") from None
-        done = run([str(injector), str(pid), str(library)], capture_output=True, text=True, errors="replace")
-        self.pipe = pipe
-        for _ in range(30):
-            try:
-                self._speed(1.0)
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise UserError(f"expected to load xspeedhack into the game, found it refused ({(done.stdout + done.stderr).strip() or f'status {done.returncode}'}): "
-                        "start play.py as administrator; a game with an anti-cheat never allows it: use --pause suspend or none")
+            done = run([str(ours[".exe"]), str(pid), str(ours[".dll"])], capture_output=True, text=True, errors="replace")
+            said = (done.stdout + done.stderr).strip() or f"status {done.returncode}"
+        except OSError as e:                               # an injector looks like malware to some
+            said = str(e)
+        if not self.set_speed(1.0, pipe, tries=30):
+            raise UserError(f"expected to load xspeedhack into the game, found it refused ({said}): "
+                            "start play.py as administrator; a game with an anti-cheat never allows it: use --pause suspend or none")
 
     @staticmethod
     def _is_32_bit(pid):
@@ -1058,32 +1126,34 @@ class SpeedHack:
         ctypes.windll.kernel32.CloseHandle(ctypes.c_void_p(handle))
         return bool(flag.value)
 
-    def _speed(self, speed):
-        with open(self.pipe, "r+b", buffering=0) as f:
-            f.write(struct.pack("<f", speed))
+    @staticmethod
+    def set_speed(speed, pipe=PIPE, tries=3):
+        """Tell the library in the game. False where nobody listens: it is not loaded yet, or the game has ended, which box() will say."""
+        for _ in range(tries):
+            try:
+                with open(pipe, "r+b", buffering=0) as f:
+                    f.write(struct.pack("<f", speed))
+                return True
+            except OSError:
+                time.sleep(0.1)
+        return False
 
     def stop(self):
         """The game's clock stands; its loop may go on drawing the same moment."""
-        self._speed(0.0)
+        self.set_speed(0.0, self.pipe)
 
     def go(self):
         """Normal speed."""
-        self._speed(1.0)
+        self.set_speed(1.0, self.pipe)
 
-    def close(self):
-        """Normal speed, unless the game has ended, and its pipe with it."""
-        try:
-            self.go()
-        except OSError:
-            pass
+    close = go
 
 
 class Guard:
     """A second process that outlives this one for a moment: should this one die without a word (killed, crashed, its terminal gone), the guard lets
     go of the keys, lets the game run on and ends our model's process."""
     def __init__(self, **undo):
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--guard", json.dumps(undo)], stdin=subprocess.PIPE,
-                                        **({"creationflags": 0x200} if WINDOWS else {"start_new_session": True}))      # not reached by our Ctrl-C
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--guard", json.dumps(undo)], stdin=subprocess.PIPE, **APART)
 
     def dismiss(self):
         """All is put right already. May be called twice."""
@@ -1112,8 +1182,7 @@ def stand_guard(undo):
             desktop.key(key, 0)
         desktop.flush()
     if undo.get("clock") == "xspeedhack":
-        with open(r"\\.\pipe\xspeedhackpipe", "r+b", buffering=0) as f:
-            f.write(struct.pack("<f", 1.0))
+        SpeedHack.set_speed(1.0)
     elif undo.get("pid"):
         desktop.resume(undo["pid"])
     print("play.py died: its keys are released, the game runs on", file=sys.stderr)
@@ -1156,8 +1225,10 @@ class GameEnv(gym_base()):
         file for keyboard; wake: a button to press at the start, for games that look for pads only then."""
         if not (exe or window or region or launch):
             raise UserError("expected the game's --exe, found none: --list shows what runs here; --launch, --window and --region are other ways")
-        if hz <= 0 or region and min(region[2:]) < 1:
-            raise UserError(f"expected a rate and a size above 0, found {hz:g} Hz{f', region {region}: give left,top,width,height' if region else ''}")
+        if hz <= 0:
+            raise UserError(f"expected a rate above 0, found {hz:g} Hz: give another --hz")
+        if region and min(region[2:]) < 1:
+            raise UserError(f"expected a region of a width and height above 0, found {region}: give left,top,width,height")
         self.exe, self.region, self.hz, self.render_mode = exe, region, hz, render_mode
         self.observation_space = box_space(np.zeros((SIDE, SIDE, 3), np.uint8), np.full((SIDE, SIDE, 3), 255, np.uint8), np.uint8)
         self.action_space = box_space(np.float32([0] * 21 + [-1] * 4), np.ones(A, np.float32), np.float32)
@@ -1168,7 +1239,10 @@ class GameEnv(gym_base()):
             self.mapping = load_mapping(mapping)
             self.real_pads = real_pads()                   # before our own is made
             self.undo += [p.close for p in self.real_pads]
-            self.pad = KeyboardPad(self.desktop, self.mapping, hz) if pad == "keyboard" else NoPad() if pad == "none" else VirtualPad(pad)
+            if pad == "keyboard":
+                self.pad = KeyboardPad(self.desktop, self.mapping, hz)
+            else:
+                self.pad = NoPad() if pad == "none" else VirtualPad(pad)
             self.undo.append(self.pad.close)               # and our own before the game starts: some look for pads only then (NitroGen issue 31)
             self.capture = capture or Capture()
             self.undo.append(self.capture.close)
@@ -1182,8 +1256,7 @@ class GameEnv(gym_base()):
             if keys or self.pause.stops:
                 hack = "xspeedhack" if WINDOWS and pause == "clock" else ""
                 self.undo.insert(0, Guard(keys=keys, pid=self.window.pid if self.pause.stops else 0, clock=hack).dismiss)
-            if pad == "keyboard" and self.window:
-                self.pad.window = self.window.id
+            self.pad.window = self.window.id if self.window else 0
             if wake:
                 self.hold(np.eye(A, dtype=np.float32)[BUTTON[wake]], 0.1)
                 self.hold(neutral(), 0.1)
@@ -1192,19 +1265,22 @@ class GameEnv(gym_base()):
             raise
 
     def _launch(self, command, fake_clock):
-        """Start the game; with a clock that can be stopped where asked for -> its file."""
+        """Start the game -> the file of its clock's offset with fake_clock, else None."""
         environment, file = FakeTime.prepare() if fake_clock else (None, None)
         try:
             self.launched = subprocess.Popen(command if WINDOWS else shlex.split(command), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                             stderr=subprocess.DEVNULL, **({} if WINDOWS else {"start_new_session": True}))
-        except (OSError, ValueError) as e:
+                                             stderr=subprocess.DEVNULL, **APART)
+        except (OSError, ValueError, IndexError) as e:     # the last: nothing but spaces
             raise UserError(f"expected a command that starts the game, found {command!r}: {getattr(e, 'strerror', None) or e}") from None
         return file
 
     def _pause(self, pause, clock):
+        """The object behind --pause; clock: what _launch() gave."""
         pid = self.window.pid if self.window else 0
         if pause == "none":
             return Running()
+        if not pid:
+            raise UserError("expected the process of the window, found a window that does not name it: use --pause none, or start the game with --launch")
         if pause == "suspend":
             return Suspended(self.desktop, pid)
         if WINDOWS:
@@ -1216,7 +1292,7 @@ class GameEnv(gym_base()):
     @property
     def name(self):
         """What the game is called in clips and messages."""
-        return self.exe or (self.window.names[0][1][0] if self.window and self.window.names else "game")
+        return self.exe or self.window and self.window.name or "game"
 
     def box(self):
         """(left, top, width, height) of what is looked at, now. GameGone when there is nothing left to look at."""
@@ -1228,15 +1304,14 @@ class GameEnv(gym_base()):
         return (box[0] + self.region[0], box[1] + self.region[1], *self.region[2:]) if self.region else box
 
     def _again(self):
-        """The window has gone: wait for the same process to open another."""
+        """The window has gone: wait for the same process to open another -> its box."""
         self.pad.press(neutral())
+        self.pause.go()                                    # a game that stands opens none
         pid, ends = self.window.pid, time.monotonic() + self.PATIENCE
         while time.monotonic() < ends and (not pid or self.desktop.alive(pid)):
             found = find_window(self.desktop, pid=pid) if pid else None
             if found:
-                self.window = found
-                if isinstance(self.pad, KeyboardPad):
-                    self.pad.window = found.id
+                self.window, self.pad.window = found, found.id
                 return found.box
             time.sleep(0.05)
         if pid and not self.desktop.alive(pid):
@@ -1291,11 +1366,11 @@ class GameEnv(gym_base()):
 
     def problem(self):
         """Why the picture may not be the game's, "" where nothing speaks for it. To be asked about once a second."""
-        said = self.desktop.problem(self.window.id) if self.window else ""
+        said, now = self.desktop.problem(self.window.id) if self.window else "", time.monotonic()
         seen, since = self.still
         if seen is None or not np.array_equal(seen, self.frame):
-            self.still = self.frame, time.monotonic()
-        still = time.monotonic() - self.still[1]
+            self.still, since = (self.frame, now), now
+        still = now - since
         if said:
             return f"the window of {self.name} {said}: bring it to the front"
         if still >= 2 and self.frame.max() < 8:
@@ -1372,7 +1447,7 @@ class Plan:
 
 
 class Thinker:
-    """The policy in a thread of its own, one prediction at a time, so that a late one never stalls the pad."""
+    """The policy in a thread of its own, one prediction at a time (busy: one is under way), so that a late one never stalls the pad."""
     def __init__(self, policy):
         self.policy, self.asked, self.answers, self.busy = policy, queue.Queue(), queue.Queue(), False
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -1407,7 +1482,7 @@ class Thinker:
 
 
 class Score:
-    """What is worth knowing of a session, kept as it goes."""
+    """What is worth knowing of a session, kept as it goes; `delays`: ticks from the last ten questions to their answers."""
     def __init__(self, beat):
         self.beat, self.began, self.ticks, self.chunks, self.late, self.human = beat, time.perf_counter(), 0, 0, 0, 0
         self.press_ms, self.delays = deque(maxlen=36000), deque(maxlen=10)
@@ -1422,23 +1497,33 @@ class Score:
                 f"by hand {self.human / max(self.ticks, 1):.0%}")
 
 
+def hands_on(people):
+    """(person, action) of the first whose pad is touched; (None, the pad at rest) where none is."""
+    for person in people:
+        action = person.read()
+        if touched(action):
+            return person, action
+    return None, neutral()
+
+
 def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0, allow_menu=False, recorder=None, view=None):
     """Play until the game ends, `seconds` have passed or Ctrl-C -> Score. Without a policy a person plays, and nothing is pressed.
 
     In real time the next chunk is computed from the newest frame while this one plays: asked for after `per_chunk` actions (default: half a chunk),
     or as soon as what is left of the plan lasts no longer than the slowest of the last ten predictions. With a pausing environment
-    the game stands while the model thinks, and `per_chunk` actions (default: all) are played of each chunk."""
-    beat, plan = Beat(env.hz), Plan(env.hz / 4)
-    score, line = Score(beat), extract.Line()
-    thinker, shift, horizon, asked = None, 0, 0, None
+    the game stands while the model thinks, and `per_chunk` actions (default: all) are played of each chunk.
+
+    A touched pad of `people` takes over at once, and until none was touched for `handback` seconds."""
+    thinker, shift = None, 0
     if policy:
         config = policy.info()["config"]
         shift, horizon = config["action_shift"], config["horizon"]
         per_chunk = min(per_chunk or (horizon if env.pause.stops else max(horizon // 2, 1)), horizon)
-        thinker = Thinker(policy)
         policy.predict(env.look())                         # the first one takes longest: not while the pad waits
         policy.reset()
-    mine, until, told, checked = not policy, 0.0, "", time.monotonic()
+        thinker = Thinker(policy)
+    beat, plan, line = Beat(env.hz), Plan(env.hz / 4), extract.Line()
+    score, asked, until, told, checked = Score(beat), None, 0.0, "", time.monotonic()      # asked: the tick of the last question
     try:
         while seconds is None or time.perf_counter() - score.began < seconds:
             tick = beat.wait()
@@ -1453,23 +1538,23 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
                 beat.shift(time.perf_counter() - since)
             answer = thinker and not env.pause.stops and thinker.answer()
             if answer:
-                start, seen, chunk = answer
+                start, when, chunk = answer
                 score.delays.append(tick - start)
                 score.chunks += 1
                 in_time = plan.lay(start + shift, chunk, tick)
                 score.late += not in_time
             action = playable(plan.at(tick), allow_menu)
-            hands = next((a for a in ((p, p.read()) for p in people) if touched(a[1])), None)
-            if hands:
+            person, theirs = hands_on(people)
+            if person:
                 until = time.monotonic() + handback
-            by_hand = mine or time.monotonic() < until
+            by_hand = not policy or time.monotonic() < until
             if by_hand:
-                action = hands[1] if hands else neutral()
-                env.pad.press(action if hands and hands[0].forward and policy else neutral())
+                action = theirs
+                env.pad.press(theirs if policy and person and person.forward else neutral())
             else:
                 env.pad.press(action)
             if answer and in_time:
-                score.press_ms.append((time.perf_counter() - seen) * 1e3)
+                score.press_ms.append((time.perf_counter() - when) * 1e3)
             seen, frame = time.perf_counter(), env.look()
             if thinker and not env.pause.stops and not thinker.busy and (
                     asked is None or tick - asked >= per_chunk or plan.left(tick) <= max(score.delays, default=0) + 1):
@@ -1496,10 +1581,10 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
 
 
 def report(env, score, told, line):
-    """The progress line, and once each what is wrong with the picture or the pace -> what was said last."""
+    """The progress line, and what is wrong with the picture or the pace, unless that was said last (told) -> what is wrong, "" for nothing."""
     wrong = env.problem()
     if not wrong and env.pad.away:
-        wrong = f"the window of {env.name} is not in front: no key is pressed until it is"
+        wrong = f"the window of {env.name} is not in front: no key counts until it is"
     if not wrong and score.late >= 5 and score.late > score.chunks / 2:
         wrong = "most predictions come after the actions they hold: use --pause suspend, fewer --euler steps, a lower --hz or a faster device"
     if wrong and wrong != told:
@@ -1516,11 +1601,17 @@ class Recorder:
         stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
         self.folder, self.game, self.hz = Path(data) / stem, game, hz
         self.tmp = self.folder.with_name(stem + ".tmp")
-        try:
+        with self._writing():
             self.tmp.mkdir(parents=True)
+            self.frames, self.actions, self.human, self.first, self.jpeg = extract.FramesWriter(self.tmp, "frames"), [], [], None, None
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """A disk that is full, or closed to us, in one line."""
+        try:
+            yield
         except OSError as e:
-            raise UserError(f"can't write {self.tmp}: {e.strerror or e}: give another --record") from None
-        self.frames, self.actions, self.human, self.first, self.jpeg = extract.FramesWriter(self.tmp, "frames"), [], [], None, None
+            raise UserError(f"can't write {self.tmp}: {e.strerror or e}: make room there or give another --record") from None
 
     def add(self, tick, rgb, action, human):
         """Append tick `tick`; ticks that were skipped repeat the row before, so that the clip keeps time."""
@@ -1531,13 +1622,17 @@ class Recorder:
         self._row(self.jpeg, playable(action, allow_menu=True), human)
 
     def _row(self, jpeg, action, human):
-        self.frames.add_bytes(len(self.actions), jpeg)
+        with self._writing():
+            self.frames.add_bytes(len(self.actions), jpeg)
         self.actions.append(action)
         self.human.append(human)
 
     def close(self):
         """Write the rest and give the folder its name -> a line about it."""
-        n = len(self.actions)
+        with self._writing():
+            return self._close(len(self.actions))
+
+    def _close(self, n):
         self.frames.close(n)
         if not n:
             for file in self.tmp.iterdir():
@@ -1556,7 +1651,7 @@ class Recorder:
 # ----------------------------------------------------------------------------------------------------------------- what it sees
 class View:
     """The picture that the model gets, the pad as it is pressed, and how the time goes, in a window (--show) and in a video (--video). Drawn
-    in a thread, every tick or every second one above 30 a second; what it can't draw in time is left out, and repeated in the video."""
+    in a thread, at most 30 times a second; what it can't draw in time is left out: the video repeats the picture that follows."""
     SIZE = (832, 512)
 
     def __init__(self, hz, window=False, video=None, beside=None):
@@ -1571,18 +1666,19 @@ class View:
         """Give one tick to the drawing thread."""
         if tick % self.every == 0:
             seconds = max(time.perf_counter() - score.began, 1e-9)
-            latest = f"{score.press_ms[-1]:.0f} ms capture to press" if score.press_ms else "no prediction yet"
+            latest = f"{score.press_ms[-1]:.0f} ms capture to press" if score.press_ms else "capture to press: -"
             lines = [*lines, f"{score.ticks / seconds:.1f} actions/s", latest, f"{score.late} of {score.chunks} predictions late",
                      f"{score.beat.skipped} ticks skipped"]
             with contextlib.suppress(queue.Full):
                 self.jobs.put_nowait((tick // self.every, frame, action.copy(), lines))
 
     def _run(self):
-        try:
-            while (job := self.jobs.get()) is not None:
-                self._draw(*job)
-        except (UserError, cv2.error, OSError) as e:
-            self.error = str(e).splitlines()[0]
+        while (job := self.jobs.get()) is not None:        # to the end, or close() would wait for a place in the queue
+            if not self.error:
+                try:
+                    self._draw(*job)
+                except Exception as e:                     # whatever breaks it: play goes on without it, and close() says so
+                    self.error = " ".join(str(e).split()) or repr(e)
 
     def _draw(self, number, frame, action, lines):
         w, h = self.SIZE
@@ -1621,15 +1717,18 @@ class View:
 # -------------------------------------------------------------------------------------------------------------- the command line
 def list_windows():
     """What could be named with --exe or --window."""
-    for w in this_desktop().windows():
-        print(f"--exe {w.names[0][1][0] if w.names else '?':24} --window {w.id:<12} {w.box[2]} x {w.box[3]} at {w.box[0]},{w.box[1]}  {w.title!r}")
+    windows = this_desktop().windows()
+    for w in windows:
+        print(f"--exe {w.name or '?':24} --window {w.id:<12} {w.box[2]} x {w.box[3]} at {w.box[0]},{w.box[1]}  {w.title!r}")
+    if not windows:
+        print("no window here: start the game first")
 
 
 def policy_of(args):
     """The policy that the flags ask for: on a server, in a process of our own, or None with --human alone."""
     if args.server:
         host, _, port = args.server.rpartition(":")
-        if not port.isdecimal() or not 0 < int(port[:9]) < 1 << 16:
+        if not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 1 << 16:
             raise UserError(f"expected --server HOST:PORT, found {args.server!r}: sample.py serve prints both")
         policy = Client(host or "127.0.0.1", int(port), args.key)
         if args.game is not None or args.seed:
@@ -1658,7 +1757,7 @@ def run(args):
         return stand_guard(args.guard)
     if args.list:
         return list_windows()
-    extract.within(args, 0.1, 1000, "hz")
+    extract.within(args, 1 if args.record else 0.1, 1000, "hz")          # 1: the slowest clip that train.py takes
     extract.within(args, 1, None, "actions_per_chunk", "euler")
     extract.within(args, 0, None, "wait", "handback", "seconds")
     if not (args.ckpt or args.server or args.human):
@@ -1667,9 +1766,10 @@ def run(args):
         raise UserError("expected one model, found --ckpt and --server: leave one out")
     if args.human and (args.ckpt or args.server):
         raise UserError("expected one player, found --human and a model: leave out --human; any touch of your pad takes over from the model")
+    region = args.region and region_of(args.region)
 
     def end(*_):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt                            # the same end as by Ctrl-C, everything put right
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
             if hasattr(signal, name):
@@ -1679,12 +1779,12 @@ def run(args):
         if policy:
             last.callback(policy.close)
         hz = args.hz or (policy.info()["config"]["hz"] if policy else 60.0)
-        env = GameEnv(args.exe, args.window, args.region and region_of(args.region), args.launch, args.wait, "none" if args.human else args.pad, args.map,
-                      args.pause, hz, args.wake)
+        pad = "none" if args.human else args.pad
+        env = GameEnv(args.exe, args.window, region, args.launch, args.wait, pad, args.map, args.pause, hz, args.wake)
         last.callback(env.close)
         people = list(env.real_pads)
         if args.pad == "keyboard" or args.human and not people:
-            people.append(Keys(env.desktop, env.mapping, env.pad))
+            people.append(Keys(env))
         recorder = Recorder(args.record, env.name, hz) if args.record else None
         if recorder:
             last.callback(lambda: print(recorder.close()))
@@ -1693,7 +1793,7 @@ def run(args):
             left, top, width, _ = env.box()
             view = View(hz, args.show, args.video, (left + width + 8, top))
             last.callback(view.close)
-        print(f"playing {env.name}: {env.window or f'region {env.region}'}, {hz:g} actions/s, pad {args.pad}, pause {args.pause}; Ctrl-C ends it", flush=True)
+        print(f"playing {env.name}: {env.window or f'region {env.region}'}, {hz:g} actions/s, pad {pad}, pause {args.pause}; Ctrl-C ends it", flush=True)
         play(env, policy, args.seconds, args.actions_per_chunk, people, args.handback, args.allow_menu, recorder, view)
 
 

@@ -1730,6 +1730,21 @@ def test_the_key_is_asked_for(policy):
         play.Client(*server.address)
 
 
+def test_a_key_that_nobody_asks_for_is_said(served, monkeypatch):
+    monkeypatch.setattr(sample.Server, "PATIENCE", 0.2)      # after which a silent client is let go
+    with pytest.raises(UserError, match="leave out --key"):
+        play.Client(*served.address, key="secret")
+
+
+def test_threads_that_share_a_client_get_their_own_answers(served):
+    client, chunks = play.Client(*served.address), []
+    thread = threading.Thread(target=lambda: chunks.extend(client.predict(np.zeros((256, 256, 3), np.uint8)) for _ in range(5)))
+    thread.start()
+    assert all("config" in client.info() for _ in range(50))
+    thread.join(20)
+    assert [c.shape for c in chunks] == [(8, 25)] * 5
+
+
 def test_server_messages_are_never_pickles(policy, served, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     connection = mpc.Client(served.address)
@@ -2494,10 +2509,13 @@ def test_the_window_is_found_by_its_process_and_not_by_its_title():
     d = Desktop([other, small, game, child])
     assert play.find_window(d, "game.exe") is game and play.find_window(d, "GAME") is game       # untitled, the larger of two
     assert play.find_window(d, "launcher.exe") is child                                          # started by it
+    assert play.find_window(d, "C:\\Games\\Game.exe") is game and play.find_window(d, "/opt/game") is game
+    assert play.find_window(Desktop([window(5, 13, "wiki", "Chapter 4", (0, 0, 9000, 9000)), other]), window="4") is other       # an id before a title
     assert play.find_window(d, "game.exe", "dialog") is small and play.find_window(d, window="4") is other and play.find_window(d, window="0x2") is child
     assert play.find_window(d, pid=11) is child and play.find_window(d, "b2") is None
     nobody = play.Window(9, "Racing", (0, 0, 9, 9), [], "etr\0ExtremeTuxRacer")                   # SFML says nothing of its process
-    assert play.find_window(Desktop([nobody]), "etr") is nobody and nobody.pid == 0
+    assert play.find_window(Desktop([nobody]), "etr") is nobody and nobody.pid == 0 and nobody.name == "etr"
+    assert str(play.Window(5, "Secret", (0, 0, 9, 9), [(9, [])])) == "? 'Secret' (id 5)"          # Windows does not tell all names
 
 
 def test_a_missing_window_lists_those_that_exist():
@@ -2729,6 +2747,9 @@ def test_the_speed_hack_stops_the_clock_and_says_when_it_is_refused(tmp_path, mo
     monkeypatch.setattr(time, "sleep", lambda s: None)
     with pytest.raises(UserError, match="error 5.*--pause suspend"):
         play.SpeedHack(77, lambda name: spec, lambda *a, **k: types.SimpleNamespace(stdout="error 5", stderr="", returncode=1), str(tmp_path / "no" / "pipe"))
+    (tmp_path / "hook64.dll").unlink()
+    with pytest.raises(UserError, match="for 64 bits.*reinstall"):
+        play.SpeedHack(77, lambda name: spec, inject, str(pipe))
     with pytest.raises(UserError, match="pip install xspeedhack"):
         play.SpeedHack(77, lambda name: None)
 
@@ -2761,6 +2782,24 @@ def test_a_game_that_opens_its_window_anew_is_followed(env):
     e.desktop.all = [window(8, box=(0, 0, 100, 100))]
     e.step(action(SOUTH=1))
     assert e.window.id == 8 and e.pad.window == 8 and e.box() == (0, 0, 100, 100)
+
+
+def test_a_game_that_stands_may_open_its_window_anew(env):
+    e = env(pause="suspend")
+    e.reset()
+    e.desktop.all = []
+    e.desktop.resume = lambda pid: e.desktop.all.append(window(8))                                # as it does once it runs
+    e.look()
+    assert e.window.id == 8
+
+
+def test_a_game_runs_on_even_where_its_clock_cannot_be_set(tmp_path):
+    d = Desktop()
+    clock = play.FakeTime(d, 5, tmp_path / "deleted")
+    clock.stop()
+    with pytest.raises(OSError):
+        clock.go()
+    assert d.log == ["stop", "go"]
 
 
 def test_everything_is_put_right_even_where_a_part_fails(env):
@@ -2804,7 +2843,8 @@ def test_black_frozen_and_covered_pictures_are_told_apart(env, monkeypatch):
     assert "covered by 'Mail'" in e.problem()
 
 
-@pytest.mark.parametrize("wrong, says", [({"exe": None}, "--exe"), ({"hz": 0}, "above 0"), ({"region": (0, 0, 10, 0)}, "left,top,width,height")])
+@pytest.mark.parametrize("wrong, says", [({"exe": None}, "--exe"), ({"hz": 0}, "above 0"), ({"region": (0, 0, 10, 0)}, "left,top,width,height"),
+                                         ({"launch": "  ", "pad": "none", "desktop": Desktop(), "capture": Pictures()}, "starts the game")])
 def test_an_environment_of_nothing_is_refused(wrong, says):
     with pytest.raises(UserError, match=says):
         play.GameEnv(**{"exe": "game", **wrong})
@@ -2867,6 +2907,12 @@ def test_a_slow_prediction_never_stalls_the_pad(env):
     assert len(seen) > 100 and not seen[-1].any()            # at rest at the end
 
 
+def test_the_time_of_the_first_prediction_does_not_count(env):
+    policy = Policy(rows(*[1] * 8))
+    policy.reset = lambda: time.sleep(0.4)                   # it belongs to the warm-up
+    assert play.play(env(hz=100.0), policy, seconds=0.3).ticks > 5
+
+
 def test_the_game_stands_while_the_model_thinks_and_only_then(env):
     e = env(pause="suspend")
     policy = Policy(rows(*[1] * 4), lambda: e.desktop.log.append("think"))
@@ -2908,6 +2954,15 @@ def test_any_touch_takes_over_and_is_marked(env, tmp_path, forward):
     assert (actions[human][:, 21] == 0).all() and actions[human][:, BUTTON["EAST"]].any() and not actions[~human][:, BUTTON["EAST"]].any()
 
 
+def test_what_is_typed_elsewhere_is_no_play(env):
+    e = env(pad="none")
+    keys = play.Keys(e)
+    e.desktop.down = {"d"}
+    assert play.touched(keys.read())
+    e.desktop.front = 99
+    assert not play.touched(keys.read())
+
+
 # --------------------------------------------------------------------------------------------------------------- play: the recorder
 def test_a_recorded_clip_is_what_training_reads(tmp_path):
     recorder, pictures = play.Recorder(tmp_path / "Daten neu", "Größe 1.exe", 60.0), extract.backdrop(np.random.default_rng(0), 256, 256)
@@ -2928,6 +2983,27 @@ def test_a_recorded_clip_is_what_training_reads(tmp_path):
 
 def test_a_recording_of_nothing_leaves_nothing(tmp_path):
     assert "nothing" in play.Recorder(tmp_path, "game", 60.0).close() and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    recorder = play.Recorder(tmp_path, "game", 60.0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    recorder.frames.file = types.SimpleNamespace(write=full, seek=full)
+    with pytest.raises(UserError, match="No space left on device: make room"):
+        recorder.add(0, np.zeros((256, 256, 3), np.uint8), extract.neutral(), False)
+    with pytest.raises(UserError, match="make room"):
+        recorder.close()
+
+
+def test_a_picture_that_breaks_holds_up_nobody(tmp_path):
+    view, score = play.View(30), play.Score(play.Beat(30))
+    for tick in range(30):                                   # more than its queue holds
+        view.show(tick, None, extract.neutral(), [], score)
+        time.sleep(0.002)
+    with pytest.raises(UserError, match="leave out --show"):
+        view.close()
 
 
 def test_the_video_shows_frame_and_pad(tmp_path):

@@ -5,21 +5,27 @@
     python extract.py templates --out DIR                          our ~300 templates as PNG + JSON, to look at
     python extract.py xfeat --out FILE --teacher xfeat.pt          train the matching network
 
-In: videos (anything OpenCV's FFmpeg reads). Out: one folder per video under DATA, written whole or not at all:
+In: videos (anything OpenCV's FFmpeg reads). Out: one folder per video under DATA (NAME_place2, NAME_place3 where the overlay moves; one
+per chunk with --labels), written whole or not at all:
     clip.json                     where the overlay is, which template it is, and that template's geometry
     frames.npy + frames_index.npy uint8 (bytes,) + int64 (m+1, 2)   256 x 256 policy frames, the overlay masked out
     pads.npy + pads_index.npy     the same layout                   the overlay in its template's frame, one crop a video frame
     template.png                  uint8 (h, w, 4)                   the template at rest, at the size of the crops
-and one line a video in DATA/extract.jsonl. This file is also the home of what every stage shares: the 25-dim action, the clip
-folder, video in and out, shrink() and draw().
+(with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in DATA/extract.jsonl, and the features
+of the templates in DATA/templates-RANK.npz. This file is also the home of what every stage shares: the 25-dim action, the clip folder,
+video in and out, shrink() and draw().
 """
 import argparse
+import errno
+import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,7 +60,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(parser, argv, *mistakes):
-    """Parse argv and call args.run(args). Returns the exit status: 0 done, 2 the user's mistake (one line), 130 Ctrl-C."""
+    """Parse argv and call args.run(args). Returns the exit status: 0 done, 2 the user's mistake (one line), 130 Ctrl-C.
+
+    mistakes: further exceptions whose text is a line for the user.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")                   # a log file on Windows has no code for every letter of a video's name
     try:
         for word in sys.argv[1:] if argv is None else argv:
             unicode(word)
@@ -66,9 +77,10 @@ def cli(parser, argv, *mistakes):
         print(f"error: {e}", file=sys.stderr)
         return 2
     except OSError as e:                                                    # of a file: its disk, its rights or its name, whichever script asks
-        if e.filename is None:
+        if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: {e.filename}: {e.strerror}: check this path, the rights to it and the room on its disk", file=sys.stderr)
+        path = "--out" if e.filename is None else e.filename                # a write to a full disk doesn't say which file it was for
+        print(f"error: {path}: {e.strerror}: check this path, the rights to it and the room on its disk", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what is whole stays, run the same command to go on", file=sys.stderr)
@@ -78,11 +90,18 @@ def cli(parser, argv, *mistakes):
 
 def within(args, low, high, *names):
     """These flags, where given, lie in low .. high; UserError names the first that does not. None: no limit there, but that of a number that can be used."""
+    if low is None:
+        limits = "a finite number of 18 digits at most"
+    elif high is None:
+        limits = f"at least {low:g}"
+    else:
+        limits = f"{low:g} to {high:g}"
+    low, high = -1 << 62 if low is None else low, 1 << 62 if high is None else high
     for name in names:
         value = getattr(args, name, None)
-        if value is not None and not (-1 << 62 if low is None else low) <= value <= (1 << 62 if high is None else high):      # NaN lies nowhere
-            limits = "a finite number of 18 digits at most" if low is None else f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
-            raise UserError(f"{'--' if len(name) > 1 else '-'}{name.replace('_', '-')} {value}: expected {limits}: give another number")
+        if value is not None and not low <= value <= high:                  # NaN lies nowhere
+            flag = ("--" if len(name) > 1 else "-") + name.replace("_", "-")
+            raise UserError(f"{flag} {value}: expected {limits}: give another number")
 
 
 def unicode(path):
@@ -96,6 +115,7 @@ def unicode(path):
 
 class Line:
     """The progress line: rewritten in place on a terminal; in a file, one every ten seconds and where it matters."""
+
     def __init__(self, quiet=False):
         self.quiet, self.terminal, self.shown, self.width = quiet, sys.stdout.isatty(), -math.inf, 0
 
@@ -114,7 +134,10 @@ def neutral():
 
 
 def shrink(rgb):
-    """uint8 (h, w, 3) -> uint8 (256, 256, 3): a plain stretch with area interpolation, as the release does, in training and in play."""
+    """uint8 (h, w, 3) -> uint8 (256, 256, 3): a plain stretch with area interpolation, as the release does, in training and in play.
+
+    A picture of that size is returned itself, not a copy.
+    """
     if rgb.shape[:2] == (SIDE, SIDE):
         return rgb
     if min(rgb.shape[:2]) < SIDE:
@@ -219,8 +242,8 @@ def draw_part(canvas, part, action):
     if part.control in STICKS:
         ax, ay = action[STICKS[part.control]]
         clicked, moved = action[BUTTON[THUMB[part.control]]] >= 0.5, max(abs(ax), abs(ay)) > 0.1
-        sprite = part.sprites[1 if clicked else 2 if moved and len(part.sprites) > 2 else 0]
-        blend_at(canvas, sprite, x + float(ax) * part.travel[0], y + float(ay) * part.travel[1])
+        free = 2 if moved and len(part.sprites) > 2 else 0
+        blend_at(canvas, part.sprites[1 if clicked else free], x + float(ax) * part.travel[0], y + float(ay) * part.travel[1])
         return
     if part.control == "DPAD":
         down, left, right, up = (action[BUTTON["DPAD_" + d]] >= 0.5 for d in ("DOWN", "LEFT", "RIGHT", "UP"))
@@ -312,7 +335,10 @@ def load_preset(layout, width=None):
 
 
 def preset_part(element, atlas):
-    """One element of a preset -> Part, or None where the pad has no such control (paddles, second pads, keys)."""
+    """One element of a preset -> Part, or None where the pad has no such button (paddles).
+
+    Its type: 0 picture, 2 button, 5 stick, 6 trigger, 7 guide button (a sprite for each player), 8 d-pad.
+    """
     x, y, w, h = (int(v) for v in element["mapping"])
 
     def sprite(column, row):
@@ -331,8 +357,10 @@ def preset_part(element, atlas):
         pressed = sprite(0, 1)
         return Part(("left", "right")[side], at, [sprite(0, 0), sprite(0, 0) if pressed is None else pressed], (radius, radius))
     if kind == 6:
-        grow = "" if element.get("trigger_mode") else ("", "up", "down", "left", "right")[element.get("direction", 1)]
-        return Part(("LEFT_TRIGGER", "RIGHT_TRIGGER")[side], at, [sprite(0, 0), sprite(0, 1)], grow=grow)
+        pressed, grow = sprite(0, 1), ("", "up", "down", "left", "right")[element.get("direction", 1)]
+        if element.get("trigger_mode") or pressed is None:                                   # a plain button; nothing to uncover
+            grow = ""
+        return Part(("LEFT_TRIGGER", "RIGHT_TRIGGER")[side], at, [sprite(0, 0), pressed], grow=grow)
     if kind == 7:
         return Part("GUIDE", at, [sprite(0, 0), sprite(4, 0)])
     return Part("DPAD", at, [sprite(column, 0) for column in range(9)])
@@ -341,14 +369,14 @@ def preset_part(element, atlas):
 def measured(name, family, size, parts, width=None):
     """Parts -> Skin at `width`, its geometry read off the parts: a button's box is where its sprites have ink."""
     scale = 1.0 if width is None else width / size[0]
-    out = (size if width is None else (width, max(1, round(size[1] * scale))))
+    out = size if width is None else (width, max(1, round(size[1] * scale)))
     skin = Skin(name, family, out, [scaled(p, scale) for p in parts if any(s is not None for s in p.sprites)])
     for part in skin.parts:
-        ink = [cv2.boundingRect(np.ascontiguousarray((s[..., 3] > 24).astype(np.uint8))) for s in part.sprites if s is not None]
-        ink = [(x, y, x + w, y + h) for x, y, w, h in ink if w and h]
-        if not part.control or not ink:
+        inked = [cv2.boundingRect(np.ascontiguousarray((s[..., 3] > 24).astype(np.uint8))) for s in part.sprites if s is not None]
+        inked = [(x, y, x + w, y + h) for x, y, w, h in inked if w and h]
+        if not part.control or not inked:
             continue
-        x0, y0, x1, y1 = (int(f(v)) for f, v in zip((min, min, max, max), zip(*ink)))
+        (x0, y0), (x1, y1) = np.min(inked, 0)[:2].tolist(), np.max(inked, 0)[2:].tolist()
         box = [part.at[0] + x0, part.at[1] + y0, part.at[0] + x1, part.at[1] + y1]
         center = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
         if part.control in STICKS:
@@ -390,29 +418,19 @@ def load_picture(png, width=None):
     h, w = rgba.shape[:2]
     note = png.with_suffix(".json")
     geometry = read_json(note, dict) if note.exists() else {}
-    try:
-        buttons = {n: [float(v) for v in b["box"]] for n, b in geometry.get("buttons", {}).items() if n in BUTTON}
-        buttons = {n: b for n, b in buttons.items() if n in geometry.get("visible_buttons", buttons)}
-        sticks = {s: {"center": list(map(float, g["center"])), "travel": list(map(float, g["travel"])), "radius": float(g.get("radius", max(g["travel"])))}
-                  for s, g in geometry.get("sticks", {}).items() if s in STICKS}
-        bbox = [float(v) for v in geometry["bbox"]] if isinstance(geometry.get("bbox"), list) and len(geometry["bbox"]) == 4 else None
-        pairs = [v for g in sticks.values() for v in (g["center"], g["travel"], (g["radius"],) * 2)]
-        if {*map(len, buttons.values())} - {4} or {*map(len, pairs)} - {2} or not all(abs(v) < 1e5 for p in (*buttons.values(), *pairs, bbox or ()) for v in p):
-            raise ValueError("wrong numbers")
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{note}: expected buttons.NAME.box and sticks.left.center/travel, found {type(e).__name__} {e}: mend it or remove it") from None
+    buttons, sticks, bbox = check_geometry(note, geometry)
     base = premultiply(rgba)
     parts = [Part("", (0, 0), [base])]
-    if not set(rgba[..., 3].ravel()[::97]) - {255}:                                          # opaque picture: its corner colour is a key colour
+    if (rgba[..., 3].ravel()[::97] == 255).all():                                            # opaque picture: its corner colour is a key colour
         key = np.abs(rgba[..., :3].astype(np.int16) - rgba[0, 0, :3]).max(2) <= 12
         if key.mean() > 0.1 and np.ptp(rgba[0, 0, :3]) > 150:                                # a chroma key, which no streamer leaves in the picture
             base[flood(key)] = 0
     for name, (x0, y0, x1, y1) in buttons.items():
-        if name not in THUMB.values():
-            cut = base[max(int(y0), 0):int(y1), max(int(x0), 0):int(x1)]
-            if cut.size:
-                lit = cv2.addWeighted(cut, 0.4, np.full_like(cut, 255), 0.6, 0)
-                parts.append(Part(name, (max(int(x0), 0), max(int(y0), 0)), [None, premultiply(np.dstack([lit[..., :3], ellipse_alpha(cut.shape)]))]))
+        left, top = max(int(x0), 0), max(int(y0), 0)
+        cut = base[top:int(y1), left:int(x1)]
+        if cut.size and name not in THUMB.values():
+            lit = cv2.addWeighted(cut, 0.4, np.full_like(cut, 255), 0.6, 0)
+            parts.append(Part(name, (left, top), [None, premultiply(np.dstack([lit[..., :3], ellipse_alpha(cut.shape)]))]))
     for side, stick in sticks.items():
         parts.append(cap_of(base, side, stick))
     skin = measured(png.stem, str(geometry.get("controller") or family_of(png.stem)), (w, h), parts, width)
@@ -422,6 +440,25 @@ def load_picture(png, width=None):
     skin.sticks = {s: {"center": [v * scale for v in g["center"]], "travel": [v * scale for v in g["travel"]], "radius": g["radius"] * scale}
                    for s, g in sticks.items()}
     return skin
+
+
+def check_geometry(note, geometry):
+    """A picture's NAME.json -> (buttons {name: [x0, y0, x1, y1]}, sticks {side: center, travel, radius}, bbox or None); UserError names the file."""
+    try:
+        buttons = {n: [float(v) for v in b["box"]] for n, b in geometry.get("buttons", {}).items() if n in BUTTON}
+        buttons = {n: b for n, b in buttons.items() if n in geometry.get("visible_buttons", buttons)}
+        sticks = {s: {"center": list(map(float, g["center"])), "travel": list(map(float, g["travel"])), "radius": float(g.get("radius", max(g["travel"])))}
+                  for s, g in geometry.get("sticks", {}).items() if s in STICKS}
+        bbox = geometry.get("bbox")
+        bbox = [float(v) for v in bbox] if isinstance(bbox, list) and len(bbox) == 4 else None
+        pairs = [v for g in sticks.values() for v in (g["center"], g["travel"], [g["radius"]] * 2)]
+        if any(len(b) != 4 for b in buttons.values()) or any(len(p) != 2 for p in pairs):
+            raise ValueError("a list of another length")
+        if not all(abs(v) < 1e5 for numbers in (*buttons.values(), *pairs, bbox or ()) for v in numbers):
+            raise ValueError("a number outside -1e5..1e5")
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{note}: expected buttons.NAME.box and sticks.left.center/travel, found {type(e).__name__} {e}: mend it or remove it") from None
+    return buttons, sticks, bbox
 
 
 def flood(key):
@@ -508,12 +545,19 @@ FACE_LABELS = {"xbox": "YBAX", "ps": "^ox#", "switch": "XABY", "generic": "4231"
 FACE_INKS = {"xbox": ((250, 205, 40), (235, 60, 50), (110, 200, 60), (60, 130, 235)), "ps": ((70, 200, 160), (240, 90, 80), (120, 150, 230), (225, 130, 200)),
              "switch": ((225, 225, 225),) * 4, "generic": ((90, 160, 250), (250, 90, 90), (100, 210, 120), (245, 210, 80))}
 SHOULDER_LABELS = {"xbox": ("LB", "RB", "LT", "RT"), "ps": ("L1", "R1", "L2", "R2"), "switch": ("L", "R", "ZL", "ZR"), "generic": ("5", "6", "7", "8")}
+ARROWS = ("up", "down", "left", "right")
+POLYGONS = {                                     # corners in a box from (-1, -1), top left, to (1, 1)
+    "cross": [(-1, -.34), (-.34, -.34), (-.34, -1), (.34, -1), (.34, -.34), (1, -.34), (1, .34), (.34, .34), (.34, 1), (-.34, 1), (-.34, .34), (-1, .34)],
+    "up": [(0, -1), (.9, .8), (-.9, .8)], "down": [(0, 1), (.9, -.8), (-.9, -.8)],
+    "left": [(-1, 0), (.8, .9), (.8, -.9)], "right": [(1, 0), (-.8, .9), (-.8, -.9)],
+    "horn": [(-1, 1), (-.7, -.2), (-.2, -.9), (.4, -1), (.8, -.4), (1, 1), (0, .75)],
+    "^": [(0, -.9), (.85, .6), (-.85, .6)], "#": [(-.7, -.7), (.7, -.7), (.7, .7), (-.7, .7)]}
 
 
 def stamp(size, kind, box, stroke=0.0, text=""):
     """One shape as an antialiased mask, uint8 (h, w): drawn four times as large with OpenCV, shrunk by area.
 
-    kind: ellipse, rect (rounded), cross, up, down, left, right (arrows), ^ o x # (face symbols), text. box = [x0, y0, x1, y1] in pixels.
+    kind: one of POLYGONS, ellipse or o, rect (rounded), x, text. box = [x0, y0, x1, y1] in pixels; stroke: width of the outline, 0 = filled.
     """
     k = 4
     w, h = int(np.ceil(size[0])), int(np.ceil(size[1]))
@@ -525,22 +569,22 @@ def stamp(size, kind, box, stroke=0.0, text=""):
         (tw, th), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, max(1, int(stroke * k)))
         cv2.putText(mask, text, (int(cx - tw / 2), int(cy + th / 2)), cv2.FONT_HERSHEY_SIMPLEX, scale, 255, max(1, int(stroke * k)))
         return cv2.resize(mask, (w, h), interpolation=cv2.INTER_AREA)
-    points = {"cross": [(-1, -.34), (-.34, -.34), (-.34, -1), (.34, -1), (.34, -.34), (1, -.34), (1, .34), (.34, .34), (.34, 1), (-.34, 1), (-.34, .34), (-1, .34)],
-              "up": [(0, -1), (.9, .8), (-.9, .8)], "down": [(0, 1), (.9, -.8), (-.9, -.8)], "left": [(-1, 0), (.8, .9), (.8, -.9)],
-              "right": [(1, 0), (-.8, .9), (-.8, -.9)], "horn": [(-1, 1), (-.7, -.2), (-.2, -.9), (.4, -1), (.8, -.4), (1, 1), (0, .75)], "^": [(0, -.9), (.85, .6), (-.85, .6)], "#": [(-.7, -.7), (.7, -.7), (.7, .7), (-.7, .7)]}.get(kind)
-    thick = max(1, int(round(stroke * k))) if stroke else -1
+    thick = max(1, int(round(stroke * k))) if stroke else -1                                # -1: filled
+    inset = max(thick, 0) / 2
     if kind == "x":
         for sign in (-1, 1):
             cv2.line(mask, (int(cx - .7 * rx), int(cy - sign * .7 * ry)), (int(cx + .7 * rx), int(cy + sign * .7 * ry)), 255, max(thick, 1))
-    elif points:
-        polygon = np.int32([[cx + px * rx, cy + py * ry] for px, py in points])
-        cv2.fillPoly(mask, [polygon], 255) if thick < 0 else cv2.polylines(mask, [polygon], True, 255, thick)
     elif kind in ("ellipse", "o"):
-        inset = max(thick, 0) / 2
         cv2.ellipse(mask, (int(cx), int(cy)), (max(int(rx - inset), 1), max(int(ry - inset), 1)), 0, 0, 360, 255, thick)
     else:
-        polygon = rounded(x0, y0, x1, y1, min(rx, ry) * 0.6, max(thick, 0) / 2)
-        cv2.fillPoly(mask, [polygon], 255) if thick < 0 else cv2.polylines(mask, [polygon], True, 255, thick)
+        if kind in POLYGONS:
+            polygon = np.int32([[cx + px * rx, cy + py * ry] for px, py in POLYGONS[kind]])
+        else:
+            polygon = rounded(x0, y0, x1, y1, min(rx, ry) * 0.6, inset)
+        if thick < 0:
+            cv2.fillPoly(mask, [polygon], 255)
+        else:
+            cv2.polylines(mask, [polygon], True, 255, thick)
     return cv2.resize(mask, (w, h), interpolation=cv2.INTER_AREA)
 
 
@@ -603,7 +647,7 @@ class Look:
 
 def brand_of(family):
     """Which labels a family carries: xbox, ps, switch or generic."""
-    return "xbox" if family.startswith("xbox") else "ps" if family.startswith("ps") else "switch" if family.startswith("switch") else "generic"
+    return next((brand for brand in ("xbox", "ps", "switch") if family.startswith(brand)), "generic")
 
 
 def press(look, how, size, kind, label, label_ink, fill, box):
@@ -618,8 +662,8 @@ def press(look, how, size, kind, label, label_ink, fill, box):
             x0, y0, x1, y1 = box
             pad_x, pad_y = (x1 - x0) * 0.24, (y1 - y0) * 0.24
             inner = (x0 + pad_x, y0 + pad_y, x1 - pad_x, y1 - pad_y)
-            drawn = label if label in ("^", "o", "x", "#", "up", "down", "left", "right") else "text"
-            ink(canvas, stamp(size, drawn, inner, 0 if drawn in ("up", "down", "left", "right") else 1.6, label), label_ink)
+            drawn = label if label in ("^", "o", "x", "#", *ARROWS) else "text"
+            ink(canvas, stamp(size, drawn, inner, 0 if drawn in ARROWS else 1.6, label), label_ink)
         return canvas
 
     rest = one(fill, label_ink, look.line, look.width, box)
@@ -629,30 +673,37 @@ def press(look, how, size, kind, label, label_ink, fill, box):
     middle = ((x0 + x1) / 2, (y0 + y1) / 2)
     r = min(x1 - x0, y1 - y0) / 2 * look.blob
     spot = (middle[0] - r, middle[1] - r, middle[0] + r, middle[1] + r)
-    return [None if how == "show" else rest, {
-        "light": lambda: one(lit, dark_label, look.line, look.width, box) if len(lit) == 3 else ink(rest.copy(), stamp(size, kind, box), lit),
-        "white": lambda: one(lit, None, lit, look.width, box),
-        "faint": lambda: one(mix(shown, lit, 0.14), label_ink, look.line, look.width, box),
-        "blob": lambda: ink(rest.copy(), stamp(size, "ellipse", spot), lit),
-        "show": lambda: one(lit, dark_label, look.line, look.width, box),
-        "fill": lambda: one(look.line or label_ink or lit, shown, look.line, look.width, box),
-        "tint": lambda: one(mix(shown, lit, 0.45), label_ink, look.line, look.width, box),
-        "dark": lambda: one(mix(shown, (0, 0, 0), 0.6), label_ink and mix(label_ink, (0, 0, 0), 0.4), look.line, look.width, box),
-        "ring": lambda: one(fill, label_ink, lit, max(look.width, 2.5) * 1.4, (x0 - 1, y0 - 1, x1 + 1, y1 + 1)),
-        "move": lambda: one(mix(shown, lit, 0.2), label_ink, look.line, look.width, (x0, y0 + 3, x1, y1 + 3)),
-        "grow": lambda: one(lit, dark_label, look.line, look.width, (x0 - 3, y0 - 3, x1 + 3, y1 + 3)),
-    }[how]()]
+    if how == "blob":
+        pressed = ink(rest.copy(), stamp(size, "ellipse", spot), lit)
+    elif how == "light" and len(lit) == 4:                                                  # a see-through light over what is at rest
+        pressed = ink(rest.copy(), stamp(size, kind, box), lit)
+    else:
+        pressed = one(*{                                                                    # fill, ink of the label, outline, its width, box
+            "light": (lit, dark_label, look.line, look.width, box),
+            "show": (lit, dark_label, look.line, look.width, box),
+            "white": (lit, None, lit, look.width, box),
+            "faint": (mix(shown, lit, 0.14), label_ink, look.line, look.width, box),
+            "tint": (mix(shown, lit, 0.45), label_ink, look.line, look.width, box),
+            "fill": (look.line or label_ink or lit, shown, look.line, look.width, box),
+            "dark": (mix(shown, (0, 0, 0), 0.6), label_ink and mix(label_ink, (0, 0, 0), 0.4), look.line, look.width, box),
+            "ring": (fill, label_ink, lit, max(look.width, 2.5) * 1.4, (x0 - 1, y0 - 1, x1 + 1, y1 + 1)),
+            "move": (mix(shown, lit, 0.2), label_ink, look.line, look.width, (x0, y0 + 3, x1, y1 + 3)),
+            "grow": (lit, dark_label, look.line, look.width, (x0 - 3, y0 - 3, x1 + 3, y1 + 3))}[how])
+    return [None if how == "show" else rest, pressed]
 
 
 def pad_skin(name, family, look):
     """A pad of our own drawing -> Skin. Deterministic in its arguments."""
     place, brand, parts = LAYOUTS[family], brand_of(family), []
-    at = lambda control, x, y: (x + look.jitter.get(control, (0, 0))[0], y + look.jitter.get(control, (0, 0))[1])
+
+    def jittered(control, x, y):
+        dx, dy = look.jitter.get(control, (0, 0))
+        return x + dx, y + dy
 
     def button(control, x, y, rx, ry, kind, label="", label_ink=look.label, how=look.press, fill=look.button, grow=""):
         if control in look.missing:
             return
-        x, y = at(control, x, y)
+        x, y = jittered(control, x, y)
         m = 5                                                                               # room for strokes, moves and growth
         left, top = int(np.floor(x - rx - m)), int(np.floor(y - ry - m))
         size, box = (2 * (rx + m) + 1, 2 * (ry + m) + 1), (x - rx - left, y - ry - top, x + rx - left, y + ry - top)
@@ -671,16 +722,16 @@ def pad_skin(name, family, look):
         parts.insert(0, parts.pop())
     labels, inks = FACE_LABELS[brand], FACE_INKS[brand]
     for (control, dx, dy), label, color in zip(FACES, labels, inks):
-        x, y = at("face", *place["face"])
+        x, y = jittered("face", *place["face"])
         button(control, x + dx * look.spread, y + dy * look.spread, look.size, look.size, look.shape, label if look.label else "",
                color if look.colored else look.label)
     small = {"xbox": ("left", "right"), "switch": ("-", "+")}.get(brand, ("", ""))
     for control, key, label in (("BACK", "back", small[0]), ("START", "start", small[1])):
         button(control, *place[key], *((5, 9) if brand == "ps" else (8, 7)), "rect" if brand in ("ps", "generic") else "ellipse", label)
     button("GUIDE", *place["guide"], 11, 11, "ellipse", {"xbox": "X", "ps": "P"}.get(brand, "H") if look.label else "")
-    dpad_parts(parts, button, look, *at("dpad", *place["dpad"]))
+    dpad_parts(parts, button, look, *jittered("dpad", *place["dpad"]))
     for side in STICKS:
-        stick_parts(parts, button, look, side, *at(side, *place[side]))
+        stick_parts(parts, button, look, side, *jittered(side, *place[side]))
     return measured(name, family, PAD_SIZE, parts)
 
 
@@ -690,8 +741,8 @@ def pad_body(family, look, place):
     half = np.float32(place["half"]) + np.float32(look.jitter.get("body", 0))
     half[[0, -1], 0] = 200
     ring = np.concatenate([half, (half * (-1, 1) + (400, 0))[-2:0:-1]])
-    smooth = (ring[None] * spline_weights()[:, 0, None, None] + np.roll(ring, -1, 0)[None] * spline_weights()[:, 1, None, None]
-              + np.roll(ring, -2, 0)[None] * spline_weights()[:, 2, None, None]).transpose(1, 0, 2).reshape(-1, 2)
+    w0, w1, w2 = spline_weights().T[:, :, None, None]                                       # each (n, 1, 1)
+    smooth = (ring * w0 + np.roll(ring, -1, 0) * w1 + np.roll(ring, -2, 0) * w2).transpose(1, 0, 2).reshape(-1, 2)
     mask = np.zeros((PAD_SIZE[1] * 2, PAD_SIZE[0] * 2), np.uint8)
     cv2.fillPoly(mask, [np.int32(smooth * 2)], 255)
     edge = np.zeros_like(mask)
@@ -732,13 +783,11 @@ def dpad_parts(parts, button, look, x, y):
         if look.line is not None or look.button is None:
             ink(canvas, stamp(size, "cross", box, look.width), look.line or look.label or look.lit)
         parts.append(Part("", (left, top), [canvas]))
-    kind, how = ("rect", look.press_dpad) if look.dpad != "arrows" else ("", look.press_dpad)
-    for control, dx, dy in (("DPAD_UP", 0, -1), ("DPAD_DOWN", 0, 1), ("DPAD_LEFT", -1, 0), ("DPAD_RIGHT", 1, 0)):
-        name = control[5:].lower()
-        how_here = "show" if look.dpad == "cross" and how in ("light", "grow", "move") else how
-        label = name if look.dpad == "four" or (look.dpad == "cross" and how_here != "show") else ""
-        button(control, x + dx * 19, y + dy * 19, 8, 8, kind or name, label if look.label else "", how=how_here,
-               fill=look.button if kind else look.button or look.label)
+    how = "show" if look.dpad == "cross" and look.press_dpad in ("light", "grow", "move") else look.press_dpad
+    labelled = look.label and (look.dpad == "four" or (look.dpad == "cross" and how != "show"))
+    for arrow, dx, dy in (("up", 0, -1), ("down", 0, 1), ("left", -1, 0), ("right", 1, 0)):
+        kind, fill = (arrow, look.button or look.label) if look.dpad == "arrows" else ("rect", look.button)
+        button("DPAD_" + arrow.upper(), x + dx * 19, y + dy * 19, 8, 8, kind, arrow if labelled else "", how=how, fill=fill)
 
 
 def stick_parts(parts, button, look, side, x, y):
@@ -784,13 +833,13 @@ def stick_parts(parts, button, look, side, x, y):
 
     line = look.line if look.line is not None or cap is not None else look.label or look.lit
     rest = face(cap, line, look.width)
-    pressed = {"tint": lambda: face(mix(cap or look.body or (90, 90, 90), look.lit, 0.45), line, look.width),
-               "ring": lambda: face(cap, look.lit, max(look.width, 2.5) * 1.4), "dark": lambda: face(mix(cap or (90, 90, 90), (0, 0, 0), 0.6), line, look.width),
-               "fill": lambda: face(line or look.lit, cap, look.width), "faint": lambda: face(mix(cap or (90, 90, 90), look.lit, 0.18), line, look.width)
-               }.get(look.press_thumb, lambda: face(look.lit[:3], line, look.width))
-    states = [rest, pressed() if look.thumb == "cap" and thumb not in look.missing else rest]
+    gray = (90, 90, 90)                                                                     # of a cap that is drawn as an outline only
+    pressed = {"tint": (mix(cap or look.body or gray, look.lit, 0.45), line, look.width), "ring": (cap, look.lit, max(look.width, 2.5) * 1.4),
+               "dark": (mix(cap or gray, (0, 0, 0), 0.6), line, look.width), "fill": (line or look.lit, cap, look.width),
+               "faint": (mix(cap or gray, look.lit, 0.18), line, look.width)}.get(look.press_thumb, (look.lit[:3], line, look.width))
+    states = [rest, face(*pressed) if look.thumb == "cap" and thumb not in look.missing else rest]
     if look.glow:
-        states.append(face(mix(cap or look.body or (90, 90, 90), look.lit, 0.6), line, look.width))
+        states.append(face(mix(cap or look.body or gray, look.lit, 0.6), line, look.width))
     if look.thumb == "behind" and thumb not in look.missing:
         r = cap_r * look.blob * 1.3
         k = int(r) + 2
@@ -809,36 +858,48 @@ def our_skins():
     for name, body in (("dark", dark), ("light", light), ("red", red), ("blue", blue), ("green", green), ("purple", purple),
                        ("gray", (128, 130, 134)), ("gold", (204, 164, 70)), ("pink", (226, 130, 170))):
         pale = sum(body) > 380
-        looks[f"{name}_flat"] = Look(body, None, 2, mix(body, black if not pale else white, 0.55), black if pale else white, True,
-                                     mix(body, black, 0.6), mix(body, black, 0.3), yellow)
-        looks[f"{name}_photo"] = Look(body, None, 2, mix(body, black, 0.6), white if not pale else (220, 220, 220), True, mix(body, black, 0.75),
-                                      mix(body, black, 0.45), white, stick="knurl", shade=1.0, radius=24, travel=9, press="tint", press_top="tint")
+        looks[f"{name}_flat"] = Look(body, button=mix(body, white if pale else black, 0.55), label=black if pale else white,
+                                     cap=mix(body, black, 0.6), well=mix(body, black, 0.3), lit=yellow)
+        looks[f"{name}_photo"] = Look(body, button=mix(body, black, 0.6), label=(220, 220, 220) if pale else white, cap=mix(body, black, 0.75),
+                                      well=mix(body, black, 0.45), lit=white, stick="knurl", shade=1.0, radius=24, travel=9, press="tint", press_top="tint")
     for name, line in (("white", white), ("black", black), ("cyan", cyan), ("yellow", yellow)):
-        looks[f"{name}_outline"] = Look(None, line, 2.2, None, line, False, None, None, yellow if line != yellow else white, stick="ring", travel=14)
-        looks[f"{name}_thin"] = Look(None, line, 1.2, None, line, False, None, None, line, press="fill", press_thumb="fill", stick="dot", radius=22, travel=16)
-        looks[f"{name}_glass"] = Look((*mix(line, black, 0.5), 0.35), line, 1.6, (*line, 0.2), line, False, (*line, 0.8), None, yellow, press="show",
-                                      press_top="show", trigger="up", travel=14)
+        lines = dict(line=line, label=line, colored=False, well=None)
+        looks[f"{name}_outline"] = Look(None, **lines, width=2.2, button=None, cap=None, lit=white if line == yellow else yellow, stick="ring", travel=14)
+        looks[f"{name}_thin"] = Look(None, **lines, width=1.2, button=None, cap=None, lit=line, press="fill", press_thumb="fill", stick="dot",
+                                     radius=22, travel=16)
+        looks[f"{name}_glass"] = Look((*mix(line, black, 0.5), 0.35), **lines, width=1.6, button=(*line, 0.2), cap=(*line, 0.8), lit=yellow,
+                                      press="show", press_top="show", trigger="up", travel=14)
     for name, cap in (("white", white), ("dark", dark), ("red", red)):
-        looks[f"{name}_bare"] = Look(None, None, 2, (*mix(cap, black, 0.4), 0.5), white, False, cap, None, cyan, dpad="four", thumb="label", travel=20, radius=18,
-                                     press="light")
-        looks[f"{name}_mono"] = Look(mix(cap, (128, 128, 128), 0.6), black, 2.5, mix(cap, white, 0.3), black, False, cap, (128, 128, 128), red if cap != red else yellow,
-                                     dpad="arrows", press="ring", travel=10, radius=22)
-    looks["arcade_bars"] = Look((30, 34, 44), (110, 120, 140), 2, (70, 76, 92), white, True, (200, 60, 60), (12, 14, 18), (120, 255, 160), trigger="right", dpad="four")
-    looks["paper_bars"] = Look((246, 240, 226), (90, 80, 70), 2, (226, 214, 190), (70, 60, 50), False, (120, 100, 80), (214, 200, 176), (220, 80, 60), trigger="up",
-                               press="dark", dpad="arrows")
+        looks[f"{name}_bare"] = Look(None, button=(*mix(cap, black, 0.4), 0.5), label=white, colored=False, cap=cap, well=None, lit=cyan,
+                                     dpad="four", thumb="label", travel=20, radius=18)
+        looks[f"{name}_mono"] = Look(mix(cap, (128, 128, 128), 0.6), line=black, width=2.5, button=mix(cap, white, 0.3), label=black, colored=False, cap=cap,
+                                     well=(128, 128, 128), lit=yellow if cap == red else red, dpad="arrows", press="ring", travel=10, radius=22)
+    looks["arcade_bars"] = Look((30, 34, 44), line=(110, 120, 140), button=(70, 76, 92), label=white, cap=(200, 60, 60), well=(12, 14, 18),
+                                lit=(120, 255, 160), trigger="right", dpad="four")
+    looks["paper_bars"] = Look((246, 240, 226), line=(90, 80, 70), button=(226, 214, 190), label=(70, 60, 50), colored=False, cap=(120, 100, 80),
+                               well=(214, 200, 176), lit=(220, 80, 60), trigger="up", press="dark", dpad="arrows")
     return [pad_skin(f"{family}_{name}", family, look) for family in LAYOUTS for name, look in looks.items()]
 
 
 def random_skin(rng):
     """A pad that no one has seen: family, layout, colours, styles and press effects drawn from rng (np.random.Generator) -> Skin."""
-    choose = lambda *options: options[rng.integers(len(options))]
-    tone = lambda lo=0, hi=256: tuple(int(v) for v in rng.integers(lo, hi, 3)) if rng.random() < 0.45 else (int(rng.integers(lo, hi)),) * 3
+    def choose(*options):
+        return options[rng.integers(len(options))]
+
+    def tone(low=0, high=256):
+        """A colour; more often than not a grey."""
+        return tuple(rng.integers(low, high, 3).tolist()) if rng.random() < 0.45 else (int(rng.integers(low, high)),) * 3
+
+    def away(color, least):
+        """The colour, moved away from the ground where it hardly differs from it."""
+        far = (0, 0, 0) if sum(ground) > 380 else (255, 255, 255)
+        return color if abs(sum(color[:3]) - sum(ground)) > least else mix(color, far, 0.7)
+
     family = choose(*LAYOUTS)
     body = choose(None, tone(), tone(), tone(0, 70), tone(190, 256))
     if body is not None and rng.random() < 0.2:
         body = (*body, rng.uniform(0.15, 0.7))
     ground = body[:3] if body else tone(0, 120)
-    away = lambda color, least: color if abs(sum(color[:3]) - sum(ground)) > least else mix(color, (0, 0, 0) if sum(ground) > 380 else (255, 255, 255), 0.7)
     line = choose(None, away(tone(), 200), away((255, 255, 255), 200)) if body else choose(None, tone(150, 256), (255, 255, 255), tone(0, 60))
     button = choose(None, away(tone(), 60), mix(ground, (0, 0, 0), rng.uniform(0.2, 0.7)), mix(ground, (255, 255, 255), rng.uniform(0.1, 0.5)))
     label = choose(None, away((255, 255, 255), 150), away(tone(), 200)) if button or line else away((255, 255, 255), 150)
@@ -853,13 +914,14 @@ def random_skin(rng):
     well = choose(None, mix(ground, (0, 0, 0), rng.uniform(0.1, 0.6)), mix(ground, (255, 255, 255), rng.uniform(0.05, 0.3)))
     if cap and rng.random() < 0.18:                                                          # dark on dark: cap and well nearly alike, no line
         well, line = mix(cap, choose((0, 0, 0), (255, 255, 255)), rng.uniform(0.05, 0.12)), None
-    look = Look(body, line, rng.uniform(1, 3.5), button, label, bool(rng.random() < 0.5),
-                cap, well, lit, choose(*effects), choose(*calm), choose(*effects), choose(*effects), choose("cap", "cap", "knurl", "knurl", "ring", "dot"),
-                choose("cross", "cross", "four", "arrows"), choose("ellipse", "ellipse", "ellipse", "rect"),
-                choose("button", "button", "up", "down", "left", "right"), choose("rect", "rect", "horn", "ellipse"),
-                choose("cap", "cap", "cap", "cap", "label", "none", "behind"), bool(rng.random() < 0.08), choose(0.0, 0.0, rng.uniform(0.3, 1)),
-                rng.uniform(0.7, 1.25), tuple(b for b in ("GUIDE", "BACK", "START", "LEFT_THUMB", "RIGHT_THUMB") if rng.random() < 0.06), choose(0.0, 0.0, rng.uniform(0.3, 1.2)),
-                rng.uniform(13, 30), rng.uniform(6.5, 26), rng.uniform(9, 15), 0.0)
+    look = Look(body=body, line=line, width=rng.uniform(1, 3.5), button=button, label=label, colored=bool(rng.random() < 0.5), cap=cap, well=well, lit=lit,
+                press=choose(*effects), press_thumb=choose(*calm), press_dpad=choose(*effects), press_top=choose(*effects),
+                stick=choose("cap", "cap", "knurl", "knurl", "ring", "dot"), dpad=choose("cross", "cross", "four", "arrows"),
+                shape=choose("ellipse", "ellipse", "ellipse", "rect"), trigger=choose("button", "button", "up", "down", "left", "right"),
+                trigger_shape=choose("rect", "rect", "horn", "ellipse"), thumb=choose("cap", "cap", "cap", "cap", "label", "none", "behind"),
+                glow=bool(rng.random() < 0.08), dish=choose(0.0, 0.0, rng.uniform(0.3, 1)), blob=rng.uniform(0.7, 1.25),
+                missing=tuple(b for b in ("GUIDE", "BACK", "START", "LEFT_THUMB", "RIGHT_THUMB") if rng.random() < 0.06),
+                shade=choose(0.0, 0.0, rng.uniform(0.3, 1.2)), radius=rng.uniform(13, 30), travel=rng.uniform(6.5, 26), size=rng.uniform(9, 15))
     look.spread = look.size * rng.uniform(1.75, 2.3)
     look.spill = choose(0.0, 0.1, 0.7, rng.uniform(0, 1))
     if rng.random() < 0.35:                                                                # a black hole under a cap that is lighter than it
@@ -896,8 +958,8 @@ def ramp(x, colours):
     return table.astype(np.uint8)[(np.clip(x, 0, 1) * 255).astype(np.uint8)]
 
 
-def sprite(rng, size, colours):
-    """Mirrored pixel art: uint8 (size, size, 3) and its mask, bool (size, size)."""
+def pixel_art(rng, size, colours):
+    """A mirrored figure: uint8 (size, size, 3) and its mask, bool (size, size)."""
     n = int(rng.integers(3, 9))
     half = rng.integers(-len(colours) // 2, len(colours), (2 * n, n))            # negative: see-through
     grid = cv2.resize(np.hstack([half, half[:, ::-1]]).astype(np.int32), (size, size), interpolation=cv2.INTER_NEAREST)
@@ -905,7 +967,7 @@ def sprite(rng, size, colours):
 
 
 def tile(rng, s, colours):
-    """One uint8 (s, s, 3) tile of a tile set: plain, bricks, bevelled block, checks, stripes, pixel noise or a sprite."""
+    """One uint8 (s, s, 3) tile of a tile set: plain, bricks, bevelled block, checks, stripes, pixel noise or a figure."""
     image = np.full((s, s, 3), colours[0], np.uint8)
     y, x = np.mgrid[:s, :s]
     kind, half, joint = rng.integers(7), max(s // 2, 2), max(s // 12, 1)
@@ -921,7 +983,7 @@ def tile(rng, s, colours):
     elif kind == 5:
         image = colours[:3][cv2.resize(rng.integers(0, 3, (8, 8)).astype(np.uint8), (s, s), interpolation=cv2.INTER_NEAREST)]
     elif kind == 6:
-        art, mask = sprite(rng, s, colours)
+        art, mask = pixel_art(rng, s, colours)
         image[mask] = art[mask]
     return image
 
@@ -931,8 +993,8 @@ def tiles(rng, h, w, colours):
     s = int(rng.integers(h // 24, h // 6 + 4))
     kit = np.stack([tile(rng, s, rng.permutation(colours)) for _ in range(6)])
     kit[0] = colours[0]
-    field = clouds(rng, h // s + 1, w // s + 1, 3, smooth=False) + rng.normal(0, rng.uniform(0, 0.3), (h // s + 1, w // s + 1))
-    chosen = kit[np.clip(field * 6, 0, 5).astype(int)]                           # (rows, columns, s, s, 3)
+    region = clouds(rng, h // s + 1, w // s + 1, 3, smooth=False) + rng.normal(0, rng.uniform(0, 0.3), (h // s + 1, w // s + 1))
+    chosen = kit[np.clip(region * 6, 0, 5).astype(int)]                           # (rows, columns, s, s, 3)
     return chosen.swapaxes(1, 2).reshape(s * chosen.shape[0], s * chosen.shape[1], 3)[:h, :w].copy()
 
 
@@ -1016,7 +1078,7 @@ def marks(rng, image, colours):
         colour, other, fill = rng.choice(colours).tolist(), rng.choice(colours).tolist(), int(rng.choice([-1, 1, 2, 3]))
         word = "".join(rng.choice(list("ABXYLRZ0123456789:%HPSCORELVTIMEGAMEOVER "), rng.integers(1, 12)))
         if kind < 2:
-            art, mask = sprite(rng, s, colours)
+            art, mask = pixel_art(rng, s, colours)
             spot = image[y:y + s, x:x + s]
             mask = mask[:spot.shape[0], :spot.shape[1]]
             spot[mask] = art[:spot.shape[0], :spot.shape[1]][mask]
@@ -1073,20 +1135,25 @@ def open_video(path):
 
 
 def video_info(path):
-    """{"fps", "size": (w, h), "n": frames by the container's word, which may be wrong or 0}."""
-    capture = open_video(path)
-    return describe(capture)
+    """A video's describe()."""
+    return describe(open_video(path))
 
 
 def describe(capture):
-    """What the container of an open capture says of itself."""
+    """What an open capture's container says: {"fps" (30 where it says none), "size": (w, h), "n": frames, which may be wrong or 0}."""
     fps, n = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     size = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
     return {"fps": float(fps) if 1 <= fps <= 1000 else 30.0, "size": size, "n": max(int(n), 0) if n < 1e9 else 0}
 
 
+def presented(capture):
+    """Grab the frames of an open capture one by one, yielding each one's presentation time in milliseconds; capture.retrieve() then has its picture."""
+    while capture.grab():
+        yield capture.get(cv2.CAP_PROP_POS_MSEC)
+
+
 def slots(times, fps):
-    """Constant rate from presentation times in milliseconds: yields, for each decoded frame, how many rows of the clip it fills.
+    """Constant rate from presentation times in milliseconds: yields, for each of them, how many rows of the clip its frame fills.
 
     1 for every frame of a constant-rate video; 0 drops a frame, 2 or more repeat it, so that row i is what was seen at i / fps.
     """
@@ -1094,36 +1161,21 @@ def slots(times, fps):
     for time_ms in times:
         start = time_ms if start is None else start
         due = int(np.floor((time_ms - start) * fps / 1000 + 0.5)) + 1 if time_ms > start else filled + 1
-        count = max(due - filled, 0) if abs(due - filled) < fps * 10 else 1                                # a jump of 10 s is a broken clock, not a pause
+        count = max(due - filled, 0) if abs(due - filled) < fps * 10 else 1                  # a jump of 10 s is a broken clock, not a pause
         filled += count
         yield count
 
 
-def decode(path):
-    """Decode once, in order: yields (row number, uint8 (h, w, 3) BGR as OpenCV gives it, number of rows it fills)."""
-    capture = open_video(path)
-    fps, row, clock = describe(capture)["fps"], 0, Clock()
-    fills = slots(clock, fps)
-    while capture.grab():
-        clock.time = capture.get(cv2.CAP_PROP_POS_MSEC)
-        count = next(fills)
-        if count:
+def decode(path, first=0):
+    """Decode once, in order: yields (row number, from `first` on, uint8 (h, w, 3) BGR as OpenCV gives it, number of rows it fills)."""
+    capture, row = open_video(path), 0
+    for count in slots(presented(capture), describe(capture)["fps"]):
+        if count and row >= first:
             ok, bgr = capture.retrieve()
             if not ok:
                 return
             yield row, bgr, count
-            row += count
-
-
-class Clock:
-    """An endless iterator over the time last put into .time, so that slots() stays a plain generator."""
-    time = 0.0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return self.time
+        row += count
 
 
 def read_video(path):
@@ -1135,7 +1187,7 @@ def read_video(path):
 
 
 class VideoWriter:
-    """Write RGB frames to .mp4 (mp4v) or .webm (VP9, which browsers play); the file gets its name when closed."""
+    """Write RGB frames of `size` (w, h) to .mp4 (mp4v), .webm (VP9, which browsers play) or .avi (MJPEG); the file gets its name when closed."""
 
     def __init__(self, path, fps, size):
         self.path = Path(path)
@@ -1161,15 +1213,16 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind, value, trace):
-        self.writer.release()
         if kind is None:
             self.close()
         else:
+            self.writer.release()
             self.tmp.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- the clip folder
 QUALITY = 90                                       # JPEG: about 1-2 GB an hour of 256 x 256 frames at 30 a second, 2,000 decodes a second a core
+REDO = "delete the clip folder and run its stage again"
 
 
 class FramesWriter:
@@ -1223,11 +1276,11 @@ def read_npy(path, dtype, dims):
     except FileNotFoundError:
         raise UserError(f"{path}: expected this file of the clip, found none: run the stage that makes it again") from None
     except Exception as e:                                                       # numpy's readers of headers and archives raise what they like
-        raise UserError(f"{path}: expected a whole .npy file, found {' '.join(str(e).split())[:200]}: delete the clip folder and run its stage again") from None
+        raise UserError(f"{path}: expected a whole .npy file, found {' '.join(str(e).split())[:200]}: {REDO}") from None
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: expected a .npy file, found an archive of them: delete the clip folder and run its stage again")
+        raise UserError(f"{path}: expected a .npy file, found an archive of them: {REDO}")
     if array.dtype != dtype or array.ndim != dims:
-        raise UserError(f"{path}: expected {np.dtype(dtype)} with {dims} dimensions, found {array.dtype} {array.shape}: delete the clip folder and run its stage again")
+        raise UserError(f"{path}: expected {np.dtype(dtype)} with {dims} dimensions, found {array.dtype} {array.shape}: {REDO}")
     return array
 
 
@@ -1235,11 +1288,11 @@ def check_actions(path, actions, n):
     """UserError where the array of `path` does not hold n actions: float (n, 25), buttons in 0..1, sticks in -1..1."""
     if actions.shape != (n, A):
         raise UserError(f"{path}: expected {n} x {A}, one row a video frame, found {actions.shape}: delete it and run its stage again")
-    low, high = (actions.min(0), actions.max(0)) if n else (np.zeros(A),) * 2                              # NaN passes through both
+    low, high = (actions.min(0), actions.max(0)) if n else (np.zeros(A),) * 2                # NaN passes through both
     if not (low >= [0] * len(BUTTONS) + [-1.001] * 4).all() or not (high <= 1.001).all():
         bad = int(np.flatnonzero(~((actions[:, :-4] >= 0).all(1) & (np.abs(actions) <= 1.001).all(1)))[0])
-        raise UserError(f"{path}: expected buttons in 0..1 and sticks in -1..1, found {'NaN' if np.isnan(actions[bad]).any() else 'others'} in row {bad}: "
-                        "run its stage again or delete the clip")
+        found = "NaN" if np.isnan(actions[bad]).any() else "others"
+        raise UserError(f"{path}: expected buttons in 0..1 and sticks in -1..1, found {found} in row {bad}: run its stage again or delete the clip")
 
 
 class Frames:
@@ -1249,28 +1302,24 @@ class Frames:
         self.path = Path(folder) / f"{name}.npy"
         self.data = read_npy(self.path, np.uint8, 1)
         index = np.array(read_npy(self.path.with_name(f"{name}_index.npy"), np.int64, 2))
-        if index.shape[1:] != (2,) or not len(index) or index[-1, 1] != len(self.data) or (index[0] < 0).any() or (np.diff(index, axis=0) < 0).any() \
-                or (index[:-1, 0] >= index[-1, 0]).any():
-            raise UserError(f"{self.path}: expected an index that fits its {len(self.data)} bytes and rises, found another: delete the clip folder and run its stage again")
+        rises = index.shape[1:] == (2,) and len(index) and (index[0] >= 0).all() and (np.diff(index, axis=0) >= 0).all()
+        if not rises or index[-1, 1] != len(self.data) or (index[:-1, 0] >= index[-1, 0]).any():
+            raise UserError(f"{self.path}: expected an index that fits its {len(self.data)} bytes and rises, found another: {REDO}")
         self.numbers, self.offsets, self.n, self.shape = index[:-1, 0], index[:, 1], int(index[-1, 0]), None
 
     def __len__(self):
         return len(self.numbers)
 
-    def bytes(self, i):
-        """The ith JPEG, uint8 (k,)."""
-        return np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]])
-
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        jpeg = self.bytes(i)
+        jpeg = np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]])
         bgr = cv2.imdecode(jpeg, cv2.IMREAD_COLOR) if len(jpeg) else None
         if bgr is None:
-            raise UserError(f"{self.path}: expected a JPEG as frame {i}, found broken bytes: delete the clip folder and run its stage again")
+            raise UserError(f"{self.path}: expected a JPEG as frame {i}, found broken bytes: {REDO}")
         self.shape = self.shape or bgr.shape
         if bgr.shape != self.shape:
-            raise UserError(f"{self.path}: expected frames of one size, {self.shape[:2]}, found {bgr.shape[:2]} as frame {i}: delete the clip folder and run its stage again")
+            raise UserError(f"{self.path}: expected frames of one size, {self.shape[:2]}, found {bgr.shape[:2]} as frame {i}: {REDO}")
         return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
@@ -1286,16 +1335,25 @@ def read_clip(folder):
 def clips_in(data):
     """The whole clip folders under DATA, sorted by name, or DATA itself where it is one; UserError when there is none."""
     data = Path(data)
-    folders = [data] if (data / "clip.json").is_file() else sorted(p.parent for p in data.glob("*/clip.json") if not p.parent.name.endswith(".tmp")) if data.is_dir() else []
+    folders = sorted(p.parent for p in data.glob("*/clip.json") if not p.parent.name.endswith(".tmp"))
+    if (data / "clip.json").is_file():
+        folders = [data]
     if not folders:
         raise UserError(f"{data}: expected a folder of clips (each with clip.json), found none: make them with extract.py or play.py --record")
     return list(map(unicode, folders))
 
 
+def rank_and_world():
+    """(number of this process, how many there are) under torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS); (0, 1) alone."""
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
+
+
 def shard(items):
-    """This process's share of a list of work under torchrun or Slurm (RANK / WORLD_SIZE or SLURM_PROCID / SLURM_NTASKS)."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    """This process's share of a list of work."""
+    rank, world = rank_and_world()
     return list(items)[rank::world]
 
 
@@ -1317,7 +1375,7 @@ def pack_message(header, array=None):
 
 def unpack_message(message):
     """bytes -> (header, array or None). ValueError says what is wrong with bytes that nobody vouches for."""
-    head, newline, body = message[:4096].partition(b"\n")
+    head, newline, _ = message[:4096].partition(b"\n")
     try:
         header = json.loads(head) if newline else None
     except (ValueError, RecursionError):
@@ -1458,7 +1516,7 @@ def xfeat(net, image, top_k=4096):
 SAMPLES, MIN_INLIERS = 25, 20                      # [P]: 25 frames a video, accept from 20 inliers on
 MIN_PLACE = 5                                      # of the sampled frames without the overlay, so many are looked through for a second place
 TEMPLATE_WIDTH = 400                               # templates and views are brought to these widths: overlays are 10-30 % of a frame's width
-LOOKS = {"sift": ((1920, 4096),), "xfeat": ((2560, 4096), (1280, 2048))}      # (width, strongest features kept)
+VIEWS = {"sift": ((1920, 4096),), "xfeat": ((2560, 4096), (1280, 2048))}      # (width, strongest features kept)
 TEMPLATE_FEATURES = 600
 COARSE_FEATURES, FINALISTS = 96, 10                # many templates: a first round with few features, a full one over the best
 MIN_COSINE, RATIO, PIXELS = 0.7, 0.8, 3.0          # XFeat: cosine of a mutual match; SIFT: ratio test; RANSAC tolerance in pixels of the larger view
@@ -1466,34 +1524,34 @@ MIN_EDGES = 0.30                                   # agreement of edge direction
 
 
 def sample_frames(path, n=SAMPLES):
-    """n frames spread over a video -> (list of uint8 (h, w) grey, the same in colour as uint8 (h', w', 3) BGR, 640 wide at most). Short videos are
-    decoded through, long ones sought."""
-    capture = open_video(path)
+    """At most n frames spread over a video -> (list of uint8 (h, w) grey, the same in colour as uint8 (h', w', 3) BGR, 640 wide at most)."""
+    capture, kept = open_video(path), []
     total = describe(capture)["n"]
     if total > 100 * n:                                              # a seek costs the decoding of half a group of pictures, some 100 frames
-        kept = []
         for number in np.linspace(0, total - 1, n + 2)[1:-1].astype(int):
             capture.set(cv2.CAP_PROP_POS_FRAMES, int(number))
             ok, bgr = capture.read()
             if ok:
                 kept.append(grey_and_small(bgr))
-        if len(kept) >= n // 2:
-            return tuple(map(list, zip(*kept)))
-        capture = open_video(path)                                   # no index to seek by: read it through
-    kept, stride, number = [], 1, 0                                  # every stride-th frame; twice too many -> every second of them
-    stride = max(total // n, 1)
+    if not kept or len(kept) < n // 2:                               # a short video, or one without an index to seek by: read it through
+        kept = read_through(open_video(path), n, max(total // n, 1))
+    if not kept:
+        raise UserError(f"{path}: expected a video with frames, found none that decode: download it again")
+    return [grey for grey, _ in kept], [small for _, small in kept]
+
+
+def read_through(capture, n, stride):
+    """n (fewer of a shorter video) frames spread over all of an open capture, decoded in order -> list of grey_and_small()."""
+    kept, number = [], 0
     while capture.grab():
-        if number % stride == 0:
+        if number % stride == 0:                                     # every stride-th frame; twice too many -> every second of them
             ok, bgr = capture.retrieve()
             if ok:
                 kept.append(grey_and_small(bgr))
             if len(kept) > 2 * n:
                 kept, stride = kept[::2], stride * 2
         number += 1
-    if not kept:
-        raise UserError(f"{path}: expected a video with frames, found none that decode: download it again")
-    kept = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, n).round().astype(int))]
-    return tuple(map(list, zip(*kept)))
+    return [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, n).round().astype(int))] if kept else []
 
 
 def grey_and_small(bgr):
@@ -1534,10 +1592,10 @@ class Matcher:
     """Finds templates in pictures. kinds: which of "sift" and "xfeat"; features of the templates are kept in the file `cache`."""
 
     def __init__(self, skins, kinds, net=None, cache=None):
-        self.skins, self.kinds, self.net = skins, kinds, net
-        flats = [flat_template(s) for s in skins]
-        self.flats = flats
-        key = fingerprint(*(f[0] for f in flats), *kinds, *(() if net is None else (p.detach().numpy() for p in net.parameters())))
+        self.skins, self.kinds, self.net, self.lender = skins, kinds, net, None              # lender: see geometry_of()
+        self.flats = [flat_template(s) for s in skins]
+        weights = [] if net is None else [p.detach().numpy() for p in net.parameters()]
+        key = fingerprint(*(flat for flat, _ in self.flats), *kinds, *weights)
         self.features = self._load(cache, key) or self._compute(cache, key)
 
     def _load(self, cache, key):
@@ -1552,23 +1610,26 @@ class Matcher:
             return None
 
     def _compute(self, cache, key):
-        found = [{kind: self.describe(flat, kind, ((flat.shape[1], TEMPLATE_FEATURES),)) for kind in self.kinds} for flat, _ in self.flats]
-        for skin_features, (_, scale) in zip(found, self.flats):
-            for kind, (points, descriptors) in skin_features.items():
-                skin_features[kind] = points / scale, descriptors
-        if cache is not None:
-            arrays = {f"{i}.{kind}.{name}": a for i, f in enumerate(found) for kind, pair in f.items() for name, a in zip(("points", "descriptors"), pair)}
+        """For each template {kind: (points in template pixels, descriptors)}; kept in the file `cache`."""
+        found, arrays = [], {}
+        for i, (flat, scale) in enumerate(self.flats):
+            found.append({})
+            for kind in self.kinds:
+                points, descriptors = self.describe(flat, kind, ((flat.shape[1], TEMPLATE_FEATURES),))
+                found[i][kind] = points / scale, descriptors
+                arrays |= {f"{i}.{kind}.points": points / scale, f"{i}.{kind}.descriptors": descriptors}
 
-            def write(tmp):
-                with open(tmp, "wb") as file:
-                    np.savez(file, key=key, **arrays)
+        def write(tmp):
+            with open(tmp, "wb") as file:
+                np.savez(file, key=key, **arrays)
+        if cache is not None:
             write_atomic(cache, write)
         return found
 
-    def describe(self, gray, kind, looks):
-        """Features of one grey picture brought to several widths -> points (k, 2) in its own pixels, descriptors (k, d)."""
+    def describe(self, gray, kind, views):
+        """Features of one grey picture brought to each width of views, as in VIEWS -> points (k, 2) in its own pixels, descriptors (k, d)."""
         found = []
-        for width, limit in looks:
+        for width, limit in views:
             scale = width / gray.shape[1]
             size = width, max(round(gray.shape[0] * scale), 32)
             big = gray if scale == 1 else cv2.resize(gray, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
@@ -1597,7 +1658,7 @@ class Matcher:
 
     def match(self, view, i):
         """Template i's features against a view -> (template points, view points, kind index), each (m, ..)."""
-        ours, theirs, kinds = [], [], []
+        found = []
         for k, kind in enumerate(view):
             (pt, dt), (pv, dv) = self.features[i][kind], view[kind]
             if len(pt) < 4 or len(pv) < 4:
@@ -1611,14 +1672,14 @@ class Matcher:
             else:
                 cosine[rows, best] = -1
                 good = 1 - top < RATIO ** 2 * (1 - cosine.max(1))                               # |a - b|^2 = 2 - 2 cos
-            ours.append(pt[good]), theirs.append(pv[best[good]]), kinds.append(np.full(good.sum(), k))
-        if not ours:
+            found.append((pt[good], pv[best[good]], np.full(good.sum(), k)))
+        if not found:
             return np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32), np.zeros(0, int)
-        return np.concatenate(ours), np.concatenate(theirs), np.concatenate(kinds)
+        return tuple(np.concatenate(columns) for columns in zip(*found))
 
     def search(self, gray, kinds):
         """The plausible poses of templates in one grey picture -> list of Find, best first."""
-        view = {kind: self.describe(gray, kind, LOOKS[kind]) for kind in kinds}
+        view = {kind: self.describe(gray, kind, VIEWS[kind]) for kind in kinds}
         finds = [self.pose(gray, view, i) for i in self.shortlist(view)]
         return sorted((f for f in finds if f), key=lambda f: -f.inliers)
 
@@ -1627,7 +1688,7 @@ class Matcher:
         ours, theirs, kinds = self.match(view, i)
         if len(ours) < 4:
             return None
-        tolerance = PIXELS * gray.shape[1] / LOOKS["xfeat"][1][0]
+        tolerance = PIXELS * gray.shape[1] / VIEWS["xfeat"][1][0]
         affine, inside = consensus(ours, theirs, 3000, tolerance)
         if affine is None or not plausible(affine, self.skins[i].size, gray.shape) or spread(ours[inside], self.skins[i].size) < 4:
             return None
@@ -1648,7 +1709,7 @@ class Find:
     skin: int
     affine: np.ndarray
     inliers: int
-    by: dict
+    by: dict                                       # kind of feature -> its distinct inliers
     edges: float = 0.0                             # agreement of edge directions in the picture it was found in, -1..1
     seen: float = 0.0                              # share of the sampled frames in which it stands there
     absent: tuple = ()                             # numbers of those in which it does not
@@ -1681,7 +1742,6 @@ def spread(points, size):
 
 def fingerprint(*parts):
     """A short hash of arrays, numbers and strings."""
-    import hashlib
     digest = hashlib.sha1()
     for part in parts:
         digest.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
@@ -1690,7 +1750,7 @@ def fingerprint(*parts):
 
 def edge_agreement(gray, flat, affine):
     """Do the template's edges run along edges of the picture? Mean cos(2 angle between gradients), weighted by the template's gradient: 1 = all
-    parallel (either polarity: backgrounds and colour variants may invert it), 0 = chance. gray float32 (h, w), flat = flat_template()."""
+    parallel (either polarity: backgrounds and colour variants may invert it), 0 = chance. gray uint8 (h, w), flat = flat_template()."""
     flat, scale = flat
     x0, y0, x1, y1 = pose_box(affine, (flat.shape[1] / scale, flat.shape[0] / scale))
     x0, y0, x1, y1 = max(int(x0) - 2, 0), max(int(y0) - 2, 0), min(int(x1) + 3, gray.shape[1]), min(int(y1) + 3, gray.shape[0])
@@ -1699,8 +1759,9 @@ def edge_agreement(gray, flat, affine):
     to_video = np.array(affine, np.float64) @ np.array([[1 / scale, 0, 0], [0, 1 / scale, 0], [0, 0, 1]])
     to_video[:, 2] -= (x0, y0)
     blur = max(0.45 / max(np.hypot(to_video[0, 0], to_video[1, 0]), 0.05) - 0.45, 0.01)              # what shrinking by this much would blur
-    warp = lambda image: cv2.warpAffine(cv2.GaussianBlur(image, (0, 0), blur), to_video, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderValue=127)
-    template, seen = warp(flat.astype(np.float32)), cv2.GaussianBlur(gray[y0:y1, x0:x1], (0, 0), 0.7)
+    soft = cv2.GaussianBlur(flat.astype(np.float32), (0, 0), blur)
+    template = cv2.warpAffine(soft, to_video, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderValue=127)
+    seen = cv2.GaussianBlur(gray[y0:y1, x0:x1].astype(np.float32), (0, 0), 0.7)
     (tx, ty), (vx, vy) = gradients(template), gradients(seen)
     weight, strength = np.hypot(tx, ty), np.hypot(vx, vy)
     weight[weight < 0.15 * weight.max()] = 0
@@ -1743,53 +1804,56 @@ def refine(gray, flat, affine):
 
 
 def localise(frames, matcher):
-    """The overlay in sampled grey frames -> (Find or None, the best rejected score): the median of all first, then of halves, then one frame."""
+    """The overlay in sampled grey frames -> (Find or None, the most inliers of any pose): the median of all first, then of halves, then one frame."""
     n = len(frames)
     groups = [frames, frames[:n // 2], frames[n // 2:], frames[n // 2:n // 2 + 1]]
-    best, rejected = None, 0
-    floats = [f.astype(np.float32) for f in frames]
+    best, most = None, 0
     for group in groups[:1] if n < 4 else groups:
         picture = median_image(group)
-        gray = picture.astype(np.float32)
-        kinds = matcher.kinds if group is frames else matcher.kinds[-1:]                            # SIFT adds little where XFeat saw nothing
+        kinds = matcher.kinds if group is frames else matcher.kinds[-1:]                     # SIFT adds little where XFeat saw nothing
         finds = matcher.search(picture, kinds)
-        rejected = max([rejected, *(f.inliers for f in finds)])
-        close = [f for f in finds if f.inliers >= max(MIN_INLIERS, 0.5 * finds[0].inliers, best.inliers + 1 if best else 0)][:4]
-        for find in close:
-            find.affine, find.edges = refine(gray, matcher.flats[find.skin], find.affine)
-        for find in sorted(close, key=lambda f: -f.edges)[:1]:                                      # colour siblings share corners; their edges tell them apart
-            there = [edge_agreement(g, matcher.flats[find.skin], find.affine) > 0.5 * find.edges for g in floats]
-            find.seen, find.absent = float(np.mean(there)), tuple(np.flatnonzero(~np.array(there)))
-            if find.edges >= MIN_EDGES and find.seen >= 0.2:                                        # stands in at least 5 of 25 frames
-                best = find
+        if finds:
+            most = max(most, finds[0].inliers)
+            enough = max(MIN_INLIERS, 0.5 * finds[0].inliers, best.inliers + 1 if best else 0)
+            close = [f for f in finds if f.inliers >= enough][:4]
+            for find in close:
+                find.affine, find.edges = refine(picture, matcher.flats[find.skin], find.affine)
+            find = max(close, key=lambda f: f.edges, default=None)                           # colour siblings share corners; their edges tell them apart
+            if find:
+                there = np.array([edge_agreement(f, matcher.flats[find.skin], find.affine) > 0.5 * find.edges for f in frames])
+                find.seen, find.absent = float(there.mean()), tuple(np.flatnonzero(~there))
+                if find.edges >= MIN_EDGES and find.seen >= 0.2:                             # stands in at least 5 of 25 frames
+                    best = find
         if best and best.inliers >= 1.5 * MIN_INLIERS:
             break
-    return best, rejected
+    return best, most
 
 
 def localise_all(frames, matcher):
     """Every place that the overlay takes in turn (a scene switch moves it): localise, then again in the frames where it was absent
-    -> (list of Find, the best rejected score). A video without an overlay in most of its frames still has one place."""
-    places, rejected, numbers = [], None, list(range(len(frames)))
+    -> (list of Find, the most inliers of any pose in all frames). A video without an overlay in most of its frames still has one place."""
+    places, most, numbers = [], None, list(range(len(frames)))
     while len(numbers) >= (MIN_PLACE if places else 1) and len(places) < 3:
-        find, score = localise([frames[i] for i in numbers], matcher)
-        rejected = score if rejected is None else rejected
+        find, inliers = localise([frames[i] for i in numbers], matcher)
+        most = inliers if most is None else most
         if not find or any(overlap(find, p, matcher) > 0.5 for p in places):
             break
         find.present = tuple(n for i, n in enumerate(numbers) if i not in find.absent)
         places.append(find)
         numbers = [numbers[i] for i in find.absent]
-    return places, rejected
+    return places, most
 
 
 def recolour(find, pictures, size, matcher):
-    """Features are grey, so templates of one shape find each other's overlays in any colour: the number of the skin, of all that share the found one's
-    geometry, whose colours explain the median picture best. pictures: the sampled frames, small, uint8 (h, w, 3) BGR; size of the video (w, h).
+    """The number of the skin, of all that share the found one's geometry, whose colours explain the median picture best: features are grey, so templates
+    of one shape find each other's overlays in any colour. pictures: the sampled frames, small, uint8 (h, w, 3) BGR; size of the video (w, h).
 
     A pixel is taken for a mix of template and background: the same share of the template, the overlay's opacity, wherever the template is opaque, and for
     background the mean colour of a frame around the box."""
-    shape = lambda skin: (skin.family, tuple(skin.size), repr(skin.buttons), repr(skin.sticks))
-    siblings = [i for i, skin in enumerate(matcher.skins) if shape(skin) == shape(matcher.skins[find.skin])]
+    shapes = [(skin.family, tuple(skin.size), repr(skin.buttons), repr(skin.sticks)) for skin in matcher.skins]
+    siblings = [i for i, shape in enumerate(shapes) if shape == shapes[find.skin]]
+    if len(siblings) == 1:
+        return find.skin
     picture = median_image([pictures[i] for i in find.present]).astype(np.float32)
     x0, y0, x1, y1 = np.array(pose_box(find.affine, matcher.skins[find.skin].size)) * picture.shape[1] / size[0]
     x0, y0, x1, y1 = max(int(x0), 0), max(int(y0), 0), min(int(x1) + 1, picture.shape[1]), min(int(y1) + 1, picture.shape[0])
@@ -1798,12 +1862,12 @@ def recolour(find, pictures, size, matcher):
     around[y0:y1, x0:x1] = False
     ground = picture[around].mean(0) if around.any() else np.full(3, 127.0)
     seen, unlike = picture[y0:y1, x0:x1] - ground, {}
-    for i in siblings if len(siblings) > 1 else ():
+    for i in siblings:
         rgba = cv2.resize(draw(matcher.skins[i]), (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA).astype(np.float32)
         full = (rgba[..., 2::-1] - ground) * rgba[..., 3:] / 255                                    # the template at full opacity, less the background
         share = np.clip((seen * full).sum() / max((full * full).sum(), 1), 0.3, 1)
         unlike[i] = ((seen - share * full) ** 2).mean()
-    return min(unlike, key=unlike.get) if unlike else find.skin
+    return min(unlike, key=unlike.get)
 
 
 def overlap(a, b, matcher):
@@ -1819,11 +1883,14 @@ AHEAD = 8                                          # frames decoded ahead of the
 
 
 class Cutter:
-    """The one pass over a video: shrinks, masks, warps and encodes each frame. find = None cuts no pads (released labels bring actions)."""
+    """The one pass over a video of size (w, h): shrinks, masks, warps and encodes each frame.
+
+    skin at affine: the overlay that is warped; None cuts no pads (released labels bring actions). box [x0, y0, x1, y1], in video pixels: masked out.
+    window, alike: the part of the frame that is the game. every: of the rows of the clip, each Kth gets a policy frame.
+    """
 
     def __init__(self, size, every, skin=None, affine=None, box=None, window=None):
-        self.every, self.window = every, window                     # box = [x0, y0, x1, y1]: masked out; window alike: the part of the frame that is the game
-        self.hole = None                                            # the same place in the 256 x 256 picture
+        self.every, self.window, self.hole = every, window, None    # hole: the box in the 256 x 256 picture
         if box is not None:
             x0, y0, x1, y1 = window or (0, 0, *size)
             corners = (np.reshape(box, (2, 2)) - (x0, y0)) / (x1 - x0, y1 - y0) * SIDE
@@ -1849,7 +1916,7 @@ class Cutter:
         """uint8 (256, 256, 3) BGR: what a model sees, the overlay's box black [P]."""
         if self.window:
             bgr = bgr[self.window[1]:self.window[3], self.window[0]:self.window[2]]
-        small = shrink(bgr)
+        small = np.array(shrink(bgr))                               # a copy even of a 256 x 256 video: crop() still needs the overlay
         if self.hole:
             x0, y0, x1, y1 = self.hole
             small[y0:y1, x0:x1] = 0
@@ -1865,34 +1932,31 @@ class Cutter:
 
     def run(self, video, folder, rows=None):
         """Decode `video` once and write frames (and pads) into `folder`; rows = (first, last + 1) of the video to keep -> number of rows."""
-        from collections import deque
-        from concurrent.futures import ThreadPoolExecutor
         frames, pads, waiting, n = FramesWriter(folder, "frames"), FramesWriter(folder, "pads") if self.pad else None, deque(), 0
+        first, end = rows or (0, math.inf)
 
         def work(row, count, bgr):
-            wanted = [k for k in range(row, row + count) if k % self.every == 0]
-            return row, count, wanted, frames.encode(self.policy(bgr)) if wanted else None, pads.encode(self.crop(bgr)) if pads else None
+            """In a thread: a decoded frame -> (its rows, those that get a policy frame, its two JPEGs)."""
+            filled = range(row, row + count)
+            wanted = [k for k in filled if k % self.every == 0]
+            return filled, wanted, frames.encode(self.policy(bgr)) if wanted else None, pads.encode(self.crop(bgr)) if pads else None
 
-        def write(done):
-            row, count, wanted, frame, pad = done
+        def write(filled, wanted, frame, pad):
             for k in wanted:
                 frames.add_bytes(k, frame)
-            for k in range(row, row + count if pads else row):
+            for k in filled if pads else ():
                 pads.add_bytes(k, pad)
 
         with ThreadPoolExecutor(2) as pool:
-            for row, bgr, count in decode(video):
-                if rows and row >= rows[1]:
+            for row, bgr, count in decode(video, first):
+                if row >= end:
                     break
-                if rows and row < rows[0]:
-                    continue
-                row -= rows[0] if rows else 0
-                waiting.append(pool.submit(work, row, count, bgr))
-                n = row + count
+                waiting.append(pool.submit(work, row - first, count, bgr))
+                n = row - first + count
                 if len(waiting) > AHEAD:
-                    write(waiting.popleft().result())
+                    write(*waiting.popleft().result())
             while waiting:
-                write(waiting.popleft().result())
+                write(*waiting.popleft().result())
         frames.close(n)
         if pads:
             pads.close(n)
@@ -1903,17 +1967,21 @@ def geometry_of(skin, matcher):
     """A skin's geometry for clip.json; a bare PNG borrows that of the best matching pad of ours (an affine between the two pictures)."""
     donor, affine = skin, np.eye(2, 3)
     if not skin.buttons and not skin.sticks:
-        lender = Matcher(our_skins(), matcher.kinds, matcher.net)
-        finds = lender.search(flat_template(skin)[0], lender.kinds)
+        matcher.lender = matcher.lender or Matcher(our_skins(), matcher.kinds, matcher.net)
+        flat, scale = flat_template(skin)
+        finds = matcher.lender.search(flat, matcher.kinds)
         if not finds or finds[0].inliers < MIN_INLIERS // 2:
             return {"size": list(skin.size), "buttons": {}, "sticks": {}}
-        donor = lender.skins[finds[0].skin]
-        affine = finds[0].affine / flat_template(skin)[1]
-    place = lambda x, y: [round(float(v), 2) for v in affine @ (x, y, 1)]
-    stretch = affine[0, 0], affine[1, 1]
-    return {"size": list(skin.size), "buttons": {n: [*place(*b[:2]), *place(*b[2:])] for n, b in donor.buttons.items()},
-            "sticks": {s: {"center": place(*g["center"]), "travel": [round(g["travel"][i] * float(stretch[i]), 2) for i in (0, 1)],
-                           "radius": round(g["radius"] * float(stretch[0]), 2)} for s, g in donor.sticks.items()}}
+        donor, affine = matcher.lender.skins[finds[0].skin], finds[0].affine / scale
+
+    def moved(x, y):
+        return [round(float(v), 2) for v in affine @ (x, y, 1)]
+
+    sx, sy = float(affine[0, 0]), float(affine[1, 1])
+    buttons = {n: [*moved(x0, y0), *moved(x1, y1)] for n, (x0, y0, x1, y1) in donor.buttons.items()}
+    sticks = {s: {"center": moved(*g["center"]), "travel": [round(g["travel"][0] * sx, 2), round(g["travel"][1] * sy, 2)],
+                  "radius": round(g["radius"] * sx, 2)} for s, g in donor.sticks.items()}
+    return {"size": list(skin.size), "buttons": buttons, "sticks": sticks}
 
 
 def visible_box(skin):
@@ -1952,14 +2020,18 @@ def corners_convention(affine):
 
 
 def fresh_folder(folder):
-    """An empty FOLDER.tmp beside `folder`; what an interrupted run left there, and an outdated folder, are removed."""
-    import shutil
+    """An empty FOLDER.tmp beside `folder`; an outdated folder is removed."""
+    remove_outdated(folder)
     tmp = Path(folder).with_name(Path(folder).name + ".tmp")
-    for old in (tmp, Path(folder)):
-        if old.exists():
-            shutil.rmtree(old)
     tmp.mkdir(parents=True)
     return tmp
+
+
+def remove_outdated(folder):
+    """Remove a clip that is no longer true, and what an interrupted run left beside it."""
+    for old in (Path(folder).with_name(Path(folder).name + ".tmp"), Path(folder)):
+        if old.exists():
+            shutil.rmtree(old)
 
 
 def write_json(path, value):
@@ -2009,7 +2081,7 @@ def cut_labelled(folder, meta, video, out, args, key):
         x, y, w, h = meta["bbox_controller_overlay"]
         box = [x * sx, y * sy, (x + w) * sx, (y + h) * sy]
         rows = round(start * info["fps"]), round(end * info["fps"])
-        area = meta.get("bbox_game_area")
+        area = meta.get("bbox_game_area")                                                    # in shares of the frame
         window = area and [min(max(round(area[edge] * side), 0), side) for edge, side in zip(("xtl", "ytl", "xbr", "ybr"), info["size"] * 2)]
         if not np.isfinite(box).all() or window and not (window[0] < window[2] and window[1] < window[3]):
             raise ValueError(f"boxes {box} and {window} in a picture of {info['size']}")
@@ -2024,13 +2096,14 @@ def cut_labelled(folder, meta, video, out, args, key):
     n = cutter.run(video, tmp, rows)
     if n < 0.5 * (rows[1] - rows[0]):
         raise UserError(f"{video}: expected frames {rows[0]}-{rows[1]} of chunk {folder.name}, found {n} of them: download the whole video")
-    at = np.minimum((np.arange(n) + 0.5) / info["fps"] * chunk / (end - start), chunk - 1).astype(int)      # frames and label rows may differ in rate
-    write_npy(tmp / "actions.npy", actions[at])
+    seconds = (np.arange(n) + 0.5) / info["fps"]                                             # frames and label rows may differ in rate
+    actions = actions[np.minimum(seconds * chunk / (end - start), chunk - 1).astype(int)]
+    write_npy(tmp / "actions.npy", actions)
     write_npy(tmp / "confidence.npy", np.ones(n, np.float32))
-    write_npy(tmp / "keep.npy", dense(actions[at]))
-    clip = {"video": Path(video).name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n, "size": list(info["size"]), "box": [x * sx, y * sy, w * sx, h * sy],
-            "template": "released labels", "controller": meta.get("controller_type", "generic"), "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0,
-            "matcher": "labels", "every": args.every, "lag": 0, "hole": cutter.hole, "run": key}
+    write_npy(tmp / "keep.npy", dense(actions))
+    clip = {"video": Path(video).name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n, "size": list(info["size"]),
+            "box": [x * sx, y * sy, w * sx, h * sy], "template": "released labels", "controller": meta.get("controller_type", "generic"),
+            "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0, "matcher": "labels", "every": args.every, "lag": 0, "hole": cutter.hole, "run": key}
     write_json(tmp / "clip.json", clip)
     os.replace(tmp, out)
     return clip
@@ -2055,6 +2128,7 @@ def dense(actions, confidence=None):
 # Pairs are (template on a neutral ground, overlay in a coded game frame enlarged twice), drawn by random_skin and backdrop, in grey.
 CROP = (224, 288)                                                                # height and width of the training pictures
 POINTS = 128                                                                     # correspondences drawn from each pair
+PADS = 256                                                                       # skins held ready, one of them redrawn at each step
 
 
 def random_ghosts(rng, drawings, scenes):
@@ -2218,7 +2292,8 @@ def train_xfeat(args):
     import torch
     from safetensors.torch import save_file
 
-    within(args, 1, None, "steps", "batch")
+    within(args, 1, None, "steps")
+    within(args, 1, PADS, "batch")
     within(args, 1e-8, 1, "lr")
     writable(args.out)
     torch.manual_seed(args.seed)
@@ -2226,7 +2301,8 @@ def train_xfeat(args):
     teacher, net = load_xfeat(args.teacher), xfeat_net().train()
     average = copy.deepcopy(net).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.05)
+    warm_up = 0.05 if args.steps != 20 else 0.1                                  # one step of warm-up is a division by zero in there
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=warm_up)
     scenes = [grey(backdrop(rng, 360, 640)).astype(np.uint8) for _ in range(128)]
     ours = our_skins()
 
@@ -2242,7 +2318,7 @@ def train_xfeat(args):
         header = {"command": command, "seed": args.seed, "step": step, "steps": args.steps, "names": "as in the official xfeat.pt"}
         write_atomic(args.out, lambda tmp: save_file(state, tmp, {"json": json.dumps(header)}))
 
-    pads = [new_ghosts() for _ in range(256)]
+    pads = [new_ghosts() for _ in range(PADS)]
     start = time.time()
     for step in range(1, args.steps + 1):
         scenes[rng.integers(len(scenes))] = grey(backdrop(rng, 360, 640)).astype(np.uint8)
@@ -2257,7 +2333,10 @@ def train_xfeat(args):
         schedule.step()
         with torch.no_grad():                                                    # the average is what is saved
             for mean, value in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
-                mean.lerp_(value, 1 - min(0.998, step / (step + 9))) if mean.is_floating_point() else mean.copy_(value)
+                if mean.is_floating_point():
+                    mean.lerp_(value, 1 - min(0.998, step / (step + 9)))
+                else:
+                    mean.copy_(value)
         if step % 50 == 0 or step == args.steps:
             spent = time.time() - start
             print(f"step {step}/{args.steps} | loss {float(loss.detach()):.4f} | " + " | ".join(f"{k} {v:.3f}" for k, v in parts.items())
@@ -2269,7 +2348,7 @@ def train_xfeat(args):
 
 # ------------------------------------------------------------------------------------------------------------------ command line
 def find_videos(paths):
-    """Files and folders -> sorted list of (video path, clip name): the name is the file's, made unique by its folder's where two agree."""
+    """Files and folders -> list of (video path, clip name), a folder's sorted: the name is the file's, with its folder's where two would share clips."""
     videos = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -2280,16 +2359,22 @@ def find_videos(paths):
             raise UserError(f"{path}: expected a video or a folder of videos, found nothing there: check the path")
     if not videos:
         raise UserError(f"{' '.join(map(str, paths))}: expected videos ({' '.join(sorted(VIDEO_ENDINGS))}), found none in there")
-    videos = list(dict.fromkeys(p.absolute() for p in videos))
-    stems = [unicode(p).stem for p in videos]
-    return [(p, p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}_{p.stem}_{fingerprint(str(p))[:6]}") for p in videos]
+    videos = list(dict.fromkeys(unicode(p).absolute() for p in videos))
+    folders = Counter(folder.casefold() for p in videos for folder in place_names(p.stem))     # casefold: a.mp4 and A.mp4 are one folder on some disks
+    unique = {p: all(folders[folder.casefold()] == 1 for folder in place_names(p.stem)) for p in videos}
+    return [(p, p.stem if unique[p] else f"{p.parent.name}_{p.stem}_{fingerprint(str(p))[:6]}") for p in videos]
+
+
+def place_names(name):
+    """The names of a video's clip folders: one for each place that its overlay may take."""
+    return [name, f"{name}_place2", f"{name}_place3"]
 
 
 def journal(path):
     """extract.jsonl -> {video: its last line's dict}; a line cut off by a kill is passed over."""
     lines = {}
     if Path(path).exists():
-        for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        for text in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):    # splitlines() would also cut at odd letters of a name
             try:
                 line = json.loads(text)
                 lines[line["video"]] = line
@@ -2300,50 +2385,50 @@ def journal(path):
 
 def log_line(path, line):
     """Append one line to extract.jsonl in a single write, so that several processes may share the file."""
+    text = json.dumps(line, ensure_ascii=False) + "\n"
     with open(path, "a+b", buffering=0) as f:
-        whole = not f.seek(0, os.SEEK_END) or (f.seek(-1, os.SEEK_END), f.read(1) == b"\n")[1]         # a kill may have cut the last line
-        f.write((("" if whole else "\n") + json.dumps(line, ensure_ascii=False) + "\n").encode())
+        if f.seek(0, os.SEEK_END):
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":                                                          # a kill cut the last line
+                text = "\n" + text
+        f.write(text.encode())
+
+
+def whole_clip(folder, key):
+    """clip.json of a clip folder that is whole and made from the same video with the same settings, else None."""
+    clip = read_clip(folder) if (folder / "clip.json").exists() else {}
+    return clip if clip.get("run") == key else None
 
 
 def extract_one(video, name, matcher, args, settings, done):
     """One video: skip it when its result is whole and of these settings, else localise and cut -> its line for extract.jsonl, or None."""
-    key, folder, start = fingerprint(settings, video.stat().st_size, video.stat().st_mtime_ns), Path(args.out) / name, time.time()
+    key, start = fingerprint(settings, video.stat().st_size, video.stat().st_mtime_ns), time.time()
+    folders = [Path(args.out) / place for place in place_names(name)]
     line = {"video": str(video), "status": "none", "template": None, "box": None, "inliers": 0, "seconds": 0.0, "reason": "", "run": key}
-    old = done.get(str(video))
-    if (folder / "clip.json").exists() and read_clip(folder).get("run") == key:
-        if old and old.get("run") == key:
-            return None
-        clip = read_clip(folder)                                                                    # killed between the folder and its line
-    elif old and old.get("run") == key and old["status"] == "none":
+    old, clip = done.get(str(video), {}), whole_clip(folders[0], key)
+    if old.get("run") == key and (clip or old.get("status") == "none"):
         return None
-    else:
+    if not clip:                                                                             # there is one after a kill between the folder and its line
         frames, pictures = sample_frames(video)
-        places, rejected = localise_all(frames, matcher)
+        places, most = localise_all(frames, matcher)
         for find in places:
             find.skin = recolour(find, pictures, frames[0].shape[::-1], matcher)
-        folders, clip = [folder, *(folder.with_name(f"{name}_place{k}") for k in (2, 3))], None
-        for target, find in [*zip(folders, places)][::-1]:                                          # the first place last: it marks the video as done
-            clip = cut_clip(video, target, matcher, find, args, key)
+        for folder, find in reversed(list(zip(folders, places))):                            # the first place last: it marks the video as done
+            clip = cut_clip(video, folder, matcher, find, args, key)
         for unused in folders[len(places):]:
             remove_outdated(unused)
-        line["inliers"] = int(rejected)
-        line["reason"] = "" if places else f"best of {len(matcher.skins)} templates has {rejected} inliers, {MIN_INLIERS} and agreeing edges are needed"
-        line |= {"places": [t.name for t in folders[:len(places)]]} if len(places) > 1 else {}
+        line["inliers"] = int(most)
+        if not places:
+            line["reason"] = f"best of {len(matcher.skins)} templates has {most} inliers, {MIN_INLIERS} and agreeing edges are needed"
+        if len(places) > 1:
+            line["places"] = [folder.name for folder in folders[:len(places)]]
     if clip:
         line |= {"status": "found", "template": clip["template"], "box": clip["box"], "inliers": clip["inliers"], "by": clip["by"], "edges": clip["edges"]}
     return line | {"seconds": round(time.time() - start, 2)}
 
 
-def remove_outdated(folder):
-    """A clip of an earlier run whose video no longer shows an overlay to these templates is no longer true."""
-    import shutil
-    for old in (Path(folder), Path(folder).with_name(Path(folder).name + ".tmp")):
-        if old.exists():
-            shutil.rmtree(old)
-
-
 def report(line, i, n):
-    """One line a video."""
+    """Print what became of a video, the i-th of n."""
     if line["status"] == "found":
         what = f"{line['template']} | box {[round(v) for v in line['box']]} | {line['inliers']} inliers " + " ".join(f"{k} {v}" for k, v in line["by"].items())
         what += f" | {len(line['places'])} places in turn" if "places" in line else ""
@@ -2354,20 +2439,19 @@ def report(line, i, n):
 
 def run_extract(args):
     """The main command: localise and cut every video, or cut along released labels."""
-    videos, out = shard(find_videos(args.videos)), Path(args.out)
     within(args, 1, None, "every", "limit")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{out}: expected a folder to write to, found {e.strerror}: give another --out") from None
-    videos = videos[:args.limit]
+    every_video, out = find_videos(args.videos)[:args.limit], Path(args.out)
+    videos = shard(every_video)
+    if args.sheet:
+        writable(args.sheet)
+    out.mkdir(parents=True, exist_ok=True)
     if args.labels:
-        return run_labels(videos, args, out)
+        return run_labels(every_video, videos, args, out)
     skins = load_skins(args.templates) if args.templates else our_skins()
     kinds = ("sift", "xfeat") if args.matcher == "both" else (args.matcher,)
     net = load_xfeat(args.xfeat) if "xfeat" in kinds else None
-    matcher = Matcher(skins, kinds, net, out / f"templates-{os.environ.get('RANK', '0')}.npz")
-    settings = (fingerprint(*(f[0] for f in matcher.flats), *[s.name for s in skins]), kinds, args.every, "" if net is None else str(args.xfeat))
+    matcher = Matcher(skins, kinds, net, out / f"templates-{rank_and_world()[0]}.npz")
+    settings = (fingerprint(*(flat for flat, _ in matcher.flats), *[s.name for s in skins]), kinds, args.every, "" if net is None else str(args.xfeat))
     log, failed = out / "extract.jsonl", 0
     done = journal(log)
     for i, (video, name) in enumerate(videos, 1):
@@ -2381,7 +2465,7 @@ def run_extract(args):
             report(line, i, len(videos))
     if args.sheet:
         contact_sheet(args.sheet, videos, journal(log), out)
-    if failed and failed == len(videos):
+    if failed and failed == len(every_video):                                                # not a share: torchrun ends all processes when one fails
         raise UserError(f"{failed} of {failed} videos can't be read: see the lines above")
 
 
@@ -2391,65 +2475,67 @@ def video_id(meta):
     return str(isinstance(source, dict) and source.get("video_id") or "\0")
 
 
-def run_labels(videos, args, out):
-    """--labels: one clip folder for each released chunk whose video is here."""
-    by_id = {name: video for video, name in videos}
+def run_labels(every_video, videos, args, out):
+    """--labels: one clip folder for each released chunk whose video is among `videos`, this process's share of every_video."""
     chunks = label_chunks(args.labels)
-    known = [(folder, meta, next((v for s, v in by_id.items() if video_id(meta) in s), None)) for folder, meta in chunks]
-    matched = [k for k in known if k[2] is not None]
+    matched = []
+    for folder, meta in chunks:
+        holders = [video for video, name in every_video if video_id(meta) in name]
+        matched += [(folder, meta, holders[0])] if holders else []
     if not matched:
-        raise UserError(f"{args.labels}: expected videos whose names hold one of its {len(known)} chunks' video ids, found none: name them <video_id>.mp4")
-    failed = 0
-    for i, (folder, meta, video) in enumerate(matched, 1):
+        raise UserError(f"{args.labels}: expected videos whose names hold one of its {len(chunks)} chunks' video ids, found none: name them <video_id>.mp4")
+    ours, failed = {video for video, _ in videos}, 0
+    share = [chunk for chunk in matched if chunk[2] in ours]
+    for i, (folder, meta, video) in enumerate(share, 1):
         start, target = time.time(), out / folder.name
         key = fingerprint(args.every, video.stat().st_size, video.stat().st_mtime_ns, meta)
-        if (target / "clip.json").exists() and read_clip(target).get("run") == key:
-            continue
         line = {"video": str(video), "chunk": folder.name, "status": "error", "template": None, "box": None, "inliers": 0, "reason": ""}
         try:
+            if whole_clip(target, key):
+                continue
             line |= {"status": "found", "template": "released labels", "by": {}, "box": cut_labelled(folder, meta, video, target, args, key)["box"]}
         except UserError as e:
             line["reason"], failed = str(e), failed + 1
         line["seconds"] = round(time.time() - start, 2)
         log_line(out / "extract.jsonl", line)
-        report(line, i, len(matched))
+        report(line, i, len(share))
     if failed == len(matched):
         raise UserError(f"{failed} of {failed} chunks can't be cut: see the lines above")
 
 
 def contact_sheet(path, videos, lines, out):
     """One picture of every video's find for a person to check: a frame with the box, the crop, the template beside it."""
-    cells = []
-    for video, name in videos:
-        line, cell = lines.get(str(video)), np.full((200, 640, 3), 32, np.uint8)
-        if line is None:
-            continue
-        if line["status"] != "error":
-            frame = middle_frame(video)
-            if line["status"] == "found":
-                x, y, w, h = line["box"]
-                cv2.rectangle(frame, (int(x), int(y)), (int(x + w), int(y + h)), (0, 255, 0), max(2, frame.shape[1] // 400))
-                pads = Frames(out / name, "pads")
-                crop = cv2.cvtColor(pads[len(pads) // 2], cv2.COLOR_RGB2BGR)
-                rest = cv2.cvtColor(read_rgba(out / name / "template.png"), cv2.COLOR_RGBA2BGRA)
-                flat = (rest[..., :3] * (rest[..., 3:] / 255.0) + 96 * (1 - rest[..., 3:] / 255.0)).astype(np.uint8)
-                for k, picture in enumerate((crop, flat)):
-                    paste(cell, picture, 320 + 160 * k, 0, 160, 176)
-            paste(cell, frame, 0, 0, 320, 176)
-        text = f"{name}: {line['status']} {line['template'] or ''} {line['inliers']} inliers"
-        cv2.putText(cell, text.encode("ascii", "replace").decode(), (6, 192), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
-        cells.append(cell)
-    cells += [np.full((200, 640, 3), 32, np.uint8)] * (len(cells) % 2)
-    rows = [np.hstack(cells[i:i + 2]) for i in range(0, len(cells), 2)]
-    save_png(path, cv2.cvtColor(np.vstack(rows), cv2.COLOR_BGR2RGB))
+    cells = [sheet_cell(video, out / name, lines[str(video)]) for video, name in videos if str(video) in lines]
+    if not cells:                                                                            # a share of no videos
+        return
+    cells += [np.full_like(cells[0], 32)] * (len(cells) % 2)
+    save_png(path, np.vstack([np.hstack(cells[i:i + 2]) for i in range(0, len(cells), 2)]))
+
+
+def sheet_cell(video, folder, line):
+    """One video's uint8 (200, 640, 3) RGB part of the contact sheet."""
+    cell = np.full((200, 640, 3), 32, np.uint8)
+    if line["status"] != "error":
+        frame = middle_frame(video)
+        if line["status"] == "found":
+            x, y, w, h = line["box"]
+            cv2.rectangle(frame, (int(x), int(y)), (int(x + w), int(y + h)), (0, 255, 0), max(2, frame.shape[1] // 400))
+            pads, rest = Frames(folder, "pads"), read_rgba(folder / "template.png")
+            paste(cell, pads[len(pads) // 2], 320, 0, 160, 176)
+            flat = (rest[..., :3] * (rest[..., 3:] / 255.0) + 96 * (1 - rest[..., 3:] / 255.0)).astype(np.uint8)
+            paste(cell, flat, 480, 0, 160, 176)
+        paste(cell, frame, 0, 0, 320, 176)
+    text = f"{folder.name}: {line['status']} {line['template'] or ''} {line['inliers']} inliers"
+    cv2.putText(cell, text.encode("ascii", "replace").decode(), (6, 192), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
+    return cell
 
 
 def middle_frame(video):
-    """One BGR frame from the middle of a video."""
+    """uint8 (h, w, 3) RGB, one frame from the middle of a video; grey where it can't be sought."""
     capture = open_video(video)
     capture.set(cv2.CAP_PROP_POS_FRAMES, describe(capture)["n"] // 2)
-    ok, frame = capture.read()
-    return frame if ok else np.full((176, 320, 3), 64, np.uint8)
+    ok, bgr = capture.read()
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB) if ok else np.full((176, 320, 3), 64, np.uint8)
 
 
 def paste(canvas, picture, x, y, w, h):
@@ -2461,14 +2547,14 @@ def paste(canvas, picture, x, y, w, h):
 
 def run_templates(args):
     """Write our templates as NAME.png + NAME.json."""
-    out = Path(args.out)
+    out, skins = Path(args.out), our_skins()
     out.mkdir(parents=True, exist_ok=True)
-    for skin in our_skins():
+    for skin in skins:
         save_png(out / f"{skin.name}.png", draw(skin))
-        middle = lambda b: [(b[0] + b[2]) / 2, (b[1] + b[3]) / 2]
+        buttons = {n: {"center": [(x0 + x1) / 2, (y0 + y1) / 2], "box": [x0, y0, x1, y1]} for n, (x0, y0, x1, y1) in skin.buttons.items()}
         write_json(out / f"{skin.name}.json", {"name": skin.name, "controller": skin.family, "size": list(skin.size), "bbox": visible_box(skin),
-                                               "buttons": {n: {"center": middle(b), "box": list(b)} for n, b in skin.buttons.items()}, "sticks": skin.sticks})
-    print(f"wrote {len(our_skins())} templates to {out}")
+                                               "buttons": buttons, "sticks": skin.sticks})
+    print(f"wrote {len(skins)} templates to {out}")
 
 
 def main(argv=None):
@@ -2497,7 +2583,7 @@ def main(argv=None):
     parser.add_argument("--matcher", choices=("sift", "xfeat", "both"), default="both", help="features to match with (default both, as the paper)")
     parser.add_argument("--xfeat", help="matching weights: a .safetensors of ours or the official xfeat.pt (default weights/xfeat.safetensors)")
     parser.add_argument("--labels", help="NVIDIA's released labels, unpacked: cut their chunks from the given videos instead of localising")
-    parser.add_argument("--limit", type=int, help="stop after N videos (default: all)")
+    parser.add_argument("--limit", type=int, help="take the first N videos only (default: all)")
     parser.add_argument("--sheet", help="also write a contact sheet PNG of all finds")
     parser.set_defaults(run=run_extract)
     return cli(parser, argv)

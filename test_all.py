@@ -9,6 +9,7 @@ here skip and print what they miss.
 import ast
 import contextlib
 import ctypes
+import errno
 import gc
 import importlib.util
 import io
@@ -262,6 +263,8 @@ def test_obs_preset_draws_each_element_type_by_its_rules(tmp_path):
     assert out[15, 75].tolist() == [0, 200, 0, 255] and out[50, 35].tolist() == [110, 0, 90, 255]         # pressed; state 5 = up-left
     assert out[29, 55, 0] == 250 and out[11, 55, 0] == 9                                                  # half a trigger, from the bottom
     assert out[5, 17].tolist() == [0, 0, 200, 255] and out[26, 12].tolist() == [40, 40, 40, 255]          # 6 px right and 6 up
+    bare = extract.preset_part({"type": 6, "pos": [0, 0], "mapping": [0, 0, 10, 20]}, np.full((20, 10, 4), 255, np.uint8))
+    assert not extract.draw(extract.measured("p", "generic", (20, 20), [bare]), np.ones(25)).any()        # a trigger whose pressed picture is missing
 
 
 @needs_shared
@@ -305,6 +308,17 @@ def test_slots_turn_variable_rate_into_constant_rate():
     assert fills([0, 0, 0], 30) == [1, 1, 1]                                              # no clock in the file
 
 
+def test_a_full_disk_or_an_odd_letter_is_no_traceback(monkeypatch, capfd):
+    def full(args):
+        print("動画")
+        raise OSError(errno.ENOSPC, "No space left on device")                            # as a write to an open file raises it: no name in it
+
+    parser = extract.Parser()
+    parser.set_defaults(run=full)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))           # a log file on Windows
+    assert extract.cli(parser, []) == 2 and "No space left" in capfd.readouterr().err
+
+
 def test_frames_random_access_and_broken_files(tmp_path):
     writer, rng = extract.FramesWriter(tmp_path, "frames", 95), np.random.default_rng(0)
     pictures = [cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (64, 48)) for _ in range(5)]
@@ -334,6 +348,13 @@ def test_cutter_warps_the_overlay_into_its_template_to_a_tenth_of_a_pixel(tmp_pa
     ideal = cv2.resize((rgba[..., :3] * alpha + 60 * (1 - alpha)).astype(np.uint8), crop.shape[1::-1], interpolation=cv2.INTER_AREA)
     shift, response = cv2.phaseCorrelate(crop[..., 1].astype(np.float32), ideal[..., 1].astype(np.float32))
     assert np.abs(shift).max() < 0.1 and response > 0.7
+
+
+def test_a_video_of_256_pixels_keeps_its_overlay_in_the_crop():
+    frame = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    cutter = extract.Cutter((256, 256), 1, extract.our_skins()[1], np.float64([[0.3, 0, 20], [0, 0.3, 20]]), [20, 20, 140, 107])
+    crop = cutter.crop(frame)
+    assert not cutter.policy(frame)[20:107, 20:140].any() and np.array_equal(cutter.crop(frame), crop)
 
 
 # ------------------------------------------------------------------------------------------------------------ extract: localisation
@@ -495,9 +516,29 @@ def test_shards_share_the_work(monkeypatch):
     monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("SLURM_PROCID", "1"), monkeypatch.setenv("SLURM_NTASKS", "2")
     assert extract.shard(range(5)) == [1, 3]
+    monkeypatch.delenv("SLURM_NTASKS")
+    assert extract.shard(range(5)) == [0, 1, 2, 3, 4]                                     # a number without a count loses nothing
 
 
-def test_released_labels_become_clips(tmp_path, capfd):
+def test_clips_of_different_videos_do_not_share_a_folder(tmp_path):
+    for name in ("a.mp4", "a_place2.mp4", "b.mp4", "C.mp4", "c.mkv", "d.mp4"):
+        (tmp_path / name).touch()
+    names = {video.name: name for video, name in extract.find_videos([tmp_path])}
+    assert {video for video, name in names.items() if name == Path(video).stem} == {"b.mp4", "d.mp4"}
+    places = [place.lower() for name in names.values() for place in extract.place_names(name)]
+    assert len(set(places)) == len(places) == 18
+
+
+def test_the_journal_outlives_a_kill_and_odd_names(tmp_path):
+    path, name = tmp_path / "extract.jsonl", "a\u2028b.mp4"
+    extract.log_line(path, {"video": name, "status": "none"})
+    with open(path, "ab") as f:
+        f.write(b'{"video": "cut off')
+    extract.log_line(path, {"video": "c.mp4", "status": "none"})
+    assert set(extract.journal(path)) == {name, "c.mp4"}
+
+
+def test_released_labels_become_clips(tmp_path, monkeypatch):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install pyarrow")
     import pyarrow.parquet as pq
     video = film(tmp_path / "abc123.mp4", 60, (320, 180), 30)
@@ -515,6 +556,8 @@ def test_released_labels_become_clips(tmp_path, capfd):
     assert actions.shape == (30, 25) and len(frames) == 30 and np.load(clip / "keep.npy")[:15].all()
     assert np.flatnonzero(actions[:, extract.BUTTON["SOUTH"]]).tolist() == list(range(15, 30)) and actions[0, 21:23].tolist() == [0.5, -1.0]
     assert extract.read_clip(clip)["box"] == [200, 100, 150, 80] and frames[0][150:200, 170:250].mean() < 8
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")                # a share of no videos is no mistake
+    assert run(extract.main, video, "--out", tmp_path / "data", "--labels", tmp_path / "labels") == 0
 
 
 def test_extract_says_what_is_wrong_in_one_line(tmp_path, capfd):
@@ -550,8 +593,10 @@ def test_extract_says_what_is_wrong_in_one_line(tmp_path, capfd):
         extract.video_info(tmp_path / "cut.mp4")
     assert capfd.readouterr().err == ""                                          # neither FFmpeg nor OpenCV adds lines of its own
     fails(f"{tmp_path}/\udcff.mp4", "--out", tmp_path / "d", says="UTF-8")       # OpenCV ends the process over such a name
-    for flag in (["--every", "9" * 30], ["--limit", "-1"]):
-        fails(video, "--out", tmp_path / "d", *flag, says=flag[0])
+    for flag in (["--every", "9" * 30], ["--limit", "-1"], ["--sheet", tmp_path]):
+        fails(video, "--out", tmp_path / "d", *flag, says=str(flag[-1] if flag[0] == "--sheet" else flag[0]))
+    fails("xfeat", "--out", tmp_path / "x.safetensors", "--teacher", tmp_path / "junk.pt", "--batch", 999, says="--batch")
+    extract.contact_sheet(tmp_path / "sheet.png", [], {}, tmp_path)              # a share of no videos
     assert run(extract.main, video, "--out") == 2 and run(extract.main, video, "--outt", tmp_path / "d") == 2
 
 # -------------------------------------------------------------------------------------------------------------------- extract: XFeat
@@ -3247,7 +3292,7 @@ def test_fixed_levels_are_the_same_for_all_seeds_and_procedural_ones_are_not():
 
 def test_scripted_wins_and_random_mashing_and_rest_do_not():
     """n = 3 here; bench.py suite --mashing -n 50 measures it task by task."""
-    wins = {who: [bench.play_alone((task, who, 3, 7)) for task in bench.TASKS] for who in ("scripted", "random", "right+attack", "mash")}
+    wins = {who: [bench.play_alone(task, who, 3, 7) for task in bench.TASKS] for who in ("scripted", "random", "right+attack", "mash")}
     assert sum(wins["scripted"]) >= 0.9 * 90 and min(wins["scripted"]) >= 1
     for who in ("random", "right+attack", "mash"):
         assert sum(wins[who]) <= 0.1 * 90, who
@@ -3376,6 +3421,7 @@ def test_recorded_clips_are_what_train_reads(tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "dätä").rglob("*.npy")}
     assert bench.main(line) == 0 and "recorded already" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "dätä").rglob("*.npy")}
+    assert bench.main([*line, "--seed", "1"]) == 2 and "another --out" in capsys.readouterr().err        # what is there is of another seed
     for seed, same in ((0, True), (1, False)):
         assert bench.main([*line[:1], "--out", str(tmp_path / str(seed)), *line[3:], "--seed", str(seed)]) == 0
         assert np.array_equal(np.load(tmp_path / str(seed) / "dojo-000" / "actions.npy"), np.load(clips[2] / "actions.npy")) == same
@@ -3448,6 +3494,10 @@ def test_model_rollouts_are_the_same_again_and_replan_every_k_steps(toy):
     (["record", "--out", "x", "--clip", "nan"], "--clip nan"),
     (["parser", "--out", "x", "--videos", "nowhere"], "nowhere"),
     (["parser", "--out", "x", "--each", "0"], "--each 0"),
+    (["latency", "--repeats", "0"], "--repeats 0"),
+    (["latency", "--steps", "16", "0"], "--steps 16 0"),
+    (["throughput", "--seconds", "0"], "--seconds 0"),
+    (["playing", "--hz", "0"], "--hz"),
     (["suite", "--video"], "--video"),
     (["suite", "-n", "0"], "-n"),
     (["suite", "--ckpt", "nothing.safetensors"], "nothing.safetensors"),
@@ -3518,6 +3568,8 @@ def test_tables_map_pads_to_every_kind_of_action():
     box = space("Box", shape=(4,), low=np.float32([-2, 0, -1, -np.inf]), high=np.float32([4, 1, 1, np.inf]), dtype=np.float32)
     numbers = bench.to_theirs(box, {"0": "left.x", "1": "RIGHT_TRIGGER", "2": "RIGHT_TRIGGER - 0.5 * left.y", "3": "-12 * right.x"})
     assert numbers(push(0.5 + 1j, 0.25, "RIGHT_TRIGGER")).tolist() == [2, 1, 0.5, -3] and numbers(push(-1)).tolist() == [-2, 0, 0, 0]
+    half = bench.to_theirs(space("Box", shape=(1,), low=np.float32([0]), high=np.float32([np.inf]), dtype=np.float32), {"0": "3 * left.x"})
+    assert half(push(0.5)).tolist() == [1.5] and half(push()).tolist() == [0]                  # a bound on one side only: the value as it is
     parts = {"binary": space("MultiBinary", n=1), "continuous": space("Box", shape=(1,), low=np.float32([-3e38]), high=np.float32([3e38]), dtype=np.float32)}
     both = bench.to_theirs(space("Dict", spaces=parts), {"ATTACK": "RIGHT_TRIGGER", "LOOK_DELTA": "3 * right.y"}, ("LOOK_DELTA", "ATTACK"))
     assert {k: v.tolist() for k, v in both(push(0j, 0.5j, "RIGHT_TRIGGER")).items()} == {"binary": [1], "continuous": [1.5]}
@@ -3630,6 +3682,12 @@ def test_a_persons_judgements_are_kept_at_once_and_resumed(tmp_path, monkeypatch
 def test_a_wrong_list_of_tasks_is_one_line(tmp_path, capfd, tasks, says):
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     fails_in_one_line(capfd, bench.main, "suite", "--exe", "g", "--tasks", tmp_path / "tasks.json", "--ckpt", "a", "--out", tmp_path / "out", says=says)
+
+
+def test_flags_for_play_keep_windows_paths_and_name_an_open_quote():
+    assert bench.flags_in("--pad keyboard --map 'C:\\my games\\keys.json' --window #2") == ["--pad", "keyboard", "--map", "C:\\my games\\keys.json", "--window", "#2"]
+    with pytest.raises(extract.UserError, match="close the quotes"):
+        bench.flags_in("--map 'keys.json")
 
 
 def test_a_real_game_is_played_until_its_person_judges(game, keys_file, toy, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 import types
-from collections import ChainMap, deque
+from collections import ChainMap, deque, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -404,9 +404,15 @@ class FirstPerson(Game):
             at = complex(128 + rel.imag / rel.real / 0.7 * 128, 128 + scale * (0.5 - thing.lift - thing.size / 2))
             stamp(frame, thing.kind, at, scale * thing.size, seen=np.repeat(self.depth > rel.real - 0.3, 2))
 
-    def compass(self, frame, target, ink):
-        """An arrow at the top: up = ahead."""
-        arrow(frame, 128 + 40j, self.angle(target) - math.pi / 2, 32, ink)
+    def target(self):
+        """Where to go now: the goal itself where the way there is wide enough."""
+        side = 0.2j * unit(self.goal.at - self.pos)
+        clear = all(sees(self.grid, self.pos + s, self.goal.at + s) for s in (side, -side))
+        return self.goal.at if clear else waypoint(self.far, self.pos)
+
+    def compass(self, frame, ink):
+        """An arrow at the top to where to go now: up = ahead."""
+        arrow(frame, 128 + 40j, self.angle(self.target()) - math.pi / 2, 32, ink)
 
     def steer(self, target, near=0.0):
         """Both sticks of a walk to a place: turn there, walk once it is about ahead; stop when nearer than `near`."""
@@ -464,18 +470,12 @@ class Crypt(FirstPerson):
     def draw(self):
         frame = super().draw()
         if self.score < self.task.goal:
-            self.compass(frame, self.target(), (255, 220, 60))
+            self.compass(frame, (255, 220, 60))
         if "LEFT_TRIGGER" in self.held:
             cv2.circle(frame, (80, 246), 54, (90, 110, 200), -1)
         swing = max(self.rests("sword") - 14, 0)
         cv2.line(frame, (214, 256), (210 - 4 * swing, 170 + 3 * swing), (120, 120, 130) if self.rests("sword") else (240, 240, 250), 12)
         return frame
-
-    def target(self):
-        """Where to go now: the goal itself where the way there is wide enough."""
-        side = 0.2j * unit(self.goal.at - self.pos)
-        clear = all(sees(self.grid, self.pos + s, self.goal.at + s) for s in (side, -side))
-        return self.goal.at if clear else waypoint(self.far, self.pos)
 
     def wish(self):
         goal, reach = self.goal, abs(self.goal.at - self.pos)
@@ -530,15 +530,13 @@ class Siege(FirstPerson):
     def draw(self):
         self.things = self.things or [self.goal]
         frame = super().draw()
-        self.compass(frame, self.target(), (255, 60, 60) if self.want == "drone" else (60, 255, 255))
+        self.compass(frame, (255, 60, 60) if self.want == "drone" else (60, 255, 255))
         cv2.rectangle(frame, (112, 206), (144, 256), (50, 54, 62) if self.rests("gun") < 8 else (255, 190, 60), -1)
         if self.want == "drone":
             cv2.circle(frame, (128, 128), 10, (255, 255, 255), 2)
             for i in range(self.ammo):
                 cv2.rectangle(frame, (4 + 6 * i, 222), (7 + 6 * i, 232), (255, 230, 90), -1)
         return frame
-
-    target = Crypt.target
 
     def wish(self):
         goal, reach = self.goal, abs(self.goal.at - self.pos)
@@ -707,9 +705,6 @@ class TopDown(Game):
         x, y = round(corner.real) + 128, round(corner.imag) + 128
         return self.ground[y:y + 256, x:x + 256].copy(), corner
 
-    def show(self, frame, corner, thing, size, turn=0.0):
-        stamp(frame, thing.kind, thing.at - corner, size, turn)
-
     def trail(self, frame, places, start, ink):
         """Dots on the floor along the way to go, from place to place on the screen."""
         for p in places:
@@ -803,15 +798,15 @@ class Swarm(TopDown):
             if f.wind or f.dash:
                 p, q = f.at - corner, f.at + 160 * f.way - corner
                 cv2.line(frame, dot(p), dot(q), (255, 40, 40), 6)
-            self.show(frame, corner, f, 72 if self.foe == "brute" else 52, cmath.phase(self.pos - f.at))
+            stamp(frame, f.kind, f.at - corner, 72 if self.foe == "brute" else 52, cmath.phase(self.pos - f.at))
             self.pointer(frame, f.at, (255, 60, 160))
         for mine in self.mines:
-            self.show(frame, corner, mine, 44)
+            stamp(frame, mine.kind, mine.at - corner, 44)
         for bolt in self.bolts:
             cv2.circle(frame, dot(bolt.at - corner), 5, (255, 255, 120), -1)
         if self.gems and self.gem:
             self.trail(frame, [self.gem.at - corner], 128 + 128j, (60, 255, 200))
-            self.show(frame, corner, self.gem, 52)
+            stamp(frame, self.gem.kind, self.gem.at - corner, 52)
         if self.foe == "brute" and self.foes:
             cv2.rectangle(frame, (60, 240), (60 + 10 * self.foes[0].hp, 250), (255, 120, 0), -1)
         stamp(frame, "hero", 128 + 128j, 48, self.aim)
@@ -918,7 +913,7 @@ class Vault(TopDown):
                 way.append(p * 32)
             self.trail(frame, way, self.pos, (70, 130, 255))
         for thing in self.things + self.slimes:
-            self.show(frame, 0, thing, 36)
+            stamp(frame, thing.kind, thing.at, 36)
         if self.rests("sword") > 14:
             cv2.line(frame, dot(self.pos), dot(self.pos + cmath.rect(46, self.face)), (255, 255, 255), 9)
         stamp(frame, "knight", self.pos, 36, self.face)
@@ -1001,9 +996,9 @@ class Shade(TopDown):
             if -120 < p.real < 376 and -120 < p.imag < 376:
                 fan = [p, *(p + cmath.rect(self.light(), cmath.phase(g.way) + a) for a in (-0.55, -0.28, 0, 0.28, 0.55))]
                 cv2.fillPoly(frame, [np.int32([(q.real, q.imag) for q in fan])], (240, 220, 90))
-                self.show(frame, corner, g, 40, cmath.phase(g.way))
+                stamp(frame, g.kind, g.at - corner, 40, cmath.phase(g.way))
         for thing in self.things:
-            self.show(frame, corner, thing, 40)
+            stamp(frame, thing.kind, thing.at - corner, 40)
         goal = self.goal()
         if goal:
             self.pointer(frame, goal.at, (90, 255, 160))
@@ -1474,7 +1469,8 @@ class Task(NamedTuple):
     text: str
 
 
-TASKS = {task.name: task for game, name, *rest in (
+TASKS = {}
+for kind, name, *rest in (
     (Crypt, "ghouls", "combat", 2, 20, dict(foes=2), False, "defeat two ghouls"),
     (Crypt, "exit", "navigation", 2, 20, dict(steps=("portal", "portal")), True, "walk through two portals"),
     (Crypt, "key", "specific", 2, 20, dict(steps=("key", "lock")), False, "take the key, open the lock"),
@@ -1504,7 +1500,9 @@ TASKS = {task.name: task for game, name, *rest in (
     (Glider, "bombs", "specific", 4, 20, dict(want="tank"), False, "bomb four tanks with six bombs"),
     (Dojo, "duel", "combat", 6, 20, dict(foes=1), False, "land six blows"),
     (Dojo, "pair", "combat", 6, 20, dict(foes=2), False, "land six blows on two rivals"),
-    (Dojo, "boards", "specific", 7, 15, dict(boards=True), False, "break seven boards")) for task in [Task(f"{game.__name__.lower()}/{name}", game, *rest)]}
+    (Dojo, "boards", "specific", 7, 15, dict(boards=True), False, "break seven boards")):
+    name = f"{kind.__name__.lower()}/{name}"
+    TASKS[name] = Task(name, kind, *rest)
 PLAYABLE = ChainMap({}, TASKS)                     # and the games by others that were asked for
 GAMES = {task.game.__name__.lower(): task.game for task in TASKS.values()}
 FAMILIES = {"first person": ("crypt", "siege", "rally"), "top-down": ("swarm", "vault", "shade"), "side": ("cliffs", "commando", "glider", "dojo")}
@@ -1554,16 +1552,20 @@ class Blind:
         self.keys, self.attack = [extract.BUTTON[k] for k in game.keys if k.isupper()], [extract.BUTTON[k] for k in game.attack]
 
     def act(self):
-        action, (way, _, attack) = neutral(), self.how.partition("+")
+        way, _, attack = self.how.partition("+")
         self.t += 1
         if way == "random" and self.t <= self.again:
             return self.last
+        action, pressed = neutral(), self.attack if attack else []
         if way == "random":
-            self.again, action[21:] = self.t + self.rng.randint(3, 15), [self.rng.uniform(-1, 1) for _ in range(4)]
+            self.again = self.t + self.rng.randint(3, 15)
+            action[21:] = [self.rng.uniform(-1, 1) for _ in range(4)]
         else:
             spot = {"right": 1, "left": -1, "up": -1j, "down": 1j, "spin": cmath.rect(1, self.t / 6), "mash": 0j}[way]
             action[21:] = [spot.real, spot.imag] * 2
-        action[self.attack if attack else [k for k in self.keys if way in ("random", "mash") and self.rng.random() < 0.5]] = 1
+        if way in ("random", "mash"):
+            pressed = [k for k in self.keys if self.rng.random() < 0.5]
+        action[pressed] = 1
         self.last = action
         return action
 
@@ -1629,17 +1631,24 @@ def learned(path, steps):
     return sample.Policy(path, "cpu", steps=steps)
 
 
-def record_clip(job):
-    """One recording -> its line. job: (folder of the data, tasks of one game, number, seed, steps, as a video? (True, or the pad's corner)
-    [, a policy's path, its Euler steps])."""
-    out, tasks, number, seed, n, video, *model = job
+def record_clip(out, tasks, number, seed, n, video, ckpt=None, euler=None):
+    """One recording of n steps of tasks of one game -> its line. video: False for a clip folder, True or the pad's corner for a video; ckpt: a model
+    that takes turns with the script, at so many Euler steps."""
     name, seed = f"{PLAYABLE[tasks[0]].game.__name__.lower()}-{number:03}", f"{seed} {number}"
-    return record_video(Path(out), name, tasks, seed, n, corner=video) if video else record_folder(Path(out), name, tasks, seed, n, learned(*model) if model else None)
+    if video:
+        return record_video(out, name, tasks, seed, n, corner=video)
+    return record_folder(out, name, tasks, seed, n, learned(ckpt, euler) if ckpt else None)
 
 
 def record_folder(out, name, tasks, seed, n, policy=None):
     """A clip folder with the true actions, as play.py's recorder would leave it; with a policy, human.npy says where the script had taken over."""
+    clip = {"video": "", "game": name.rpartition("-")[0], "fps": PLAYABLE[tasks[0]].game.fps, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0,
+            "player": policy.name if policy else "scripted", "seed": seed}
     if (out / name / "clip.json").is_file():
+        there = extract.read_clip(out / name)
+        if any(there.get(k) != clip[k] for k in ("fps", "n", "seed", "player")):
+            raise UserError(f"{out / name}: expected a recording of these flags to go on with, found one of another --seed, --clip or --ckpt: "
+                            "give another --out")
         return f"{name}: recorded already"
     tmp = extract.fresh_folder(out / name)
     writer, actions, begins, scripted = extract.FramesWriter(tmp, "frames"), np.zeros((n, extract.A), np.float32), np.zeros(n, bool), np.ones(n, bool)
@@ -1655,8 +1664,6 @@ def record_folder(out, name, tasks, seed, n, policy=None):
         extract.write_npy(tmp / f"{file}.npy", array)
     if policy:
         extract.write_npy(tmp / "human.npy", scripted)
-    clip = {"video": "", "game": name.rpartition("-")[0], "fps": PLAYABLE[tasks[0]].game.fps, "n": n, "size": [extract.SIDE] * 2, "every": 1, "lag": 0,
-            "player": policy.name if policy else "scripted", "seed": seed}
     extract.write_json(tmp / "clip.json", clip)
     os.replace(tmp, out / name)
     return f"{name}: {n} frames, {int(begins.sum())} episodes"
@@ -1681,7 +1688,8 @@ def record_video(out, name, tasks, seed, n, look=None, size=(640, 360), corner=T
             video.add(picture)
     extract.write_npy(out / f"{name}.truth.npy", truth)
     x0, y0, x1, y1 = (v * wide / skin.size[0] for v in extract.visible_box(skin))
-    extract.write_json(out / f"{name}.json", {"game": name.split("-")[0], "box": [x + x0, y + y0, x1 - x0, y1 - y0], "template": skin.name, "family": skin.family, "opacity": opacity})
+    extract.write_json(out / f"{name}.json", {"game": name.split("-")[0], "box": [x + x0, y + y0, x1 - x0, y1 - y0], "template": skin.name,
+                                              "family": skin.family, "opacity": opacity})
     return f"{name}.mp4: {n} frames, {skin.name} {wide} px"
 
 
@@ -1708,14 +1716,14 @@ def folder(path):
 
 
 def in_processes(work, jobs, workers):
-    """work(job) for all jobs, in order; in processes where that pays."""
+    """work(*job) for all jobs, in order; in processes where that pays."""
     workers = min(workers, len(jobs))
     if workers < 2:
-        yield from map(work, jobs)
+        yield from (work(*job) for job in jobs)
         return
     pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        yield from pool.map(work, jobs)
+        yield from pool.map(work, *zip(*jobs))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1723,20 +1731,22 @@ def in_processes(work, jobs, workers):
 def record(args):
     """Scripted play -> clip folders or videos with an overlay."""
     tasks = theirs(args) if args.env or args.table else pick_tasks(args.games)
-    fps, out = PLAYABLE[tasks[0]].game.fps, folder(args.out)
+    fps = PLAYABLE[tasks[0]].game.fps
     if args.env and not PLAYABLE[args.env].game.table.get("script"):
-        raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: record it by hand with python play.py --exe GAME --human "
-                        "--record DATA")
+        raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: record it by hand with "
+                        "python play.py --exe GAME --human --record DATA")
+    extract.within(args, 1, None, "workers")
     n = round(min(args.clip, args.minutes * 60) * fps)
-    if n < 32 or args.workers < 1:
-        raise UserError(f"--minutes {args.minutes} --clip {args.clip} --workers {args.workers}: expected clips of a second or more and a worker or more")
+    if n < 2 * extract.HORIZON:
+        raise UserError(f"--minutes {args.minutes} --clip {args.clip}: expected clips of {2 * extract.HORIZON / fps:.1f} s or more, two chunks: give more")
     if args.ckpt and args.video:
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     if args.ckpt:
         learned(args.ckpt, args.euler)                                         # a wrong file is said now, in one line
-    count = max(round(args.minutes * 60 * fps / n), 1)
-    groups = [tasks] if args.env else [mine for game in GAMES for mine in [[t for t in tasks if t.startswith(game + "/")]] if mine]
-    jobs = [(out, mine, i, args.seed, n, args.video, *((args.ckpt, args.euler) if args.ckpt else ())) for mine in groups for i in range(count)]
+    count, groups, out = max(round(args.minutes * 60 * fps / n), 1), {}, folder(args.out)
+    for task in tasks:
+        groups.setdefault(PLAYABLE[task].game, []).append(task)
+    jobs = [(out, mine, i, args.seed, n, args.video, args.ckpt, args.euler) for mine in groups.values() for i in range(count)]
     began = time.monotonic()
     for i, line in enumerate(in_processes(record_clip, jobs, 1 if args.env else args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line} | {i * n / (time.monotonic() - began):.0f} frames/s", flush=True)
@@ -1749,9 +1759,8 @@ def wilson(wins, n, z=1.96):
     return max(centre - spread, 0.0), min(centre + spread, 1.0)
 
 
-def play_alone(job):
-    """Rollouts of a player that is not a model: (task, name of the player, n, seed) -> wins."""
-    task, who, n, seed = job
+def play_alone(task, who, n, seed):
+    """n rollouts of a player that is not a model: "scripted", "random" or one of MASHING -> wins."""
     make = Scripted if who == "scripted" else functools.partial(Blind, how=who)
     return sum(finish(TASKS[task].game(task, PLAYED + seed + i), make, seed + i).won for i in range(n))
 
@@ -1814,20 +1823,20 @@ def completion(args, players, policy=None, films=None):
     return table
 
 
-def rows_of(table, n):
-    """Per task, type, family and all -> {name: {player: {"wins", "n", "rate", "low", "high"}}}."""
+def type_and_family(task):
+    """The groups that a task of ours counts for."""
+    family = next(family for family, games in FAMILIES.items() if task.split("/")[0] in games)
+    return f"type: {TASKS[task].kind}", f"family: {family}"
+
+
+def rows_of(table, n, groups_of=type_and_family):
+    """Wins {task: {player: wins}} of n rollouts each -> rows per task, group and all: {name: {player: {"wins", "n", "rate", "low", "high"}}}."""
     groups = {task: [task] for task in table}
     for task in table:
-        groups.setdefault(f"type: {TASKS[task].kind}", []).append(task)
-        groups.setdefault(f"family: {next(f for f, games in FAMILIES.items() if task.split('/')[0] in games)}", []).append(task)
+        for group in groups_of(task):
+            groups.setdefault(group, []).append(task)
     groups["all"] = list(table)
-    rows = {}
-    for name, tasks in sorted(groups.items(), key=lambda g: (g[0] == "all", ":" in g[0])):
-        rows[name] = {}
-        for who in table[tasks[0]]:
-            wins, total = sum(table[t][who] for t in tasks), n * len(tasks)
-            rows[name][who] = share(wins, total)
-    return rows
+    return {name: {who: share(sum(table[t][who] for t in tasks), n * len(tasks)) for who in table[tasks[0]]} for name, tasks in groups.items()}
 
 
 def share(wins, n):
@@ -1851,9 +1860,10 @@ def suite(args):
     args.tasks = theirs(args) if args.env or args.table else pick_tasks(args.tasks)
     fps = PLAYABLE[args.tasks[0]].game.fps
     extract.within(args, 1, None, "n", "actions_per_chunk", "envs", "workers")
-    out, policy, films, began = args.out and folder(args.out), None, {} if args.video else None, time.monotonic()
-    if args.video and not (args.ckpt and out):
+    if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, to show a model's play somewhere: give both")
+    out, policy, films, began = args.out and folder(args.out), None, {} if args.video else None, time.monotonic()
+    meta = {"ckpt": args.ckpt, "n": args.n, "seed": args.seed, "actions_per_chunk": args.actions_per_chunk, "machine": machine()}
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
         if args.actions_per_chunk > int(policy.config.horizon * fps / policy.config.hz) - policy.config.action_shift:
@@ -1865,13 +1875,13 @@ def suite(args):
     else:
         table = completion(args, ("random", "scripted", *(MASHING if args.mashing else ())), policy, films)
         if args.mashing:
-            worst = {task: max(MASHING, key=row.get) for task, row in table.items()}
-            table = {task: {**{k: v for k, v in row.items() if k not in MASHING}, "best of mashing": row[worst[task]]} for task, row in table.items()}
+            meta["mashing"] = {task: max(MASHING, key=row.get) for task, row in table.items()}
+            for row in table.values():
+                row["best of mashing"] = max(row.pop(who) for who in MASHING)
         rows = rows_of(table, args.n)
     show_rows(rows)
     if out:
-        meta = {"ckpt": args.ckpt, "n": args.n, "seed": args.seed, "actions_per_chunk": args.actions_per_chunk, "machine": machine()}
-        extract.write_json(out / "suite.json", meta | {"seconds": round(time.monotonic() - began, 1), "rows": rows} | ({"mashing": worst} if args.mashing else {}))
+        extract.write_json(out / "suite.json", meta | {"seconds": round(time.monotonic() - began, 1), "rows": rows})
         for task, frames in (films or {}).items():
             save_film(out / f"{task.replace('/', '-')}.mp4", frames, fps)
 
@@ -1899,20 +1909,17 @@ def machine():
 
 
 def show_games(args):
-    """A contact sheet of the ten games: a column a game's task, two games a row."""
+    """OUT/games.png: two games a row, the three tasks of each side by side, after two seconds of scripted play."""
     cells = []
-    for name in GAMES:
-        frames = []
-        for task in [t for t in TASKS if t.startswith(name + "/")]:
-            game = GAMES[name](task, args.seed)
+    for name, kind in GAMES.items():
+        strip = np.full((280, 780, 3), 24, np.uint8)
+        for i, task in enumerate(pick_tasks([name])):
+            game = kind(task, args.seed)
             player = Scripted(game, args.seed)
             while not game.over and game.t < 60:
                 game.advance(player.act())
-            frames.append(game.render())
-        strip = np.full((280, 780, 3), 24, np.uint8)
-        for i, frame in enumerate(frames):
-            strip[4:260, 4 + 258 * i:260 + 258 * i] = frame
-        text = f"{name}: {', '.join(t.split('/')[1] for t in TASKS if t.startswith(name + '/'))}"
+            strip[4:260, 4 + 258 * i:260 + 258 * i] = game.render()
+        text = f"{name}: {', '.join(task.split('/')[1] for task in pick_tasks([name]))}"
         cv2.putText(strip, text, (6, 275), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
         cells.append(strip)
     path = folder(args.out) / "games.png"
@@ -1954,15 +1961,18 @@ OTHERS = {
         "2": "left.left & left.up", "6": "left.right & left.down", "8": "left.right & left.up", "1": "left.left", "7": "left.right", "3": "left.down",
         "5": "left.up", "4": ""}),
     "MiniGrid-*": dict(pip="minigrid", module="minigrid", fps=10, seconds=60, frame="render", script="walks", late=(0, 0), success={"return": 0.01},
-                       controls={"3": "SOUTH", "4": "EAST", "5": "WEST", "2": "left.up", "0": "left.left", "1": "left.right", "6": ""}),      # the goal is reached; 6 does nothing
+                       controls={"3": "SOUTH", "4": "EAST", "5": "WEST", "2": "left.up", "0": "left.left", "1": "left.right", "6": ""}),      # 6 does nothing
     "Crafter*": dict(pip="crafter", factory="crafter:Env", seed="seed", make=dict(size=[256, 256]), fps=10, seconds=300, frame="", controls={
         "make_wood_pickaxe": "LEFT_TRIGGER & DPAD_LEFT", "make_stone_pickaxe": "LEFT_TRIGGER & DPAD_UP", "make_iron_pickaxe": "LEFT_TRIGGER & DPAD_RIGHT",
         "make_wood_sword": "RIGHT_TRIGGER & DPAD_LEFT", "make_stone_sword": "RIGHT_TRIGGER & DPAD_UP", "make_iron_sword": "RIGHT_TRIGGER & DPAD_RIGHT",
         "place_stone": "WEST", "place_table": "NORTH", "place_furnace": "RIGHT_SHOULDER", "place_plant": "EAST", "sleep": "LEFT_SHOULDER", "do": "SOUTH",
         "move_up": "left.up", "move_down": "left.down", "move_left": "left.left", "move_right": "left.right", "noop": ""},
         success={"return": 3})}                                                                            # about three achievements
-READINGS = {**{f"{stick}.{way}": (at.start + axis, sign) for stick, at in extract.STICKS.items() for way, (axis, sign) in {"x": (0, 0), "y": (1, 0), **play.SIDES}.items()},
-            **{name: (i, 1) for name, i in extract.BUTTON.items()}}        # place in the action, sign (0: both)
+READINGS = {}                                                              # what a rule may name: place in the action, sign (0: both)
+for stick, at in extract.STICKS.items():
+    for way, (axis, sign) in {"x": (0, 0), "y": (1, 0), **play.SIDES}.items():
+        READINGS[f"{stick}.{way}"] = at.start + axis, sign
+READINGS |= {name: (i, 1) for name, i in extract.BUTTON.items()}
 
 
 def reading(action, name):
@@ -1982,33 +1992,45 @@ def value(action, rule):
     return sum(float(sign + (factor or "1")) * reading(action, name) for sign, factor, name in terms)
 
 
-def to_theirs(space, rules, names=()):
-    """An action space, its rules and what the game calls its actions -> a function from action float (25,) to an element of the space."""
+Discrete = namedtuple("Discrete", "n")              # a part of a MultiDiscrete space: one of n actions, like Gymnasium's class of that name
+
+
+def to_theirs(space, controls, names=()):
+    """An action space, its controls and what the game calls its actions -> a function from action float (25,) to an element of the space."""
     kind = type(space).__name__
-    if kind in ("Dict", "MultiDiscrete"):
-        parts = space.spaces if kind == "Dict" else {str(i): types.SimpleNamespace(n=n) for i, n in enumerate(space.nvec)}           # each a Discrete one
-        made = {key: to_theirs(part, rules.get(key, rules), names) for key, part in parts.items()}
-        return lambda action: {k: f(action) for k, f in made.items()} if kind == "Dict" else np.array([f(action) for f in made.values()], space.dtype)
-    if kind not in ("Discrete", "SimpleNamespace", "MultiBinary", "Box"):
+    if kind not in ("Discrete", "MultiDiscrete", "MultiBinary", "Box", "Dict"):
         raise UserError(f"expected a game with actions of kind Discrete, MultiDiscrete, MultiBinary, Box or Dict, found {kind}: a pad can't play it")
-    names = [n for n in names if n.endswith("_DELTA") == (kind == "Box")]                      # so ViZDoom calls the numbers among its buttons
-    n, one = int(np.prod(space.shape)) if kind == "Box" else int(space.n), kind in ("Discrete", "SimpleNamespace")
-    rules = {names.index(k) if k in names else int(k) if k.isdecimal() else -1: rule for k, rule in rules.items()}
-    rules.pop(-1, None)                                                                        # a name that other games of the kind have
-    bad = [r for r in rules.values() if not isinstance(r, str) or any(w not in READINGS for w in re.findall(r"[A-Za-z][\w.]*", r))] + [i for i in rules if i >= n]
-    if bad or not rules or one and "" not in rules.values():
-        raise UserError(f"expected controls for {kind} of {n} ({', '.join(names) or 'no names'}), found {bad or rules}: give an action's name or number and what the pad does "
-                        f"for it{', one of them with an empty text for the pad at rest' * one}; a pad has {', '.join(READINGS)}")
-    if one:
+    if not isinstance(controls, dict):
+        raise UserError(f"expected a table of controls for {kind}, found {controls!r}: give actions' names or numbers and what the pad does for each")
+    if kind == "Dict":
+        made = {key: to_theirs(part, controls.get(key, controls), names) for key, part in space.spaces.items()}
+        return lambda action: {key: choose(action) for key, choose in made.items()}
+    if kind == "MultiDiscrete":
+        several = [to_theirs(Discrete(int(n)), controls.get(str(i), controls), names) for i, n in enumerate(space.nvec)]
+        return lambda action: np.array([choose(action) for choose in several], space.dtype)
+
+    n, names = int(np.prod(space.shape)) if kind == "Box" else int(space.n), [name for name in names if name.endswith("_DELTA") == (kind == "Box")]
+    rules = {}                                                             # by number; _DELTA: so ViZDoom calls the numbers among its buttons
+    for key, rule in controls.items():
+        if key in names or key.isdecimal():                                # else a name that other games of the kind have
+            rules[names.index(key) if key in names else int(key)] = rule
+    bad = [i for i in rules if i >= n]
+    bad += [rule for rule in rules.values() if not isinstance(rule, str) or any(word not in READINGS for word in re.findall(r"[A-Za-z][\w.]*", rule))]
+    if bad or not rules or kind == "Discrete" and "" not in rules.values():
+        rest = ", one of them with an empty text for the pad at rest" if kind == "Discrete" else ""
+        raise UserError(f"expected controls for {kind} of {n} ({', '.join(names) or 'no names'}), found {bad or rules}: give an action's name or number and "
+                        f"what the pad does for it{rest}; a pad has {', '.join(READINGS)}")
+    if kind == "Discrete":
         return lambda action: next(i for i, rule in rules.items() if holds(action, rule))
     if kind == "MultiBinary":
         return lambda action: np.array([i in rules and holds(action, rules[i]) for i in range(n)], np.int8)
 
     def numbers(action):
-        v = np.array([value(action, rules.get(i, "")) for i in range(n)]).reshape(space.shape)
-        u, bound = np.clip(v, -1, 1), np.abs(space.low) < 1e9
-        low, high = np.where(bound, space.low, 0), np.where(bound, space.high, 0)
-        return np.where(bound, np.where(low < 0, np.where(u > 0, u * high, -u * low), low + np.maximum(u, 0) * (high - low)), v).astype(space.dtype)
+        values = np.array([value(action, rules.get(i, "")) for i in range(n)]).reshape(space.shape)
+        bound = (np.abs(space.low) < 1e9) & (np.abs(space.high) < 1e9)     # the others take values as they are
+        low, high, u = np.where(bound, space.low, 0), np.where(bound, space.high, 0), np.clip(values, -1, 1)
+        around_zero, from_low = np.where(u > 0, u * high, -u * low), low + np.maximum(u, 0) * (high - low)
+        return np.where(bound, np.where(low < 0, around_zero, from_low), values).astype(space.dtype)
     return numbers
 
 
@@ -2040,7 +2062,8 @@ class Foreign:
             seen = seen.get(part) if isinstance(seen, dict) else None
         rgb = np.asarray(self.env.render() if part == "render" else seen)
         if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] not in (1, 3):
-            raise UserError(f"expected a picture uint8 (h, w, 3) as {part or 'the observation'!r}, found {rgb.dtype} {rgb.shape}: say in the table's \"frame\" where it is")
+            raise UserError(f"expected a picture uint8 (h, w, 3) as {part or 'the observation'!r}, found {rgb.dtype} {rgb.shape}: "
+                            "say in the table's \"frame\" where it is")
         self.frame = extract.shrink(np.ascontiguousarray(np.broadcast_to(rgb, (*rgb.shape[:2], 3))))
 
     def render(self):
@@ -2085,20 +2108,27 @@ def open_env(env_id, table, level):
     except ImportError as e:
         raise UserError(f"--env {env_id}: expected the packages {package}, found: {e}: pip install {package}") from None
     except Exception as e:                                                                     # of any class: what is made comes from the flags alone
-        raise UserError(f"--env {env_id}: expected an environment that can be made, found {' '.join(str(e).split())}: mend the id or the table's \"make\"") from None
+        raise UserError(f"--env {env_id}: expected an environment that can be made, found {' '.join(str(e).split())}: "
+                        "mend the id or the table's \"make\"") from None
 
 
 def theirs(args):
     """--env and --table -> [the id], from now on a task in PLAYABLE."""
     if not args.env or getattr(args, "games", None) or getattr(args, "tasks", None) or getattr(args, "mashing", False):
         raise UserError("--table goes with --env ID, and --env without --games, --tasks and --mashing: leave out what is too much")
-    table, wants = {}, {"fps": (int, float), "seconds": (int, float), "frame": str, "controls": dict, "success": dict}
-    for more in [more for pattern, more in OTHERS.items() if fnmatch.fnmatchcase(args.env, pattern)] + ([extract.read_json(args.table, dict)] if args.table else []):
-        table |= more
-    bad = [k for k, kind in wants.items() if not isinstance(table.get(k), kind)] + ["script"] * (table.get("script", "aims") not in SCRIPTS)
+    table = {}
+    for pattern, more in OTHERS.items():
+        if fnmatch.fnmatchcase(args.env, pattern):
+            table |= more
+    if args.table:
+        table |= extract.read_json(args.table, dict)
+    wants = {"fps": (int, float), "seconds": (int, float), "frame": str, "controls": dict, "success": dict}
+    bad = [k for k, kind in wants.items() if not isinstance(table.get(k), kind)]
+    if "script" in table and table["script"] not in list(SCRIPTS):
+        bad.append("script")
     if bad or table["fps"] <= 0 or not {"return", "info"} & table["success"].keys():
-        raise UserError(f"--env {args.env}: expected a table with {', '.join(wants)}, found none or a wrong {', '.join(bad) or 'fps or success'}: give --table FILE.json; "
-                        f"there are tables for {', '.join(OTHERS)}")
+        raise UserError(f"--env {args.env}: expected a table with {', '.join(wants)}, found none or a wrong {', '.join(bad) or 'fps or success'}: "
+                        f"give --table FILE.json; there are tables for {', '.join(OTHERS)}")
     buttons = sorted({w for w in re.findall(r"[A-Z_]+", json.dumps(table["controls"])) if w in extract.BUTTON} - set(MENU))
     own = {"fps": table["fps"], "late": table.get("late", Game.late), "table": table, "keys": buttons or ["SOUTH"], "idle": []}
     PLAYABLE[args.env] = Task(args.env, type(re.sub(r"\W+", "_", args.env), (Foreign,), own), "theirs", 0, table["seconds"], {}, False, "")
@@ -2115,8 +2145,9 @@ def rows_of_theirs(args, policy, films):
     row = {}
     for who, games in ended.items():
         scores = [g.score for g in games]
-        row[who] = share(sum(g.won for g in games), args.n) | {"mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=min(args.n - 1, 1))), "returns": scores}
-        print(f"{who}: return {row[who]['mean']:.2f}, standard deviation {row[who]['sd']:.2f}, from {min(scores):.1f} to {max(scores):.1f}, n {args.n}")
+        mean, sd = float(np.mean(scores)), float(np.std(scores, ddof=min(args.n - 1, 1)))
+        row[who] = share(sum(g.won for g in games), args.n) | {"mean": mean, "sd": sd, "returns": scores}
+        print(f"{who}: return {mean:.2f}, standard deviation {sd:.2f}, from {min(scores):.1f} to {max(scores):.1f}, n {args.n}")
     print(f"success: {json.dumps(make.table['success'])}")
     for env in make.idle:
         env.close()
@@ -2139,7 +2170,7 @@ def aims(game):
 
 
 def rallies(game):
-    """Pong, from the machine's memory: bring the paddle where the ball will be, near the middle while it goes away. It loses by a few points: no teacher yet."""
+    """Pong, from the machine's memory: bring the paddle where the ball will be, near the middle while it goes away. It loses by a few points."""
     ram = game.inside.ale.getRAM()
     now = [int(ram[i]) for i in (49, 54, 51)]                              # the ball's x and y, the paddle's y
     vx, vy, vp = (v if abs(v) < 30 else 0 for v in np.subtract(now, getattr(game, "was", now)))
@@ -2177,11 +2208,21 @@ def ask(text):
         raise UserError("expected a person who answers, found the end of the input: run it in a terminal") from None
 
 
+def flags_in(text):
+    """One text of flags -> its words; quotes keep spaces, backslashes stay, as paths of Windows need them."""
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    try:
+        return list(words)
+    except ValueError as e:
+        raise UserError(f"--play {text}: expected flags of play.py, found {e}: close the quotes") from None
+
+
 @contextlib.contextmanager
 def at_the_game(args):
     """The game's window, a pad and the model, by play.py -> rollout(seconds, seed)."""
     own = {"--exe": args.exe, "--ckpt": args.ckpt, "--device": args.device, "--euler": args.euler}
-    flags = play.flags().parse_args([*(str(w) for flag, v in own.items() if v for w in (flag, v)), *shlex.split(args.play or "")])
+    flags = play.flags().parse_args([*(str(w) for flag, v in own.items() if v for w in (flag, v)), *flags_in(args.play or "")])
     with contextlib.ExitStack() as last:
         policy = play.policy_of(flags)
         if not policy:
@@ -2207,10 +2248,11 @@ def judged(args):
     tasks, wants = extract.read_json(args.tasks[0], list), {"name": str, "start": str, "seconds": (int, float)}
     bad = [t for t in tasks if not isinstance(t, dict) or any(not isinstance(t.get(k), kind) for k, kind in wants.items()) or t["seconds"] <= 0]
     if bad or not tasks or len({t["name"] for t in tasks}) < len(tasks):
-        raise UserError(f"{args.tasks[0]}: expected a list of {{\"name\", \"start\": instructions, \"seconds\", \"type\"}} of different names, found {json.dumps(bad or tasks)[:80]}: "
-                        "mend it")
-    log, who = folder(args.out) / "judged.jsonl", " ".join([*filter(None, (args.ckpt, args.play)), *([f"--euler {args.euler}"] if args.euler else [])])
-    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+        raise UserError(f"{args.tasks[0]}: expected a list of {{\"name\", \"start\": instructions, \"seconds\", \"type\"}} of different names, "
+                        f"found {json.dumps(bad or tasks)[:80]}: mend it")
+    out, who = folder(args.out), " ".join(filter(None, (args.ckpt, args.play, args.euler and f"--euler {args.euler}")))
+    log = out / "judged.jsonl"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     if not text.endswith("\n"):                                            # cut off while it was written
         text = text[:text.rfind("\n") + 1]
         extract.write_atomic(log, lambda tmp: tmp.write_text(text, encoding="utf-8"))
@@ -2237,13 +2279,11 @@ def judged(args):
                     "time": time.strftime("%Y-%m-%d %H:%M:%S")}
             with log.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
-    groups = {t["name"]: [t["name"]] for t in tasks}
-    for t in tasks:
-        groups.setdefault(f"type: {t.get('type') or 'none'}", []).append(t["name"])
-    groups["all"] = [t["name"] for t in tasks]
-    rows = {name: {"model": share(sum(verdicts[t, i] for t in names for i in range(args.n)), args.n * len(names))} for name, names in groups.items()}
+    types = {t["name"]: t.get("type") or "none" for t in tasks}
+    table = {name: {"model": sum(verdicts[name, i] for i in range(args.n))} for name in types}
+    rows = rows_of(table, args.n, lambda name: [f"type: {types[name]}"])
     show_rows(rows)
-    extract.write_json(folder(args.out) / "judged.json", {"player": who, "exe": args.exe, "n": args.n, "rows": rows})
+    extract.write_json(out / "judged.json", {"player": who, "exe": args.exe, "n": args.n, "rows": rows})
 
 
 # ------------------------------------------------------------------------------------------------------------------------- demo
@@ -2494,11 +2534,14 @@ def parser_figures(args):
     folder of videos with NAME.truth.npy (and NAME.json with "box") beside them."""
     extract.within(args, 1, None, "each", "workers")
     extract.within(args, 1 / 30, None, "minutes")
-    if args.videos and not Path(args.videos).is_dir():
+    if args.videos is not None and not Path(args.videos).is_dir():
         raise UserError(f"{args.videos}: expected a folder of videos, found {'a file' if Path(args.videos).exists() else 'nothing there'}: check --videos")
     out = folder(args.out)
-    videos, clips, stages = Path(args.videos) if args.videos else folder(out / "videos"), out / "clips", Stages(out, 3 if args.videos is None else 2)
-    if args.videos is None:
+    clips = out / "clips"
+    if args.videos is not None:
+        videos, stages = Path(args.videos), Stages(out, 2)
+    else:
+        videos, stages = folder(out / "videos"), Stages(out, 3)
         with stages.stage("play on video") as say:
             families, rng = {}, random.Random(args.seed)
             for skin in skins():
@@ -2508,13 +2551,15 @@ def parser_figures(args):
                 for i in range(args.each):
                     game = list(GAMES)[(k + i) % len(GAMES)]
                     look = rng.choice(mine).name, rng.uniform(0.14, 0.32), rng.uniform(0.5, 1)
-                    jobs.append((videos, f"{game}-{family}-{i}", [t for t in TASKS if t.startswith(game + "/")], args.seed, round(args.minutes * 60 * FPS), look))
-            for line in in_processes(record_look, jobs, args.workers):
+                    name = f"{game}-{family}-{i}"
+                    jobs.append((videos, name, pick_tasks([game]), f"{args.seed} {name}", round(args.minutes * 60 * FPS), look))
+            for line in in_processes(record_video, jobs, args.workers):
                 print(line)
             say(f"{len(jobs)} mp4: {args.each} of each of {len(families)} families, {args.minutes:g} minutes each")
     truth = {p.name.removesuffix(".truth.npy"): p for p in sorted(videos.rglob("*.truth.npy"))}
     if not truth:
-        raise UserError(f"{videos}: expected videos with NAME.truth.npy beside them, float32 (n, 25), found none: record some with bench.py record --video")
+        raise UserError(f"{videos}: expected videos with NAME.truth.npy beside them, float32 (n, 25), found none: "
+                        "record some with bench.py record --video")
     known = {name: told(path, path.with_name(f"{name}.json")) for name, path in truth.items()}
     with stages.stage("find the overlays (extract.py)") as say:
         stages.shares(len(truth), "extract.py", videos, "--out", clips, *(["--templates", args.templates] if args.templates else []))
@@ -2544,32 +2589,34 @@ def parser_figures(args):
             for group, names in sorted(groups.items())}
     for group, row in rows.items():
         print(f"{group:24}" + " | ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    extract.write_json(out / "parser.json", {"args": {k: str(v) for k, v in vars(args).items() if k != "run"}, "machine": machine(), "rows": rows, "clips": scores})
+    said = {k: str(v) for k, v in vars(args).items() if k != "run"}
+    extract.write_json(out / "parser.json", {"args": said, "machine": machine(), "rows": rows, "clips": scores})
 
 
 def told(truth, beside):
-    """What NAME.json beside a video says: {"box": [x, y, w, h] or None, "family", "opacity" where it is known}. NAME.truth.npy is looked at too, before the
-    long stages."""
+    """What NAME.json beside a video says: {"box": [x, y, w, h] or None, "family", "opacity" where it is known}; its "bbox" is [x0, y0, x1, y1]. NAME.truth.npy
+    is looked at too, before the long stages."""
     actions, meta = extract.read_npy(truth, np.float32, 2), extract.read_json(beside, dict) if beside.is_file() else {}
     extract.check_actions(truth, actions, len(actions))
     try:
-        box = meta.get("box") or meta.get("bbox") and [*meta["bbox"][:2], meta["bbox"][2] - meta["bbox"][0], meta["bbox"][3] - meta["bbox"][1]]
+        box = meta.get("box")
+        if not box and meta.get("bbox"):
+            x0, y0, x1, y1 = meta["bbox"]
+            box = [x0, y0, x1 - x0, y1 - y0]
         if box and not (len(box) == 4 and np.isfinite(box).all()):
             raise ValueError(box)
         return {"box": box, "family": meta.get("family")} | ({"opacity": float(meta["opacity"])} if "opacity" in meta else {})
     except (TypeError, ValueError, LookupError) as e:
-        raise UserError(f"{beside}: expected \"box\" as [x, y, width, height] and \"opacity\" as a number, found {type(e).__name__} {e}: mend it or remove it") from None
-
-
-def record_look(job):
-    """record_video with a given look: (folder, name, tasks, seed, steps, (skin's name, share of the width, opacity))."""
-    out, name, tasks, seed, n, look = job
-    return record_video(out, name, tasks, f"{seed} {name}", n, look=look)
+        raise UserError(f"{beside}: expected \"box\" as [x, y, width, height] and \"opacity\" as a number, found {type(e).__name__} {e}: "
+                        "mend it or remove it") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------- latency
 def latency(args):
     """Seconds for one chunk, by part, against the same model sampled as the release does; both in turn, so that a busy machine slows both."""
+    extract.within(args, 1, None, "repeats", "threads")
+    if min(args.steps) < 1:
+        raise UserError(f"--steps {' '.join(map(str, args.steps))}: expected at least 1: give other numbers")
     if args.threads:
         torch.set_num_threads(args.threads)
     device, reason = M.pick_device(args.device)
@@ -2592,7 +2639,8 @@ def latency(args):
         for name, (wall, _) in best.items():
             print(f"{k:3} steps | {name:40} {wall:8.3f} s ({cpu[name]:.3f})")
         released = best["the released way"]
-        print(f"{k:3} steps | {released[0] / best['ours'][0]:.2f} x faster than the released way in wall time, {cpu['the released way'] / cpu['ours']:.2f} x in CPU time; "
+        print(f"{k:3} steps | {released[0] / best['ours'][0]:.2f} x faster than the released way in wall time, "
+              f"{cpu['the released way'] / cpu['ours']:.2f} x in CPU time; "
               f"largest difference {max((ours - theirs).abs().max(), (ours - same_kernel).abs().max()):.1e}")
     peak = peak_memory()
     if peak:
@@ -2669,40 +2717,35 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def add_latency(sub):
-    """The flags of `bench.py latency`."""
-    p = sub.add_parser("latency", help="seconds for one chunk, by part, against the released way of sampling", allow_abbrev=False)
-    p.add_argument("--preset", default="nitrogen", help="the model, with random weights (default nitrogen, the released 493 M)")
-    p.add_argument("--ckpt", help="a checkpoint in place of random weights")
-    p.add_argument("--steps", type=int, nargs="+", default=[16, 4], metavar="K", help="numbers of Euler steps (default 16 4)")
-    p.add_argument("--repeats", type=int, default=3, help="the best of this many (default 3)")
-    p.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
-    p.set_defaults(run=latency)
-
-
 # ------------------------------------------------------------------------------------------------------------------- throughput
 def throughput(args):
     """Speeds of the games, training, extract and parse; ratios, each pair of figures taken in turn in this run. Prints a table; --out keeps it as JSON."""
+    extract.within(args, 1, None, "seconds", "repeats")
+    out = args.out and folder(args.out)
     result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__, "opencv": cv2.__version__}
     with tempfile.TemporaryDirectory() as tmp:
         video = Path(args.video) if args.video else drawn_video(Path(tmp) / "drawn.mp4", args.seconds)
         result |= game_speeds()
         for i, game in enumerate(GAMES):
-            record_clip((Path(tmp) / "clips", [task for task in TASKS if task.startswith(game + "/")], i, 0, 150, False))
-        speed = train_speed(Path(tmp) / "clips", args.repeats)
-        result |= speed | loader_speed(Path(tmp) / "clips", speed["train_bare_step_s"], repeats=args.repeats)
+            record_clip(Path(tmp) / "clips", pick_tasks([game]), i, 0, 150, False)
+        result |= train_speed(Path(tmp) / "clips", args.repeats)
         result |= cutting_against_decoding(video, Path(tmp), args.repeats) | localisation(video)
-    speed, real_time = parser_speed()
-    result |= {"parser_frames_per_s": round(speed, 1), "parser_x_real_time_at_30_fps": round(real_time, 2)}
-    against = segformer_against_transformers()
-    if against:
-        result |= {"segformer_b0_images_per_s": round(against[0], 1), "transformers_b0_images_per_s": round(against[1], 1), "segformer_over_transformers": round(against[2], 2)}
+    result |= parser_speed() | segformer_against_transformers()
     for name, value in result.items():
         print(f"{name:36} {value}")
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        extract.write_json(Path(args.out) / "throughput.json", result)
+    if out:
+        extract.write_json(out / "throughput.json", result)
+
+
+def best_of(repeats, *works):
+    """Seconds of each of some functions, the best of so many; in turn, so that a busy machine slows all alike."""
+    best = [math.inf] * len(works)
+    for _ in range(repeats):
+        for i, work in enumerate(works):
+            began = time.perf_counter()
+            work()
+            best[i] = min(best[i], time.perf_counter() - began)
+    return best
 
 
 def game_speeds(steps=300, repeats=3):
@@ -2710,11 +2753,12 @@ def game_speeds(steps=300, repeats=3):
     result = {}
     for name, kind in GAMES.items():
         took = []
-        for task in [t for t in TASKS if t.startswith(name + "/")]:
+        for task in pick_tasks([name]):
             best = math.inf
             for _ in range(repeats):
                 game = kind(task, 0)
-                actions = [player.act() for player in [Blind(game)] for _ in range(steps)]
+                player = Blind(game)
+                actions = [player.act() for _ in range(steps)]
                 began = time.perf_counter()
                 for i, action in enumerate(actions):
                     if game.over:
@@ -2729,39 +2773,36 @@ def game_speeds(steps=300, repeats=3):
 def drawn_video(path, seconds, size=(1280, 720), fps=30):
     """A 720p video of a scrolling backdrop with one of our pads played on it."""
     rng = np.random.default_rng(0)
-    back, skin = extract.backdrop(rng, size[1], 2 * size[0]), extract.our_skins()[1]
-    width, height = 280, round(280 * skin.size[1] / skin.size[0])
+    back, skin = extract.backdrop(rng, size[1], 2 * size[0]), skins()[1]
+    high = round(280 * skin.size[1] / skin.size[0])
     with extract.VideoWriter(path, fps, size) as video:
         for t, action in enumerate(parse.play(rng, seconds * fps)):
             frame = np.roll(back, -5 * t, 1)[:, :size[0]].copy()
-            rgba = cv2.resize(extract.draw(skin, action), (width, height), interpolation=cv2.INTER_AREA)
-            ground, alpha = frame[20:20 + height, 30:30 + width], rgba[..., 3:] / 255 * 0.9
-            ground[:] = (rgba[..., :3] * alpha + ground * (1 - alpha)).astype(np.uint8)
+            put_pad(frame[20:20 + high, 30:310], skin, action, 0.9)
             video.add(frame)
     return path
 
 
 def cutting_against_decoding(video, tmp, repeats):
     """The whole pass (policy frames, crops, JPEG, files) over a bare sequential decode of the same file, in turn, best of each."""
-    info, skin, best = extract.video_info(video), extract.our_skins()[1], {}
-    affine = np.float64([[0.2 * info["size"][0] / skin.size[0], 0, 30], [0, 0.2 * info["size"][0] / skin.size[0], 20]])
-    for _ in range(repeats):
-        for name in ("decode", "pass", "pass_every_2"):
-            began = time.perf_counter()
-            if name == "decode":
-                capture = extract.open_video(video)
-                while capture.read()[0]:
-                    pass
-            else:
-                extract.Cutter(info["size"], 2 if name.endswith("2") else 1, skin, affine, extract.pose_box(affine, skin.size)).run(video, tmp)
-            best[name] = min(best.get(name, 1e9), time.perf_counter() - began)
-    return {"pass_over_decode": round(best["pass"] / best["decode"], 2), "pass_over_decode_every_2": round(best["pass_every_2"] / best["decode"], 2),
-            "pass_frames_per_s": round(info["n"] / best["pass"], 1)}
+    info, skin = extract.video_info(video), skins()[1]
+    scale = 0.2 * info["size"][0] / skin.size[0]
+    affine = np.float64([[scale, 0, 30], [0, scale, 20]])
+
+    def decode():
+        capture = extract.open_video(video)
+        while capture.read()[0]:
+            pass
+
+    def cut(every):
+        extract.Cutter(info["size"], every, skin, affine, extract.pose_box(affine, skin.size)).run(video, tmp)
+    bare, whole, half = best_of(repeats, decode, lambda: cut(1), lambda: cut(2))
+    return {"pass_over_decode": round(whole / bare, 2), "pass_over_decode_every_2": round(half / bare, 2), "pass_frames_per_s": round(info["n"] / whole, 1)}
 
 
 def localisation(video):
     """Seconds and CPU seconds to look for an overlay among all of our templates, features of the templates already known."""
-    matcher = extract.Matcher(extract.our_skins(), ("sift", "xfeat"), extract.load_xfeat())
+    matcher = extract.Matcher(skins(), ("sift", "xfeat"), extract.load_xfeat())
     wall, cpu = time.perf_counter(), time.process_time()
     find, _ = extract.localise(extract.sample_frames(video)[0], matcher)
     return {"localise_s": round(time.perf_counter() - wall, 2), "localise_cpu_s": round(time.process_time() - cpu, 2), "localise_templates": len(matcher.skins),
@@ -2770,7 +2811,7 @@ def localisation(video):
 
 def train_speed(data, repeats=3, steps=8, batch=32, draws=4):
     """A whole step of train.py (loader, augmentation, EMA, log) over the bare forward, backward and AdamW of the same batch: `toy`, on the CPU, both
-    in turn, the median step of the fastest turn of each."""
+    in turn, the median step of the fastest turn of each; and how many times faster one thread makes batches of JPEGs than the bare step uses them."""
     config, whole, bare = M.preset("toy"), [], []
     sampler = train.Sampler(train.load_clips([data], config), config, batch, draws)
     ready = sampler.load(1)
@@ -2788,24 +2829,17 @@ def train_speed(data, repeats=3, steps=8, batch=32, draws=4):
         with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
             flags = f"--steps {steps} --batch {batch} --draws {draws} --val 0 --every {10 * steps} --device cpu".split()
             if train.main([str(data), "--out", f"{tmp}/run", "--preset", "toy", *flags]):
-                raise extract.UserError("train.py failed in its own measurement")
+                raise UserError("train.py failed in its own measurement: see the line above")
             with open(f"{tmp}/run/log.csv", newline="") as f:
                 whole.append(np.median(np.diff([float(row["seconds"]) for row in csv.DictReader(f)])))
-    return {"train_step_s": round(min(whole), 4), "train_bare_step_s": round(min(bare), 4), "train_step_over_bare": round(min(whole) / min(bare), 3),
-            "train_frames_per_s": round(batch / min(whole), 1)}
 
-
-def loader_speed(data, bare_step_s, batch=32, draws=4, repeats=3, batches=8, workers=1):
-    """Frames a second from JPEGs on disk to augmented batches by one thread, and how many times faster that is than a bare `toy` step uses them."""
-    config = M.preset("toy")
-    sampler = train.Sampler(train.load_clips([data], config), config, batch, draws)
-    best = 1e9
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in train.feed(sampler, [(step, 0, batch) for step in range(batches)], workers):
+    def load():
+        for _ in train.feed(sampler, [(step, 0, batch) for step in range(steps)], 1):
             pass
-        best = min(best, (time.perf_counter() - began) / batches)
-    return {"loader_frames_per_s": round(batch / best, 1), "loader_over_toy_step": round(bare_step_s / best, 2)}
+    loader = best_of(repeats, load)[0] / steps
+    return {"train_step_s": round(min(whole), 4), "train_bare_step_s": round(min(bare), 4), "train_step_over_bare": round(min(whole) / min(bare), 3),
+            "train_frames_per_s": round(batch / min(whole), 1), "loader_frames_per_s": round(batch / loader, 1),
+            "loader_over_toy_step": round(min(bare) / loader, 2)}
 
 
 def parser_clip(folder, frames, fps, skin):
@@ -2815,46 +2849,41 @@ def parser_clip(folder, frames, fps, skin):
     folder.mkdir(parents=True)
     writer = extract.FramesWriter(folder, "pads")
     for t, action in enumerate(parse.play(rng, frames)):
-        rgba = cv2.resize(extract.draw(skin, action), pad, interpolation=cv2.INTER_AREA)
-        alpha = rgba[..., 3:] / 255 * 0.8
-        writer.add(t, np.rint(alpha * rgba[..., :3] + (1 - alpha) * back[:pad[1], 2 * t:2 * t + 320]).astype(np.uint8))
+        crop = back[:pad[1], 2 * t:2 * t + 320].copy()
+        put_pad(crop, skin, action, 0.8)
+        writer.add(t, crop)
     writer.close(frames)
     clip = dict(fps=fps, n=frames, box=[0, 0, *pad], template=skin.name, controller=skin.family, pad=pad,
                 geometry=dict(size=skin.size, buttons=skin.buttons, sticks=skin.sticks))
-    (folder / "clip.json").write_text(json.dumps(clip, default=float))
+    (folder / "clip.json").write_text(json.dumps(clip, default=float), encoding="utf-8")
 
 
 def parser_speed(frames=1800, fps=30):
-    """`parse.py run` on one clip: crops from disk (JPEG) to actions.npy. -> (frames / s, multiple of real time)."""
+    """`parse.py run` on one clip: crops from disk (JPEG) to actions.npy."""
     model = parse.load_parser(parse.CKPT)
     with tempfile.TemporaryDirectory() as tmp:
-        parser_clip(Path(tmp) / "clip", frames, fps, extract.our_skins()[0])
+        parser_clip(Path(tmp) / "clip", frames, fps, skins()[0])
         began = time.perf_counter()
         parse.run_clip(model, Path(tmp) / "clip")
         took = time.perf_counter() - began
-    return frames / took, frames / fps / took
+    return {"parser_frames_per_s": round(frames / took, 1), "parser_x_real_time_at_30_fps": round(frames / fps / took, 2)}
 
 
 def segformer_against_transformers(preset="b0", shape=(8, 3, 128, 256), runs=5):
-    """Our forward pass against transformers' SegformerForSemanticSegmentation of the same size, alternating in one run, best of each.
-    -> (our images / s, theirs, ratio), or None where transformers is not installed."""
+    """Our forward pass against transformers' SegformerForSemanticSegmentation of the same size; {} where transformers is not installed."""
     try:
         import transformers
     except ImportError:
-        return None
+        return {}
     sizes = parse.PRESETS[preset]
     config = transformers.SegformerConfig(hidden_sizes=list(sizes["dims"]), depths=list(sizes["depths"]), num_attention_heads=list(sizes["heads"]),
                                           sr_ratios=list(sizes["sr"]), mlp_ratios=[sizes["mlp"]] * 4, decoder_hidden_size=sizes["head"], num_labels=10)
     nets = [parse.SegFormer(**sizes, labels=10).eval().to(memory_format=torch.channels_last), transformers.SegformerForSemanticSegmentation(config).eval()]
-    x, best = torch.randn(shape), [1e9, 1e9]
+    x = torch.randn(shape)
     with torch.inference_mode():
-        for _ in range(runs + 1):
-            for i, net in enumerate(nets):
-                began = time.perf_counter()
-                net(x)
-                best[i] = min(best[i], time.perf_counter() - began)
-    ours, theirs = (shape[0] / b for b in best)
-    return ours, theirs, ours / theirs
+        ours, theirs = best_of(runs + 1, *(functools.partial(net, x) for net in nets))
+    return {"segformer_b0_images_per_s": round(shape[0] / ours, 1), "transformers_b0_images_per_s": round(shape[0] / theirs, 1),
+            "segformer_over_transformers": round(theirs / ours, 2)}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ playing
@@ -2884,6 +2913,9 @@ def playing(args):
 
     A session looks at the middle of the desktop and presses nothing, so that what is measured is play.py: latency is from the picture to the first
     action computed from it, in whole ticks by design; lateness is of each press against the action clock."""
+    if min(args.seconds, *args.hz, *args.think) <= 0:
+        raise UserError("--seconds, --hz, --think: expected numbers above 0, found others: give others")
+    out = args.out and folder(args.out)
     capture, results = play.Capture(), {"machine": machine(), "looks": [], "sessions": []}
     screen = capture.mss.monitors[0]
     for width, height in ((640, 480), (1280, 720), (1920, 1080)):
@@ -2910,29 +2942,27 @@ def playing(args):
             score = play.play(env, StandIn(ms), seconds=args.seconds)
             env.close()
             press, late = spread(score.press_ms) if score.press_ms else None, spread(score.beat.late_ms)
-            results["sessions"].append({"hz": hz, "think_ms": ms, "actions_per_second": score.ticks / args.seconds, "skipped": score.beat.skipped, "late_predictions": score.late,
-                                        "predictions": score.chunks, "capture_to_press_ms": press, "clock_late_ms": late})
+            results["sessions"].append({"hz": hz, "think_ms": ms, "actions_per_second": score.ticks / args.seconds, "skipped": score.beat.skipped,
+                                        "late_predictions": score.late, "predictions": score.chunks, "capture_to_press_ms": press, "clock_late_ms": late})
             latency = f"{press['median']:.0f} ms (p95 {press['p95']:.0f}), {press['median'] / ms:.1f} x the thinking" if press else "-"
             print(f"{hz:g} Hz, {ms:g} ms a chunk | {score.ticks / args.seconds:.1f} actions/s, {score.beat.skipped} skipped | capture to press {latency} | "
                   f"clock late {late['median']:.2f} ms (p95 {late['p95']:.2f}, max {late['max']:.1f}) | {score.late} of {score.chunks} predictions late")
-    if args.out:
-        extract.write_json(folder(args.out) / "playing.json", results)
+    if out:
+        extract.write_json(out / "playing.json", results)
 
 
 # ----------------------------------------------------------------------------------------------------------------- command line
-def add_throughput(sub):
-    """The flags of `bench.py throughput`."""
-    p = sub.add_parser("throughput", help="a step of each game, training, cutting clips against bare decoding, localisation, the parser, its net", allow_abbrev=False)
-    p.add_argument("--video", help="a video of your own (default: one is drawn)")
-    p.add_argument("--seconds", type=int, default=20, help="length of the drawn video (default 20)")
-    p.add_argument("--repeats", type=int, default=3, help="the best of this many (default 3)")
-    p.add_argument("--out", help="folder for throughput.json (default: print only)")
-    p.set_defaults(run=throughput)
+def main(argv=None):
+    """Parse the command line and measure."""
+    parser = extract.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    sub = parser.add_subparsers(required=True, metavar="COMMAND")
+    cv2.setNumThreads(1)
 
-
-def add_games(sub):
-    """The flags of `record`, `suite`, `demo` and `games`."""
-    p = sub.add_parser("record", help="scripted play -> clip folders, or videos with an overlay", allow_abbrev=False)
+    def command(name, run, text):
+        p = sub.add_parser(name, help=text, allow_abbrev=False)
+        p.set_defaults(run=run)
+        return p
+    p = command("record", record, "scripted play -> clip folders, or videos with an overlay")
     p.add_argument("--out", required=True, help="folder of clips or videos; what is whole there stays")
     p.add_argument("--games", nargs="+", metavar="G", help=f"of {', '.join(GAMES)}, or tasks of theirs (default all)")
     p.add_argument("--env", metavar="ID", help="a game by others instead: its Gymnasium id, of those with a scripted player")
@@ -2944,8 +2974,7 @@ def add_games(sub):
     p.add_argument("--euler", type=int, metavar="K", help="its Euler steps (default: the checkpoint's)")
     p.add_argument("--video", action="store_true", help="mp4 with a pad drawn over it, NAME.truth.npy and NAME.json beside it")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    p.set_defaults(run=record)
-    p = sub.add_parser("suite", help="completion of tasks beside random and scripted players", allow_abbrev=False)
+    p = command("suite", suite, "completion of tasks beside random and scripted players")
     p.add_argument("--ckpt", help="a .safetensors or a run folder (default: only the players that need none)")
     p.add_argument("--tasks", nargs="+", metavar="T", help="names of tasks or games (default all); with --exe a JSON list of {name, start, seconds, type}")
     p.add_argument("--env", metavar="ID", help="a game by others instead: its Gymnasium id")
@@ -2962,8 +2991,7 @@ def add_games(sub):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
     p.add_argument("--seed", type=int, default=0, help="of levels and noise (default 0)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of the players that are no model (default: one a core)")
-    p.set_defaults(run=suite)
-    p = sub.add_parser("demo", help="the whole chain on embedded games", allow_abbrev=False)
+    p = command("demo", demo, "the whole chain on embedded games")
     p.add_argument("--out", required=True, help="folder for videos, clips, runs, demo.png, demo.mp4, demo.json; what is whole there stays")
     p.add_argument("--tasks", nargs="+", metavar="T", help=f"tasks or games (default {' '.join(DEMO)})")
     p.add_argument("--minutes", type=float, default=2, help="video of each game (default 2)")
@@ -2973,8 +3001,7 @@ def add_games(sub):
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3; 2e-3 learns much less, 4e-3 next to nothing)")
     p.add_argument("-n", type=int, default=100, help="rollouts of each task (default 100)")
     p.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
-    p.set_defaults(run=demo)
-    p = sub.add_parser("transfer", help="pre-training on the other games against training from scratch [P Fig. 7]", allow_abbrev=False)
+    p = command("transfer", transfer, "pre-training on the other games against training from scratch [P Fig. 7]")
     p.add_argument("--out", required=True, help="folder for recordings, runs and transfer.json; what is whole there stays")
     p.add_argument("--games", nargs="+", metavar="G", default=["glider", "swarm", "rally"], help="games to hold out, one after the other (default glider swarm rally)")
     p.add_argument("--minutes", type=float, nargs="+", default=[0.5, 2, 8], help="data of the held-out game (default 0.5 2 8)")
@@ -2987,8 +3014,7 @@ def add_games(sub):
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
     p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that record (default: one a core)")
-    p.set_defaults(run=transfer)
-    p = sub.add_parser("parser", help="what is read of the pads, per controller family, opacity and size [P Fig. 5]", allow_abbrev=False)
+    p = command("parser", parser_figures, "what is read of the pads, per controller family, opacity and size [P Fig. 5]")
     p.add_argument("--out", required=True, help="folder for videos, clips and parser.json; what is whole there stays")
     p.add_argument("--videos", metavar="DIR", help="videos with NAME.truth.npy beside them (default: games are played with our own pads)")
     p.add_argument("--templates", metavar="DIR", help="of extract.py (default: our own)")
@@ -2996,32 +3022,26 @@ def add_games(sub):
     p.add_argument("--minutes", type=float, default=0.5, help="length of each (default 0.5)")
     p.add_argument("--seed", type=int, default=0, help="of games and pads (default 0)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that record (default: one a core)")
-    p.set_defaults(run=parser_figures)
-    p = sub.add_parser("games", help="a picture of the ten games", allow_abbrev=False)
+    p = command("games", show_games, "a picture of the ten games")
     p.add_argument("--out", required=True, help="folder for games.png")
     p.add_argument("--seed", type=int, default=0, help="of the levels (default 0)")
-    p.set_defaults(run=show_games)
-
-
-def add_playing(sub):
-    """The flags of `bench.py playing`."""
-    p = sub.add_parser("playing", help="looking, pressing and thinking in real time: capture, latency, jitter (needs a desktop)", allow_abbrev=False)
+    p = command("latency", latency, "seconds for one chunk, by part, against the released way of sampling")
+    p.add_argument("--preset", default="nitrogen", help="the model, with random weights (default nitrogen, the released 493 M)")
+    p.add_argument("--ckpt", help="a checkpoint in place of random weights")
+    p.add_argument("--steps", type=int, nargs="+", default=[16, 4], metavar="K", help="numbers of Euler steps (default 16 4)")
+    p.add_argument("--repeats", type=int, default=3, help="the best of this many (default 3)")
+    p.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
+    p = command("throughput", throughput, "a step of each game, training, cutting clips against bare decoding, localisation, the parser, its net")
+    p.add_argument("--video", help="a video of your own (default: one is drawn)")
+    p.add_argument("--seconds", type=int, default=20, help="length of the drawn video (default 20)")
+    p.add_argument("--repeats", type=int, default=3, help="the best of this many (default 3)")
+    p.add_argument("--out", help="folder for throughput.json (default: print only)")
+    p = command("playing", playing, "looking, pressing and thinking in real time: capture, latency, jitter (needs a desktop)")
     p.add_argument("--seconds", type=float, default=5.0, help="length of each session (default 5)")
     p.add_argument("--think", type=float, nargs="+", default=[10, 60, 150], help="milliseconds that the stand-in for a model takes (default 10 60 150)")
     p.add_argument("--hz", type=float, nargs="+", default=[30, 60], help="actions a second (default 30 60)")
     p.add_argument("--out", help="folder for playing.json (default: print only)")
-    p.set_defaults(run=playing)
-
-
-def main(argv=None):
-    """Parse the command line and measure."""
-    parser = extract.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    sub = parser.add_subparsers(required=True, metavar="COMMAND")
-    cv2.setNumThreads(1)
-    add_games(sub)
-    add_latency(sub)
-    add_throughput(sub)
-    add_playing(sub)
     return extract.cli(parser, argv, M.ModelError)
 
 

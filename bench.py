@@ -1905,7 +1905,7 @@ def save_film(path, frames, fps=FPS):
 
 def machine():
     """What the numbers were taken on."""
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, opencv {cv2.__version__}"
+    return f"{platform.machine()}, {extract.cores()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, opencv {cv2.__version__}"
 
 
 def show_games(args):
@@ -2307,7 +2307,7 @@ class Stages:
 
     def scripts(self, *commands):
         """Run scripts of ours side by side, each with its share of the cores. A command: its words, and what it needs in the environment."""
-        threads = str(max((os.cpu_count() or 1) // len(commands), 1))
+        threads = str(max((extract.cores()) // len(commands), 1))
         here = Path(__file__).parent
         self.log.flush()
         running = [subprocess.Popen([sys.executable, str(here / words[0]), *map(str, words[1:])], stdout=self.log, stderr=subprocess.PIPE, text=True,
@@ -2324,7 +2324,7 @@ class Stages:
 
     def shares(self, items, *words):
         """One script in several processes, each with its share of so many videos or clips."""
-        n = min(os.cpu_count() or 1, 4, items)
+        n = min(extract.cores(), 4, items)
         self.scripts(*((words, {"RANK": str(r), "WORLD_SIZE": str(n)}) for r in range(n)))
 
 
@@ -2348,7 +2348,7 @@ def demo(args):
         steps = round(args.minutes * 60 * FPS / args.videos)
         low_left = False, True                                         # one channel keeps its pad in one place
         jobs = [(videos, [t for t in args.tasks if t.startswith(g + "/")], i, args.seed, steps, low_left) for g in games for i in range(args.videos)]
-        for line in in_processes(record_clip, jobs, os.cpu_count() or 1):
+        for line in in_processes(record_clip, jobs, extract.cores()):
             print(line)
         say(f"{len(jobs)} mp4 of {', '.join(games)}, {len(jobs) * steps / FPS / 60:.1f} minutes at 640 x 360")
     truth = {p.stem: extract.read_json(p, dict) for p in sorted(videos.glob("*.json"))}
@@ -2381,7 +2381,7 @@ def demo(args):
         say(f"{args.steps} steps of {args.batch} frames each, from parsed and from true labels")
     films = {}
     with stages.stage("play the tasks") as say:
-        args.workers = os.cpu_count() or 1
+        args.workers = extract.cores()
         table = completion(args, ("random", "scripted"))
         for name, run in runs.items():
             wins = play_model(sample.Policy(run, "cpu"), args.tasks, args.n, args.actions_per_chunk, args.seed, args.envs, films if name == "model" else None)
@@ -2483,13 +2483,17 @@ def transfer(args):
             return [(["train.py", *data, "--out", out / name, "--hz", FPS, "--steps", steps, "--batch", args.batch, "--lr", args.lr, "--workers", 1, "--val", 0,
                       "--every", steps, "--no-augment", "--dropout", 0, "--ema", 0.999, *flags], {})]
         return []
+
+    def played(name, game, seed):
+        return play_model(sample.Policy(out / name, "cpu", steps=args.euler), tasks[game], args.n, 8, seed)
     results = []
     for game in games:
         with stages.stage(f"{game}: pre-train on the others") as say:
             others = [out / "data" / g for g in GAMES if g != game]
             for command in run_of(f"pre-{game}", args.pretrain, others, "--preset", args.preset, "--balance"):
                 stages.scripts(command)
-            say(f"{args.pretrain} steps")
+            untrained = np.mean([won / args.n for won in played(f"pre-{game}", game, 0).values()])
+            say(f"{args.pretrain} steps; without any of its own data {untrained:.0%}")
         for m in args.minutes:
             for seed in args.seeds:
                 with stages.stage(f"{game}: {m:g} minutes, seed {seed}") as say:
@@ -2498,12 +2502,11 @@ def transfer(args):
                     commands = [c for name, flags in runs.values() for c in run_of(name, args.steps, data, "--seed", seed, *flags)]
                     if commands:
                         stages.scripts(*commands)
-                    for who, (name, _) in {**runs, "pre-trained": (f"pre-{game}", ())}.items():
-                        wins = play_model(sample.Policy(out / name, "cpu"), tasks[game], args.n, 8, seed)
-                        for task, won in wins.items():
+                    for who, (name, _) in runs.items():
+                        for task, won in played(name, game, seed).items():
                             row["tasks"].setdefault(task, {})[who] = won / args.n
                     results.append(row)
-                    say(", ".join(f"{who} {np.mean([t[who] for t in row['tasks'].values()]):.0%}" for who in ("post-trained", "scratch", "pre-trained")))
+                    say(", ".join(f"{who} {np.mean([t[who] for t in row['tasks'].values()]):.0%}" for who in runs))
     table = {}
     for m in args.minutes:
         for kind in ("all", *dict.fromkeys(t.kind for t in TASKS.values())):
@@ -2514,18 +2517,24 @@ def transfer(args):
     with stages.stage("sum up") as say:
         extract.write_json(out / "transfer.json", {"args": {k: str(v) for k, v in vars(args).items() if k != "run"}, "machine": machine(), "results": results, "gains": table})
         say(str(out / "transfer.json"))
-    print(f"{'':26}{'post-trained':>14}{'scratch':>10}   relative gain [95 % of resampled games and seeds]")
+    print(f"{'':26}{'post-trained':>14}{'scratch':>10}   difference in points and relative gain [95 % of resampled games and seeds]")
     for name, row in table.items():
-        print(f"{name:26}{row['post-trained']:>14.1%}{row['scratch']:>10.1%}   {row['gain']:+.0%} [{row['low']:+.0%}, {row['high']:+.0%}] n {row['n']}")
+        relative = f"{row['gain']:+.0%} [{row['gain low']:+.0%}, {row['gain high']:+.0%}]" if row["gain"] is not None else "none: scratch completes nothing"
+        print(f"{name:26}{row['post-trained']:>14.1%}{row['scratch']:>10.1%}   {100 * row['points']:+.1f} [{100 * row['points low']:+.1f}, "
+              f"{100 * row['points high']:+.1f}]   {relative} n {row['n']}")
 
 
 def gain(pairs, rounds=4000):
-    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> means and the relative gain with its bootstrap interval."""
-    rng = np.random.default_rng(0)
-    relative = lambda p: p[..., 0].mean(-1) / np.maximum(p[..., 1].mean(-1), 1e-3) - 1
-    drawn = relative(pairs[rng.integers(len(pairs), size=(rounds, len(pairs)))])
-    return {"post-trained": pairs[:, 0].mean(), "scratch": pairs[:, 1].mean(), "gain": float(relative(pairs)), "low": float(np.quantile(drawn, 0.025)),
-            "high": float(np.quantile(drawn, 0.975)), "n": len(pairs)}
+    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> means, their difference ("points") and the relative gain, each with its
+    bootstrap interval; the gain is None where scratch completes nothing, and its interval is of the draws in which it completes something."""
+    drawn = pairs[np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))].mean(1)        # (rounds, 2)
+    post, scratch = (float(m) for m in pairs.mean(0))
+    row = {"post-trained": post, "scratch": scratch, "points": post - scratch, "gain": post / scratch - 1 if scratch else None, "n": len(pairs)}
+    some = drawn[drawn[:, 1] > 0]
+    for name, values in (("points", drawn[:, 0] - drawn[:, 1]), ("gain", some[:, 0] / some[:, 1] - 1)):
+        if len(values):
+            row[f"{name} low"], row[f"{name} high"] = (float(np.quantile(values, q)) for q in (0.025, 0.975))
+    return row
 
 
 # ------------------------------------------------------------------------------------------------------------------------ parser
@@ -2973,7 +2982,7 @@ def main(argv=None):
     p.add_argument("--ckpt", help="a model that plays by turns with the script, which shows the way out of what it got into; only that is kept")
     p.add_argument("--euler", type=int, metavar="K", help="its Euler steps (default: the checkpoint's)")
     p.add_argument("--video", action="store_true", help="mp4 with a pad drawn over it, NAME.truth.npy and NAME.json beside it")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    p.add_argument("--workers", type=int, default=extract.cores(), help="processes (default: one a core)")
     p = command("suite", suite, "completion of tasks beside random and scripted players")
     p.add_argument("--ckpt", help="a .safetensors or a run folder (default: only the players that need none)")
     p.add_argument("--tasks", nargs="+", metavar="T", help="names of tasks or games (default all); with --exe a JSON list of {name, start, seconds, type}")
@@ -2990,7 +2999,7 @@ def main(argv=None):
     p.add_argument("--envs", type=int, default=64, help="games played side by side (default 64; of --env at most 8)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
     p.add_argument("--seed", type=int, default=0, help="of levels and noise (default 0)")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of the players that are no model (default: one a core)")
+    p.add_argument("--workers", type=int, default=extract.cores(), help="processes of the players that are no model (default: one a core)")
     p = command("demo", demo, "the whole chain on embedded games")
     p.add_argument("--out", required=True, help="folder for videos, clips, runs, demo.png, demo.mp4, demo.json; what is whole there stays")
     p.add_argument("--tasks", nargs="+", metavar="T", help=f"tasks or games (default {' '.join(DEMO)})")
@@ -3013,7 +3022,8 @@ def main(argv=None):
     p.add_argument("--batch", type=int, default=64, help="frames a step (default 64)")
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
     p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that record (default: one a core)")
+    p.add_argument("--euler", type=int, default=4, metavar="K", help="Euler steps when they play (default 4)")
+    p.add_argument("--workers", type=int, default=extract.cores(), help="processes that record (default: one a core)")
     p = command("parser", parser_figures, "what is read of the pads, per controller family, opacity and size [P Fig. 5]")
     p.add_argument("--out", required=True, help="folder for videos, clips and parser.json; what is whole there stays")
     p.add_argument("--videos", metavar="DIR", help="videos with NAME.truth.npy beside them (default: games are played with our own pads)")
@@ -3021,7 +3031,7 @@ def main(argv=None):
     p.add_argument("--each", type=int, default=2, help="videos of each controller family (default 2)")
     p.add_argument("--minutes", type=float, default=0.5, help="length of each (default 0.5)")
     p.add_argument("--seed", type=int, default=0, help="of games and pads (default 0)")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that record (default: one a core)")
+    p.add_argument("--workers", type=int, default=extract.cores(), help="processes that record (default: one a core)")
     p = command("games", show_games, "a picture of the ten games")
     p.add_argument("--out", required=True, help="folder for games.png")
     p.add_argument("--seed", type=int, default=0, help="of the levels (default 0)")

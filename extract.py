@@ -360,6 +360,8 @@ def preset_part(element, atlas):
         pressed, grow = sprite(0, 1), ("", "up", "down", "left", "right")[element.get("direction", 1)]
         if element.get("trigger_mode") or pressed is None:                                   # a plain button; nothing to uncover
             grow = ""
+        elif not pressed.any():                                                              # an empty picture to uncover: this pad shows no trigger
+            return Part("", at, [sprite(0, 0)])
         return Part(("LEFT_TRIGGER", "RIGHT_TRIGGER")[side], at, [sprite(0, 0), pressed], grow=grow)
     if kind == 7:
         return Part("GUIDE", at, [sprite(0, 0), sprite(4, 0)])
@@ -1355,6 +1357,11 @@ def shard(items):
     """This process's share of a list of work."""
     rank, world = rank_and_world()
     return list(items)[rank::world]
+
+
+def cores():
+    """The cores this process may use: a cluster's job is often given fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --------------------------------------------------------------------------------------------------------------------- messages

@@ -375,32 +375,41 @@ def smooth_grids(log_p, trust=0.3, own=0.8):
     return smooth(e, transition, prior, trust, own).reshape(log_p.shape)
 
 
-def smooth_buttons(logits, press=0.03, release=0.12, trust=0.8):
+def smooth_buttons(logits, press=0.2, release=0.4, trust=0.8):
     """Logits (n, k) of k buttons -> probability of "pressed" (n, k) given all frames. press, release: how probable these are from one
-    frame to the next."""
+    frame to the next; high enough that a tap of two frames, read plainly, is not smoothed away."""
     e = np.stack([np.zeros(logits.shape), np.clip(logits, -20, 20)], -1)       # (n, k, 2): off, on
     transition = np.array([[1 - press, press], [release, 1 - release]])
     prior = np.array([release, press]) / (press + release)
-    return smooth(e, transition, prior, trust, trust)[..., 1]
+    return smooth(e, transition, prior, trust, 1.0)[..., 1]
 
 
-def level(logits):
-    """Logits (n, k) -> the same with each button's own threshold at 0: where a video's logits fall into two tight groups, pressed and not,
-    their middle is a better threshold than the net's. A button that is never pressed has one group, or two that the net calls not pressed
-    (a scene behind a see-through pad that changes), and stays as it is."""
+def level(logits, fixed):
+    """Logits (n, k) -> the same with each button's own threshold at 0: where a video's logits fall into two groups, pressed and not, their
+    middle is a better threshold than the net's. fixed bool (k,): the button has its place, it does not lie on a moving cap.
+
+    Two groups are pressed and not where the net calls the upper one pressed and they are apart; or, whatever the net calls it, where they are
+    tight, nothing lies between them and they come and go, as no scene behind a see-through pad does. Else a button stays as it is."""
     out, n = logits.copy(), len(logits)
     if n < 8:                                                                  # too few for two groups of four
         return out
-    for x in out.T:                                                            # a view: changed in place
+    for j, x in enumerate(out.T):                                              # a view: changed in place
         ranked, k = np.sort(x), np.arange(1, n)                                # k frames in the lower group, n - k in the upper
         total = np.cumsum(ranked)[:-1]
         lows, highs = total / k, (ranked.sum() - total) / (n - k)              # the groups' means at each split
         best = (k * (n - k) * (highs - lows) ** 2).argmax()                    # Otsu's split: the largest variance between the groups
         low, high, few = lows[best], highs[best], k[best]
         spread = np.sqrt((ranked[:few].var() * few + ranked[few:].var() * (n - few)) / n)
-        if min(few, n - few) >= 4 and high - low >= 2 and high - low > 3.5 * spread and high > 1:
-            x -= np.clip((low + high) / 2, -2, 2)
-            x *= max(1, 6 / (high - low))
+        middle, apart, fewer = (low + high) / 2, high - low, min(few, n - few)
+        between = (np.abs(x - middle) < apart / 6).sum()
+        switches = np.count_nonzero(np.diff(x > middle))
+        if fewer >= 4 and apart >= 2 and apart > 3.5 * spread and high > 1:
+            x -= np.clip(middle, -2, 2)
+        elif fixed[j] and fewer >= 4 and apart > max(7 * spread, 0.8) and high > -2 and between <= fewer / 20 and switches >= 8:
+            x -= middle
+        else:
+            continue
+        x *= max(1, 6 / apart)
     return out
 
 
@@ -585,6 +594,7 @@ def settle(pad, clip, grids, clicks, logits, like):
     n, geometry, cutter = len(like), clip["geometry"], pad.cutter
     actions, sure, logits = np.zeros((n, extract.A), np.float32), [], logits.copy()
     smoothed = smooth_grids(grids) if cutter.sticks else grids
+    fixed = np.ones(len(cutter.buttons), bool)
     for i, side in enumerate(cutter.sticks):
         values, spread = expect(smoothed[:, i])
         actions[:, STICKS[side]] = normalise(values, cutter.known[side])
@@ -592,8 +602,9 @@ def settle(pad, clip, grids, clicks, logits, like):
         if THUMB[side] in cutter.buttons and on_stick(geometry["buttons"][THUMB[side]], geometry["sticks"][side]):
             j = cutter.buttons.index(THUMB[side])
             logits[:, j] = (logits[:, j] + clicks[:, i]) / 2                   # the stick's net follows the moving cap
+            fixed[j] = False
     if cutter.buttons:
-        logits = level(logits)
+        logits = level(logits, fixed)
         p = smooth_buttons(logits)
         actions[:, [BUTTON[b] for b in cutter.buttons]] = decisive(p > 0.5, logits)
         sure.append(np.abs(2 * p - 1).mean(1))

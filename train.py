@@ -1024,7 +1024,7 @@ def main(argv=None):
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products (autocast); bfloat16 pays on GPUs (default float32)")
     p.add_argument("--compile", action="store_true", help="torch.compile the model: a minute at the start (default off)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
-    p.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads that decode frames (default: at most 4)")
+    p.add_argument("--workers", type=int, default=min(4, extract.cores()), help="threads that decode frames (default: at most 4)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     p.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
     p.add_argument("--dry-run", action="store_true", help="check the data, print the memory table, take one step, write nothing")

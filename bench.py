@@ -2862,7 +2862,8 @@ def parser_clip(folder, frames, fps, skin):
         put_pad(crop, skin, action, 0.8)
         writer.add(t, crop)
     writer.close(frames)
-    clip = dict(fps=fps, n=frames, box=[0, 0, *pad], template=skin.name, controller=skin.family, pad=pad,
+    scale = 320 / skin.size[0]
+    clip = dict(fps=fps, n=frames, box=[0, 0, *pad], template=skin.name, controller=skin.family, pad=pad, affine=[[scale, 0, 0], [0, scale, 0]],
                 geometry=dict(size=skin.size, buttons=skin.buttons, sticks=skin.sticks))
     (folder / "clip.json").write_text(json.dumps(clip, default=float), encoding="utf-8")
 

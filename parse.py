@@ -462,12 +462,18 @@ def open_clip(folder):
             cutter = Cutter(geometry, clip["pad"])
         for side in cutter.sticks:
             on_stick(geometry["buttons"].get(THUMB[side]), geometry["sticks"][side])
-        if not all(np.isfinite(m).all() for m in (*cutter.stick_map, *cutter.button_map)):
+        if not all(np.isfinite(m).all() for m in (*cutter.stick_map, *cutter.button_map, width_in_video(clip))):
             raise ValueError("numbers that are not finite")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as e:
-        raise UserError(f"{folder}: expected buttons' boxes, sticks' centers and travels as \"geometry\" in clip.json, found {type(e).__name__} {e}: "
-                        "cut the clip again with extract.py") from None
+        raise UserError(f"{folder}: expected buttons' boxes, sticks' centers and travels as \"geometry\" and an \"affine\" in clip.json, found "
+                        f"{type(e).__name__} {e}: cut the clip again with extract.py") from None
     return clip, pads
+
+
+def width_in_video(clip):
+    """How many pixels of the video the template is wide."""
+    (a, _, _), (b, _, _) = clip["affine"]
+    return np.hypot(a, b) * clip["geometry"]["size"][0]
 
 
 @torch.inference_mode()
@@ -501,19 +507,23 @@ class Pad:
         before, now = self.cutter.all(pads[max(i - 1, 0)] for i in at), self.cutter.all(crops)
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # the video's median picture of the pad
         self.rest, median = self.cutter(picture), self.cutter(picture)
-        doubted = self.trust_template(picture, template) if template is not None else [np.zeros(len(m), bool) for m in median]
+        doubted = [np.zeros(len(m), bool) for m in median]
+        drawn = None if template is None else self.cutter(in_the_videos_light(template, picture))
+        if drawn:
+            doubted = self.trust_template(drawn)
         few = self.improve(before, now)
         for rest, old, wrong in zip(self.rest, median, [d & f for d, f in zip(doubted, few)]):
             rest[wrong] = old[wrong]                                           # never at rest beside a template that may be at fault
         self.improve(before, now)
+        if drawn and np.median([likeness(a, b) for d, m in zip(drawn, median) for a, b in zip(d, m)]) > 0.85:
+            self.rest[0] = drawn[0]                                            # the very skin of the video: its caps are at rest for certain
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])              # of crops with the pad, to compare each crop's with
 
-    def trust_template(self, picture, template):
-        """A control that the net, given the template uint8 (h, w, 4) as rest, sees deflected or pressed in the video's median picture
+    def trust_template(self, drawn):
+        """A control that the net, given the template's close-ups as rest, sees deflected or pressed in the video's median picture
         seldom rests: its rest picture becomes the template's. -> of sticks and of buttons, bool: replaced but in doubt, since the
         template hardly differs there from the median picture, or is unlike the pad also where controls do rest."""
-        drawn = self.cutter(in_the_videos_light(template, picture))
         grids, clicks, logits = net_reads(self.model, [montages(r[None], r[None], d) for r, d in zip(self.rest, drawn)])
         away = (np.hypot(*decode(np.exp(grids)).T) > 0.5) & (grids.max((1, 2)) > math.log(0.15))
         calm, replaced, doubtful = [], [], []
@@ -558,6 +568,17 @@ class Pad:
         n = len(pads)
         grids, clicks, logits = (np.concatenate(parts) for parts in zip(*reads))
         return grids.reshape(n, -1, GRID, GRID), clicks.reshape(n, -1), logits.reshape(n, -1), np.array(like)
+
+
+def as_wide_as(template, width):
+    """The template, uint8 (h, w, 4), no sharper than a video that shows it so many pixels wide."""
+    h, w = template.shape[:2]
+    if width >= w:
+        return template
+    small = cv2.resize(extract.premultiply(template), (max(round(width), 1), max(round(width * h / w), 1)), interpolation=cv2.INTER_AREA)
+    blurred = cv2.resize(small, (w, h), interpolation=cv2.INTER_LINEAR)
+    alpha = np.maximum(blurred[..., 3:], 1)
+    return np.dstack([np.minimum(blurred[..., :3] * (255 / alpha), 255).astype(np.uint8), blurred[..., 3:]])
 
 
 def in_the_videos_light(template, picture):
@@ -639,6 +660,8 @@ def run_clip(model, folder):
         size = clip["pad"] if template is None else list(template.shape[1::-1])
         if size != clip["pad"]:
             raise UserError(f"{path}: expected a picture of {clip['pad']}, found {size}: cut the clip again with extract.py")
+        if template is not None:
+            template = as_wide_as(template, width_in_video(clip))
         pad = Pad(model, cutter, pads, template)
         actions, confidence = settle(pad, clip, *pad.read(pads))
     else:

@@ -1882,6 +1882,7 @@ def suite(args):
     show_rows(rows)
     if out:
         extract.write_json(out / "suite.json", meta | {"seconds": round(time.monotonic() - began, 1), "rows": rows})
+        chart(out / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
         for task, frames in (films or {}).items():
             save_film(out / f"{task.replace('/', '-')}.mp4", frames, fps)
 
@@ -2287,7 +2288,7 @@ def judged(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- demo
-DEMO = ("crypt/exit", "vault/stairs", "glider/rings")       # a task of each family that a small model begins to master within minutes
+DEMO = ("crypt/exit", "swarm/brute", "glider/rings")       # a task of each family that a small model begins to master within minutes
 
 
 class Stages:
@@ -2307,7 +2308,9 @@ class Stages:
 
     def scripts(self, *commands):
         """Run scripts of ours side by side, each with its share of the cores. A command: its words, and what it needs in the environment."""
-        threads = str(max((extract.cores()) // len(commands), 1))
+        if not commands:
+            return
+        threads = str(max(extract.cores() // len(commands), 1))
         here = Path(__file__).parent
         self.log.flush()
         running = [subprocess.Popen([sys.executable, str(here / words[0]), *map(str, words[1:])], stdout=self.log, stderr=subprocess.PIPE, text=True,
@@ -2368,9 +2371,7 @@ def demo(args):
         say(f"stick R2 {scores.get('left R2', math.nan):.3f} left, {scores.get('right R2', math.nan):.3f} right | button F1 {scores['F1']:.3f}")
     runs = {"model": out / "model", "true labels": out / "model-truth"}
     with stages.stage("train two toy models (train.py)") as say:
-        flags = {"preset": "toy", "hz": FPS, "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed, "workers": 1, "val": 0, "every": args.steps}
-        flags = [word for name, value in flags.items() for word in (f"--{name}", value)] + ["--no-augment", "--dropout", 0, "--ema", 0.999]
-        todo = []
+        flags, todo = ["--preset", "toy", "--seed", args.seed, *quick(args)], []
         for name, run in runs.items():
             if not (run / "state.safetensors").is_file():
                 todo.append((["train.py", clips, "--out", run, *flags, *(["--truth"] if name == "true labels" else [])], {}))
@@ -2402,12 +2403,55 @@ def demo(args):
 
 
 INKS = {"random": (160, 160, 170), "scripted": (90, 160, 90), "model": (220, 60, 40), "true labels": (60, 110, 220)}
+MORE_INKS = ((220, 60, 40), (60, 110, 220), (90, 160, 90), (200, 150, 40), (140, 80, 180))
+
+
+def write(page, text, x, y, size=0.62):
+    """A line of text on a page, its baseline at (x, y)."""
+    cv2.putText(page, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, (20, 20, 30), 1, cv2.LINE_AA)
+
+
+def bars(page, rows, inks, left, top, wide, thick, gap=10):
+    """A table of shares as bars of `thick` pixels: a group for each row of {name: {player: {"rate", and "low", "high" where known}}}, its name to the left of
+    `left`, 1 at left + wide; a thin line is the interval. -> where it ends."""
+    end = top + sum(thick * len(row) + gap for row in rows.values())
+    for mark in (0, 0.25, 0.5, 0.75, 1):
+        x = left + round(wide * mark)
+        cv2.line(page, (x, top - 4), (x, end - gap), (215, 215, 220), 1)
+        write(page, f"{mark:.0%}", x - 12, end + 6, 0.4)
+    for name, row in rows.items():
+        write(page, name, left - 8 - cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)[0][0], top + thick * len(row) // 2 + 4, 0.42)
+        for who, r in row.items():
+            place = lambda value: left + round(wide * min(max(value, 0), 1))
+            cv2.rectangle(page, (left, top), (place(r["rate"]), top + thick - 2), inks[who], -1)
+            if "low" in r:
+                cv2.line(page, (place(r["low"]), top + thick // 2 - 1), (place(r["high"]), top + thick // 2 - 1), (20, 20, 30), 1)
+            top += thick
+        top += gap
+    return end
+
+
+def legend(page, inks, left, y, step=160):
+    """Which colour is whose."""
+    for j, (who, ink) in enumerate(inks.items()):
+        cv2.rectangle(page, (left + step * j, y - 12), (left + 14 + step * j, y + 2), ink, -1)
+        write(page, who, left + 20 + step * j, y, 0.5)
+
+
+def chart(path, title, rows):
+    """A table of shares, as bars() takes it, as a picture of its own."""
+    players = list(dict.fromkeys(who for row in rows.values() for who in row))
+    inks = {who: INKS.get(who, MORE_INKS[i % len(MORE_INKS)]) for i, who in enumerate(players)}
+    page = np.full((110 + sum(9 * len(row) + 10 for row in rows.values()), 900, 3), 250, np.uint8)
+    write(page, title, 20, 30)
+    legend(page, inks, 20, 60)
+    bars(page, rows, inks, 190, 86, 680, 9)
+    extract.save_png(path, page)
 
 
 def story(video, clip, films, rows, scores, iou):
     """One picture, uint8 (900, 1600, 3): the video with the box found, the crop and what was read from it, the model at play, completion."""
     page = np.full((900, 1600, 3), 250, np.uint8)
-    write = lambda text, x, y, size=0.62: cv2.putText(page, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, (20, 20, 30), 1, cv2.LINE_AA)
     meta, (actions, truth) = extract.read_clip(clip), (np.load(clip / f"{n}.npy") for n in ("actions", "truth"))
     skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
     change = np.convolve(np.abs(np.diff(truth, axis=0)).sum(1), np.ones(150), "valid")           # five seconds with much to read
@@ -2417,123 +2461,124 @@ def story(video, clip, films, rows, scores, iou):
     frame = next(rgb for i, rgb in extract.read_video(video) if i == now).copy()
     x, y, w, h = (round(v) for v in meta["box"])
     cv2.rectangle(frame, (x, y), (x + w, y + h), (0, 255, 0), 3)
-    write(f"1  a video with a pad; extract.py finds it: IoU {iou:.2f}", 20, 36)
+    write(page, f"1  a video with a pad; extract.py finds it: IoU {iou:.2f}", 20, 36)
     page[50:410, 20:660] = frame[:360, :640]
-    write("2  the crop", 700, 36)
+    write(page, "2  the crop", 700, 36)
     extract.paste(page, extract.Frames(clip, "pads")[now], 700, 60, 300, 220)
-    write(f"3  parse.py reads it: R2 {scores.get('left R2', math.nan):.2f}, F1 {scores['F1']:.2f}", 1020, 36)
+    write(page, f"3  parse.py reads it: R2 {scores.get('left R2', math.nan):.2f}, F1 {scores['F1']:.2f}", 1020, 36)
     high = round(300 * skin.size[1] / skin.size[0])
     put_pad(page[60:60 + high, 1020:1320], skin, actions[now])
-    write("grey: true", 1370, 200, 0.5)
-    write("red: read", 1370, 225, 0.5)
+    write(page, "grey: true", 1370, 200, 0.5)
+    write(page, "red: read", 1370, 225, 0.5)
     pressed = [b for b in np.argsort(-truth[start:start + 150, :21].sum(0))[:3] if truth[start:start + 150, b].any()]
-    for k, (label, column) in enumerate([("left x", 21), ("left y", 22), ("right x", 23), ("right y", 24), *((extract.BUTTONS[b].lower(), b) for b in pressed)]):
+    traces = {"left x": 21, "left y": 22, "right x": 23, "right y": 24} | {extract.BUTTONS[b].lower(): b for b in pressed}
+    for k, (label, column) in enumerate(traces.items()):
         base = 310 + 28 * k
-        write(label, 700, base + 6, 0.42)
+        write(page, label, 700, base + 6, 0.42)
         for values, ink, thick in ((truth, (190, 190, 200), 5), (actions, INKS["model"], 2)):
             v = values[start:start + 150, column]
             points = np.stack([840 + np.arange(len(v)) * 5, base - 11 * v if column > 20 else base + 8 - 16 * v], 1)
             cv2.polylines(page, [np.int32(points)], False, ink, thick, cv2.LINE_AA)
 
-    write("4  train.py learns from what was read; the model plays", 20, 540)
+    write(page, "4  train.py learns from what was read; the model plays", 20, 540)
     for k, (task, frames) in enumerate(list(films.items())[:3]):
         jpeg, action = frames[len(frames) // 2]
         page[560:816, 20 + 270 * k:276 + 270 * k] = unpack(jpeg)
         put_pad(page[736:816, 166 + 270 * k:276 + 270 * k], skins()[0], action)
-        write(task, 20 + 270 * k, 840, 0.5)
-    write("5  tasks completed, with 95 % intervals", 880, 540)
-    tasks = [row for row in rows if "/" in row] + ["all"]
-    wide = 700 // len(tasks)
-    for share in (0, 0.5, 1):
-        cv2.line(page, (880, round(820 - 240 * share)), (1580, round(820 - 240 * share)), (215, 215, 220), 1)
-        write(f"{share:.0%}", 845 - 8 * (share == 1), round(824 - 240 * share), 0.4)
-    for k, task in enumerate(tasks):
-        for j, (who, r) in enumerate(rows[task].items()):
-            bar = max((wide - 24) // 4 - 3, 3)
-            left = 890 + wide * k + j * (bar + 3)
-            cv2.rectangle(page, (left, round(820 - 240 * r["rate"])), (left + bar, 820), INKS[who], -1)
-            cv2.line(page, (left + bar // 2, round(820 - 240 * r["low"])), (left + bar // 2, round(820 - 240 * r["high"])), (20, 20, 30), 2)
-        write(task, 890 + wide * k, 842, 0.42)
-    for j, (who, ink) in enumerate(INKS.items()):
-        cv2.rectangle(page, (890 + 160 * j, 862), (904 + 160 * j, 876), ink, -1)
-        write(who, 910 + 160 * j, 874, 0.5)
+        write(page, task, 20 + 270 * k, 840, 0.5)
+    write(page, "5  tasks completed, with 95 % intervals", 880, 540)
+    bars(page, {name: rows[name] for name in [row for row in rows if "/" in row] + ["all"]}, INKS, 990, 570, 580, 13, 16)
+    legend(page, INKS, 910, 874)
     return page
 
 
 # ---------------------------------------------------------------------------------------------------------------------- transfer
+def quick(args, steps=None):
+    """The flags of train.py that a toy model learns the games with in minutes."""
+    steps = steps or args.steps
+    return ["--hz", FPS, "--steps", steps, "--batch", args.batch, "--lr", args.lr, "--workers", 1, "--val", 0, "--every", steps, "--no-augment",
+            "--dropout", 0, "--ema", 0.999]
+
+
 def transfer(args):
     """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on so many minutes of it, against a fresh
-    model with the same minutes and steps. Gains are relative, their intervals from resampling whole (game, seed) pairs."""
+    model with the same minutes and steps. Intervals are from resampling whole (game, seed) pairs."""
     games = list(dict.fromkeys(task.split("/")[0] for task in pick_tasks(args.games)))
     if len(games) == len(GAMES) or args.n < 1 or min(args.minutes) <= 0:
         raise UserError("expected some games to hold out, not all ten, --minutes above 0 and a rollout or more: give others")
-    out = folder(args.out)
+    out, results = folder(args.out), []
     stages = Stages(out, 2 + len(games) * (1 + len(args.minutes) * len(args.seeds)))
-    tasks = {g: [t for t in TASKS if t.startswith(g + "/")] for g in GAMES}
-    jobs = lambda to, game, minutes, seed: [(to, tasks[game], i, seed, round(min(minutes, 0.5) * 60 * FPS), False) for i in range(max(round(minutes * 2), 1))]
+    few = [(game, m, seed) for game in games for m in args.minutes for seed in args.seeds]
     with stages.stage("record") as say:
-        todo = [job for g in GAMES for job in jobs(folder(out / "data" / g), g, args.others, 0)]
-        todo += [job for g in games for m in args.minutes for s in args.seeds for job in jobs(folder(out / f"few/{g}-{m:g}-{s}"), g, m, 1000 + s)]
-        for line in in_processes(record_clip, todo, args.workers):
+        jobs = [job for game in GAMES for job in clips_of(folder(out / "data" / game), game, args.others, 0)]
+        jobs += [job for game, m, seed in few for job in clips_of(folder(out / f"few/{game}-{m:g}-{seed}"), game, m, 1000 + seed)]
+        for line in in_processes(record_clip, jobs, args.workers):
             print(line)
         say(f"{args.others:g} minutes of each of {len(GAMES)} games, {' '.join(f'{m:g}' for m in args.minutes)} minutes of {' '.join(games)} for each seed")
 
-    def run_of(name, steps, data, *flags):
-        if not (out / name / "model.safetensors").is_file() or M.read_meta(out / name)[0]["step"] < steps:
-            return [(["train.py", *data, "--out", out / name, "--hz", FPS, "--steps", steps, "--batch", args.batch, "--lr", args.lr, "--workers", 1, "--val", 0,
-                      "--every", steps, "--no-augment", "--dropout", 0, "--ema", 0.999, *flags], {})]
-        return []
+    def missing(name, steps, data, *flags):
+        """The command that trains this run, in a list; none where it is whole."""
+        if (out / name / "model.safetensors").is_file() and M.read_meta(out / name)[0]["step"] >= steps:
+            return []
+        return [(["train.py", *data, "--out", out / name, *quick(args, steps), *flags], {})]
 
-    def played(name, game, seed):
-        return play_model(sample.Policy(out / name, "cpu", steps=args.euler), tasks[game], args.n, 8, seed)
-    results = []
+    def completed(name, game, seed):
+        """Completion of each task of a game by a run's model."""
+        wins = play_model(sample.Policy(out / name, "cpu", steps=args.euler), pick_tasks([game]), args.n, 8, seed)
+        return {task: won / args.n for task, won in wins.items()}
     for game in games:
         with stages.stage(f"{game}: pre-train on the others") as say:
             others = [out / "data" / g for g in GAMES if g != game]
-            for command in run_of(f"pre-{game}", args.pretrain, others, "--preset", args.preset, "--balance"):
-                stages.scripts(command)
-            untrained = np.mean([won / args.n for won in played(f"pre-{game}", game, 0).values()])
-            say(f"{args.pretrain} steps; without any of its own data {untrained:.0%}")
-        for m in args.minutes:
-            for seed in args.seeds:
-                with stages.stage(f"{game}: {m:g} minutes, seed {seed}") as say:
-                    data, row = [out / f"few/{game}-{m:g}-{seed}"], {"game": game, "minutes": m, "seed": seed, "tasks": {}}
-                    runs = {"post-trained": (f"post-{game}-{m:g}-{seed}", ("--ckpt", out / f"pre-{game}")), "scratch": (f"scratch-{game}-{m:g}-{seed}", ("--preset", args.preset))}
-                    commands = [c for name, flags in runs.values() for c in run_of(name, args.steps, data, "--seed", seed, *flags)]
-                    if commands:
-                        stages.scripts(*commands)
-                    for who, (name, _) in runs.items():
-                        for task, won in played(name, game, seed).items():
-                            row["tasks"].setdefault(task, {})[who] = won / args.n
-                    results.append(row)
-                    say(", ".join(f"{who} {np.mean([t[who] for t in row['tasks'].values()]):.0%}" for who in runs))
-    table = {}
+            stages.scripts(*missing(f"pre-{game}", args.pretrain, others, "--preset", args.preset, "--balance"))
+            say(f"{args.pretrain} steps; without any of its own data {np.mean(list(completed(f'pre-{game}', game, 0).values())):.0%}")
+        for _, m, seed in [job for job in few if job[0] == game]:
+            with stages.stage(f"{game}: {m:g} minutes, seed {seed}") as say:
+                starts = {"post-trained": ("--ckpt", out / f"pre-{game}"), "scratch": ("--preset", args.preset)}
+                names = {who: f"{who.removesuffix('-trained')}-{game}-{m:g}-{seed}" for who in starts}
+                data = [out / f"few/{game}-{m:g}-{seed}"]
+                stages.scripts(*(c for who, start in starts.items() for c in missing(names[who], args.steps, data, "--seed", seed, *start)))
+                rates = {who: completed(name, game, seed) for who, name in names.items()}
+                results.append({"game": game, "minutes": m, "seed": seed, "tasks": rates})
+                say(", ".join(f"{who} {np.mean(list(by_task.values())):.0%}" for who, by_task in rates.items()))
+    gains = {}
     for m in args.minutes:
         for kind in ("all", *dict.fromkeys(t.kind for t in TASKS.values())):
-            pairs = [(np.mean([t["post-trained"] for t in picked]), np.mean([t["scratch"] for t in picked])) for r in results if r["minutes"] == m
-                     for picked in [[t for name, t in r["tasks"].items() if kind in ("all", TASKS[name].kind)]] if picked]
+            rates = [[[rate for task, rate in r["tasks"][who].items() if kind in ("all", TASKS[task].kind)] for who in ("post-trained", "scratch")]
+                     for r in results if r["minutes"] == m]
+            pairs = [[np.mean(post), np.mean(scratch)] for post, scratch in rates if post]
             if pairs:
-                table[f"{m:g} min, {kind}"] = gain(np.array(pairs))
+                gains[f"{m:g} min, {kind}"] = gain(np.array(pairs))
     with stages.stage("sum up") as say:
-        extract.write_json(out / "transfer.json", {"args": {k: str(v) for k, v in vars(args).items() if k != "run"}, "machine": machine(), "results": results, "gains": table})
-        say(str(out / "transfer.json"))
+        said = {k: str(v) for k, v in vars(args).items() if k != "run"}
+        extract.write_json(out / "transfer.json", {"args": said, "machine": machine(), "results": results, "gains": gains})
+        chart(out / "transfer.png", f"completion of held-out games, {len(games) * len(args.seeds)} pairs", {name: row["bars"] for name, row in gains.items()})
+        say(f"{out / 'transfer.json'}, transfer.png")
     print(f"{'':26}{'post-trained':>14}{'scratch':>10}   difference in points and relative gain [95 % of resampled games and seeds]")
-    for name, row in table.items():
+    for name, row in gains.items():
         relative = f"{row['gain']:+.0%} [{row['gain low']:+.0%}, {row['gain high']:+.0%}]" if row["gain"] is not None else "none: scratch completes nothing"
-        print(f"{name:26}{row['post-trained']:>14.1%}{row['scratch']:>10.1%}   {100 * row['points']:+.1f} [{100 * row['points low']:+.1f}, "
-              f"{100 * row['points high']:+.1f}]   {relative} n {row['n']}")
+        print(f"{name:26}{row['bars']['post-trained']['rate']:>14.1%}{row['bars']['scratch']['rate']:>10.1%}   {100 * row['points']:+.1f} "
+              f"[{100 * row['points low']:+.1f}, {100 * row['points high']:+.1f}]   {relative} n {row['n']}")
+
+
+def clips_of(out, game, minutes, seed):
+    """Jobs for record_clip: so many minutes of all tasks of a game, in clips of half a minute at most."""
+    return [(out, pick_tasks([game]), i, seed, round(min(minutes, 0.5) * 60 * FPS), False) for i in range(max(round(minutes * 2), 1))]
 
 
 def gain(pairs, rounds=4000):
-    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> means, their difference ("points") and the relative gain, each with its
-    bootstrap interval; the gain is None where scratch completes nothing, and its interval is of the draws in which it completes something."""
+    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> their means ("bars"), the difference ("points") and the relative gain, each
+    with its bootstrap interval; the gain is None where scratch completes nothing, and its interval is of the draws in which it completes something."""
     drawn = pairs[np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))].mean(1)        # (rounds, 2)
-    post, scratch = (float(m) for m in pairs.mean(0))
-    row = {"post-trained": post, "scratch": scratch, "points": post - scratch, "gain": post / scratch - 1 if scratch else None, "n": len(pairs)}
-    some = drawn[drawn[:, 1] > 0]
+    some, ends = drawn[drawn[:, 1] > 0], (0.025, 0.975)
+    row = {"n": len(pairs), "bars": {}}
+    for i, who in enumerate(("post-trained", "scratch")):
+        low, high = np.quantile(drawn[:, i], ends)
+        row["bars"][who] = {"rate": float(pairs[:, i].mean()), "low": float(low), "high": float(high)}
+    post, scratch = pairs.mean(0)
+    row |= {"points": float(post - scratch), "gain": float(post / scratch - 1) if scratch else None}
     for name, values in (("points", drawn[:, 0] - drawn[:, 1]), ("gain", some[:, 0] / some[:, 1] - 1)):
         if len(values):
-            row[f"{name} low"], row[f"{name} high"] = (float(np.quantile(values, q)) for q in (0.025, 0.975))
+            row[f"{name} low"], row[f"{name} high"] = map(float, np.quantile(values, ends))
     return row
 
 
@@ -2600,6 +2645,9 @@ def parser_figures(args):
         print(f"{group:24}" + " | ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     said = {k: str(v) for k, v in vars(args).items() if k != "run"}
     extract.write_json(out / "parser.json", {"args": said, "machine": machine(), "rows": rows, "clips": scores})
+    shown = ("left R2", "right R2", "accuracy", "F1")
+    chart(out / "parser.png", f"what is read of {len(scores)} videos", {f"{group} ({row['n']})": {k: {"rate": row[k]} for k in shown if k in row}
+                                                                       for group, row in rows.items()})
 
 
 def told(truth, beside):
@@ -3005,7 +3053,8 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="folder for videos, clips, runs, demo.png, demo.mp4, demo.json; what is whole there stays")
     p.add_argument("--tasks", nargs="+", metavar="T", help=f"tasks or games (default {' '.join(DEMO)})")
     p.add_argument("--minutes", type=float, default=2, help="video of each game (default 2)")
-    p.add_argument("--videos", type=int, default=2, help="files these minutes are cut into, each with another pad (default 2)")
+    p.add_argument("--videos", type=int, default=4, help="files these minutes are cut into, each with another pad (default 4: what is read wrong of one "
+                   "pad is not what is read wrong of the next)")
     p.add_argument("--steps", type=int, default=1200, help="training steps (default 1200: what is seen begins to matter after about 500)")
     p.add_argument("--batch", type=int, default=32, help="frames a step (default 32)")
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3; 2e-3 learns much less, 4e-3 next to nothing)")
@@ -3013,16 +3062,17 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
     p = command("transfer", transfer, "pre-training on the other games against training from scratch [P Fig. 7]")
     p.add_argument("--out", required=True, help="folder for recordings, runs and transfer.json; what is whole there stays")
-    p.add_argument("--games", nargs="+", metavar="G", default=["glider", "swarm", "rally"], help="games to hold out, one after the other (default glider swarm rally)")
-    p.add_argument("--minutes", type=float, nargs="+", default=[0.5, 2, 8], help="data of the held-out game (default 0.5 2 8)")
+    p.add_argument("--games", nargs="+", metavar="G", default=["crypt", "swarm", "glider"],
+                   help="games to hold out, one after the other (default crypt swarm glider)")
+    p.add_argument("--minutes", type=float, nargs="+", default=[1], help="data of the held-out game, one size or several (default 1)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and noise (default 0 1 2)")
-    p.add_argument("--others", type=float, default=10, help="minutes of each other game to pre-train on (default 10)")
-    p.add_argument("--pretrain", type=int, default=2500, help="steps of pre-training (default 2500)")
-    p.add_argument("--steps", type=int, default=600, help="steps of post-training and of training from scratch (default 600)")
+    p.add_argument("--others", type=float, default=5, help="minutes of each other game to pre-train on (default 5)")
+    p.add_argument("--pretrain", type=int, default=1500, help="steps of pre-training (default 1500)")
+    p.add_argument("--steps", type=int, default=480, help="steps of post-training and of training from scratch (default 480)")
     p.add_argument("--preset", default="toy", help="size of the models (default toy)")
-    p.add_argument("--batch", type=int, default=64, help="frames a step (default 64)")
+    p.add_argument("--batch", type=int, default=32, help="frames a step (default 32)")
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
-    p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
+    p.add_argument("-n", type=int, default=20, help="rollouts of each task (default 20)")
     p.add_argument("--euler", type=int, default=4, metavar="K", help="Euler steps when they play (default 4)")
     p.add_argument("--workers", type=int, default=extract.cores(), help="processes that record (default: one a core)")
     p = command("parser", parser_figures, "what is read of the pads, per controller family, opacity and size [P Fig. 5]")

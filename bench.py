@@ -2339,6 +2339,9 @@ def overlap(a, b):
 
 def demo(args):
     """The whole chain: play -> videos -> overlays found -> actions read -> a model trained -> it plays, beside random, scripted and a model of true labels."""
+    extract.within(args, 1, None, "videos", "steps", "batch", "n")
+    extract.within(args, args.videos / 30, None, "minutes")                # two seconds a video: shorter ones tell nothing apart
+    extract.within(args, 0, 1, "lr")
     out, began = folder(args.out), time.monotonic()
     args.tasks, args.envs, args.actions_per_chunk = pick_tasks(args.tasks or DEMO), 64, 8
     asked = {name: getattr(args, name) for name in ("tasks", "minutes", "videos", "steps", "batch", "lr", "seed")}
@@ -2504,8 +2507,11 @@ def transfer(args):
     """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on so many minutes of it, against a fresh
     model with the same minutes and steps. Intervals are from resampling whole (game, seed) pairs."""
     games = list(dict.fromkeys(task.split("/")[0] for task in pick_tasks(args.games)))
-    if len(games) == len(GAMES) or args.n < 1 or min(args.minutes) <= 0:
-        raise UserError("expected some games to hold out, not all ten, --minutes above 0 and a rollout or more: give others")
+    extract.within(args, 1, None, "n", "euler", "pretrain", "steps", "batch", "workers")
+    extract.within(args, 1 / 30, None, "others")
+    extract.within(args, 0, 1, "lr")
+    if len(games) == len(GAMES) or min(args.minutes) < 1 / 30:
+        raise UserError("expected some games to hold out, not all ten, and --minutes of 0.034 or more, two seconds: give others")
     out, results = folder(args.out), []
     stages = Stages(out, 2 + len(games) * (1 + len(args.minutes) * len(args.seeds)))
     few = [(game, m, seed) for game in games for m in args.minutes for seed in args.seeds]
@@ -3069,7 +3075,7 @@ def main(argv=None):
     p.add_argument("--others", type=float, default=5, help="minutes of each other game to pre-train on (default 5)")
     p.add_argument("--pretrain", type=int, default=1500, help="steps of pre-training (default 1500)")
     p.add_argument("--steps", type=int, default=480, help="steps of post-training and of training from scratch (default 480)")
-    p.add_argument("--preset", default="toy", help="size of the models (default toy)")
+    p.add_argument("--preset", choices=M.PRESETS, default="toy", help="size of the models (default toy)")
     p.add_argument("--batch", type=int, default=32, help="frames a step (default 32)")
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
     p.add_argument("-n", type=int, default=20, help="rollouts of each task (default 20)")

@@ -3509,12 +3509,30 @@ def test_model_rollouts_are_the_same_again_and_replan_every_k_steps(toy):
     (["suite", "-n", "0"], "-n"),
     (["suite", "--ckpt", "nothing.safetensors"], "nothing.safetensors"),
     (["demo", "--out", "x", "--tasks", "pong/left"], "pong/left"),
+    (["demo", "--out", "x", "--videos", "0"], "--videos 0"),
+    (["demo", "--out", "x", "--minutes", "0"], "--minutes 0"),
+    (["demo", "--out", "x", "--lr", "nan"], "--lr nan"),
+    (["transfer", "--out", "x", "--euler", "0"], "--euler 0"),
+    (["transfer", "--out", "x", "--minutes", "0"], "--minutes"),
+    (["transfer", "--out", "x", "--games", *bench.GAMES], "not all ten"),
 ])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, line, word):
     monkeypatch.chdir(tmp_path)
     assert bench.main(line) == 2
     said = capsys.readouterr().err
     assert word in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_gains_are_of_whole_pairs_and_none_where_scratch_completes_nothing(tmp_path):
+    """Equal pairs have an interval of no width; pairs that differ have one around the mean; nothing divided by nothing is no gain."""
+    row = bench.gain(np.array([[0.6, 0.4]] * 5))
+    assert abs(row["gain"] - 0.5) < 1e-9 and abs(row["gain low"] - 0.5) < 1e-9 and abs(row["points high"] - 0.2) < 1e-9 and row["n"] == 5
+    row = bench.gain(np.array([[0.5, 0.0], [0.1, 0.0], [0.3, 0.0]]))
+    assert row["gain"] is None and row["points low"] < row["points"] < row["points high"] and abs(row["points"] - 0.3) < 1e-9
+    bench.chart(tmp_path / "a.png", "completion", {"all": row["bars"]})
+    rgb = extract.read_rgba(tmp_path / "a.png")[..., :3].astype(int)
+    red, blue = ((np.abs(rgb - ink).sum(2) < 30).any(0).nonzero()[0] for ink in bench.MORE_INKS[:2])
+    assert abs(red.max() - (190 + 0.3 * 680)) < 3 and blue.max() < 200                    # 30 % of 680 pixels; nothing but its place in the legend
 
 
 def test_contact_sheet(tmp_path):

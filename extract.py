@@ -633,7 +633,7 @@ class Look:
     shape: str = "ellipse"                      # of the face buttons
     trigger: str = "button"                     # button up down left right (the last four grow with the value)
     trigger_shape: str = "rect"                 # rect horn ellipse
-    thumb: str = "cap"                          # where L3 / R3 shows: cap, label, none, behind (a disc or the well where the stick rests)
+    thumb: str = "cap"                          # where L3 / R3 shows: cap, label, none, behind (a disc where the stick rests)
     glow: bool = False                          # the cap is lit while it is off centre
     dish: float = 0.0                           # the cap shaded like a photographed one, 0 .. 1
     blob: float = 1.0                           # a pressed blob's size beside the button's
@@ -843,7 +843,7 @@ def stick_parts(parts, button, look, side, x, y):
     if look.glow:
         states.append(face(mix(cap or look.body or gray, look.lit, 0.6), line, look.width))
     if look.thumb == "behind" and thumb not in look.missing:
-        r = max(ring if look.blob > 1 else cap_r * look.blob * 1.3, cap_r * 1.1)                # the whole well lights, or a disc that the cap hides in part
+        r = cap_r * look.blob * 1.3
         k = int(r) + 2
         disc = ink(np.zeros((2 * k, 2 * k, 4), np.uint8), stamp((2 * k, 2 * k), "ellipse", (k - r, k - r, k + r, k + r)), look.lit)
         parts.append(Part(thumb, (int(x) - k, int(y) - k), [None, disc]))
@@ -920,7 +920,7 @@ def random_skin(rng):
                 press=choose(*effects), press_thumb=choose(*calm), press_dpad=choose(*effects), press_top=choose(*effects),
                 stick=choose("cap", "cap", "knurl", "knurl", "ring", "dot"), dpad=choose("cross", "cross", "four", "arrows"),
                 shape=choose("ellipse", "ellipse", "ellipse", "rect"), trigger=choose("button", "button", "up", "down", "left", "right"),
-                trigger_shape=choose("rect", "rect", "horn", "ellipse"), thumb=choose("cap", "cap", "cap", "cap", "label", "none", "behind", "behind"),
+                trigger_shape=choose("rect", "rect", "horn", "ellipse"), thumb=choose("cap", "cap", "cap", "cap", "label", "none", "behind"),
                 glow=bool(rng.random() < 0.08), dish=choose(0.0, 0.0, rng.uniform(0.3, 1)), blob=rng.uniform(0.7, 1.25),
                 missing=tuple(b for b in ("GUIDE", "BACK", "START", "LEFT_THUMB", "RIGHT_THUMB") if rng.random() < 0.06),
                 shade=choose(0.0, 0.0, rng.uniform(0.3, 1.2)), radius=rng.uniform(13, 30), travel=rng.uniform(6.5, 26), size=rng.uniform(9, 15))

@@ -148,12 +148,16 @@ def test_every_command_has_help_and_says_a_wrong_flag_in_one_line(script, comman
 
 
 def test_readme_names_only_what_exists():
-    """Every flag of a command in the README is one of that script's, every function in its table is there."""
+    """Every flag of a command in the README is one of that script's, every function in its table is there, its line counts are those of the files."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
     for script, rest in re.findall(r"python (\w+)\.py([^#`\n&]*)", text.replace("\\\n", " ")):
         source = (HERE / f"{script}.py").read_text(encoding="utf-8")
         for flag in re.findall(r"(?<=\s)--?[a-z][\w-]*", rest):
             assert f'"{flag}"' in source, f"{script}.py has no {flag}"
+    counts = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", text, re.M)
+    assert [name for name, _ in counts] == "extract.py parse.py model.py train.py sample.py play.py bench.py".split()
+    for name, lines in counts:
+        assert abs(len((HERE / name).read_text(encoding="utf-8").splitlines()) / int(lines) - 1) < 0.03, f"{name} has other than {lines} lines: mend the README"
     named = re.findall(r"`(\w+)\.py`: ((?:`[\w.]+`(?:, )?)+)", text)
     assert len(named) > 8
     for script, names in named:

@@ -40,6 +40,7 @@ TRAVEL = (GRID - 1) / 2 * STRIDE / SUB     # pixels from rest to full tilt in a 
 BOX = 20                                   # pixels of a button's box in its close-up, both ways
 LABEL_WIDTH = 0.12                         # sd of the grid's label: about half a cell (0.1 - 0.15 decode best)
 SAMPLES = 128                              # frames that the pad at rest is made from
+VERY_SKIN = 0.85                           # likeness of template and video from which they show the same skin (seen: 0.87 up; other skins 0.81 and less)
 CKPT = Path(__file__).parent / "weights" / "parser.safetensors"
 
 # ------------------------------------------------------------------------------------------------------------- the net: SegFormer
@@ -509,14 +510,14 @@ class Pad:
         self.rest, median = self.cutter(picture), self.cutter(picture)
         doubted = [np.zeros(len(m), bool) for m in median]
         drawn = None if template is None else self.cutter(in_the_videos_light(template, picture))
-        if drawn:
+        if drawn is not None:
             doubted = self.trust_template(drawn)
         few = self.improve(before, now)
         for rest, old, wrong in zip(self.rest, median, [d & f for d, f in zip(doubted, few)]):
             rest[wrong] = old[wrong]                                           # never at rest beside a template that may be at fault
         self.improve(before, now)
-        if drawn and np.median([likeness(a, b) for d, m in zip(drawn, median) for a, b in zip(d, m)]) > 0.85:
-            self.rest[0] = drawn[0]                                            # the very skin of the video: its caps are at rest for certain
+        if drawn is not None and np.median([likeness(a, b) for d, m in zip(drawn, median) for a, b in zip(d, m)]) > VERY_SKIN:
+            self.rest[0] = drawn[0]                                            # its caps are at rest for certain, the video's may never be
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])              # of crops with the pad, to compare each crop's with
 

@@ -820,6 +820,25 @@ def test_level_moves_the_threshold_between_two_groups_but_not_within_one():
     assert all(np.array_equal(pressed[:, j], taps) for j in (1, 2, 4))
 
 
+def test_a_stick_that_seldom_rests_is_read_beside_the_template():
+    """A plane that climbs for a minute: the video's median picture shows its stick pushed, the template shows it at rest."""
+    rng, skin = RNG(5), next(s for s in extract.our_skins() if s.name == "xbox_one_light_flat")
+    true, back, pads = np.zeros((160, 2), np.float32), extract.backdrop(rng, 232, 800), []
+    true[:, 0], true[::8] = rng.choice([0.6, 0.8], 160), 0
+    for t, (x, y) in enumerate(true):
+        action = extract.neutral()
+        action[STICKS["left"]] = x, y
+        pads.append(np.ascontiguousarray(back[:, 2 * t:2 * t + 320]))
+        bench.put_pad(pads[-1], skin, action, 0.8)
+    cutter = parse.Cutter({"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}, (320, 232))
+    template, model = cv2.resize(extract.draw(skin), (320, 232), interpolation=cv2.INTER_AREA), parse.load_parser(parse.CKPT)
+    off = []
+    for picture in (None, template):
+        log_p = parse.Pad(model, cutter, pads, picture).read(pads)[0]
+        off.append(np.abs(parse.decode(np.exp(log_p[:, 0])) - true).mean())
+    assert off[1] < 0.12 and off[0] > 1.5 * off[1], off
+
+
 def test_smoothing_buttons_equals_enumeration():
     """Forward-backward at full trust = summing over all 2^8 histories of one button."""
     logits, press, release = RNG(1).normal(0, 2, (8, 1)).astype(np.float32), 0.03, 0.12

@@ -2444,7 +2444,7 @@ def legend(page, inks, left, y, step=160):
 def chart(path, title, rows):
     """A table of shares, as bars() takes it, as a picture of its own."""
     players = list(dict.fromkeys(who for row in rows.values() for who in row))
-    inks = {who: INKS.get(who, MORE_INKS[i % len(MORE_INKS)]) for i, who in enumerate(players)}
+    inks = {who: INKS[who] for who in players} if set(players) <= set(INKS) else dict(zip(players, MORE_INKS))
     page = np.full((110 + sum(9 * len(row) + 10 for row in rows.values()), 900, 3), 250, np.uint8)
     write(page, title, 20, 30)
     legend(page, inks, 20, 60)

@@ -40,7 +40,7 @@ TRAVEL = (GRID - 1) / 2 * STRIDE / SUB     # pixels from rest to full tilt in a 
 BOX = 20                                   # pixels of a button's box in its close-up, both ways
 LABEL_WIDTH = 0.12                         # sd of the grid's label: about half a cell (0.1 - 0.15 decode best)
 SAMPLES = 128                              # frames that the pad at rest is made from
-VERY_SKIN = 0.85                           # likeness of template and video from which they show the same skin (seen: 0.87 up; other skins 0.81 and less)
+VERY_SKIN = 0.85                           # median likeness of template and video that show one skin; another brand's pad: below, a sibling: up to 0.9
 CKPT = Path(__file__).parent / "weights" / "parser.safetensors"
 
 # ------------------------------------------------------------------------------------------------------------- the net: SegFormer

@@ -1517,6 +1517,8 @@ class Scripted:
         self.askew, self.reach, self.quick = self.rng.gauss(0, 0.05), self.rng.uniform(0.93, 1.0), self.rng.uniform(0.4, 0.7)
         self.sticks, self.slip, self.how = [0j, 0j], 0, ""
         self.careless = self.rng.uniform(0.002, 0.007)
+        if game.late == (0, 0):
+            self.quick = 1.0                                               # a game that waits for its player: each push is whole
 
     def act(self):
         self.late.append(self.game.wish())

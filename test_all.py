@@ -3409,6 +3409,15 @@ def test_scripted_players_differ_and_slip():
     assert share > 0.1 and np.abs(sticks).max() <= 1                    # analogue, not eight-way
 
 
+@pytest.mark.parametrize("late, at_once", [((0, 0), True), ((2, 2), False)])
+def test_a_game_that_waits_for_its_player_gets_each_push_whole_and_at_once(late, at_once):
+    ways = [1 + 0j, -1j, 0j, -1 + 0j]
+    coming = iter(ways)
+    player = bench.Scripted(types.SimpleNamespace(late=late, keys={"SOUTH": "take"}, wish=lambda: (next(coming), 0j, "")), seed=0)
+    pushed = [complex(*player.act()[extract.STICKS["left"]]) for _ in ways]
+    assert all(abs(p - way) < 0.25 for p, way in zip(pushed, ways)) == at_once
+
+
 def test_wilson_interval():
     low, high = bench.wilson(0, 10)
     assert low == 0 and high == pytest.approx(1.96 ** 2 / (10 + 1.96 ** 2))             # closed form at 0 of n

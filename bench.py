@@ -1658,11 +1658,9 @@ def record_folder(out, name, tasks, seed, n, policy=None):
         writer.add(i, frame)
     writer.close(n)
     keep = extract.dense(actions)
-    for b in np.flatnonzero(begins):
-        keep[max(b - 8, 0):b] = False                                          # most of their chunk is of the next episode
-    for i in np.flatnonzero(~scripted):
-        keep[max(i - extract.HORIZON + 1, 0):i + 1] = False                    # what the model did is nothing to learn from
-    for file, array in (("actions", actions), ("truth", actions), ("confidence", np.ones(n, np.float32)), ("keep", keep)):
+    keep &= scripted                                                           # what the model did is nothing to learn from
+    cuts = begins | (~scripted & np.roll(scripted, 1))                         # nor are, after a frame, the next episode and the model's turn
+    for file, array in (("actions", actions), ("truth", actions), ("confidence", np.ones(n, np.float32)), ("keep", keep), ("cuts", cuts)):
         extract.write_npy(tmp / f"{file}.npy", array)
     if policy:
         extract.write_npy(tmp / "human.npy", scripted)
@@ -1887,6 +1885,8 @@ def suite(args):
         chart(out / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
         for task, frames in (films or {}).items():
             save_film(out / f"{task.replace('/', '-')}.mp4", frames, fps)
+        if films:
+            save_wall(out / "suite.mp4", films, fps)
 
 
 def unpack(jpeg):
@@ -1903,6 +1903,24 @@ def save_film(path, frames, fps=FPS):
             picture = np.full((512, 896, 3), 24, np.uint8)
             picture[:, :512] = cv2.resize(unpack(jpeg), (512, 512), interpolation=cv2.INTER_NEAREST)
             put_pad(picture[256 - high // 2:256 - high // 2 + high, 524:884], skin, action)
+            video.add(picture)
+
+
+def save_wall(path, films, fps=FPS, side=160, columns=6):
+    """All films {task: (frame as JPEG, action) pairs} at once in one video, each under its task's name, dark once it is over."""
+    rows = math.ceil(len(films) / columns)
+    with extract.VideoWriter(path, fps, (side * columns, (side + 20) * rows)) as video:
+        picture = np.full(((side + 20) * rows, side * columns, 3), 24, np.uint8)
+        for i, task in enumerate(films):
+            at = i % columns * side + 4, i // columns * (side + 20) + 14
+            cv2.putText(picture, task, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
+        for t in range(max(map(len, films.values())) + fps):
+            for i, film in enumerate(films.values()):
+                tile = picture[i // columns * (side + 20) + 20:, i % columns * side:][:side, :side]
+                if t < len(film):
+                    tile[:] = cv2.resize(unpack(film[t][0]), (side, side), interpolation=cv2.INTER_AREA)
+                elif t == len(film):
+                    tile //= 2
             video.add(picture)
 
 
@@ -3051,7 +3069,7 @@ def main(argv=None):
     p.add_argument("--actions-per-chunk", type=int, default=8, metavar="K", help="steps of a chunk to play before looking again (default 8)")
     p.add_argument("--mashing", action="store_true", help=f"also the best of {len(MASHING)} constant and mashing players")
     p.add_argument("--out", help="folder for suite.json, suite.png and videos (default: print only)")
-    p.add_argument("--video", action="store_true", help="a video of the model's first rollout of each task")
+    p.add_argument("--video", action="store_true", help="a video of the model's first rollout of each task, and suite.mp4 of all")
     p.add_argument("--euler", type=int, metavar="K", help="Euler steps (default: the checkpoint's)")
     p.add_argument("--envs", type=int, default=64, help="games played side by side (default 64; of --env at most 8)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")

@@ -1891,6 +1891,21 @@ def test_only_kept_frames_start_chunks_and_every_kth_frame_is_enough(tmp_path):
     assert there.tolist() == [False, True, True] and (frames[1:] == np.stack([kept[1], kept[3]])).all()
 
 
+def test_no_chunk_and_no_picture_crosses_a_cut(tmp_path):
+    cuts = np.isin(np.arange(40), (0, 11, 20))
+    folder, config = make_clip(tmp_path / "clip", 40, 60, cuts=cuts), M.preset("toy", horizon=4, frames=3, frame_spacing=2)
+    clip = train.Clip(folder, config)
+    actions, mask, _ = clip.chunk(9)
+    assert mask.tolist() == [True, True, False, False] and np.rint(actions[:, 23] * 1000).tolist() == [9, 10, 10, 10]
+    assert clip.chunk(11)[1].all() and clip.chunk(38)[1].tolist() == [True, True, False, False] and len(clip.rows) == 40
+    frames, there = clip.pictures(14, config)                                              # 14, 12 and, before the cut, 10
+    assert there.tolist() == [False, True, True] and not frames[0].any() and (frames[1] == extract.Frames(folder)[12]).all()
+    late = train.Clip(folder, replace(config, action_shift=3))
+    assert [row for row in range(40) if row not in late.rows] == [8, 9, 10, 17, 18, 19, 37, 38, 39]
+    sampler = train.Sampler([clip], config, 40)
+    assert sampler.total(0) == sampler.load(0).mask.sum() * 25
+
+
 def test_sampling_is_uniform_over_kept_frames_or_over_games_and_weighs_people(tmp_path):
     human = np.arange(30) >= 20
     folders = [make_clip(tmp_path / f"{i}", n, game=game, **({"human": human} if n == 30 else {})) for i, (n, game) in enumerate(((10, "a"), (30, "a"), (20, "b")))]
@@ -3485,7 +3500,9 @@ def test_corrections_keep_only_what_the_script_played(tmp_path, capsys):
     clip = tmp_path / "a" / "cliffs-000"
     actions, keep, human = (np.load(clip / f"{name}.npy") for name in ("actions", "keep", "human"))
     assert not human[:30].any() and 30 < human.sum() < len(human) - 30 and keep.sum() > 10
-    assert all(human[i:i + extract.HORIZON].all() for i in np.flatnonzero(keep))
+    read = train.Clip(clip, M.preset("toy", hz=30.0))
+    learned = [human[row:row + 16][read.chunk(row)[1]] for row in read.rows]
+    assert all(rows.all() and len(rows) for rows in learned) and min(map(len, learned)) < 16             # chunks end where the model's turn begins
     game = bench.Cliffs("cliffs/coins", bench.random.Random("cliffs 0 0").randrange(bench.PLAYED))
     for i in range(60):
         assert np.abs(game.render().astype(int) - extract.Frames(clip)[i]).mean() < 6                     # JPEG's loss
@@ -3516,7 +3533,8 @@ def test_suite_of_a_checkpoint(tmp_path, toy, capsys):
     row = said["rows"]["all"]
     assert set(row) == {"random", "scripted", "best of mashing", "model"} and row["model"]["n"] == 4 and row["scripted"]["wins"] >= 3
     assert row["model"]["low"] <= row["model"]["rate"] <= row["model"]["high"]
-    assert extract.video_info(tmp_path / "dojo-boards.mp4")["n"] > 5 and "all" in capsys.readouterr().out
+    n = {name: extract.video_info(tmp_path / f"{name}.mp4")["n"] for name in ("dojo-boards", "swarm-bugs", "suite")}
+    assert n["dojo-boards"] > 5 and n["suite"] == max(n["dojo-boards"], n["swarm-bugs"]) + bench.FPS and "all" in capsys.readouterr().out
 
 
 def test_model_rollouts_are_the_same_again_and_replan_every_k_steps(toy):

@@ -6,7 +6,8 @@
     torchrun --standalone --nproc-per-node 8 train.py DATA... --out RUN        the same batch, shared by 8 GPUs (nccl) or processes (gloo)
 
 In: DATA/CLIP/ with clip.json, frames.npy, frames_index.npy, actions.npy float32 (n, 25), and where they exist keep.npy bool (n,): this row may
-start a chunk; human.npy bool (n,): here a person took over; truth.npy for --truth. Out, under RUN:
+start a chunk; human.npy bool (n,): here a person took over; cuts.npy bool (n,): here something else begins than what was before, such as another
+episode, so that no chunk counts beyond it; truth.npy for --truth. Out, under RUN:
     model.safetensors    the average of the weights (EMA) and what is frozen: what sample.py, play.py and --ckpt load
     state.safetensors    raw weights, average, AdamW's moments, step: what --resume needs beside it
     log.csv, curve.png   a line a step; the curves drawn
@@ -120,8 +121,10 @@ class Clip:
         extract.check_actions(self.folder / self.file, actions, frames.n)
         self.ratio = self.fps / config.hz                                                                  # rows of the clip for one action
         self.shift, self.horizon = config.action_shift, config.horizon
+        self.cuts = np.append(np.flatnonzero(self.flags("cuts.npy", np.zeros(self.n, bool))), self.n)
         keep = self.flags("keep.npy", np.ones(self.n, bool))[frames.numbers]
-        self.kept = np.flatnonzero(keep & (self.edges(frames.numbers)[:, 0] < self.n)).astype(np.int32)    # frames that may start a chunk
+        starts = self.edges(frames.numbers)[:, 0] < self.end(frames.numbers)
+        self.kept = np.flatnonzero(keep & starts).astype(np.int32)                                         # frames that may start a chunk
         self.rows = frames.numbers[self.kept]                                                              # and their rows, int64
         self.weight, self.cumulative, self.hole = float(len(self.kept)), None, meta.get("hole")
         if human_weight != 1 and len(self.kept):
@@ -139,23 +142,28 @@ class Clip:
             raise UserError(f"{self.folder / name}: expected {self.n} rows, one a video frame, found {len(flags)}: delete it and run its stage again")
         return flags
 
+    def end(self, row):
+        """Rows (...) of frames -> the row of the next cut after each, or the clip's end: from there on the clip says nothing of that frame."""
+        return self.cuts[np.searchsorted(self.cuts, row, "right")]
+
     def edges(self, row):
         """Rows (...) of frames -> (..., T + 1): the row at which each action of the chunk begins, and where the last one ends."""
         steps = self.shift + np.arange(self.horizon + 1)
         return np.floor(np.asarray(row)[..., None] + steps * self.ratio + 1e-6).astype(np.int64)
 
     def chunk(self, row):
-        """Row of a frame -> actions float32 (T, 25), mask bool (T,) (False: past the clip's end), the last action before the frame (25,).
+        """Row of a frame -> actions float32 (T, 25), mask bool (T,) (False: past a cut or the clip's end), the last action before the frame (25,).
 
         A faster clip: a button counts as pressed when it was at any of the action's rows. A slower one: a row is held. Sticks: the first row.
         """
         _, actions = open_clip(str(self.folder), self.file)
-        edges = np.minimum(self.edges(row), self.n)
-        begin = np.minimum(edges[:-1], self.n - 1)
+        end = int(self.end(row))
+        edges = np.minimum(self.edges(row), end)
+        begin = np.minimum(edges[:-1], end - 1)
         rows = actions[begin[0]:max(edges[-1], begin[-1] + 1)]
         out = rows[begin - begin[0]]
         out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
-        return out, edges[:-1] < self.n, actions[max(row - 1, 0)]
+        return out, edges[:-1] < end, actions[max(row - 1, 0)]
 
     def pictures(self, j, config):
         """Kept frame j and what was before it -> uint8 (F, 256, 256, 3), oldest first, and bool (F,): which of them the clip has."""
@@ -166,8 +174,8 @@ class Clip:
                             f"found {pictures[0].shape[1]} x {pictures[0].shape[0]}: cut the clip again")
         for back in range(1, config.frames):
             i = np.searchsorted(frames.numbers, row - back * config.frame_spacing * self.ratio + 1e-6, "right") - 1
-            pictures.append(frames[i] if i >= 0 else np.zeros_like(pictures[0]))
-            keep.append(i >= 0)
+            keep.append(bool(i >= 0 and self.end(frames.numbers[i]) == self.end(row)))                     # with no cut between
+            pictures.append(frames[i] if keep[-1] else np.zeros_like(pictures[0]))
         return np.stack(pictures[::-1]), np.array(keep[::-1])
 
 
@@ -274,7 +282,7 @@ class Sampler:
         actions = 0
         for k, j in zip(*self.picks(step)):
             clip = self.clips[k]
-            actions += int((clip.edges(clip.rows[j])[:-1] < clip.n).sum())
+            actions += int((clip.edges(clip.rows[j])[:-1] < clip.end(clip.rows[j])).sum())
         return actions * self.draws * self.config.action_dim
 
     def load(self, step, begin=0, end=None):

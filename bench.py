@@ -855,7 +855,7 @@ class Vault(TopDown):
             for x, y in self.plan.sample([(x, y) for x in range(1, 7) for y in range(1, 7)], 4 if self.want == "slime" else 9):
                 grid[y][x] = (x, y) != here
             far = flood(grid, complex(*here))
-            if len(far) >= 24:
+            if len(far) >= 24 and sum(steps > 4 for steps in far.values()) >= 2:           # room for two things that are not near
                 break
         self.lay(grid)
         self.pos = complex(*here) * 32 + 16 + 16j

@@ -3424,6 +3424,16 @@ def test_scripted_players_differ_and_slip():
     assert share > 0.1 and np.abs(sticks).max() <= 1                    # analogue, not eight-way
 
 
+def test_every_room_of_the_vault_holds_what_it_is_about():
+    """Also those that are entered in the middle, from where most cells are near."""
+    for task, least in (("vault/slimes", 2), ("vault/chest", 2), ("vault/stairs", 1)):
+        game = bench.Vault(task, 0)
+        for seed in range(100):
+            game.plan, game.pos = random.Random(seed), 112 + 112j
+            game.room()
+            assert len(game.things) + len(game.slimes) >= least
+
+
 @pytest.mark.parametrize("late, at_once", [((0, 0), True), ((2, 2), False)])
 def test_a_game_that_waits_for_its_player_gets_each_push_whole_and_at_once(late, at_once):
     ways = [1 + 0j, -1j, 0j, -1 + 0j]

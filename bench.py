@@ -1883,9 +1883,9 @@ def suite(args):
     if out:
         extract.write_json(out / "suite.json", meta | {"seconds": round(time.monotonic() - began, 1), "rows": rows})
         chart(out / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
-        for task, frames in (films or {}).items():
-            save_film(out / f"{task.replace('/', '-')}.mp4", frames, fps)
         if films:
+            for task, frames in films.items():
+                save_film(out / f"{task.replace('/', '-')}.mp4", frames, fps)
             save_wall(out / "suite.mp4", films, fps)
 
 
@@ -1908,15 +1908,15 @@ def save_film(path, frames, fps=FPS):
 
 def save_wall(path, films, fps=FPS, side=160, columns=6):
     """All films {task: (frame as JPEG, action) pairs} at once in one video, each under its task's name, dark once it is over."""
-    rows = math.ceil(len(films) / columns)
-    with extract.VideoWriter(path, fps, (side * columns, (side + 20) * rows)) as video:
-        picture = np.full(((side + 20) * rows, side * columns, 3), 24, np.uint8)
-        for i, task in enumerate(films):
-            at = i % columns * side + 4, i // columns * (side + 20) + 14
-            cv2.putText(picture, task, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
+    picture = np.full(((side + 20) * math.ceil(len(films) / columns), side * columns, 3), 24, np.uint8)
+    tiles = []                                                             # views of the picture
+    for i, task in enumerate(films):
+        x, y = i % columns * side, i // columns * (side + 20)
+        cv2.putText(picture, task, (x + 4, y + 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
+        tiles.append(picture[y + 20:y + 20 + side, x:x + side])
+    with extract.VideoWriter(path, fps, picture.shape[1::-1]) as video:
         for t in range(max(map(len, films.values())) + fps):
-            for i, film in enumerate(films.values()):
-                tile = picture[i // columns * (side + 20) + 20:, i % columns * side:][:side, :side]
+            for tile, film in zip(tiles, films.values()):
                 if t < len(film):
                     tile[:] = cv2.resize(unpack(film[t][0]), (side, side), interpolation=cv2.INTER_AREA)
                 elif t == len(film):

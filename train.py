@@ -123,8 +123,7 @@ class Clip:
         self.shift, self.horizon = config.action_shift, config.horizon
         self.cuts = np.append(np.flatnonzero(self.flags("cuts.npy", np.zeros(self.n, bool))), self.n)
         keep = self.flags("keep.npy", np.ones(self.n, bool))[frames.numbers]
-        starts = self.edges(frames.numbers)[:, 0] < self.end(frames.numbers)
-        self.kept = np.flatnonzero(keep & starts).astype(np.int32)                                         # frames that may start a chunk
+        self.kept = np.flatnonzero(keep & self.counts(frames.numbers)[:, 0]).astype(np.int32)              # frames that may start a chunk
         self.rows = frames.numbers[self.kept]                                                              # and their rows, int64
         self.weight, self.cumulative, self.hole = float(len(self.kept)), None, meta.get("hole")
         if human_weight != 1 and len(self.kept):
@@ -151,6 +150,10 @@ class Clip:
         steps = self.shift + np.arange(self.horizon + 1)
         return np.floor(np.asarray(row)[..., None] + steps * self.ratio + 1e-6).astype(np.int64)
 
+    def counts(self, row):
+        """Rows (...) of frames -> bool (..., T): does this action of the chunk begin before the next cut and the clip's end?"""
+        return self.edges(row)[..., :-1] < self.end(row)[..., None]
+
     def chunk(self, row):
         """Row of a frame -> actions float32 (T, 25), mask bool (T,) (False: past a cut or the clip's end), the last action before the frame (25,).
 
@@ -163,7 +166,7 @@ class Clip:
         rows = actions[begin[0]:max(edges[-1], begin[-1] + 1)]
         out = rows[begin - begin[0]]
         out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
-        return out, edges[:-1] < end, actions[max(row - 1, 0)]
+        return out, self.counts(row), actions[max(row - 1, 0)]
 
     def pictures(self, j, config):
         """Kept frame j and what was before it -> uint8 (F, 256, 256, 3), oldest first, and bool (F,): which of them the clip has."""
@@ -279,10 +282,7 @@ class Sampler:
 
     def total(self, step):
         """How many action values count in the whole batch of a step, all processes' shares together."""
-        actions = 0
-        for k, j in zip(*self.picks(step)):
-            clip = self.clips[k]
-            actions += int((clip.edges(clip.rows[j])[:-1] < clip.end(clip.rows[j])).sum())
+        actions = sum(int(self.clips[k].counts(self.clips[k].rows[j]).sum()) for k, j in zip(*self.picks(step)))
         return actions * self.draws * self.config.action_dim
 
     def load(self, step, begin=0, end=None):

@@ -22,8 +22,10 @@ import contextlib
 import csv
 import fnmatch
 import functools
+import gc
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -2728,6 +2730,33 @@ def latency(args):
     peak = peak_memory()
     if peak:
         print(f"peak memory of the process {peak / 2**30:.2f} GiB ({peak / 1e9:.2f} GB)")
+    if device.type == "cuda":
+        with tempfile.TemporaryDirectory() as tmp:
+            M.save(Path(tmp) / "model.safetensors", model.state_dict(), c)
+            del model
+            as_played(tmp, device, args.steps, args.repeats)
+
+
+def as_played(ckpt, device, steps, repeats):
+    """Milliseconds from a picture to its chunk as play.py and the server compute it on a GPU, by number format and by how the steps are launched, the
+    median of 10 x repeats; and the memory that the policy holds there."""
+    frame = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), np.uint8)
+    policy = session = None
+    for k in steps:
+        for how, dtype in itertools.product(("launch by launch", "CUDA graph", "compiled, graph"), ("float32", "bfloat16")):
+            del policy, session                                                                # before the next is loaded beside it
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            policy = sample.Policy(ckpt, device, dtype, k, compile=how.startswith("compiled"))
+            policy.use_graph = how.endswith("graph")
+            session, took = sample.Session(policy), []
+            for _ in range(10 * repeats + 3):
+                began = time.perf_counter()
+                session.predict(frame)
+                took.append(time.perf_counter() - began)
+            print(f"{k:3} steps | {dtype:9} {how:17} {1e3 * np.median(took[3:]):8.2f} ms a chunk | first {took[0]:.1f} s | "
+                  f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the GPU", flush=True)
 
 
 def our_way(model, frames, noise, k, watch):

@@ -1313,6 +1313,10 @@ class Frames:
         return len(self.numbers)
 
     def __getitem__(self, i):
+        return self.read(i)
+
+    def read(self, i, out=None):
+        """frames[i], decoded into `out`, uint8 (h, w, 3) in one piece, where that is given and of the frame's size."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         jpeg = np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]])
@@ -1322,7 +1326,7 @@ class Frames:
         self.shape = self.shape or bgr.shape
         if bgr.shape != self.shape:
             raise UserError(f"{self.path}: expected frames of one size, {self.shape[:2]}, found {bgr.shape[:2]} as frame {i}: {REDO}")
-        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=out)
 
 
 def read_clip(folder):

@@ -92,7 +92,7 @@ class Policy:
         self.hole = hole if isinstance(hole, list) and len(hole) == 4 and all(type(v) is int and 0 <= v <= extract.SIDE for v in hole) else None
         self.lock, self.graphs = threading.Lock(), {}
         self.step = torch.compile(self.model.step) if compile else self.model.step
-        self.use_graph = self.device.type == "cuda" and not compile
+        self.use_graph = self.device.type == "cuda"
         with torch.inference_mode():
             self.times = self.model.times(buckets(self.steps, self.config.buckets).to(self.device))
 

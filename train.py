@@ -123,8 +123,10 @@ class Clip:
         self.shift, self.horizon = config.action_shift, config.horizon
         self.cuts = np.append(np.flatnonzero(self.flags("cuts.npy", np.zeros(self.n, bool))), self.n)
         keep = self.flags("keep.npy", np.ones(self.n, bool))[frames.numbers]
-        self.kept = np.flatnonzero(keep & self.counts(frames.numbers)[:, 0]).astype(np.int32)              # frames that may start a chunk
-        self.rows = frames.numbers[self.kept]                                                              # and their rows, int64
+        counts = self.counts(frames.numbers)
+        self.kept = np.flatnonzero(keep & counts[:, 0]).astype(np.int32)                                   # frames that may start a chunk,
+        self.rows = frames.numbers[self.kept]                                                              # their rows, int64,
+        self.lengths = counts.sum(1, dtype=np.int32)[self.kept]                                            # and how many of its actions count
         self.weight, self.cumulative, self.hole = float(len(self.kept)), None, meta.get("hole")
         if human_weight != 1 and len(self.kept):
             weights = np.where(self.flags("human.npy", np.zeros(self.n, bool))[self.rows], human_weight, 1.0)
@@ -168,18 +170,24 @@ class Clip:
         out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
         return out, self.counts(row), actions[max(row - 1, 0)]
 
-    def pictures(self, j, config):
-        """Kept frame j and what was before it -> uint8 (F, 256, 256, 3), oldest first, and bool (F,): which of them the clip has."""
+    def pictures(self, j, config, out=None):
+        """Kept frame j and what was before it -> uint8 (F, 256, 256, 3), oldest first, in `out` where that is given, and bool (F,): which of them the
+        clip has."""
         frames, row = open_clip(str(self.folder), self.file)[0], self.rows[j]
-        pictures, keep = [frames[int(self.kept[j])]], [True]
-        if pictures[0].shape != (config.image, config.image, 3):
+        out = np.empty((config.frames, config.image, config.image, 3), np.uint8) if out is None else out
+        keep = np.ones(config.frames, bool)
+        newest = frames.read(int(self.kept[j]), out[-1])
+        if newest.shape != out.shape[1:]:
             raise UserError(f"{self.folder}: expected frames of {config.image} x {config.image}, "
-                            f"found {pictures[0].shape[1]} x {pictures[0].shape[0]}: cut the clip again")
+                            f"found {newest.shape[1]} x {newest.shape[0]}: cut the clip again")
         for back in range(1, config.frames):
             i = np.searchsorted(frames.numbers, row - back * config.frame_spacing * self.ratio + 1e-6, "right") - 1
-            keep.append(bool(i >= 0 and self.end(frames.numbers[i]) == self.end(row)))                     # with no cut between
-            pictures.append(frames[i] if keep[-1] else np.zeros_like(pictures[0]))
-        return np.stack(pictures[::-1]), np.array(keep[::-1])
+            keep[-1 - back] = i >= 0 and self.end(frames.numbers[i]) == self.end(row)                      # with no cut between
+            if keep[-1 - back]:
+                frames.read(int(i), out[-1 - back])
+            else:
+                out[-1 - back] = 0
+        return out, keep
 
 
 def load_clips(data, config, truth=False, human_weight=1.0, say=print):
@@ -282,30 +290,32 @@ class Sampler:
 
     def total(self, step):
         """How many action values count in the whole batch of a step, all processes' shares together."""
-        actions = sum(int(self.clips[k].counts(self.clips[k].rows[j]).sum()) for k, j in zip(*self.picks(step)))
+        actions = sum(int(self.clips[k].lengths[j]) for k, j in zip(*self.picks(step)))
         return actions * self.draws * self.config.action_dim
 
     def load(self, step, begin=0, end=None):
-        """Samples begin..end of a step's batch -> Batch. Runs in threads: decoding and warping leave Python's lock."""
-        end = self.batch if end is None else end
+        """Samples begin..end of a step's batch -> Batch. Runs in threads: decoding, to where the frames stay, and warping leave Python's lock."""
+        end, c = self.batch if end is None else end, self.config
         clips, kept = self.picks(step)
-        rows = [self.sample(step * self.batch + i, int(clips[i]), int(kept[i])) for i in range(begin, end)]
-        frames, actions, mask, games, keep, noise, t, colour, warp, last = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
+        frames = torch.empty(end - begin, c.frames, c.image, c.image, 3, dtype=torch.uint8)
+        rows = [self.sample(step * self.batch + i, int(clips[i]), int(kept[i]), out) for i, out in zip(range(begin, end), frames.numpy())]
+        actions, mask, games, keep, noise, t, colour, warp, last = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
         return Batch(frames, M.actions_in(actions, self.config.old_layout), mask, games, keep, noise.flatten(0, 1), t.flatten(),
                      colour, warp, last, torch.from_numpy(clips[begin:end]))
 
-    def sample(self, number, k, j):
-        """Everything of the sample with this global number: kept frame j of clip k."""
+    def sample(self, number, k, j, out):
+        """Everything of the sample with this global number, kept frame j of clip k: its frames in `out`, uint8 (F, 256, 256, 3), the rest returned."""
         rng, clip, c = stream(self.seed, number), self.clips[k], self.config
-        frames, keep = clip.pictures(j, c)
+        _, keep = clip.pictures(j, c, out)
         actions, mask, last = clip.chunk(int(clip.rows[j]))
         noise = rng.standard_normal((self.draws, c.horizon, c.action_dim), np.float32)
         t = draw_times(rng, self.draws, c)
         game = np.int64(self.ids[k] if rng.random() >= self.drop_games else 0)         # without its game now and then: guidance needs both
-        colour, warp = augmentation(rng, c.image)
+        colour, warp = augmentation(rng, c.image) if self.augment else AS_IT_IS
         if self.augment and self.on_cpu:
-            frames = np.stack([augment_cpu(frame, colour, warp) for frame in frames])
-        return frames, narrow(actions, c.action_dim), mask, game, keep, noise, t, colour, warp, last
+            for frame in out:
+                frame[:] = augment_cpu(frame, colour, warp)
+        return narrow(actions, c.action_dim), mask, game, keep, noise, t, colour, warp, last
 
 
 def narrow(actions, dim):
@@ -315,6 +325,9 @@ def narrow(actions, dim):
     if dim != extract.A - len(extract.LEGACY):
         raise UserError(f"expected a model of 25 or 21 action values, found {dim}: give another --ckpt")
     return np.delete(actions, [extract.BUTTON[b] for b in extract.LEGACY], -1)
+
+
+AS_IT_IS = np.eye(3, 4, dtype=np.float32), np.eye(2, 3, dtype=np.float32)          # the augmentation that changes nothing
 
 
 def augmentation(rng, side):
@@ -352,8 +365,36 @@ def augment_gpu(frames, colour, warp):
     return x.transpose(1, 2).reshape(B, n, h, w, 3)
 
 
-def feed(sampler, jobs, workers):
-    """The batches of jobs (step, begin, end), in order, made ahead of time by threads."""
+class Jobs:
+    """sampler.load for torch's DataLoader: jobs[step, begin, end] -> a Batch, or what is wrong with a clip in words, which cross processes in one line."""
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __getitem__(self, job):
+        try:
+            return self.sampler.load(*job)
+        except UserError as e:
+            return str(e)
+
+    @staticmethod
+    def begin(_):
+        """In each new process: OpenCV with one thread, Ctrl-C for the parent alone, which stops it."""
+        cv2.setNumThreads(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def feed(sampler, jobs, workers, processes=False):
+    """The batches of jobs (step, begin, end), in order, made ahead of time by threads, or by processes: a GPU waits for the thousand launches of each
+    step, which threads that decode would hold up at Python's lock."""
+    if processes:
+        loader = torch.utils.data.DataLoader(Jobs(sampler), batch_size=None, sampler=jobs, num_workers=workers, worker_init_fn=Jobs.begin,
+                                             pin_memory=torch.cuda.is_available())
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
+        return
     pool, waiting = ThreadPoolExecutor(workers), deque()
     try:
         for job in jobs:
@@ -882,6 +923,8 @@ def prepare(args, team, say):
     args.warmup = min(500, args.steps // 20 + 1) if args.warmup is None else args.warmup
     args.decay = args.steps // 5 if args.decay is None else args.decay
     args.micro = min(args.micro or args.batch, args.batch // team.world or 1)
+    share = max(extract.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)                          # of this machine's cores
+    args.workers = args.workers or (min(16, max(share - 1, 1)) if team.device.type == "cuda" else min(4, share))
     if args.batch % (args.micro * team.world):
         raise UserError(f"--batch {args.batch}: expected a multiple of {team.world} process(es) x --micro {args.micro}, found none: change one of them")
     ids = {name: i + 1 for i, name in enumerate(c.games)}
@@ -930,7 +973,7 @@ def run(args, state, team):
     data = {"clips": len(training), "held": sorted(c.folder.name for c in held), "frames": sum(len(c.kept) for c in training),
             "games": sorted(means), "hole": usual_hole(training)}
     parts = args.batch // (args.micro * team.world)
-    last = start + 1 if args.dry_run else args.steps
+    last = start + 2 if args.dry_run else args.steps                     # the first step to hold gradients, moments and activations at once is the second
     begins = [(part * team.world + team.rank) * args.micro for part in range(parts)]                       # this process's share of a batch
     jobs = ((step, begin, begin + args.micro) for step in range(start + 1, last + 1) for begin in begins)
     out = None if args.dry_run else Path(args.out)
@@ -939,7 +982,7 @@ def run(args, state, team):
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out / "log.csv", start)
     before = float(log.rows[-1]["seconds"]) if log and log.rows else 0.0
-    params, batches, smooth = list(named(model).values()), feed(sampler, jobs, args.workers), None
+    params, batches, smooth = list(named(model).values()), feed(sampler, jobs, args.workers, device.type == "cuda"), None
     began = time.perf_counter()                                          # monotonic() stands still for 15 ms on Windows
     with signals() as asked, contextlib.closing(batches):
         for step in range(start + 1, last + 1):
@@ -1032,10 +1075,10 @@ def main(argv=None):
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products (autocast); bfloat16 pays on GPUs (default float32)")
     p.add_argument("--compile", action="store_true", help="torch.compile the model: a minute at the start (default off)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
-    p.add_argument("--workers", type=int, default=min(4, extract.cores()), help="threads that decode frames (default: at most 4)")
+    p.add_argument("--workers", type=int, help="threads that decode frames, beside a GPU processes (default: at most 4, beside a GPU at most 16)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     p.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
-    p.add_argument("--dry-run", action="store_true", help="check the data, print the memory table, take one step, write nothing")
+    p.add_argument("--dry-run", action="store_true", help="check the data, print the memory table, take two steps, write nothing")
     p.set_defaults(run=lambda args: train(args, p, argv))
     return extract.cli(p, argv, M.ModelError)
 

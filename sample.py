@@ -457,7 +457,7 @@ def main(argv=None):
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                        help="of weights and activations; bfloat16 pays on GPUs (default float32)")
-        p.add_argument("--compile", action="store_true", help="torch.compile the denoising step: a minute at the start (default off)")
+        p.add_argument("--compile", action="store_true", help="torch.compile the denoising step: ten seconds or more at the start (default off)")
         return p
     p = command("image", run_image, "predict one chunk from images")
     p.add_argument("images", nargs="+", help="the context, oldest first")

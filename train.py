@@ -924,7 +924,8 @@ def prepare(args, team, say):
     args.decay = args.steps // 5 if args.decay is None else args.decay
     args.micro = min(args.micro or args.batch, args.batch // team.world or 1)
     share = max(extract.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)                          # of this machine's cores
-    args.workers = args.workers or (min(16, max(share - 1, 1)) if team.device.type == "cuda" else min(4, share))
+    most = 16 if team.device.type == "cuda" and sys.platform == "linux" else 4         # elsewhere a process costs a whole import of torch
+    args.workers = args.workers or min(most, max(share - (team.device.type == "cuda"), 1))
     if args.batch % (args.micro * team.world):
         raise UserError(f"--batch {args.batch}: expected a multiple of {team.world} process(es) x --micro {args.micro}, found none: change one of them")
     ids = {name: i + 1 for i, name in enumerate(c.games)}
@@ -1075,7 +1076,7 @@ def main(argv=None):
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products (autocast); bfloat16 pays on GPUs (default float32)")
     p.add_argument("--compile", action="store_true", help="torch.compile the model: a minute at the start (default off)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
-    p.add_argument("--workers", type=int, help="threads that decode frames, beside a GPU processes (default: at most 4, beside a GPU at most 16)")
+    p.add_argument("--workers", type=int, help="threads that decode frames, beside a GPU processes (default: at most 4, beside a GPU on Linux 16)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     p.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
     p.add_argument("--dry-run", action="store_true", help="check the data, print the memory table, take two steps, write nothing")

@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(parser, argv, *mistakes):
-    """Parse argv and call args.run(args). Returns the exit status: 0 done, 2 the user's mistake (one line), 130 Ctrl-C.
+    """Parse argv and call args.run(args). Returns the exit status: 0 done, 2 the user's mistake (one line), 130 Ctrl-C, 141 nobody reads on (`| head`).
 
     mistakes: further exceptions whose text is a line for the user.
     """
@@ -73,9 +73,13 @@ def cli(parser, argv, *mistakes):
         within(args, None, None, *(name for name, value in vars(args).items() if type(value) in (int, float)))
         within(args, 0, None, "seed")
         args.run(args)
+        sys.stdout.flush()
     except (UserError, *mistakes) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains once more when it ends
+        return 141
     except OSError as e:                                                    # of a file: its disk, its rights or its name, whichever script asks
         if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -110,6 +110,12 @@ def test_public_functions_have_docstrings_and_errors_are_named(script):
             assert ast.get_docstring(node), f"{script}:{node.lineno} {node.name} has no docstring"
 
 
+def test_a_reader_that_has_read_enough_is_no_fault():
+    shown = subprocess.Popen([sys.executable, str(HERE / "model.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    shown.stdout.close()                                         # as `| head -0` does
+    assert shown.stderr.read() == b"" and shown.wait() == 141
+
+
 def test_repository_stays_small():
     files = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True).stdout.splitlines()
     if not files:

@@ -970,6 +970,10 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:                                            # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ModelError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

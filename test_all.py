@@ -110,8 +110,10 @@ def test_public_functions_have_docstrings_and_errors_are_named(script):
             assert ast.get_docstring(node), f"{script}:{node.lineno} {node.name} has no docstring"
 
 
-def test_a_reader_that_has_read_enough_is_no_fault():
-    shown = subprocess.Popen([sys.executable, str(HERE / "model.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("command", ["model.py", "bench.py games --out OUT"])
+def test_a_reader_that_has_read_enough_is_no_fault(command, tmp_path):
+    script, *words = command.replace("OUT", str(tmp_path)).split()
+    shown = subprocess.Popen([sys.executable, str(HERE / script), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     shown.stdout.close()                                         # as `| head -0` does
     assert shown.stderr.read() == b"" and shown.wait() == 141
 

@@ -123,7 +123,7 @@ class Clip:
         self.shift, self.horizon = config.action_shift, config.horizon
         self.cuts = np.append(np.flatnonzero(self.flags("cuts.npy", np.zeros(self.n, bool))), self.n)
         keep = self.flags("keep.npy", np.ones(self.n, bool))[frames.numbers]
-        counts = self.counts(frames.numbers)
+        counts = self.edges(frames.numbers)[:, :-1] < self.end(frames.numbers)[:, None]                    # (m, T) as the mask of chunk()
         self.kept = np.flatnonzero(keep & counts[:, 0]).astype(np.int32)                                   # frames that may start a chunk,
         self.rows = frames.numbers[self.kept]                                                              # their rows, int64,
         self.lengths = counts.sum(1, dtype=np.int32)[self.kept]                                            # and how many of its actions count
@@ -152,10 +152,6 @@ class Clip:
         steps = self.shift + np.arange(self.horizon + 1)
         return np.floor(np.asarray(row)[..., None] + steps * self.ratio + 1e-6).astype(np.int64)
 
-    def counts(self, row):
-        """Rows (...) of frames -> bool (..., T): does this action of the chunk begin before the next cut and the clip's end?"""
-        return self.edges(row)[..., :-1] < self.end(row)[..., None]
-
     def chunk(self, row):
         """Row of a frame -> actions float32 (T, 25), mask bool (T,) (False: past a cut or the clip's end), the last action before the frame (25,).
 
@@ -168,7 +164,7 @@ class Clip:
         rows = actions[begin[0]:max(edges[-1], begin[-1] + 1)]
         out = rows[begin - begin[0]]
         out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
-        return out, self.counts(row), actions[max(row - 1, 0)]
+        return out, edges[:-1] < end, actions[max(row - 1, 0)]
 
     def pictures(self, j, config, out=None):
         """Kept frame j and what was before it -> uint8 (F, 256, 256, 3), oldest first, in `out` where that is given, and bool (F,): which of them the
@@ -294,13 +290,14 @@ class Sampler:
         return actions * self.draws * self.config.action_dim
 
     def load(self, step, begin=0, end=None):
-        """Samples begin..end of a step's batch -> Batch. Runs in threads: decoding, to where the frames stay, and warping leave Python's lock."""
+        """Samples begin..end of a step's batch -> Batch. Runs in threads and processes: decoding, to where the frames stay, and warping leave Python's
+        lock."""
         end, c = self.batch if end is None else end, self.config
         clips, kept = self.picks(step)
         frames = torch.empty(end - begin, c.frames, c.image, c.image, 3, dtype=torch.uint8)
         rows = [self.sample(step * self.batch + i, int(clips[i]), int(kept[i]), out) for i, out in zip(range(begin, end), frames.numpy())]
         actions, mask, games, keep, noise, t, colour, warp, last = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
-        return Batch(frames, M.actions_in(actions, self.config.old_layout), mask, games, keep, noise.flatten(0, 1), t.flatten(),
+        return Batch(frames, M.actions_in(actions, c.old_layout), mask, games, keep, noise.flatten(0, 1), t.flatten(),
                      colour, warp, last, torch.from_numpy(clips[begin:end]))
 
     def sample(self, number, k, j, out):

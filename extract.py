@@ -16,16 +16,20 @@ of the templates in DATA/templates-RANK.npz. This file is also the home of what 
 video in and out, shrink() and draw().
 """
 import argparse
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import sys
 import time
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +53,28 @@ SIDE = 256                                                              # policy
 
 class UserError(ValueError):
     """A user's mistake: one line that says what was expected, what was found and what to do."""
+
+
+@contextlib.contextmanager
+def reading(path, expected):
+    """Whatever is wrong inside a file from elsewhere becomes one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:                                     # parsers of foreign files raise what they like
+        raise UserError(f"{path}: expected {expected}, found {type(e).__name__} {' '.join(str(e).split())[:150]}") from e
+
+
+def number(kind, low=-1e18, high=1e18):
+    """A type for argparse: a number in [low, high]; NaN lies nowhere."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low:g} to {high:g}, found {text}")
+        return value
+    parse.__name__ = kind.__name__                             # argparse says "invalid int value"
+    return parse
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,17 +176,102 @@ def shrink(rgb):
     return cv2.resize(four, (SIDE, SIDE), interpolation=cv2.INTER_AREA)[..., :3].astype(np.uint8)
 
 
-def write_atomic(path, write):
-    """write(tmp) makes the file under a temporary name; then it is renamed, so that a name never holds half a file."""
+class Busy(UserError):
+    """Another process is at the same thing."""
+
+
+@contextmanager
+def lock(path):
+    """Hold the small file `path` (made, and kept) for this process; Busy where another process holds it. The
+    system lets go when the process ends, however it ends."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise Busy(f"{path}: expected to be the only process at it, found another ({e.strerror}): "
+                       "wait for its end or give another --out") from None
+        yield
+
+
+HOST = re.sub("[^A-Za-z0-9-]", "-", platform.node())
+
+
+def temporary(path):
+    """The name, beside `path`, under which this process makes it: `.tmp-HOST-PID-HASH`, with path's ending.
+
+    What processes of this host that run no longer left beside it under such names is removed.
+    """
     path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
+    sweep(path.parent)
+    return path.with_name(f".tmp-{HOST}-{os.getpid()}-{fingerprint(path.name)[:8]}{path.suffix[:8]}")
+
+
+def sweep(folder):
+    """Remove the temporary files and folders that processes of this host left in `folder` when they were killed."""
+    for path in Path(folder).glob(f".tmp-{HOST}-*"):
+        made = re.fullmatch(rf"\.tmp-{HOST}-(\d+)-[0-9a-f]{{8}}(\..*)?", path.name)
+        if made and not running(int(made[1])):
+            remove(path)
+
+
+def remove(path):
+    """Remove a file or a folder of ours, where it is there and we may; a link is removed itself and never followed."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def running(pid):
+    """Whether a process of this number runs on this machine."""
+    if os.name == "nt":
+        import ctypes
+        kernel = ctypes.windll.kernel32
+        process = kernel.OpenProcess(0x100000, False, pid)                  # SYNCHRONIZE
+        ended = not process and kernel.GetLastError() == 87                 # no such process; else its rights are others'
+        if process:
+            ended = not kernel.WaitForSingleObject(process, 0)
+            kernel.CloseHandle(process)
+        return not ended
     try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:                                                 # it is another user's
+        pass
+    return True
+
+
+def write_atomic(path, write):
+    """write(tmp) makes the file under a temporary name; once it is on the disk, it is renamed: a name never holds half
+    a file, not even after a power cut. Its rights are those of any new file, also where `write` gave it others."""
+    path = Path(path)
+    tmp = temporary(path)
+    try:
+        tmp.touch()
+        rights = tmp.stat().st_mode
         write(tmp)
+        tmp.chmod(rights)
+        sync(tmp)
         os.replace(tmp, path)
     except OSError as e:
         raise UserError(f"can't write {path}: {e.strerror or e}: give another --out or make room") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        remove(tmp)
+
+
+def sync(path):
+    """Return once a file's bytes are on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def writable(path):
@@ -1345,7 +1456,7 @@ def read_clip(folder):
 def clips_in(data):
     """The whole clip folders under DATA, sorted by name, or DATA itself where it is one; UserError when there is none."""
     data = Path(data)
-    folders = sorted(p.parent for p in data.glob("*/clip.json") if not p.parent.name.endswith(".tmp"))
+    folders = sorted(p.parent for p in data.glob("*/clip.json") if not p.parent.name.startswith(".tmp-"))
     if (data / "clip.json").is_file():
         folders = [data]
     if not folders:

@@ -4,7 +4,6 @@
     python bench.py record --out DATA [--games G..] [--minutes M] [--video]   scripted play -> clip folders, or videos with an overlay
     python bench.py suite --ckpt F [--tasks T..] [-n N] [--out DIR]           completion of tasks, beside random and scripted players
     python bench.py suite --env ID [--ckpt F] [-n N] [--table T.json]         a game by others, by its Gymnasium id; record takes --env too
-    python bench.py suite --exe G --tasks T.json --ckpt F --out DIR           a commercial game: a person starts each rollout and judges it
     python bench.py games --out DIR                                           a picture of the ten games
     python bench.py parser --out DIR [--videos DIR]                           what is read of the pads, per controller family
     python bench.py transfer --out DIR [--games G..]                          pre-training on other games against training from scratch
@@ -32,7 +31,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -1857,8 +1855,6 @@ def show_rows(rows):
 
 def suite(args):
     """Completion of a checkpoint beside random and scripted (and constant and mashing) players."""
-    if args.exe or args.play:
-        return judged(args)
     args.tasks = theirs(args) if args.env or args.table else pick_tasks(args.tasks)
     fps = PLAYABLE[args.tasks[0]].game.fps
     extract.within(args, 1, None, "n", "actions_per_chunk", "envs", "workers")
@@ -2220,93 +2216,6 @@ def walks(game):
 
 
 SCRIPTS = {"aims": aims, "rallies": rallies, "walks": walks}
-
-
-# ----------------------------------------------------------------------------------------------- games that a person has to judge
-def ask(text):
-    """A question to the person at the terminal -> the answer."""
-    try:
-        return input(text).strip().lower()
-    except EOFError:
-        raise UserError("expected a person who answers, found the end of the input: run it in a terminal") from None
-
-
-def flags_in(text):
-    """One text of flags -> its words; quotes keep spaces, backslashes stay, as paths of Windows need them."""
-    words = shlex.shlex(text, posix=True)
-    words.whitespace_split, words.escape, words.commenters = True, "", ""
-    try:
-        return list(words)
-    except ValueError as e:
-        raise UserError(f"--play {text}: expected flags of play.py, found {e}: close the quotes") from None
-
-
-@contextlib.contextmanager
-def at_the_game(args):
-    """The game's window, a pad and the model, by play.py -> rollout(seconds, seed)."""
-    own = {"--exe": args.exe, "--ckpt": args.ckpt, "--device": args.device, "--euler": args.euler}
-    flags = play.flags().parse_args([*(str(w) for flag, v in own.items() if v for w in (flag, v)), *flags_in(args.play or "")])
-    with contextlib.ExitStack() as last:
-        policy = play.policy_of(flags)
-        if not policy:
-            raise UserError("expected who plays, found nobody: give --ckpt FILE, or --play '--server HOST:PORT'")
-        last.callback(policy.close)
-        env = play.GameEnv(flags.exe, flags.window, flags.region and play.region_of(flags.region), flags.launch, flags.wait, flags.pad, flags.map, flags.pause,
-                           flags.hz or policy.info()["config"]["hz"], flags.wake)
-        last.callback(env.close)
-
-        def rollout(seconds, seed):
-            policy.reset(seed=seed)
-            if env.window:
-                env.desktop.focus(env.window.id)                           # the person was at the terminal
-            play.play(env, policy, seconds, flags.actions_per_chunk, allow_menu=flags.allow_menu)
-        yield rollout
-
-
-def judged(args):
-    """n rollouts of each task of a game that no program can judge [P 3.2]: a person brings the game to the start, the model plays, the person says how it
-    went. Each answer is kept in OUT/judged.jsonl at once, and what is there is not played again."""
-    if not (args.exe and args.out and args.tasks and len(args.tasks) == 1) or args.env or args.n < 1:
-        raise UserError("--exe: expected one --tasks FILE.json, --out DIR, -n of at least 1 and no --env with it: see --help")
-    tasks, wants = extract.read_json(args.tasks[0], list), {"name": str, "start": str, "seconds": (int, float)}
-    bad = [t for t in tasks if not isinstance(t, dict) or any(not isinstance(t.get(k), kind) for k, kind in wants.items()) or t["seconds"] <= 0]
-    if bad or not tasks or len({t["name"] for t in tasks}) < len(tasks):
-        raise UserError(f"{args.tasks[0]}: expected a list of {{\"name\", \"start\": instructions, \"seconds\", \"type\"}} of different names, "
-                        f"found {json.dumps(bad or tasks)[:80]}: mend it")
-    out, who = folder(args.out), " ".join(filter(None, (args.ckpt, args.play, args.euler and f"--euler {args.euler}")))
-    log = out / "judged.jsonl"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    if not text.endswith("\n"):                                            # cut off while it was written
-        text = text[:text.rfind("\n") + 1]
-        extract.write_atomic(log, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-    try:
-        known = {(said["task"], said["rollout"]): said for said in map(json.loads, text.splitlines())}
-        others = {said["player"] for said in known.values()} - {who}
-        verdicts = {key: bool(said["success"]) for key, said in known.items()}
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{log}: expected a judgement a line, found {e!r}: mend it or give another --out") from None
-    if others:
-        raise UserError(f"{log}: expected judgements of {who!r}, found some of {others.pop()!r}: give another --out for another player")
-    left = [(t, i) for i in range(args.n) for t in tasks if (t["name"], i) not in verdicts]
-    print(f"{len(verdicts)} judged already, {len(left)} to play")
-    with at_the_game(args) if left else contextlib.nullcontext() as rollout:
-        for task, i in left:
-            said = "redo"
-            while said in ("r", "redo"):
-                ask(f"\n{task['name']}, rollout {i + 1} of {args.n}, at most {task['seconds']:g} s: {task['start']}\nEnter when the game is there: ")
-                rollout(task["seconds"], args.seed + i)
-                while (said := ask("success? y, n, or redo: ")) not in ("y", "yes", "n", "no", "r", "redo"):
-                    pass
-            verdicts[task["name"], i] = said[0] == "y"
-            line = {"task": task["name"], "type": task.get("type", ""), "rollout": i, "success": said[0] == "y", "seed": args.seed + i, "player": who,
-                    "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-            with log.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
-    types = {t["name"]: t.get("type") or "none" for t in tasks}
-    table = {name: {"model": sum(verdicts[name, i] for i in range(args.n))} for name in types}
-    rows = rows_of(table, args.n, lambda name: [f"type: {types[name]}"])
-    show_rows(rows)
-    extract.write_json(out / "judged.json", {"player": who, "exe": args.exe, "n": args.n, "rows": rows})
 
 
 # ------------------------------------------------------------------------------------------------------------------------- demo
@@ -3089,11 +2998,9 @@ def main(argv=None):
     p.add_argument("--workers", type=int, default=extract.cores(), help="processes (default: one a core)")
     p = command("suite", suite, "completion of tasks beside random and scripted players")
     p.add_argument("--ckpt", help="a .safetensors or a run folder (default: only the players that need none)")
-    p.add_argument("--tasks", nargs="+", metavar="T", help="names of tasks or games (default all); with --exe a JSON list of {name, start, seconds, type}")
+    p.add_argument("--tasks", nargs="+", metavar="T", help="names of tasks or games (default all)")
     p.add_argument("--env", metavar="ID", help="a game by others instead: its Gymnasium id")
     p.add_argument("--table", metavar="FILE.json", help="how the pad plays --env, as an entry of OTHERS in this script (default: that)")
-    p.add_argument("--exe", metavar="GAME", help="a commercial game that runs: its program, as for play.py; a person starts and judges each rollout")
-    p.add_argument("--play", metavar="FLAGS", help="flags of play.py for --exe, in quotes, say '--pad keyboard --pause suspend' (default: none)")
     p.add_argument("-n", type=int, default=50, help="rollouts of each task (default 50)")
     p.add_argument("--actions-per-chunk", type=int, default=8, metavar="K", help="steps of a chunk to play before looking again (default 8)")
     p.add_argument("--mashing", action="store_true", help=f"also the best of {len(MASHING)} constant and mashing players")

@@ -5,7 +5,6 @@
     python bench.py suite --ckpt F [--tasks T..] [-n N] [--out DIR]           completion of tasks, beside random and scripted players
     python bench.py suite --env ID [--ckpt F] [-n N] [--table T.json]         a game by others, by its Gymnasium id; record takes --env too
     python bench.py games --out DIR                                           a picture of the ten games
-    python bench.py parser --out DIR [--videos DIR]                           what is read of the pads, per controller family
     python bench.py transfer --out DIR [--games G..]                          pre-training on other games against training from scratch
     python bench.py latency [--preset nitrogen]                               one chunk by part, against the released way of sampling
     python bench.py throughput [--video FILE] [--out DIR]                     a step of each game, training, cutting clips, the parser
@@ -2519,92 +2518,6 @@ def gain(pairs, rounds=4000):
     return row
 
 
-# ------------------------------------------------------------------------------------------------------------------------ parser
-def parser_figures(args):
-    """Per controller family, opacity and size: localisation, stick R2, accuracy and F1 of what is read [P Fig. 5], on videos of our own making or on a
-    folder of videos with NAME.truth.npy (and NAME.json with "box") beside them."""
-    extract.within(args, 1, None, "each", "workers")
-    extract.within(args, 1 / 30, None, "minutes")
-    if args.videos is not None and not Path(args.videos).is_dir():
-        raise UserError(f"{args.videos}: expected a folder of videos, found {'a file' if Path(args.videos).exists() else 'nothing there'}: check --videos")
-    out = folder(args.out)
-    clips = out / "clips"
-    if args.videos is not None:
-        videos, stages = Path(args.videos), Stages(out, 2)
-    else:
-        videos, stages = folder(out / "videos"), Stages(out, 3)
-        with stages.stage("play on video") as say:
-            families, rng = {}, random.Random(args.seed)
-            for skin in skins():
-                families.setdefault(skin.family, []).append(skin)
-            jobs = []
-            for k, (family, mine) in enumerate(families.items()):
-                for i in range(args.each):
-                    game = list(GAMES)[(k + i) % len(GAMES)]
-                    look = rng.choice(mine).name, rng.uniform(0.14, 0.32), rng.uniform(0.5, 1)
-                    name = f"{game}-{family}-{i}"
-                    jobs.append((videos, name, pick_tasks([game]), f"{args.seed} {name}", round(args.minutes * 60 * FPS), look))
-            for line in in_processes(record_video, jobs, args.workers):
-                print(line)
-            say(f"{len(jobs)} mp4: {args.each} of each of {len(families)} families, {args.minutes:g} minutes each")
-    truth = {p.name.removesuffix(".truth.npy"): p for p in sorted(videos.rglob("*.truth.npy"))}
-    if not truth:
-        raise UserError(f"{videos}: expected videos with NAME.truth.npy beside them, float32 (n, 25), found none: "
-                        "record some with bench.py record --video")
-    known = {name: told(path, path.with_name(f"{name}.json")) for name, path in truth.items()}
-    with stages.stage("find the overlays (extract.py)") as say:
-        stages.shares(len(truth), "extract.py", videos, "--out", clips, *(["--templates", args.templates] if args.templates else []))
-        found = {name: extract.read_clip(clips / name) for name in truth if (clips / name / "clip.json").is_file()}
-        say(f"{len(found)} of {len(truth)} found")
-    if not found:
-        raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
-    for name in found:
-        true = extract.read_npy(truth[name], np.float32, 2)
-        extract.check_actions(truth[name], true, extract.Frames(clips / name, "pads").n)
-        extract.write_npy(clips / name / "truth.npy", true)
-    with stages.stage("read the actions (parse.py)") as say:
-        stages.shares(len(found), "parse.py", "run", clips)
-        scores = {}
-        for name, clip in found.items():
-            scores[name] = parse.score(*(np.load(clips / name / f"{file}.npy") for file in ("actions", "truth")), clip["geometry"])
-            if known[name]["box"]:
-                scores[name]["IoU"] = overlap(clip["box"], known[name]["box"])
-        say(f"{len(scores)} clips")
-    groups = {"all": list(found)}
-    for name, clip in found.items():
-        groups.setdefault(f"family {known[name].get('family') or clip['controller']}", []).append(name)
-        if "opacity" in known[name]:
-            groups.setdefault(f"opacity {'below' if known[name]['opacity'] < 0.75 else 'from'} 0.75", []).append(name)
-        groups.setdefault(f"width {'below' if clip['box'][2] < 0.2 * clip['size'][0] else 'from'} 20 %", []).append(name)
-    rows = {group: {"n": len(names), "IoU": float(np.mean([scores[n].get("IoU", math.nan) for n in names]))} | parse.mean_of([scores[n] for n in names])
-            for group, names in sorted(groups.items())}
-    for group, row in rows.items():
-        print(f"{group:24}" + " | ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    said = {k: str(v) for k, v in vars(args).items() if k != "run"}
-    extract.write_json(out / "parser.json", {"args": said, "machine": machine(), "rows": rows, "clips": scores})
-    shown = ("left R2", "right R2", "accuracy", "F1")
-    chart(out / "parser.png", f"what is read of {len(scores)} videos", {f"{group} ({row['n']})": {k: {"rate": row[k]} for k in shown if k in row}
-                                                                       for group, row in rows.items()})
-
-
-def told(truth, beside):
-    """What NAME.json beside a video says: {"box": [x, y, w, h] or None, "family", "opacity" where it is known}; its "bbox" is [x0, y0, x1, y1]. NAME.truth.npy
-    is looked at too, before the long stages."""
-    actions, meta = extract.read_npy(truth, np.float32, 2), extract.read_json(beside, dict) if beside.is_file() else {}
-    extract.check_actions(truth, actions, len(actions))
-    try:
-        box = meta.get("box")
-        if not box and meta.get("bbox"):
-            x0, y0, x1, y1 = meta["bbox"]
-            box = [x0, y0, x1 - x0, y1 - y0]
-        if box and not (len(box) == 4 and np.isfinite(box).all()):
-            raise ValueError(box)
-        return {"box": box, "family": meta.get("family")} | ({"opacity": float(meta["opacity"])} if "opacity" in meta else {})
-    except (TypeError, ValueError, LookupError) as e:
-        raise UserError(f"{beside}: expected \"box\" as [x, y, width, height] and \"opacity\" as a number, found {type(e).__name__} {e}: "
-                        "mend it or remove it") from None
-
-
 # ----------------------------------------------------------------------------------------------------------------------- latency
 def latency(args):
     """Seconds for one chunk, by part, against the same model sampled as the release does; both in turn, so that a busy machine slows both."""
@@ -3036,14 +2949,6 @@ def main(argv=None):
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
     p.add_argument("-n", type=int, default=20, help="rollouts of each task (default 20)")
     p.add_argument("--euler", type=int, default=4, metavar="K", help="Euler steps when they play (default 4)")
-    p.add_argument("--workers", type=int, default=extract.cores(), help="processes that record (default: one a core)")
-    p = command("parser", parser_figures, "what is read of the pads, per controller family, opacity and size [P Fig. 5]")
-    p.add_argument("--out", required=True, help="folder for videos, clips, parser.json and parser.png; what is whole there stays")
-    p.add_argument("--videos", metavar="DIR", help="videos with NAME.truth.npy beside them (default: games are played with our own pads)")
-    p.add_argument("--templates", metavar="DIR", help="of extract.py (default: our own)")
-    p.add_argument("--each", type=int, default=2, help="videos of each controller family (default 2)")
-    p.add_argument("--minutes", type=float, default=0.5, help="length of each (default 0.5)")
-    p.add_argument("--seed", type=int, default=0, help="of games and pads (default 0)")
     p.add_argument("--workers", type=int, default=extract.cores(), help="processes that record (default: one a core)")
     p = command("games", show_games, "a picture of the ten games")
     p.add_argument("--out", required=True, help="folder for games.png")

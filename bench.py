@@ -8,7 +8,6 @@
     python bench.py transfer --out DIR [--games G..]                          pre-training on other games against training from scratch
     python bench.py latency [--preset nitrogen]                               one chunk by part, against the released way of sampling
     python bench.py throughput [--video FILE] [--out DIR]                     a step of each game, training, cutting clips, the parser
-    python bench.py playing [--seconds S]                                     real-time play on a desktop: capture, latency, jitter
 
 The games take the 25-dim action and give 256 x 256 frames, 30 a second of game time, the same for the same seed. In: nothing but the shipped
 weights, or a checkpoint. Out: tables on the terminal; under --out clip folders, videos, pictures, JSON. Ratios are taken in one run on one
@@ -2821,71 +2820,6 @@ def segformer_against_transformers(preset="b0", shape=(8, 3, 128, 256), runs=5):
             "segformer_over_transformers": round(theirs / ours, 2)}
 
 
-# ------------------------------------------------------------------------------------------------------------------------ playing
-class StandIn:
-    """A policy that takes `ms` milliseconds, with Python's lock released, and presses nothing."""
-    def __init__(self, ms, horizon=16):
-        self.ms, self.horizon = ms, horizon
-
-    def info(self):
-        return {"config": {"horizon": self.horizon, "action_shift": 0, "hz": 60.0}}
-
-    def predict(self, rgb):
-        time.sleep(self.ms / 1e3)
-        return np.zeros((self.horizon, extract.A), np.float32)
-
-    def reset(self):
-        """Nothing was seen."""
-
-
-def spread(values):
-    """Median, 95th percentile and largest of a list of milliseconds."""
-    return {"n": len(values), "median": float(np.median(values)), "p95": float(np.percentile(values, 95)), "max": float(max(values))}
-
-
-def playing(args):
-    """What it costs to look at a screen, against PIL's way, and how real-time play keeps its clock while a model of a given slowness thinks.
-
-    A session looks at the middle of the desktop and presses nothing, so that what is measured is play.py: latency is from the picture to the first
-    action computed from it, in whole ticks by design; lateness is of each press against the action clock."""
-    if min(args.seconds, *args.hz, *args.think) <= 0:
-        raise UserError("--seconds, --hz, --think: expected numbers above 0, found others: give others")
-    out = args.out and folder(args.out)
-    capture, results = play.Capture(), {"machine": machine(), "looks": [], "sessions": []}
-    screen = capture.mss.monitors[0]
-    for width, height in ((640, 480), (1280, 720), (1920, 1080)):
-        if width > screen["width"] or height > screen["height"]:
-            print(f"look {width} x {height}: the desktop is smaller, left out")
-            continue
-        ours, theirs = [], []
-        for _ in range(100):                               # in turn, so that a busy machine slows both
-            begun = time.perf_counter()
-            capture.look((0, 0, width, height))
-            middle = time.perf_counter()
-            shot = capture.mss.grab({"left": 0, "top": 0, "width": width, "height": height})
-            np.asarray(Image.frombytes("RGB", (width, height), shot.rgb).resize((extract.SIDE, extract.SIDE), Image.BILINEAR))
-            ours.append((middle - begun) * 1e3)
-            theirs.append((time.perf_counter() - middle) * 1e3)
-        a, b = spread(ours), spread(theirs)
-        results["looks"].append({"size": [width, height], "ours": a, "pil": b})
-        print(f"look {width} x {height} | capture + shrink {a['median']:.1f} ms (p95 {a['p95']:.1f}) | grab + PIL {b['median']:.1f} ms (p95 {b['p95']:.1f}) | "
-              f"{b['median'] / a['median']:.1f} x faster")
-    capture.close()
-    for hz in args.hz:
-        for ms in args.think:
-            env = play.GameEnv(region=(0, 0, min(640, screen["width"]), min(480, screen["height"])), pad="none", hz=hz)
-            score = play.play(env, StandIn(ms), seconds=args.seconds)
-            env.close()
-            press, late = spread(score.press_ms) if score.press_ms else None, spread(score.beat.late_ms)
-            results["sessions"].append({"hz": hz, "think_ms": ms, "actions_per_second": score.ticks / args.seconds, "skipped": score.beat.skipped,
-                                        "late_predictions": score.late, "predictions": score.chunks, "capture_to_press_ms": press, "clock_late_ms": late})
-            latency = f"{press['median']:.0f} ms (p95 {press['p95']:.0f}), {press['median'] / ms:.1f} x the thinking" if press else "-"
-            print(f"{hz:g} Hz, {ms:g} ms a chunk | {score.ticks / args.seconds:.1f} actions/s, {score.beat.skipped} skipped | capture to press {latency} | "
-                  f"clock late {late['median']:.2f} ms (p95 {late['p95']:.2f}, max {late['max']:.1f}) | {score.late} of {score.chunks} predictions late")
-    if out:
-        extract.write_json(out / "playing.json", results)
-
-
 # ----------------------------------------------------------------------------------------------------------------- command line
 def main(argv=None):
     """Parse the command line and measure."""
@@ -2965,11 +2899,6 @@ def main(argv=None):
     p.add_argument("--seconds", type=int, default=20, help="length of the drawn video (default 20)")
     p.add_argument("--repeats", type=int, default=3, help="the best of this many (default 3)")
     p.add_argument("--out", help="folder for throughput.json (default: print only)")
-    p = command("playing", playing, "looking, pressing and thinking in real time: capture, latency, jitter (needs a desktop)")
-    p.add_argument("--seconds", type=float, default=5.0, help="length of each session (default 5)")
-    p.add_argument("--think", type=float, nargs="+", default=[10, 60, 150], help="milliseconds that the stand-in for a model takes (default 10 60 150)")
-    p.add_argument("--hz", type=float, nargs="+", default=[30, 60], help="actions a second (default 30 60)")
-    p.add_argument("--out", help="folder for playing.json (default: print only)")
     return extract.cli(parser, argv, M.ModelError)
 
 

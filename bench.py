@@ -1882,7 +1882,6 @@ def suite(args):
         if films:
             for task, frames in films.items():
                 save_film(out / f"{task.replace('/', '-')}.mp4", frames, fps)
-            save_wall(out / "suite.mp4", films, fps)
 
 
 def unpack(jpeg):
@@ -1899,24 +1898,6 @@ def save_film(path, frames, fps=FPS):
             picture = np.full((512, 896, 3), 24, np.uint8)
             picture[:, :512] = cv2.resize(unpack(jpeg), (512, 512), interpolation=cv2.INTER_NEAREST)
             put_pad(picture[256 - high // 2:256 - high // 2 + high, 524:884], skin, action)
-            video.add(picture)
-
-
-def save_wall(path, films, fps=FPS, side=160, columns=6):
-    """All films {task: (frame as JPEG, action) pairs} at once in one video, each under its task's name, dark once it is over."""
-    picture = np.full(((side + 20) * math.ceil(len(films) / columns), side * columns, 3), 24, np.uint8)
-    tiles = []                                                             # views of the picture
-    for i, task in enumerate(films):
-        x, y = i % columns * side, i // columns * (side + 20)
-        cv2.putText(picture, task, (x + 4, y + 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
-        tiles.append(picture[y + 20:y + 20 + side, x:x + side])
-    with extract.VideoWriter(path, fps, picture.shape[1::-1]) as video:
-        for t in range(max(map(len, films.values())) + fps):
-            for tile, film in zip(tiles, films.values()):
-                if t < len(film):
-                    tile[:] = cv2.resize(unpack(film[t][0]), (side, side), interpolation=cv2.INTER_AREA)
-                elif t == len(film):
-                    tile //= 2
             video.add(picture)
 
 
@@ -2663,7 +2644,7 @@ def throughput(args):
             record_clip(Path(tmp) / "clips", pick_tasks([game]), i, 0, 150, False)
         result |= train_speed(Path(tmp) / "clips", args.repeats)
         result |= cutting_against_decoding(video, Path(tmp), args.repeats) | localisation(video)
-    result |= parser_speed() | segformer_against_transformers()
+    result |= parser_speed()
     for name, value in result.items():
         print(f"{name:36} {value}")
     if out:
@@ -2803,23 +2784,6 @@ def parser_speed(frames=1800, fps=30):
     return {"parser_frames_per_s": round(frames / took, 1), "parser_x_real_time_at_30_fps": round(frames / fps / took, 2)}
 
 
-def segformer_against_transformers(preset="b0", shape=(8, 3, 128, 256), runs=5):
-    """Our forward pass against transformers' SegformerForSemanticSegmentation of the same size; {} where transformers is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        return {}
-    sizes = parse.PRESETS[preset]
-    config = transformers.SegformerConfig(hidden_sizes=list(sizes["dims"]), depths=list(sizes["depths"]), num_attention_heads=list(sizes["heads"]),
-                                          sr_ratios=list(sizes["sr"]), mlp_ratios=[sizes["mlp"]] * 4, decoder_hidden_size=sizes["head"], num_labels=10)
-    nets = [parse.SegFormer(**sizes, labels=10).eval().to(memory_format=torch.channels_last), transformers.SegformerForSemanticSegmentation(config).eval()]
-    x = torch.randn(shape)
-    with torch.inference_mode():
-        ours, theirs = best_of(runs + 1, *(functools.partial(net, x) for net in nets))
-    return {"segformer_b0_images_per_s": round(shape[0] / ours, 1), "transformers_b0_images_per_s": round(shape[0] / theirs, 1),
-            "segformer_over_transformers": round(theirs / ours, 2)}
-
-
 # ----------------------------------------------------------------------------------------------------------------- command line
 def main(argv=None):
     """Parse the command line and measure."""
@@ -2852,7 +2816,7 @@ def main(argv=None):
     p.add_argument("--actions-per-chunk", type=int, default=8, metavar="K", help="steps of a chunk to play before looking again (default 8)")
     p.add_argument("--mashing", action="store_true", help=f"also the best of {len(MASHING)} constant and mashing players")
     p.add_argument("--out", help="folder for suite.json, suite.png and videos (default: print only)")
-    p.add_argument("--video", action="store_true", help="a video of the model's first rollout of each task, and suite.mp4 of all")
+    p.add_argument("--video", action="store_true", help="a video of the model's first rollout of each task")
     p.add_argument("--euler", type=int, metavar="K", help="Euler steps (default: the checkpoint's)")
     p.add_argument("--envs", type=int, default=64, help="games played side by side (default 64; of --env at most 8)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")

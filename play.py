@@ -30,6 +30,7 @@ import queue
 import re
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -54,73 +55,107 @@ MENU = ("BACK", "START", "GUIDE")                  # never pressed without --all
 
 # ------------------------------------------------------------------------------------------------------------ the model elsewhere
 class Client:
-    """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: seconds to wait for an answer."""
+    """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: seconds that one
+    question and its answer may take together. Whatever the server does wrong is one UserError, and ends the connection."""
     connection = None
 
     def __init__(self, host="127.0.0.1", port=5555, key=None, timeout=60.0):
-        self.where, self.timeout, self.lock = f"{host}:{port}", timeout, threading.Lock()
+        self.where, self.timeout, self.lock = f"server {host}:{port}", timeout, threading.Lock()
         try:
             self.connection = mpc.Client((host, port), "AF_INET")
         except (OSError, UnicodeError) as e:               # the last: a host that can't be a name
-            raise UserError(f"server {self.where}: expected a server, found {e}: start one with python sample.py serve") from None
-        if key:
-            self._prove(key.encode())
-        self.info()
+            raise UserError(f"{self.where}: expected a server, found {e}: start one with python sample.py serve") from None
+        if key:                                            # each side shows the other that it knows the key
+            with self._exchange("leave out --key if the server has none") as connection:
+                mpc.answer_challenge(connection, key.encode())
+                mpc.deliver_challenge(connection, key.encode())
+        self.horizon = self.info()["config"]["horizon"]
 
-    def _prove(self, key):
-        """Each side shows the other that it knows the key. A server without one never asks: it waits for our first message, and hangs up."""
-        self._wait("a request for the key")
+    @contextlib.contextmanager
+    def _exchange(self, advice):
+        """The connection, shut down under whoever waits on it once `timeout` seconds have passed."""
+        if self.connection is None:
+            raise UserError(f"{self.where}: the connection is closed: make a new Client")
+        timer = threading.Timer(self.timeout, hang_up, [self.connection])
+        timer.daemon, ends = True, time.monotonic() + self.timeout
+        timer.start()
         try:
-            mpc.answer_challenge(self.connection, key)
-            mpc.deliver_challenge(self.connection, key)
-        except (OSError, EOFError):
-            raise UserError(f"server {self.where}: expected a request for the key, found a closed connection: leave out --key if the server has none") from None
-        except (mpc.AuthenticationError, AssertionError, ValueError):      # Python 3.11's handshake asserts
-            raise UserError(f"server {self.where}: the key is wrong: give the server's --key") from None
-
-    def _wait(self, expected):
-        if not self.connection.poll(self.timeout):
+            yield self.connection
+        except (OSError, EOFError, ValueError, AssertionError, mpc.AuthenticationError) as e:
             self.close()
-            raise UserError(f"server {self.where}: expected {expected}, found no answer in {self.timeout:g} s: is it busy, or something else on that port?")
+            if isinstance(e, UserError):
+                raise
+            if time.monotonic() >= ends:
+                fault = f"expected an answer, found none in {self.timeout:g} s: is it busy, or something else on that port?"
+            elif isinstance(e, mpc.AuthenticationError):
+                fault = "the key is wrong: give the server's --key"
+            elif isinstance(e, (OSError, EOFError)):
+                fault = f"the connection broke ({e or 'closed by the server'}): {advice}"
+            else:                                          # Python 3.11's handshake asserts
+                fault = f"expected sample.py serve, found something else ({printable(e)}): check the port"
+            raise UserError(f"{self.where}: {fault}") from None
+        finally:
+            timer.cancel()
 
     def _ask(self, header, array=None):
-        if self.connection is None:
-            raise UserError(f"server {self.where}: the connection is closed: make a new Client")
-        try:
-            with self.lock:                                # one question at a time: a reset waits for the answer to a prediction of before
-                self.connection.send_bytes(pack_message(header, array))
-                self._wait("an answer")
-                message = self.connection.recv_bytes(MESSAGE_LIMIT)
-        except (OSError, EOFError) as e:
-            self.close()
-            raise UserError(f"server {self.where}: the connection broke ({e or 'closed by the server'}): is the server still running?") from None
-        if message.startswith(b"#CHALLENGE#"):
-            self.close()
-            raise UserError(f"server {self.where}: asks for a key: give its --key")
-        try:
+        with self.lock, self._exchange("is the server still running?") as connection:      # a reset waits for a prediction
+            connection.send_bytes(pack_message(header, array))
+            message = connection.recv_bytes(MESSAGE_LIMIT)
+            if message.startswith(b"#CHALLENGE#"):
+                raise UserError(f"{self.where}: asks for a key: give its --key")
             header, array = unpack_message(message)
-        except ValueError as e:
-            self.close()
-            raise UserError(f"server {self.where}: expected sample.py serve, found something else ({e}): check the port") from None
         if "error" in header:
-            raise UserError(f"server {self.where}: {header['error']}")
+            raise UserError(f"{self.where}: {printable(header['error'])}")
         return header, array
+
+    def _need(self, good, expected, found):
+        if not good:
+            self.close()
+            raise UserError(f"{self.where}: expected {expected}, found {printable(found)}: is its sample.py of another version?")
 
     def predict(self, rgb):
         """uint8 (h, w, 3) -> float32 (T, 25). The frame is shrunk here, so that 200 kB travel and not 6 MB."""
-        return self._ask({"do": "predict"}, shrink(rgb))[1]
+        chunk = self._ask({"do": "predict"}, shrink(rgb))[1]
+        shape = (self.horizon, A)
+        self._need(chunk is not None and chunk.dtype == np.float32 and chunk.shape == shape, f"actions, float32 {shape}",
+                   "none" if chunk is None else f"{chunk.dtype} {chunk.shape}")
+        self._need((np.abs(chunk) <= 1).all() and (chunk[:, :len(BUTTONS)] >= 0).all(),    # NaN is no less than anything
+                   "buttons in 0..1 and sticks in -1..1", "others, or NaN")
+        return chunk
 
     def reset(self, **what):
         """Forget the frames seen so far; seed= and game= as in sample.Session.reset."""
         self._ask({"do": "reset", **what})
 
     def info(self):
-        return self._ask({"do": "info"})[0]
+        """What sample.Session.info gives; "config" holds the model's hz, horizon and action_shift."""
+        info = self._ask({"do": "info"})[0]
+        config = info.get("config")
+        config = config if isinstance(config, dict) else {}
+        hz, counts = config.get("hz"), [config.get("horizon"), config.get("action_shift")]
+        self._need(type(hz) in (int, float) and 1 <= hz <= 1000 and all(type(n) is int and 0 <= n < 1 << 16 for n in counts)
+                   and counts[0], "a config with hz, horizon and action_shift", [hz, *counts])
+        return info
 
     def close(self):
         if self.connection is not None:
             self.connection.close()
             self.connection = None
+
+
+def hang_up(connection):
+    """Shut down the socket in a Connection: whoever waits on it wakes up with an error."""
+    with contextlib.suppress(OSError):
+        s = socket.socket(fileno=connection.fileno())
+        try:
+            s.shutdown(socket.SHUT_RDWR)
+        finally:
+            s.detach()                                     # the number stays the Connection's
+
+
+def printable(said):
+    """What somebody else said, as a part of one line."""
+    return "".join(c if c.isprintable() else " " for c in str(said))[:300]
 
 
 class LocalModel(Client):
@@ -1446,6 +1481,9 @@ class Plan:
         return self.last[1] if tick - self.last[0] <= self.hold else neutral()
 
 
+STANDS = 5.0                                       # seconds that a game stands for a prediction, or three times what the first took
+
+
 class Thinker:
     """The policy in a thread of its own, one prediction at a time (busy: one is under way), so that a late one never stalls the pad."""
     def __init__(self, policy):
@@ -1466,10 +1504,10 @@ class Thinker:
         self.busy = True
         self.asked.put((start, seen, frame))
 
-    def answer(self, wait=False):
-        """(start, seen, chunk) when there is one, else None; raises what the policy raised."""
+    def answer(self, seconds=0.0):
+        """(start, seen, chunk) when there is one within so many seconds, else None; raises what the policy raised."""
         try:
-            answer = self.answers.get(block=wait)
+            answer = self.answers.get(timeout=seconds)
         except queue.Empty:
             return None
         self.busy = False
@@ -1519,7 +1557,9 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
         config = policy.info()["config"]
         shift, horizon = config["action_shift"], config["horizon"]
         per_chunk = min(per_chunk or (horizon if env.pause.stops else max(horizon // 2, 1)), horizon)
+        began = time.perf_counter()
         policy.predict(env.look())                         # the first one takes longest: not while the pad waits
+        patience = max(STANDS, 3 * (time.perf_counter() - began))
         policy.reset()
         thinker = Thinker(policy)
     beat, plan, line = Beat(env.hz), Plan(env.hz / 4), extract.Line()
@@ -1532,7 +1572,11 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
                 env.pause.stop()
                 thinker.ask(tick, since, env.look())
                 plan.rows = {}                             # the game has not moved on: nothing is committed
-                plan.lay(tick, thinker.answer(wait=True)[2], tick)
+                answer = thinker.answer(patience)
+                if not answer:
+                    raise UserError(f"expected a prediction while the game stands, found none in {patience:.0f} s: the game "
+                                    "runs on; see what holds the model up, or use --pause none")
+                plan.lay(tick, answer[2], tick)
                 env.pause.go()
                 score.chunks += 1
                 beat.shift(time.perf_counter() - since)
@@ -1594,58 +1638,111 @@ def report(env, score, told, line):
 
 
 # ----------------------------------------------------------------------------------------------------------------- the recorder
+ROW = np.dtype([("end", "<i8"), ("action", "<f4", A), ("human", "?")])                 # end: of the row's JPEG in frames.npy
+
+
 class Recorder:
-    """A clip folder of what is seen and pressed, DATA/GAME_DATE_TIME/, under a temporary name until close(). Row i is tick i: the picture taken
-    right after the action was pressed, which can't show its effect yet, as in videos with an overlay."""
+    """A clip folder of what is seen and pressed, DATA/GAME_DATE_TIME/. Row i is tick i: the picture taken right after the
+    action was pressed, which can't show its effect yet, as in videos with an overlay.
+
+    Until close() the folder's name ends in .recording. Each row goes to the system as it comes, its JPEG to the end of
+    frames.npy and then a ROW to the end of rows.bin: a process that is killed loses the row it is at, and pick_up() makes
+    a clip of the others. A lock tells a dead process's folder from a living one's."""
     def __init__(self, data, game, hz):
         stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
-        self.folder, self.game, self.hz = Path(data) / stem, game, hz
-        self.tmp = self.folder.with_name(stem + ".tmp")
-        with self._writing():
+        self.tmp, self.files = Path(data) / f"{stem}.recording", contextlib.ExitStack()
+        self.count, self.first, self.last = 0, None, None
+        with writing(self.tmp):
             self.tmp.mkdir(parents=True)
-            self.frames, self.actions, self.human, self.first, self.jpeg = extract.FramesWriter(self.tmp, "frames"), [], [], None, None
-
-    @contextlib.contextmanager
-    def _writing(self):
-        """A disk that is full, or closed to us, in one line."""
-        try:
-            yield
-        except OSError as e:
-            raise UserError(f"can't write {self.tmp}: {e.strerror or e}: make room there or give another --record") from None
+            self.files.enter_context(extract.lock(self.tmp / "lock"))
+            clip = {"video": None, "game": game, "fps": hz, "size": [SIDE, SIDE], "every": 1, "lag": 0}
+            extract.write_json(self.tmp / "recording.json", clip)
+            self.frames = self.files.enter_context(open(self.tmp / "frames.npy", "wb"))
+            self.rows = self.files.enter_context(open(self.tmp / "rows.bin", "wb"))
+            bytes_header(self.frames, 0)
 
     def add(self, tick, rgb, action, human):
         """Append tick `tick`; ticks that were skipped repeat the row before, so that the clip keeps time."""
         self.first = tick if self.first is None else self.first
-        while len(self.actions) < tick - self.first:
-            self._row(self.jpeg, self.actions[-1], self.human[-1])
-        self.jpeg = self.frames.encode(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-        self._row(self.jpeg, playable(action, allow_menu=True), human)
+        while self.count < tick - self.first:
+            self._append(*self.last)
+        quality = [cv2.IMWRITE_JPEG_QUALITY, extract.QUALITY]
+        jpeg = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
+        self.last = jpeg, playable(action, allow_menu=True), human
+        self._append(*self.last)
 
-    def _row(self, jpeg, action, human):
-        with self._writing():
-            self.frames.add_bytes(len(self.actions), jpeg)
-        self.actions.append(action)
-        self.human.append(human)
+    def _append(self, jpeg, action, human):
+        with writing(self.tmp):
+            self.frames.write(jpeg)
+            self.frames.flush()
+            self.rows.write(np.array((self.frames.tell(), action, human), ROW).tobytes())
+            self.rows.flush()
+        self.count += 1
 
     def close(self):
-        """Write the rest and give the folder its name -> a line about it."""
-        with self._writing():
-            return self._close(len(self.actions))
+        """Give the folder its name -> a line about it."""
+        with contextlib.suppress(OSError):                 # a full disk, which was said when it was
+            self.files.close()
+        return finish(self.tmp)
 
-    def _close(self, n):
-        self.frames.close(n)
-        if not n:
-            for file in self.tmp.iterdir():
-                file.unlink()
-            self.tmp.rmdir()
-            return f"{self.folder}: nothing was played, nothing is kept"
-        actions, sure, human = np.stack(self.actions), np.ones(n, np.float32), np.array(self.human)
-        keep = extract.dense(actions, sure)
-        for name, array in (("actions", actions), ("truth", actions), ("confidence", sure), ("keep", keep), ("human", human)):
-            extract.write_npy(self.tmp / f"{name}.npy", array)
-        extract.write_json(self.tmp / "clip.json", {"video": None, "game": self.game, "fps": self.hz, "n": n, "size": [SIDE, SIDE], "every": 1, "lag": 0})
-        os.replace(self.tmp, self.folder)
-        return f"{self.folder}: {n} rows at {self.hz:g}/s, {human.mean():.0%} by hand, {keep.mean():.0%} kept"
+
+def pick_up(data):
+    """Make clips of the recordings under DATA whose processes died, and say so."""
+    for tmp in sorted(Path(data).glob("*.recording")):
+        with contextlib.suppress(extract.Busy):            # its process lives
+            print(f"picked up {finish(tmp)}", flush=True)
+
+
+def finish(tmp):
+    """Make a clip of a recording that nobody writes on -> a line about it. Killed on the way, it can be done again."""
+    folder = tmp.with_suffix("")
+    with writing(tmp):
+        with extract.lock(tmp / "lock"):
+            rows = np.fromfile(tmp / "rows.bin", ROW) if (tmp / "rows.bin").exists() else np.zeros(0, ROW)
+            rows = rows[rows["end"] <= (tmp / "frames.npy").stat().st_size] if len(rows) else rows
+            keep = write_clip(tmp, rows) if len(rows) else None
+        if keep is None:
+            extract.remove(tmp)
+            return f"{folder}: nothing was played, nothing is kept"
+        os.replace(tmp, folder)                            # Windows renames no folder with an open file, a lock say
+    for name in ("rows.bin", "recording.json", "lock"):
+        extract.remove(folder / name)
+    return (f"{folder}: {len(rows)} rows at {extract.read_clip(folder)['fps']:g}/s, {rows['human'].mean():.0%} by hand, "
+            f"{keep.mean():.0%} kept")
+
+
+def write_clip(tmp, rows):
+    """The files of a clip, from its ROWs and the JPEGs in frames.npy -> its array keep, bool (n,)."""
+    actions, sure, n = rows["action"], np.ones(len(rows), np.float32), len(rows)
+    with open(tmp / "frames.npy", "rb+") as file:
+        start, end = bytes_header(file, 0), rows["end"][-1]
+        bytes_header(file, end - start)
+        file.truncate(end)
+        index = np.stack([np.arange(n + 1), np.append(start, rows["end"]) - start], 1)
+        os.fsync(file.fileno())
+    keep = extract.dense(actions, sure)
+    for name, array in (("frames_index", index), ("actions", actions), ("truth", actions), ("confidence", sure),
+                        ("keep", keep), ("human", rows["human"])):
+        extract.write_npy(tmp / f"{name}.npy", array)
+    extract.write_json(tmp / "clip.json", {**extract.read_json(tmp / "recording.json", dict), "n": n})
+    return keep
+
+
+def bytes_header(file, n):
+    """Write the header of a .npy of n bytes at the start of a file -> where the bytes begin, the same for every n."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (int(n),)})
+    return file.tell()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A disk that is full, or closed to us, in one line."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"can't write {path}: {e.strerror or e}: what is whole is kept; make room and start again with the "
+                        "same --record, or give another") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- what it sees
@@ -1771,9 +1868,11 @@ def run(args):
     def end(*_):
         raise KeyboardInterrupt                            # the same end as by Ctrl-C, everything put right
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):       # Ctrl-C too: a background job inherits it ignored
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), end)
+    if args.record:
+        pick_up(args.record)
     with contextlib.ExitStack() as last:
         policy = policy_of(args)
         if policy:

@@ -9,6 +9,7 @@ bench.py use. Letters as in model.py: B batch, F context frames, N image tokens,
 What `--raw` writes is the sampler's own tensor, float32 (T, A): the model's layout, sticks (v + 1) / 2, nothing thresholded or clamped.
 """
 import contextlib
+import math
 import multiprocessing.connection as mpc
 import signal
 import socket
@@ -203,6 +204,9 @@ class Session:
             noise = torch.stack([torch.randn(c.horizon, c.action_dim, generator=g) for g in self.noise])
         noise = torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)         # (B, T, A)
         raw = self.policy.chunk(seen, keep, self.games, noise)
+        if not torch.isfinite(raw).all():
+            raise UserError(f"{self.policy.name}: expected numbers, the model gives NaN or infinity: use --dtype float32 and a "
+                            "smaller --cfg, or another checkpoint")
         return raw[0] if single else raw
 
     def info(self):
@@ -217,11 +221,13 @@ class Session:
 class Server:
     """Sessions over multiprocessing.connection: framed bytes, never pickles; the messages are described in extract.py. A thread and a Session
     for each client. Whatever a client sends or leaves out costs that client its connection at most."""
-    PATIENCE, IDLE, CLIENTS = 10.0, 3600.0, 32     # seconds a message may take to arrive or to leave, seconds between two, clients at a time
+    PATIENCE, IDLE = 10.0, 3600.0                  # seconds a message may take to arrive or to leave, seconds between two
+    CLIENTS = 32                                   # at a time, and as many strangers: whose key or first message is still to come
 
     def __init__(self, policy, host="127.0.0.1", port=5555, key=None, game=None, seed=0):
         self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
-        self.lock, self.stop, self.due = threading.Lock(), threading.Event(), {}           # due: connection -> when it is given up
+        self.lock, self.stop = threading.Lock(), threading.Event()
+        self.due, self.clients = {}, set()                                                 # due: connection -> when it is given up
         Session(policy, game)                                                              # a wrong --game is said now
         try:
             self.listener = mpc.Listener((host, port), "AF_INET", backlog=64)
@@ -247,27 +253,37 @@ class Server:
         """Shut down the connections whose due time is `late`."""
         with self.lock:                                    # held while closing too, so that no other connection gets the number meanwhile
             for connection in [c for c, due in self.due.items() if late(due)]:
-                self.due[connection] = float("inf")
-                with contextlib.suppress(OSError), borrow(connection) as s:
-                    s.shutdown(socket.SHUT_RDWR)
+                self.shut(connection)
+
+    def shut(self, connection):
+        """Wake up its thread, which then ends; to be called with the lock held."""
+        self.due[connection] = math.inf
+        with contextlib.suppress(OSError), borrow(connection) as s:
+            s.shutdown(socket.SHUT_RDWR)
 
     def accept(self):
-        """A thread for each client that comes; one too many is told so."""
+        """A thread for each stranger that comes; for one too many the oldest goes, so that silence keeps nobody out."""
         while not self.stop.is_set():
             try:
                 connection = self.listener.accept()
             except OSError:                                # out of handles, or gone before it was accepted
                 self.stop.wait(0.1)
                 continue
+            if self.stop.is_set():
+                return connection.close()
             with self.lock:
-                welcome = len(self.due) < self.CLIENTS and not self.stop.is_set()
-                if welcome:
-                    self.due[connection] = time.monotonic() + self.PATIENCE
-            if not welcome:
-                with contextlib.suppress(OSError), connection:
-                    connection.send_bytes(extract.pack_message({"error": f"the server is full: {self.CLIENTS} clients at a time"}))
-            else:
-                threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
+                strangers = [c for c, due in self.due.items() if c not in self.clients and due < math.inf]
+                if len(strangers) >= self.CLIENTS:
+                    self.shut(strangers[0])
+                self.due[connection] = time.monotonic() + self.PATIENCE
+            threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
+
+    def welcome(self, connection):
+        """Is there a place for one who has proven to be a client, or has it one? Only such a one is told that there is none."""
+        with self.lock:
+            if connection in self.clients or len(self.clients) < self.CLIENTS:
+                self.clients.add(connection)
+            return connection in self.clients
 
     def talk(self, connection):
         """One client from its key to its end."""
@@ -279,11 +295,14 @@ class Server:
             while connection.poll(wait):
                 self.due[connection] = time.monotonic() + self.PATIENCE
                 message = connection.recv_bytes(extract.MESSAGE_LIMIT)
-                self.due[connection] = float("inf")        # as long as it takes to answer
+                if not self.welcome(connection):
+                    connection.send_bytes(extract.pack_message({"error": f"the server is full: {self.CLIENTS} clients at a time"}))
+                    break
+                self.due[connection] = math.inf        # as long as it takes to answer
                 reply = self.answer(session, message)
                 self.due[connection] = time.monotonic() + self.PATIENCE
                 connection.send_bytes(reply)
-                self.due[connection], wait = float("inf"), self.IDLE
+                self.due[connection], wait = math.inf, self.IDLE
         except OSError as e:
             self.part(connection, e)
         except (EOFError, mpc.AuthenticationError, AssertionError, ValueError):
@@ -291,6 +310,7 @@ class Server:
         finally:
             with self.lock:
                 del self.due[connection]
+                self.clients.discard(connection)
                 connection.close()
 
     def part(self, connection, error):

@@ -25,13 +25,17 @@ import os
 import platform
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
 import cv2
 import numpy as np
@@ -109,13 +113,18 @@ def cli(parser, argv, *mistakes):
     except OSError as e:                                                    # of a file: its disk, its rights or its name, whichever script asks
         if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        path = "--out" if e.filename is None else e.filename                # a write to a full disk doesn't say which file it was for
-        print(f"error: {path}: {e.strerror}: check this path, the rights to it and the room on its disk", file=sys.stderr)
+        print(f"error: {file_trouble(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what is whole stays, run the same command to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def file_trouble(e):
+    """One line for an OSError."""
+    path = "--out" if e.filename is None else e.filename                    # a full disk doesn't say which file it was
+    return f"{path}: {e.strerror}: check this path, the rights to it and the room on its disk"
 
 
 def within(args, low, high, *names):
@@ -407,15 +416,40 @@ def premultiply(rgba):
     return cv2.merge([*cv2.split(cv2.multiply(rgba[..., :3], cv2.merge([alpha] * 3), scale=1 / 255)), alpha])
 
 
+MOST_PIXELS = 1 << 26                                                                        # of one picture: 8192 x 8192
+
+
+def decode_picture(data, flags):
+    """The bytes uint8 (k,) of a PNG or JPEG -> cv2.imdecode's array; None for anything else, and for a header that
+    asks for more than MOST_PIXELS: a few bytes could take all memory."""
+    head, size = data.tobytes(), b""
+    if head[:4] == b"\x89PNG":
+        size = head[16:24]
+    elif head[:2] == b"\xff\xd8":
+        at = 2
+        while not size and head[at:at + 1] == b"\xff":
+            marker = head[at + 1:at + 2]
+            if marker == b"\xff":                                        # filling
+                at += 1
+            elif b"\xc0" <= marker <= b"\xcf" and marker not in b"\xc4\xc8\xcc":
+                size = head[at + 5:at + 9]
+            else:
+                at += 2 + int.from_bytes(head[at + 2:at + 4], "big")
+    half = len(size) // 2
+    if not 0 < int.from_bytes(size[:half], "big") * int.from_bytes(size[half:], "big") <= MOST_PIXELS:
+        return None
+    return cv2.imdecode(data, flags)
+
+
 def read_rgba(path):
-    """An image file as uint8 (h, w, 4) RGBA, straight alpha. UserError when it is no picture."""
+    """A PNG or JPEG file as uint8 (h, w, 4) RGBA, straight alpha. UserError when it is no picture."""
     try:
-        data = np.fromfile(path, np.uint8)                                                   # imread can't open non-ASCII names on Windows
-        image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
-    except (OSError, cv2.error):                                                             # a folder; a picture of more pixels than OpenCV reads
+        image = decode_picture(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)            # imread can't open non-ASCII names on Windows
+    except (OSError, cv2.error):                                                             # a folder
         image = None
     if image is None:
-        raise UserError(f"{path}: expected a PNG picture, found something else: remove it or save it again as PNG")
+        raise UserError(f"{path}: expected a PNG or JPEG picture of at most {MOST_PIXELS} pixels, found something else: "
+                        "remove it or save it again as PNG")
     if image.dtype != np.uint8:
         image = (image / 257).astype(np.uint8)
     if image.ndim == 2:
@@ -609,6 +643,7 @@ def read_json(path, kind):
     """A JSON file whose top level is `kind`; UserError names the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()                                       # half a letter (\ud800) can't be printed or written
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{path}: expected JSON, found {e}: mend it or remove it") from None
     if not isinstance(value, kind):
@@ -1312,18 +1347,29 @@ class VideoWriter:
         if codec is None:
             raise UserError(f"{path}: expected a name ending in .mp4, .webm or .avi: give another --out")
         writable(path)
-        self.tmp = self.path.with_name(self.path.stem + ".tmp" + self.path.suffix)
+        self.tmp, self.n = temporary(path), 0
         self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, tuple(size))
         if not self.writer.isOpened():
+            remove(self.tmp)
             raise UserError(f"{path}: can't open a {codec} encoder for {tuple(size)} at {fps} frames/s: try a name ending in .avi")
 
     def add(self, rgb):
         """Append one uint8 (h, w, 3) RGB frame."""
         self.writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+        self.n += 1
 
     def close(self):
-        """Finish the file and give it its name."""
+        """Finish the file and give it its name; UserError where not all frames are in it: OpenCV's writer is silent
+        on a full disk."""
         self.writer.release()
+        capture, found = cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG), 0
+        while capture.grab():
+            found += 1
+        capture.release()
+        if found != self.n:
+            remove(self.tmp)
+            raise UserError(f"{self.path}: expected {self.n} frames in the finished video, found {found}: make room on its disk")
+        sync(self.tmp)
         os.replace(self.tmp, self.path)
 
     def __enter__(self):
@@ -1334,7 +1380,7 @@ class VideoWriter:
             self.close()
         else:
             self.writer.release()
-            self.tmp.unlink(missing_ok=True)
+            remove(self.tmp)
 
 
 # --------------------------------------------------------------------------------------------------------------- the clip folder
@@ -1347,7 +1393,7 @@ class FramesWriter:
 
     def __init__(self, folder, name, quality=QUALITY):
         self.path, self.index_path, self.quality = Path(folder) / f"{name}.npy", Path(folder) / f"{name}_index.npy", quality
-        self.tmp, self.index, self.total = self.path.with_name(self.path.name + ".tmp"), [], 0
+        self.tmp, self.index, self.total = temporary(self.path), [], 0
         self.file = open(self.tmp, "wb")
         self._header()
 
@@ -1373,6 +1419,7 @@ class FramesWriter:
         self.file.seek(0)
         self._header()                                          # numpy pads headers, so that a longer shape fits in the same place
         self.file.close()
+        sync(self.tmp)
         index = np.array([*self.index, (n, self.total)], np.int64)
         os.replace(self.tmp, self.path)
         write_npy(self.index_path, index)
@@ -1405,11 +1452,18 @@ def check_actions(path, actions, n):
     """UserError where the array of `path` does not hold n actions: float (n, 25), buttons in 0..1, sticks in -1..1."""
     if actions.shape != (n, A):
         raise UserError(f"{path}: expected {n} x {A}, one row a video frame, found {actions.shape}: delete it and run its stage again")
-    low, high = (actions.min(0), actions.max(0)) if n else (np.zeros(A),) * 2                # NaN passes through both
-    if not (low >= [0] * len(BUTTONS) + [-1.001] * 4).all() or not (high <= 1.001).all():
-        bad = int(np.flatnonzero(~((actions[:, :-4] >= 0).all(1) & (np.abs(actions) <= 1.001).all(1)))[0])
-        found = "NaN" if np.isnan(actions[bad]).any() else "others"
-        raise UserError(f"{path}: expected buttons in 0..1 and sticks in -1..1, found {found} in row {bad}: run its stage again or delete the clip")
+    bad = out_of_range(actions)
+    if bad:
+        raise UserError(f"{path}: expected buttons in 0..1 and sticks in -1..1, found {bad}: run its stage again or delete the clip")
+
+
+def out_of_range(actions):
+    """What is wrong with the values of actions, float (n, 25), in words; "" where nothing is."""
+    low, high = (actions.min(0), actions.max(0)) if len(actions) else (np.zeros(A),) * 2     # NaN passes through both
+    if (low >= [0] * len(BUTTONS) + [-1.001] * 4).all() and (high <= 1.001).all():
+        return ""
+    bad = int(np.flatnonzero(~((actions[:, :-4] >= 0).all(1) & (np.abs(actions) <= 1.001).all(1)))[0])
+    return f"{'NaN' if np.isnan(actions[bad]).any() else 'others'} in row {bad}"
 
 
 class Frames:
@@ -1435,7 +1489,7 @@ class Frames:
         if not 0 <= i < len(self):
             raise IndexError(i)
         jpeg = np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]])
-        bgr = cv2.imdecode(jpeg, cv2.IMREAD_COLOR) if len(jpeg) else None
+        bgr = decode_picture(jpeg, cv2.IMREAD_COLOR)
         if bgr is None:
             raise UserError(f"{self.path}: expected a JPEG as frame {i}, found broken bytes: {REDO}")
         self.shape = self.shape or bgr.shape
@@ -2125,16 +2179,17 @@ def cut_clip(video, folder, matcher, find, args, key):
     (ax, ay), (bx, by) = find.affine @ (x0 - 0.5, y0 - 0.5, 1), find.affine @ (x1 - 0.5, y1 - 0.5, 1)
     box = [ax + 0.5, ay + 0.5, bx + 0.5, by + 0.5]
     cutter = Cutter(info["size"], args.every, skin, find.affine, [box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1])
-    tmp = fresh_folder(folder)
-    n = cutter.run(video, tmp)
-    clip = {"video": Path(video).name, "game": Path(video).stem, "fps": info["fps"], "n": n, "size": list(info["size"]),
-            "box": [round(v, 2) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])], "template": skin.name, "controller": skin.family,
-            "affine": [[round(float(v), 6) for v in row] for row in corners_convention(find.affine)], "inliers": int(find.inliers),
-            "matcher": max(find.by, key=find.by.get), "every": args.every, "lag": 0, "by": find.by, "edges": round(find.edges, 3), "seen": round(find.seen, 3),
-            "hole": cutter.hole, "pad": list(cutter.pad), "geometry": geometry_of(skin, matcher), "run": key}
-    save_png(tmp / "template.png", cv2.resize(draw(skin), cutter.pad, interpolation=cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR))
-    write_json(tmp / "clip.json", clip)
-    os.replace(tmp, folder)
+    with new_folder(folder) as tmp:
+        n = cutter.run(video, tmp)
+        clip = {"video": Path(video).name, "game": Path(video).stem, "fps": info["fps"], "n": n, "size": list(info["size"]),
+                "box": [round(v, 2) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])], "template": skin.name,
+                "controller": skin.family, "affine": [[round(float(v), 6) for v in row] for row in corners_convention(find.affine)],
+                "inliers": int(find.inliers), "matcher": max(find.by, key=find.by.get), "every": args.every, "lag": 0, "by": find.by,
+                "edges": round(find.edges, 3), "seen": round(find.seen, 3), "hole": cutter.hole, "pad": list(cutter.pad),
+                "geometry": geometry_of(skin, matcher), "run": key}
+        interpolation = cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR
+        save_png(tmp / "template.png", cv2.resize(draw(skin), cutter.pad, interpolation=interpolation))
+        write_json(tmp / "clip.json", clip)
     return clip
 
 
@@ -2145,19 +2200,54 @@ def corners_convention(affine):
     return out
 
 
-def fresh_folder(folder):
-    """An empty FOLDER.tmp beside `folder`; an outdated folder is removed."""
-    remove_outdated(folder)
-    tmp = Path(folder).with_name(Path(folder).name + ".tmp")
+CLIP_FILES = {"clip.json", "template.png", ".lock", ".DS_Store", "Thumbs.db",
+              *(f"{name}.npy" for name in ("frames frames_index pads pads_index actions confidence keep truth human cuts").split())}
+
+
+def check_replaceable(folder):
+    """UserError unless nothing stands at `folder` but a clip that extract.py cut, with files of clips only."""
+    if not os.path.lexists(folder):
+        return
+    wrong = "a link or a file"
+    if folder.is_dir() and not folder.is_symlink():
+        foreign = [e.name for e in os.scandir(folder)
+                   if e.is_dir(follow_symlinks=False) or e.name not in CLIP_FILES and not e.name.startswith(".tmp-")]
+        try:
+            made = "run" in read_json(folder / "clip.json", dict)
+        except UserError:
+            made = False
+        wrong = f"{min(foreign)!r} in it" if foreign else "" if made else "no clip.json of extract.py's in it"
+    if wrong:
+        raise UserError(f"{folder}: expected nothing there or a clip of extract.py's, found {wrong}: "
+                        "move it away or give another --out")
+
+
+def discard(folder):
+    """Remove a clip that is no longer true, whole or not at all; UserError where check_replaceable() says so."""
+    check_replaceable(folder)
+    if folder.exists():
+        old = temporary(folder.with_name(folder.name + " before"))
+        os.replace(folder, old)
+        remove(old)
+
+
+@contextmanager
+def new_folder(folder):
+    """A folder to write a clip into, under a temporary name; it takes the place of `folder` once the block has ended well."""
+    tmp = temporary(folder)
+    remove(tmp)                                                                              # of an earlier process of our number
     tmp.mkdir(parents=True)
-    return tmp
+    try:
+        yield tmp
+        discard(folder)
+        os.replace(tmp, folder)
+    finally:
+        remove(tmp)
 
 
-def remove_outdated(folder):
-    """Remove a clip that is no longer true, and what an interrupted run left beside it."""
-    for old in (Path(folder).with_name(Path(folder).name + ".tmp"), Path(folder)):
-        if old.exists():
-            shutil.rmtree(old)
+def clip_lock(folder):
+    """lock() for the clip of this folder: DATA/.lock-HASH, whatever the length of its name."""
+    return lock(folder.with_name(f".lock-{fingerprint(folder.name.casefold())}"))
 
 
 def write_json(path, value):
@@ -2189,8 +2279,9 @@ def label_actions(folder):
         for name in (b for b in BUTTONS if b not in LEGACY):
             actions[:, BUTTON[name]] = np.array(table[name.lower()], np.float32)
         actions[:, STICKS["left"]], actions[:, STICKS["right"]] = (np.array(table[s], np.float32).reshape(-1, 2) for s in ("j_left", "j_right"))
-        if not np.isfinite(actions).all():
-            raise ValueError("NaN or infinity in it")
+        bad = out_of_range(actions)
+        if bad:
+            raise ValueError(f"values outside of 0..1 (buttons) and -1..1 (sticks), {bad}")
     except (KeyError, TypeError, ValueError, OSError) as e:
         raise UserError(f"{path}: expected 17 button columns, j_left and j_right, found {type(e).__name__} {e}: download this shard again") from None
     return actions
@@ -2209,29 +2300,30 @@ def cut_labelled(folder, meta, video, out, args, key):
         rows = round(start * info["fps"]), round(end * info["fps"])
         area = meta.get("bbox_game_area")                                                    # in shares of the frame
         window = area and [min(max(round(area[edge] * side), 0), side) for edge, side in zip(("xtl", "ytl", "xbr", "ybr"), info["size"] * 2)]
-        if not np.isfinite(box).all() or window and not (window[0] < window[2] and window[1] < window[3]):
-            raise ValueError(f"boxes {box} and {window} in a picture of {info['size']}")
+        seen = all(1 <= span <= side and 0 <= start + span / 2 <= side for start, span, side in ((x, w, width), (y, h, height)))
+        if not seen or window and not (window[0] < window[2] and window[1] < window[3]):
+            raise ValueError(f"boxes {[x, y, w, h]} and {window} in a picture of {info['size']}")
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as e:
         raise UserError(f"{folder / 'metadata.json'}: expected original_video, chunk_size and bbox_controller_overlay, found {type(e).__name__} {e}: "
                         "download this shard again") from None
     actions = label_actions(folder)
     if len(actions) != chunk or end <= start:
         raise UserError(f"{folder}: expected {chunk} rows over {start}-{end} s, found {len(actions)}: download this shard again")
-    tmp = fresh_folder(out)
     cutter = Cutter(info["size"], args.every, box=box, window=window)
-    n = cutter.run(video, tmp, rows)
-    if n < 0.5 * (rows[1] - rows[0]):
-        raise UserError(f"{video}: expected frames {rows[0]}-{rows[1]} of chunk {folder.name}, found {n} of them: download the whole video")
-    seconds = (np.arange(n) + 0.5) / info["fps"]                                             # frames and label rows may differ in rate
-    actions = actions[np.minimum(seconds * chunk / (end - start), chunk - 1).astype(int)]
-    write_npy(tmp / "actions.npy", actions)
-    write_npy(tmp / "confidence.npy", np.ones(n, np.float32))
-    write_npy(tmp / "keep.npy", dense(actions))
-    clip = {"video": Path(video).name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n, "size": list(info["size"]),
-            "box": [x * sx, y * sy, w * sx, h * sy], "template": "released labels", "controller": meta.get("controller_type", "generic"),
-            "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0, "matcher": "labels", "every": args.every, "lag": 0, "hole": cutter.hole, "run": key}
-    write_json(tmp / "clip.json", clip)
-    os.replace(tmp, out)
+    with new_folder(out) as tmp:
+        n = cutter.run(video, tmp, rows)
+        if n < 0.5 * (rows[1] - rows[0]):
+            raise UserError(f"{video}: expected frames {rows[0]}-{rows[1]} of chunk {folder.name}, found {n} of them: download the whole video")
+        seconds = (np.arange(n) + 0.5) / info["fps"]                                         # frames and label rows may differ in rate
+        actions = actions[np.minimum(seconds * chunk / (end - start), chunk - 1).astype(int)]
+        write_npy(tmp / "actions.npy", actions)
+        write_npy(tmp / "confidence.npy", np.ones(n, np.float32))
+        write_npy(tmp / "keep.npy", dense(actions))
+        clip = {"video": Path(video).name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n, "size": list(info["size"]),
+                "box": [x * sx, y * sy, w * sx, h * sy], "template": "released labels", "controller": meta.get("controller_type", "generic"),
+                "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0, "matcher": "labels", "every": args.every, "lag": 0,
+                "hole": cutter.hole, "run": key}
+        write_json(tmp / "clip.json", clip)
     return clip
 
 
@@ -2416,7 +2508,7 @@ def train_xfeat(args):
     import copy
 
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     within(args, 1, None, "steps")
     within(args, 1, PADS, "batch")
@@ -2442,7 +2534,7 @@ def train_xfeat(args):
         command = (f"extract.py xfeat --teacher {Path(args.teacher).name} --steps {args.steps} --batch {args.batch} --lr {args.lr} "
                    f"--seed {args.seed}")
         header = {"command": command, "seed": args.seed, "step": step, "steps": args.steps, "names": "as in the official xfeat.pt"}
-        write_atomic(args.out, lambda tmp: save_file(state, tmp, {"json": json.dumps(header)}))
+        write_atomic(args.out, lambda tmp: tmp.write_bytes(save(state, {"json": json.dumps(header)})))
 
     pads = [new_ghosts() for _ in range(PADS)]
     start = time.time()
@@ -2521,36 +2613,189 @@ def log_line(path, line):
 
 
 def whole_clip(folder, key):
-    """clip.json of a clip folder that is whole and made from the same video with the same settings, else None."""
-    clip = read_clip(folder) if (folder / "clip.json").exists() else {}
-    return clip if clip.get("run") == key else None
-
-
-def extract_one(video, name, matcher, args, settings, done):
-    """One video: skip it when its result is whole and of these settings, else localise and cut -> its line for extract.jsonl, or None."""
-    key, start = fingerprint(settings, video.stat().st_size, video.stat().st_mtime_ns), time.time()
-    folders = [Path(args.out) / place for place in place_names(name)]
-    line = {"video": str(video), "status": "none", "template": None, "box": None, "inliers": 0, "seconds": 0.0, "reason": "", "run": key}
-    old, clip = done.get(str(video), {}), whole_clip(folders[0], key)
-    if old.get("run") == key and (clip or old.get("status") == "none"):
+    """clip.json of a clip made from the same video with the same settings, all of whose files open and have its n rows; else None."""
+    try:
+        clip = read_clip(folder)
+        if clip.get("run") != key:
+            return None
+        rows = [Frames(folder).n]
+        if "pad" in clip:
+            pads, _ = Frames(folder, "pads"), read_rgba(folder / "template.png")
+            rows += [pads.n, len(pads)]
+        else:
+            for name, dtype, dims in (("actions", np.float32, 2), ("confidence", np.float32, 1), ("keep", bool, 1)):
+                rows.append(len(read_npy(folder / f"{name}.npy", dtype, dims)))
+    except UserError:
         return None
-    if not clip:                                                                             # there is one after a kill between the folder and its line
-        frames, pictures = sample_frames(video)
-        places, most = localise_all(frames, matcher)
-        for find in places:
-            find.skin = recolour(find, pictures, frames[0].shape[::-1], matcher)
-        for folder, find in reversed(list(zip(folders, places))):                            # the first place last: it marks the video as done
-            clip = cut_clip(video, folder, matcher, find, args, key)
-        for unused in folders[len(places):]:
-            remove_outdated(unused)
-        line["inliers"] = int(most)
-        if not places:
-            line["reason"] = f"best of {len(matcher.skins)} templates has {most} inliers, {MIN_INLIERS} and agreeing edges are needed"
-        if len(places) > 1:
-            line["places"] = [folder.name for folder in folders[:len(places)]]
+    return clip if all(n == clip.get("n") for n in rows) else None
+
+
+def extract_one(video, name, old, matcher, args, settings):
+    """One video: localise and cut -> what its line of extract.jsonl, old until now, says of it, or None where its result is whole and of these settings."""
+    key = fingerprint(settings, video.stat().st_size, video.stat().st_mtime_ns)
+    folders = [Path(args.out) / place for place in place_names(name)]
+    line = {"status": "none", "run": key}
+    with clip_lock(folders[0]):
+        named = old.get("places") if isinstance(old.get("places"), list) else []
+        expected = [f for f in folders[1:] if f.exists() or f.name in named]
+        clip = all(whole_clip(f, key) for f in expected) and whole_clip(folders[0], key)
+        if old.get("run") == key and (clip or old.get("status") == "none"):
+            return None
+        if not clip:                                                                         # there is one after a kill between the folder and its line
+            for folder in folders:
+                check_replaceable(folder)
+            frames, pictures = sample_frames(video)
+            places, most = localise_all(frames, matcher)
+            for find in places:
+                find.skin = recolour(find, pictures, frames[0].shape[::-1], matcher)
+            for folder, find in reversed(list(zip(folders, places))):                        # the first place last: it marks the video as done
+                clip = cut_clip(video, folder, matcher, find, args, key)
+            for unused in folders[len(places):]:
+                discard(unused)
+            line["inliers"] = int(most)
+            if not places:
+                line["reason"] = f"best of {len(matcher.skins)} templates has {most} inliers, {MIN_INLIERS} and agreeing edges are needed"
+            if len(places) > 1:
+                line["places"] = [folder.name for folder in folders[:len(places)]]
     if clip:
-        line |= {"status": "found", "template": clip["template"], "box": clip["box"], "inliers": clip["inliers"], "by": clip["by"], "edges": clip["edges"]}
-    return line | {"seconds": round(time.time() - start, 2)}
+        line |= {"status": "found", **{k: clip[k] for k in ("template", "box", "inliers", "by", "edges")}}
+    return line
+
+
+def label_one(video, folder, meta, args):
+    """One released chunk -> as extract_one()."""
+    target = Path(args.out) / folder.name
+    key = fingerprint(args.every, video.stat().st_size, video.stat().st_mtime_ns, meta)
+    with clip_lock(target):
+        if whole_clip(target, key):
+            return None
+        check_replaceable(target)
+        clip = cut_labelled(folder, meta, video, target, args, key)
+    return {"status": "found", "template": "released labels", "by": {}, "box": clip["box"]}
+
+
+WORKER = "--worker"                                # the one word of a worker's command line
+
+
+class Worker:
+    """Does jobs one at a time in a child process, since a decoder is foreign code on foreign data: where it ends its
+    process, that is an error of the job's video, and a new child takes the next. The child ends with its parent."""
+
+    def __init__(self, args):
+        self.args = {name: value for name, value in vars(args).items() if name != "run"}
+        self._start()
+
+    def _start(self):
+        self.child = subprocess.Popen([sys.executable, os.path.abspath(__file__), WORKER], stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE, start_new_session=True)        # Ctrl-C is ours alone
+        ready, self.fresh = self._ask(self.args), True
+        if ready is None or "reason" in ready:
+            raise UserError(ready["reason"] if ready else f"the process that decodes videos ended at its start: {self._end()}")
+
+    def _ask(self, question):
+        """Send a JSON value -> the child's answer, a dict; None where it ended instead."""
+        try:
+            self.child.stdin.write(json.dumps(question).encode() + b"\n")
+            self.child.stdin.flush()
+            return json.loads(self.child.stdout.readline() or "null")
+        except (OSError, ValueError):                                                        # it ended within its answer
+            return None
+
+    def _end(self):
+        """End the child -> how it ended."""
+        self.child.stdout.close()
+        with suppress(OSError):
+            self.child.stdin.close()
+        code = self.child.wait()
+        sweep(self.args["out"])
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+    def __call__(self, *job):
+        """What work_for(args)(*job) returns, as {"line": ..}, or {"status": "error" or "busy", "reason": ..}."""
+        while True:
+            answer, fresh = self._ask(job), self.fresh
+            self.fresh = False
+            if answer is not None:
+                return answer
+            how = self._end()
+            self._start()
+            if fresh:                                                                        # else it may have been the video before
+                return {"status": "error", "reason": f"{job[0]}: expected a video that OpenCV decodes, found one at which its "
+                                                     f"process ends ({how}): save it again with another program"}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        self.child.kill()
+        self._end()
+
+
+def worker():
+    """The child of a Worker: reads its args and then jobs as lines of JSON, and answers each by another."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                                             # Windows has no sessions
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)                                                                            # what libraries print is no answer
+    jobs, work = SimpleQueue(), None
+
+    def listen():
+        for line in open(0, "rb", closefd=False):
+            jobs.put(json.loads(line))
+        os._exit(0)                                                                          # our parent has ended, also in the middle of a job
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        job = jobs.get()
+        try:
+            if work is None:
+                work, answer = work_for(argparse.Namespace(**job)), {}
+            else:
+                answer = {"line": work(*job)}
+        except UserError as e:
+            answer = {"status": "busy" if isinstance(e, Busy) else "error", "reason": str(e)}
+        except OSError as e:
+            answer = {"status": "error", "reason": file_trouble(e)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def work_for(args):
+    """The function that does one job of these args."""
+    if args.labels:
+        return lambda video, folder, meta: label_one(Path(video), Path(folder), meta, args)
+    skins = load_skins(args.templates) if args.templates else our_skins()
+    kinds = ("sift", "xfeat") if args.matcher == "both" else (args.matcher,)
+    net = load_xfeat(args.xfeat) if "xfeat" in kinds else None
+    matcher = Matcher(skins, kinds, net, Path(args.out) / f"templates-{rank_and_world()[0]}.npz")
+    settings = (fingerprint(*(flat for flat, _ in matcher.flats), *[s.name for s in skins]), kinds, args.every, "" if net is None else str(args.xfeat))
+    return lambda video, name, old: extract_one(Path(video), name, old, matcher, args, settings)
+
+
+def work_through(jobs, args):
+    """Do all jobs, each (what its line begins with, words for the worker) -> how many failed."""
+    failed = 0
+    with Worker(args) as work:
+        for i, (line, job) in enumerate(jobs, 1):
+            start = time.time()
+            answer = work(line["video"], *job)
+            answer = answer.get("line", answer)
+            if answer is None:
+                continue
+            line |= {"status": "", "template": None, "box": None, "inliers": 0, "reason": "", **answer}
+            line["seconds"] = round(time.time() - start, 2)
+            failed += line["status"] == "error"
+            if line["status"] != "busy":
+                log_line(Path(args.out) / "extract.jsonl", line)
+            report(line, i, len(jobs))
+    return failed
+
+
+def keep_apart(videos, out, names):
+    """UserError where a clip's folder, one of `names` in `out`, would hold a video: such a folder is replaced as a whole."""
+    out, names = out.resolve(), {name.casefold() for name in names}
+    for video in videos:
+        path = video.resolve()
+        if path.is_relative_to(out) and path.relative_to(out).parts[0].casefold() in names:
+            raise UserError(f"--out {out}: expected a folder where no clip takes the place of a video, found {path}: give another --out")
 
 
 def report(line, i, n):
@@ -2573,22 +2818,10 @@ def run_extract(args):
     out.mkdir(parents=True, exist_ok=True)
     if args.labels:
         return run_labels(every_video, videos, args, out)
-    skins = load_skins(args.templates) if args.templates else our_skins()
-    kinds = ("sift", "xfeat") if args.matcher == "both" else (args.matcher,)
-    net = load_xfeat(args.xfeat) if "xfeat" in kinds else None
-    matcher = Matcher(skins, kinds, net, out / f"templates-{rank_and_world()[0]}.npz")
-    settings = (fingerprint(*(flat for flat, _ in matcher.flats), *[s.name for s in skins]), kinds, args.every, "" if net is None else str(args.xfeat))
-    log, failed = out / "extract.jsonl", 0
+    keep_apart([video for video, _ in every_video], out, [place for _, name in every_video for place in place_names(name)])
+    log = out / "extract.jsonl"
     done = journal(log)
-    for i, (video, name) in enumerate(videos, 1):
-        try:
-            line = extract_one(video, name, matcher, args, settings, done)
-        except UserError as e:
-            line = {"video": str(video), "status": "error", "template": None, "box": None, "inliers": 0, "seconds": 0.0, "reason": str(e)}
-            failed += 1
-        if line:
-            log_line(log, line)
-            report(line, i, len(videos))
+    failed = work_through([({"video": str(video)}, (name, done.get(str(video), {}))) for video, name in videos], args)
     if args.sheet:
         contact_sheet(args.sheet, videos, journal(log), out)
     if failed and failed == len(every_video):                                                # not a share: torchrun ends all processes when one fails
@@ -2610,21 +2843,10 @@ def run_labels(every_video, videos, args, out):
         matched += [(folder, meta, holders[0])] if holders else []
     if not matched:
         raise UserError(f"{args.labels}: expected videos whose names hold one of its {len(chunks)} chunks' video ids, found none: name them <video_id>.mp4")
-    ours, failed = {video for video, _ in videos}, 0
+    keep_apart([video for video, _ in every_video], out, [folder.name for folder, _, _ in matched])
+    ours = {video for video, _ in videos}
     share = [chunk for chunk in matched if chunk[2] in ours]
-    for i, (folder, meta, video) in enumerate(share, 1):
-        start, target = time.time(), out / folder.name
-        key = fingerprint(args.every, video.stat().st_size, video.stat().st_mtime_ns, meta)
-        line = {"video": str(video), "chunk": folder.name, "status": "error", "template": None, "box": None, "inliers": 0, "reason": ""}
-        try:
-            if whole_clip(target, key):
-                continue
-            line |= {"status": "found", "template": "released labels", "by": {}, "box": cut_labelled(folder, meta, video, target, args, key)["box"]}
-        except UserError as e:
-            line["reason"], failed = str(e), failed + 1
-        line["seconds"] = round(time.time() - start, 2)
-        log_line(out / "extract.jsonl", line)
-        report(line, i, len(share))
+    failed = work_through([({"video": str(video), "chunk": folder.name}, (str(folder), meta)) for folder, meta, video in share], args)
     if failed == len(matched):
         raise UserError(f"{failed} of {failed} chunks can't be cut: see the lines above")
 
@@ -2686,6 +2908,8 @@ def run_templates(args):
 def main(argv=None):
     """Parse the command line; without a sub-command's name the main command runs."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == [WORKER]:
+        return worker()
     if argv[:1] == ["templates"]:
         parser = Parser(prog="extract.py templates", description="Write our own templates as PNG + JSON.", allow_abbrev=False)
         parser.add_argument("--out", required=True, help="folder to write to")

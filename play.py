@@ -55,8 +55,9 @@ MENU = ("BACK", "START", "GUIDE")                  # never pressed without --all
 
 # ------------------------------------------------------------------------------------------------------------ the model elsewhere
 class Client:
-    """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: seconds that one
-    question and its answer may take together. Whatever the server does wrong is one UserError, and ends the connection."""
+    """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: the
+    seconds that one question and its answer may take together. Whatever the server does wrong is one
+    UserError and ends the connection."""
     connection = None
 
     def __init__(self, host="127.0.0.1", port=5555, key=None, timeout=60.0):
@@ -64,12 +65,17 @@ class Client:
         try:
             self.connection = mpc.Client((host, port), "AF_INET")
         except (OSError, UnicodeError) as e:               # the last: a host that can't be a name
-            raise UserError(f"{self.where}: expected a server, found {e}: start one with python sample.py serve") from None
+            raise UserError(f"{self.where}: expected a server, found {e}: start one with "
+                            "python sample.py serve") from None
         if key:                                            # each side shows the other that it knows the key
             with self._exchange("leave out --key if the server has none") as connection:
                 mpc.answer_challenge(connection, key.encode())
                 mpc.deliver_challenge(connection, key.encode())
-        self.horizon = self.info()["config"]["horizon"]
+        try:
+            self.horizon = self.info()["config"]["horizon"]
+        except UserError:                                  # the server is full, say
+            self.close()
+            raise
 
     @contextlib.contextmanager
     def _exchange(self, advice):
@@ -86,11 +92,12 @@ class Client:
             if isinstance(e, UserError):
                 raise
             if time.monotonic() >= ends:
-                fault = f"expected an answer, found none in {self.timeout:g} s: is it busy, or something else on that port?"
+                fault = (f"expected an answer, found none in {self.timeout:g} s: is it busy, or something "
+                         "else on that port?")
             elif isinstance(e, mpc.AuthenticationError):
                 fault = "the key is wrong: give the server's --key"
             elif isinstance(e, (OSError, EOFError)):
-                fault = f"the connection broke ({e or 'closed by the server'}): {advice}"
+                fault = f"the connection broke ({str(e) or 'closed by the server'}): {advice}"
             else:                                          # Python 3.11's handshake asserts
                 fault = f"expected sample.py serve, found something else ({printable(e)}): check the port"
             raise UserError(f"{self.where}: {fault}") from None
@@ -98,7 +105,7 @@ class Client:
             timer.cancel()
 
     def _ask(self, header, array=None):
-        with self.lock, self._exchange("is the server still running?") as connection:      # a reset waits for a prediction
+        with self.lock, self._exchange("is the server still running?") as connection:
             connection.send_bytes(pack_message(header, array))
             message = connection.recv_bytes(MESSAGE_LIMIT)
             if message.startswith(b"#CHALLENGE#"):
@@ -111,16 +118,17 @@ class Client:
     def _need(self, good, expected, found):
         if not good:
             self.close()
-            raise UserError(f"{self.where}: expected {expected}, found {printable(found)}: is its sample.py of another version?")
+            raise UserError(f"{self.where}: expected {expected}, found {printable(found)}: "
+                            "is its sample.py of another version?")
 
     def predict(self, rgb):
         """uint8 (h, w, 3) -> float32 (T, 25). The frame is shrunk here, so that 200 kB travel and not 6 MB."""
         chunk = self._ask({"do": "predict"}, shrink(rgb))[1]
         shape = (self.horizon, A)
-        self._need(chunk is not None and chunk.dtype == np.float32 and chunk.shape == shape, f"actions, float32 {shape}",
-                   "none" if chunk is None else f"{chunk.dtype} {chunk.shape}")
-        self._need((np.abs(chunk) <= 1).all() and (chunk[:, :len(BUTTONS)] >= 0).all(),    # NaN is no less than anything
-                   "buttons in 0..1 and sticks in -1..1", "others, or NaN")
+        found = "none" if chunk is None else f"{chunk.dtype.name} {chunk.shape}"
+        self._need(found == f"float32 {shape}", f"actions, float32 {shape}", found)
+        in_range = (np.abs(chunk) <= 1).all() and (chunk[:, :len(BUTTONS)] >= 0).all()     # NaN is not
+        self._need(in_range, "buttons in 0..1 and sticks in -1..1", "others, or NaN")
         return chunk
 
     def reset(self, **what):
@@ -132,9 +140,10 @@ class Client:
         info = self._ask({"do": "info"})[0]
         config = info.get("config")
         config = config if isinstance(config, dict) else {}
-        hz, counts = config.get("hz"), [config.get("horizon"), config.get("action_shift")]
-        self._need(type(hz) in (int, float) and 1 <= hz <= 1000 and all(type(n) is int and 0 <= n < 1 << 16 for n in counts)
-                   and counts[0], "a config with hz, horizon and action_shift", [hz, *counts])
+        hz, horizon, shift = (config.get(name) for name in ("hz", "horizon", "action_shift"))
+        self._need(type(hz) in (int, float) and 1 <= hz <= 1000 and type(horizon) is type(shift) is int
+                   and 1 <= horizon < 1 << 16 and 0 <= shift < 1 << 16,
+                   "a config with hz, horizon and action_shift", [hz, horizon, shift])
         return info
 
     def close(self):
@@ -1481,7 +1490,7 @@ class Plan:
         return self.last[1] if tick - self.last[0] <= self.hold else neutral()
 
 
-STANDS = 5.0                                       # seconds that a game stands for a prediction, or three times what the first took
+STANDS = 5.0                               # seconds a game stands for a prediction, or thrice the first
 
 
 class Thinker:
@@ -1505,7 +1514,7 @@ class Thinker:
         self.asked.put((start, seen, frame))
 
     def answer(self, seconds=0.0):
-        """(start, seen, chunk) when there is one within so many seconds, else None; raises what the policy raised."""
+        """(start, seen, chunk) if it comes within `seconds`, else None; raises what the policy raised."""
         try:
             answer = self.answers.get(timeout=seconds)
         except queue.Empty:
@@ -1574,7 +1583,7 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
                 plan.rows = {}                             # the game has not moved on: nothing is committed
                 answer = thinker.answer(patience)
                 if not answer:
-                    raise UserError(f"expected a prediction while the game stands, found none in {patience:.0f} s: the game "
+                    raise UserError(f"expected a prediction within {patience:.0f} s, found none: the game "
                                     "runs on; see what holds the model up, or use --pause none")
                 plan.lay(tick, answer[2], tick)
                 env.pause.go()
@@ -1638,16 +1647,16 @@ def report(env, score, told, line):
 
 
 # ----------------------------------------------------------------------------------------------------------------- the recorder
-ROW = np.dtype([("end", "<i8"), ("action", "<f4", A), ("human", "?")])                 # end: of the row's JPEG in frames.npy
+ROW = np.dtype([("end", "<i8"), ("action", "<f4", A), ("human", "?")])       # end: of its JPEG in frames.npy
 
 
 class Recorder:
-    """A clip folder of what is seen and pressed, DATA/GAME_DATE_TIME/. Row i is tick i: the picture taken right after the
-    action was pressed, which can't show its effect yet, as in videos with an overlay.
+    """A clip folder of what is seen and pressed, DATA/GAME_DATE_TIME/. Row i is tick i: the picture taken
+    right after the action was pressed, which can't show its effect yet, as in videos with an overlay.
 
-    Until close() the folder's name ends in .recording. Each row goes to the system as it comes, its JPEG to the end of
-    frames.npy and then a ROW to the end of rows.bin: a process that is killed loses the row it is at, and pick_up() makes
-    a clip of the others. A lock tells a dead process's folder from a living one's."""
+    Until close() the folder's name ends in .recording. Each row goes to the system as it comes, its JPEG to
+    the end of frames.npy and then a ROW to the end of rows.bin: a process that is killed loses the row it is
+    at, and pick_up() makes a clip of the others. A lock tells a dead process's folder from a living one's."""
     def __init__(self, data, game, hz):
         stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
         self.tmp, self.files = Path(data) / f"{stem}.recording", contextlib.ExitStack()
@@ -1694,7 +1703,7 @@ def pick_up(data):
 
 
 def finish(tmp):
-    """Make a clip of a recording that nobody writes on -> a line about it. Killed on the way, it can be done again."""
+    """Make a clip of a recording that nobody writes on -> a line about it. May be killed and done again."""
     folder = tmp.with_suffix("")
     with writing(tmp):
         with extract.lock(tmp / "lock"):
@@ -1704,11 +1713,11 @@ def finish(tmp):
         if keep is None:
             extract.remove(tmp)
             return f"{folder}: nothing was played, nothing is kept"
-        os.replace(tmp, folder)                            # Windows renames no folder with an open file, a lock say
+        os.replace(tmp, folder)                            # Windows renames no folder that holds an open lock
     for name in ("rows.bin", "recording.json", "lock"):
         extract.remove(folder / name)
-    return (f"{folder}: {len(rows)} rows at {extract.read_clip(folder)['fps']:g}/s, {rows['human'].mean():.0%} by hand, "
-            f"{keep.mean():.0%} kept")
+    return (f"{folder}: {len(rows)} rows at {extract.read_clip(folder)['fps']:g}/s, "
+            f"{rows['human'].mean():.0%} by hand, {keep.mean():.0%} kept")
 
 
 def write_clip(tmp, rows):
@@ -1721,15 +1730,15 @@ def write_clip(tmp, rows):
         index = np.stack([np.arange(n + 1), np.append(start, rows["end"]) - start], 1)
         os.fsync(file.fileno())
     keep = extract.dense(actions, sure)
-    for name, array in (("frames_index", index), ("actions", actions), ("truth", actions), ("confidence", sure),
-                        ("keep", keep), ("human", rows["human"])):
+    for name, array in (("frames_index", index), ("actions", actions), ("truth", actions),
+                        ("confidence", sure), ("keep", keep), ("human", rows["human"])):
         extract.write_npy(tmp / f"{name}.npy", array)
     extract.write_json(tmp / "clip.json", {**extract.read_json(tmp / "recording.json", dict), "n": n})
     return keep
 
 
 def bytes_header(file, n):
-    """Write the header of a .npy of n bytes at the start of a file -> where the bytes begin, the same for every n."""
+    """Write the header of a .npy of n bytes at the start of a file -> where the bytes begin, for any n."""
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (int(n),)})
     return file.tell()
@@ -1741,8 +1750,8 @@ def writing(path):
     try:
         yield
     except OSError as e:
-        raise UserError(f"can't write {path}: {e.strerror or e}: what is whole is kept; make room and start again with the "
-                        "same --record, or give another") from None
+        raise UserError(f"can't write {path}: {e.strerror or e}: what is whole is kept; make room and start "
+                        "again with the same --record, or give another") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- what it sees
@@ -1868,7 +1877,7 @@ def run(args):
     def end(*_):
         raise KeyboardInterrupt                            # the same end as by Ctrl-C, everything put right
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):       # Ctrl-C too: a background job inherits it ignored
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):   # a background job's Ctrl-C is ignored
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), end)
     if args.record:
@@ -1931,7 +1940,8 @@ def flags():
     add("--handback", type=float, default=1.0, metavar="S", help="seconds without a touch of the real pad after which the model plays on (default 1)")
     add("--seconds", type=float, metavar="S", help="end after this time (default: never)")
     add = p.add_argument_group("what is kept and shown").add_argument
-    add("--record", metavar="DATA", help="write a clip folder under DATA, for train.py")
+    add("--record", metavar="DATA",
+        help="write a clip folder under DATA, for train.py; one that a killed run left is finished first")
     add("--show", action="store_true", help="a window with what the model sees and presses")
     add("--video", metavar="OUT.mp4", help="the same as a video")
     add("--guard", help="internal: what to undo, as JSON (class Guard)")

@@ -205,8 +205,8 @@ class Session:
         noise = torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)         # (B, T, A)
         raw = self.policy.chunk(seen, keep, self.games, noise)
         if not torch.isfinite(raw).all():
-            raise UserError(f"{self.policy.name}: expected numbers, the model gives NaN or infinity: use --dtype float32 and a "
-                            "smaller --cfg, or another checkpoint")
+            raise UserError(f"{self.policy.name}: expected numbers, the model gives NaN or infinity: use "
+                            "--dtype float32 and a smaller --cfg, or another checkpoint")
         return raw[0] if single else raw
 
     def info(self):
@@ -221,13 +221,13 @@ class Session:
 class Server:
     """Sessions over multiprocessing.connection: framed bytes, never pickles; the messages are described in extract.py. A thread and a Session
     for each client. Whatever a client sends or leaves out costs that client its connection at most."""
-    PATIENCE, IDLE = 10.0, 3600.0                  # seconds a message may take to arrive or to leave, seconds between two
-    CLIENTS = 32                                   # at a time, and as many strangers: whose key or first message is still to come
+    PATIENCE, IDLE = 10.0, 3600.0                  # seconds a message may take to come or go; between two
+    CLIENTS = 32                                   # at a time, and as many strangers: no key or message yet
 
     def __init__(self, policy, host="127.0.0.1", port=5555, key=None, game=None, seed=0):
         self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
         self.lock, self.stop = threading.Lock(), threading.Event()
-        self.due, self.clients = {}, set()                                                 # due: connection -> when it is given up
+        self.due, self.clients = {}, set()         # due: connection -> when it is given up
         Session(policy, game)                                                              # a wrong --game is said now
         try:
             self.listener = mpc.Listener((host, port), "AF_INET", backlog=64)
@@ -262,7 +262,7 @@ class Server:
             s.shutdown(socket.SHUT_RDWR)
 
     def accept(self):
-        """A thread for each stranger that comes; for one too many the oldest goes, so that silence keeps nobody out."""
+        """A thread for each stranger. For one too many the oldest goes: silence keeps nobody out."""
         while not self.stop.is_set():
             try:
                 connection = self.listener.accept()
@@ -273,13 +273,16 @@ class Server:
                 return connection.close()
             with self.lock:
                 strangers = [c for c, due in self.due.items() if c not in self.clients and due < math.inf]
-                if len(strangers) >= self.CLIENTS:
+                crowded = len(strangers) >= self.CLIENTS
+                if crowded:
                     self.shut(strangers[0])
                 self.due[connection] = time.monotonic() + self.PATIENCE
             threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
+            if crowded:                                    # each stranger has CLIENTS times this long
+                self.stop.wait(0.02)
 
     def welcome(self, connection):
-        """Is there a place for one who has proven to be a client, or has it one? Only such a one is told that there is none."""
+        """Has a proven client a place, or is there one for it? Only such a one hears that there is none."""
         with self.lock:
             if connection in self.clients or len(self.clients) < self.CLIENTS:
                 self.clients.add(connection)
@@ -296,7 +299,8 @@ class Server:
                 self.due[connection] = time.monotonic() + self.PATIENCE
                 message = connection.recv_bytes(extract.MESSAGE_LIMIT)
                 if not self.welcome(connection):
-                    connection.send_bytes(extract.pack_message({"error": f"the server is full: {self.CLIENTS} clients at a time"}))
+                    full = f"the server is full: {self.CLIENTS} clients at a time"
+                    connection.send_bytes(extract.pack_message({"error": full}))
                     break
                 self.due[connection] = math.inf        # as long as it takes to answer
                 reply = self.answer(session, message)

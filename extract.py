@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -123,7 +124,7 @@ def cli(parser, argv, *mistakes):
 
 def file_trouble(e):
     """One line for an OSError."""
-    path = "--out" if e.filename is None else e.filename                    # a full disk doesn't say which file it was
+    path = "--out" if e.filename is None else e.filename      # a full disk doesn't say which file it was
     return f"{path}: {e.strerror}: check this path, the rights to it and the room on its disk"
 
 
@@ -223,7 +224,7 @@ def temporary(path):
 
 
 def sweep(folder):
-    """Remove the temporary files and folders that processes of this host left in `folder` when they were killed."""
+    """Remove the temporary files and folders that killed processes of this host left in `folder`."""
     for path in Path(folder).glob(f".tmp-{HOST}-*"):
         made = re.fullmatch(rf"\.tmp-{HOST}-(\d+)-[0-9a-f]{{8}}(\..*)?", path.name)
         if made and not running(int(made[1])):
@@ -231,7 +232,7 @@ def sweep(folder):
 
 
 def remove(path):
-    """Remove a file or a folder of ours, where it is there and we may; a link is removed itself and never followed."""
+    """Remove a file or a folder of ours, where it is there and we may; a link is never followed."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -245,7 +246,7 @@ def running(pid):
         import ctypes
         kernel = ctypes.windll.kernel32
         process = kernel.OpenProcess(0x100000, False, pid)                  # SYNCHRONIZE
-        ended = not process and kernel.GetLastError() == 87                 # no such process; else its rights are others'
+        ended = not process and kernel.GetLastError() == 87       # no such process; else it is another user's
         if process:
             ended = not kernel.WaitForSingleObject(process, 0)
             kernel.CloseHandle(process)
@@ -260,8 +261,8 @@ def running(pid):
 
 
 def write_atomic(path, write):
-    """write(tmp) makes the file under a temporary name; once it is on the disk, it is renamed: a name never holds half
-    a file, not even after a power cut. Its rights are those of any new file, also where `write` gave it others."""
+    """write(tmp) makes the file under a temporary name; once it is on the disk, it is renamed: a name never
+    holds half a file, not even after a power cut. It has a new file's usual rights, whatever `write` gave it."""
     path = Path(path)
     tmp = temporary(path)
     try:
@@ -416,12 +417,12 @@ def premultiply(rgba):
     return cv2.merge([*cv2.split(cv2.multiply(rgba[..., :3], cv2.merge([alpha] * 3), scale=1 / 255)), alpha])
 
 
-MOST_PIXELS = 1 << 26                                                                        # of one picture: 8192 x 8192
+MOST_PIXELS = 1 << 26                              # of one picture: 8192 x 8192
 
 
 def decode_picture(data, flags):
-    """The bytes uint8 (k,) of a PNG or JPEG -> cv2.imdecode's array; None for anything else, and for a header that
-    asks for more than MOST_PIXELS: a few bytes could take all memory."""
+    """The bytes uint8 (k,) of a PNG or JPEG -> cv2.imdecode's array; None for anything else, and for a header
+    that asks for more than MOST_PIXELS: a few bytes could take all memory."""
     head, size = data.tobytes(), b""
     if head[:4] == b"\x89PNG":
         size = head[16:24]
@@ -444,12 +445,13 @@ def decode_picture(data, flags):
 def read_rgba(path):
     """A PNG or JPEG file as uint8 (h, w, 4) RGBA, straight alpha. UserError when it is no picture."""
     try:
-        image = decode_picture(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)            # imread can't open non-ASCII names on Windows
-    except (OSError, cv2.error):                                                             # a folder
+        data = np.fromfile(path, np.uint8)         # imread can't open non-ASCII names on Windows
+        image = decode_picture(data, cv2.IMREAD_UNCHANGED)
+    except (OSError, cv2.error):                   # a folder
         image = None
     if image is None:
-        raise UserError(f"{path}: expected a PNG or JPEG picture of at most {MOST_PIXELS} pixels, found something else: "
-                        "remove it or save it again as PNG")
+        raise UserError(f"{path}: expected a PNG or JPEG picture of at most {MOST_PIXELS} pixels, "
+                        "found something else: remove it or save it again as PNG")
     if image.dtype != np.uint8:
         image = (image / 257).astype(np.uint8)
     if image.ndim == 2:
@@ -460,7 +462,8 @@ def read_rgba(path):
 def save_png(path, rgba):
     """Write a uint8 RGB(A) picture as PNG, atomically."""
     code = cv2.COLOR_RGBA2BGRA if rgba.shape[2] == 4 else cv2.COLOR_RGB2BGR
-    write_atomic(path, lambda tmp: cv2.imencode(".png", cv2.cvtColor(rgba, code))[1].tofile(tmp))
+    png = cv2.imencode(".png", cv2.cvtColor(rgba, code))[1]
+    write_atomic(path, lambda tmp: tmp.write_bytes(png))
 
 
 def load_preset(layout, width=None):
@@ -643,7 +646,7 @@ def read_json(path, kind):
     """A JSON file whose top level is `kind`; UserError names the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()                                       # half a letter (\ud800) can't be printed or written
+        json.dumps(value, ensure_ascii=False).encode()    # half a letter (\ud800) can't be printed or written
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{path}: expected JSON, found {e}: mend it or remove it") from None
     if not isinstance(value, kind):
@@ -1359,8 +1362,8 @@ class VideoWriter:
         self.n += 1
 
     def close(self):
-        """Finish the file and give it its name; UserError where not all frames are in it: OpenCV's writer is silent
-        on a full disk."""
+        """Finish the file and give it its name; UserError where not all frames are in it: OpenCV's writer is
+        silent on a full disk."""
         self.writer.release()
         capture, found = cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG), 0
         while capture.grab():
@@ -1368,7 +1371,8 @@ class VideoWriter:
         capture.release()
         if found != self.n:
             remove(self.tmp)
-            raise UserError(f"{self.path}: expected {self.n} frames in the finished video, found {found}: make room on its disk")
+            raise UserError(f"{self.path}: expected {self.n} frames in the finished video, found {found}: "
+                            "make room on its disk")
         sync(self.tmp)
         os.replace(self.tmp, self.path)
 
@@ -1426,11 +1430,10 @@ class FramesWriter:
 
 
 def write_npy(path, array):
-    """np.save under a temporary name, then renamed."""
-    def write(tmp):
-        with open(tmp, "wb") as f:
-            np.save(f, array)
-    write_atomic(path, write)
+    """np.save, atomically. Through memory: numpy's own writing is silent on a full disk."""
+    file = io.BytesIO()
+    np.save(file, array)
+    write_atomic(path, lambda tmp: tmp.write_bytes(file.getbuffer()))
 
 
 def read_npy(path, dtype, dims):
@@ -1454,12 +1457,13 @@ def check_actions(path, actions, n):
         raise UserError(f"{path}: expected {n} x {A}, one row a video frame, found {actions.shape}: delete it and run its stage again")
     bad = out_of_range(actions)
     if bad:
-        raise UserError(f"{path}: expected buttons in 0..1 and sticks in -1..1, found {bad}: run its stage again or delete the clip")
+        raise UserError(f"{path}: expected buttons in 0..1 and sticks in -1..1, found {bad}: "
+                        "run its stage again or delete the clip")
 
 
 def out_of_range(actions):
     """What is wrong with the values of actions, float (n, 25), in words; "" where nothing is."""
-    low, high = (actions.min(0), actions.max(0)) if len(actions) else (np.zeros(A),) * 2     # NaN passes through both
+    low, high = (actions.min(0), actions.max(0)) if len(actions) else (np.zeros(A),) * 2   # NaN stays NaN
     if (low >= [0] * len(BUTTONS) + [-1.001] * 4).all() and (high <= 1.001).all():
         return ""
     bad = int(np.flatnonzero(~((actions[:, :-4] >= 0).all(1) & (np.abs(actions) <= 1.001).all(1)))[0])
@@ -2181,11 +2185,14 @@ def cut_clip(video, folder, matcher, find, args, key):
     cutter = Cutter(info["size"], args.every, skin, find.affine, [box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1])
     with new_folder(folder) as tmp:
         n = cutter.run(video, tmp)
-        clip = {"video": Path(video).name, "game": Path(video).stem, "fps": info["fps"], "n": n, "size": list(info["size"]),
-                "box": [round(v, 2) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])], "template": skin.name,
-                "controller": skin.family, "affine": [[round(float(v), 6) for v in row] for row in corners_convention(find.affine)],
-                "inliers": int(find.inliers), "matcher": max(find.by, key=find.by.get), "every": args.every, "lag": 0, "by": find.by,
-                "edges": round(find.edges, 3), "seen": round(find.seen, 3), "hole": cutter.hole, "pad": list(cutter.pad),
+        clip = {"video": Path(video).name, "game": Path(video).stem, "fps": info["fps"], "n": n,
+                "size": list(info["size"]),
+                "box": [round(v, 2) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])],
+                "template": skin.name, "controller": skin.family,
+                "affine": [[round(float(v), 6) for v in row] for row in corners_convention(find.affine)],
+                "inliers": int(find.inliers), "matcher": max(find.by, key=find.by.get), "every": args.every,
+                "lag": 0, "by": find.by, "edges": round(find.edges, 3), "seen": round(find.seen, 3),
+                "hole": cutter.hole, "pad": list(cutter.pad),
                 "geometry": geometry_of(skin, matcher), "run": key}
         interpolation = cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR
         save_png(tmp / "template.png", cv2.resize(draw(skin), cutter.pad, interpolation=interpolation))
@@ -2200,18 +2207,18 @@ def corners_convention(affine):
     return out
 
 
-CLIP_FILES = {"clip.json", "template.png", ".lock", ".DS_Store", "Thumbs.db",
-              *(f"{name}.npy" for name in ("frames frames_index pads pads_index actions confidence keep truth human cuts").split())}
+CLIP_FILES = set("clip.json template.png frames.npy frames_index.npy pads.npy pads_index.npy actions.npy "
+                 "confidence.npy keep.npy truth.npy human.npy cuts.npy .lock .DS_Store Thumbs.db".split())
 
 
 def check_replaceable(folder):
-    """UserError unless nothing stands at `folder` but a clip that extract.py cut, with files of clips only."""
+    """UserError where anything stands at `folder` but a clip that extract.py cut, with clips' files only."""
     if not os.path.lexists(folder):
         return
     wrong = "a link or a file"
     if folder.is_dir() and not folder.is_symlink():
-        foreign = [e.name for e in os.scandir(folder)
-                   if e.is_dir(follow_symlinks=False) or e.name not in CLIP_FILES and not e.name.startswith(".tmp-")]
+        foreign = [e.name for e in os.scandir(folder) if e.is_dir(follow_symlinks=False)
+                   or not (e.name in CLIP_FILES or e.name.startswith(".tmp-"))]
         try:
             made = "run" in read_json(folder / "clip.json", dict)
         except UserError:
@@ -2223,9 +2230,9 @@ def check_replaceable(folder):
 
 
 def discard(folder):
-    """Remove a clip that is no longer true, whole or not at all; UserError where check_replaceable() says so."""
+    """Remove a clip that is no longer true, whole or not at all; UserError where it is none of ours."""
     check_replaceable(folder)
-    if folder.exists():
+    if os.path.lexists(folder):
         old = temporary(folder.with_name(folder.name + " before"))
         os.replace(folder, old)
         remove(old)
@@ -2233,9 +2240,9 @@ def discard(folder):
 
 @contextmanager
 def new_folder(folder):
-    """A folder to write a clip into, under a temporary name; it takes the place of `folder` once the block has ended well."""
+    """A folder to write a clip into, under a temporary name; when the block ends well, it is `folder`."""
     tmp = temporary(folder)
-    remove(tmp)                                                                              # of an earlier process of our number
+    remove(tmp)                                    # of an earlier process of our number
     tmp.mkdir(parents=True)
     try:
         yield tmp
@@ -2300,7 +2307,8 @@ def cut_labelled(folder, meta, video, out, args, key):
         rows = round(start * info["fps"]), round(end * info["fps"])
         area = meta.get("bbox_game_area")                                                    # in shares of the frame
         window = area and [min(max(round(area[edge] * side), 0), side) for edge, side in zip(("xtl", "ytl", "xbr", "ybr"), info["size"] * 2)]
-        seen = all(1 <= span <= side and 0 <= start + span / 2 <= side for start, span, side in ((x, w, width), (y, h, height)))
+        seen = all(1 <= span <= side and 0 <= start + span / 2 <= side
+                   for start, span, side in ((x, w, width), (y, h, height)))
         if not seen or window and not (window[0] < window[2] and window[1] < window[3]):
             raise ValueError(f"boxes {[x, y, w, h]} and {window} in a picture of {info['size']}")
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as e:
@@ -2313,16 +2321,18 @@ def cut_labelled(folder, meta, video, out, args, key):
     with new_folder(out) as tmp:
         n = cutter.run(video, tmp, rows)
         if n < 0.5 * (rows[1] - rows[0]):
-            raise UserError(f"{video}: expected frames {rows[0]}-{rows[1]} of chunk {folder.name}, found {n} of them: download the whole video")
-        seconds = (np.arange(n) + 0.5) / info["fps"]                                         # frames and label rows may differ in rate
+            raise UserError(f"{video}: expected frames {rows[0]}-{rows[1]} of chunk {folder.name}, "
+                            f"found {n} of them: download the whole video")
+        seconds = (np.arange(n) + 0.5) / info["fps"]           # frames and label rows may differ in rate
         actions = actions[np.minimum(seconds * chunk / (end - start), chunk - 1).astype(int)]
         write_npy(tmp / "actions.npy", actions)
         write_npy(tmp / "confidence.npy", np.ones(n, np.float32))
         write_npy(tmp / "keep.npy", dense(actions))
-        clip = {"video": Path(video).name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n, "size": list(info["size"]),
-                "box": [x * sx, y * sy, w * sx, h * sy], "template": "released labels", "controller": meta.get("controller_type", "generic"),
-                "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0, "matcher": "labels", "every": args.every, "lag": 0,
-                "hole": cutter.hole, "run": key}
+        clip = {"video": Path(video).name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n,
+                "size": list(info["size"]), "box": [x * sx, y * sy, w * sx, h * sy],
+                "template": "released labels", "controller": meta.get("controller_type", "generic"),
+                "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0, "matcher": "labels",
+                "every": args.every, "lag": 0, "hole": cutter.hole, "run": key}
         write_json(tmp / "clip.json", clip)
     return clip
 
@@ -2613,7 +2623,7 @@ def log_line(path, line):
 
 
 def whole_clip(folder, key):
-    """clip.json of a clip made from the same video with the same settings, all of whose files open and have its n rows; else None."""
+    """clip.json of a clip of the same video and settings whose files all open and have n rows; else None."""
     try:
         clip = read_clip(folder)
         if clip.get("run") != key:
@@ -2623,38 +2633,40 @@ def whole_clip(folder, key):
             pads, _ = Frames(folder, "pads"), read_rgba(folder / "template.png")
             rows += [pads.n, len(pads)]
         else:
-            for name, dtype, dims in (("actions", np.float32, 2), ("confidence", np.float32, 1), ("keep", bool, 1)):
-                rows.append(len(read_npy(folder / f"{name}.npy", dtype, dims)))
+            made = (("actions", np.float32, 2), ("confidence", np.float32, 1), ("keep", bool, 1))
+            rows += [len(read_npy(folder / f"{name}.npy", dtype, dims)) for name, dtype, dims in made]
     except UserError:
         return None
     return clip if all(n == clip.get("n") for n in rows) else None
 
 
 def extract_one(video, name, old, matcher, args, settings):
-    """One video: localise and cut -> what its line of extract.jsonl, old until now, says of it, or None where its result is whole and of these settings."""
+    """One video: localise and cut -> what its line of extract.jsonl (`old` before) says of it; None where its
+    result is whole and of these settings."""
     key = fingerprint(settings, video.stat().st_size, video.stat().st_mtime_ns)
     folders = [Path(args.out) / place for place in place_names(name)]
     line = {"status": "none", "run": key}
     with clip_lock(folders[0]):
         named = old.get("places") if isinstance(old.get("places"), list) else []
-        expected = [f for f in folders[1:] if f.exists() or f.name in named]
+        expected = [f for f in folders[1:] if os.path.lexists(f) or f.name in named]      # exists() minds a long name
         clip = all(whole_clip(f, key) for f in expected) and whole_clip(folders[0], key)
         if old.get("run") == key and (clip or old.get("status") == "none"):
             return None
-        if not clip:                                                                         # there is one after a kill between the folder and its line
+        if not clip:                               # there is one after a kill between the folder and its line
             for folder in folders:
                 check_replaceable(folder)
             frames, pictures = sample_frames(video)
             places, most = localise_all(frames, matcher)
             for find in places:
                 find.skin = recolour(find, pictures, frames[0].shape[::-1], matcher)
-            for folder, find in reversed(list(zip(folders, places))):                        # the first place last: it marks the video as done
+            for folder, find in reversed(list(zip(folders, places))):    # the first last: it says all is done
                 clip = cut_clip(video, folder, matcher, find, args, key)
             for unused in folders[len(places):]:
                 discard(unused)
             line["inliers"] = int(most)
             if not places:
-                line["reason"] = f"best of {len(matcher.skins)} templates has {most} inliers, {MIN_INLIERS} and agreeing edges are needed"
+                line["reason"] = (f"best of {len(matcher.skins)} templates has {most} inliers, "
+                                  f"{MIN_INLIERS} and agreeing edges are needed")
             if len(places) > 1:
                 line["places"] = [folder.name for folder in folders[:len(places)]]
     if clip:
@@ -2678,19 +2690,21 @@ WORKER = "--worker"                                # the one word of a worker's 
 
 
 class Worker:
-    """Does jobs one at a time in a child process, since a decoder is foreign code on foreign data: where it ends its
-    process, that is an error of the job's video, and a new child takes the next. The child ends with its parent."""
+    """Does jobs one at a time in a child process, since a decoder is foreign code on foreign data: where it
+    ends its process, that is an error of the job's video, and a new child goes on. The child ends with us."""
 
     def __init__(self, args):
         self.args = {name: value for name, value in vars(args).items() if name != "run"}
         self._start()
 
     def _start(self):
-        self.child = subprocess.Popen([sys.executable, os.path.abspath(__file__), WORKER], stdin=subprocess.PIPE,
-                                      stdout=subprocess.PIPE, start_new_session=True)        # Ctrl-C is ours alone
+        self.child = subprocess.Popen([sys.executable, os.path.abspath(__file__), WORKER],
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      start_new_session=True)                       # Ctrl-C is for us alone
         ready, self.fresh = self._ask(self.args), True
-        if ready is None or "reason" in ready:
-            raise UserError(ready["reason"] if ready else f"the process that decodes videos ended at its start: {self._end()}")
+        if ready != {}:
+            how = self._end()
+            raise UserError(ready["reason"] if ready else f"the process for videos ended at its start: {how}")
 
     def _ask(self, question):
         """Send a JSON value -> the child's answer, a dict; None where it ended instead."""
@@ -2698,7 +2712,7 @@ class Worker:
             self.child.stdin.write(json.dumps(question).encode() + b"\n")
             self.child.stdin.flush()
             return json.loads(self.child.stdout.readline() or "null")
-        except (OSError, ValueError):                                                        # it ended within its answer
+        except (OSError, ValueError):              # it ended within its answer
             return None
 
     def _end(self):
@@ -2711,7 +2725,7 @@ class Worker:
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
     def __call__(self, *job):
-        """What work_for(args)(*job) returns, as {"line": ..}, or {"status": "error" or "busy", "reason": ..}."""
+        """{"line": what work_for(args)(*job) returns} or {"status": "error" or "busy", "reason": ..}."""
         while True:
             answer, fresh = self._ask(job), self.fresh
             self.fresh = False
@@ -2719,9 +2733,9 @@ class Worker:
                 return answer
             how = self._end()
             self._start()
-            if fresh:                                                                        # else it may have been the video before
-                return {"status": "error", "reason": f"{job[0]}: expected a video that OpenCV decodes, found one at which its "
-                                                     f"process ends ({how}): save it again with another program"}
+            if fresh:                              # else it may have been the video before
+                return {"status": "error", "reason": f"{job[0]}: expected a video that OpenCV decodes, found "
+                        f"one at which its process ends ({how}): save it again with another program"}
 
     def __enter__(self):
         return self
@@ -2733,15 +2747,15 @@ class Worker:
 
 def worker():
     """The child of a Worker: reads its args and then jobs as lines of JSON, and answers each by another."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                                             # Windows has no sessions
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Windows has no sessions
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                                                                            # what libraries print is no answer
+    os.dup2(2, 1)                                  # what libraries print is no answer
     jobs, work = SimpleQueue(), None
 
     def listen():
         for line in open(0, "rb", closefd=False):
             jobs.put(json.loads(line))
-        os._exit(0)                                                                          # our parent has ended, also in the middle of a job
+        os._exit(0)                                # our parent has ended, also in the middle of a job
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
@@ -2766,7 +2780,8 @@ def work_for(args):
     kinds = ("sift", "xfeat") if args.matcher == "both" else (args.matcher,)
     net = load_xfeat(args.xfeat) if "xfeat" in kinds else None
     matcher = Matcher(skins, kinds, net, Path(args.out) / f"templates-{rank_and_world()[0]}.npz")
-    settings = (fingerprint(*(flat for flat, _ in matcher.flats), *[s.name for s in skins]), kinds, args.every, "" if net is None else str(args.xfeat))
+    drawings = fingerprint(*(flat for flat, _ in matcher.flats), *[s.name for s in skins])
+    settings = drawings, kinds, args.every, "" if net is None else str(args.xfeat)
     return lambda video, name, old: extract_one(Path(video), name, old, matcher, args, settings)
 
 
@@ -2790,12 +2805,13 @@ def work_through(jobs, args):
 
 
 def keep_apart(videos, out, names):
-    """UserError where a clip's folder, one of `names` in `out`, would hold a video: such a folder is replaced as a whole."""
+    """UserError where a clip's folder, one of `names` in `out`, holds a video: it is replaced as a whole."""
     out, names = out.resolve(), {name.casefold() for name in names}
-    for video in videos:
+    for video, _ in videos:
         path = video.resolve()
         if path.is_relative_to(out) and path.relative_to(out).parts[0].casefold() in names:
-            raise UserError(f"--out {out}: expected a folder where no clip takes the place of a video, found {path}: give another --out")
+            raise UserError(f"--out {out}: expected a folder where no clip takes a video's place, "
+                            f"found {path}: give another --out")
 
 
 def report(line, i, n):
@@ -2818,10 +2834,11 @@ def run_extract(args):
     out.mkdir(parents=True, exist_ok=True)
     if args.labels:
         return run_labels(every_video, videos, args, out)
-    keep_apart([video for video, _ in every_video], out, [place for _, name in every_video for place in place_names(name)])
+    keep_apart(every_video, out, [place for _, name in every_video for place in place_names(name)])
     log = out / "extract.jsonl"
     done = journal(log)
-    failed = work_through([({"video": str(video)}, (name, done.get(str(video), {}))) for video, name in videos], args)
+    jobs = [({"video": str(video)}, (name, done.get(str(video), {}))) for video, name in videos]
+    failed = work_through(jobs, args)
     if args.sheet:
         contact_sheet(args.sheet, videos, journal(log), out)
     if failed and failed == len(every_video):                                                # not a share: torchrun ends all processes when one fails
@@ -2843,10 +2860,12 @@ def run_labels(every_video, videos, args, out):
         matched += [(folder, meta, holders[0])] if holders else []
     if not matched:
         raise UserError(f"{args.labels}: expected videos whose names hold one of its {len(chunks)} chunks' video ids, found none: name them <video_id>.mp4")
-    keep_apart([video for video, _ in every_video], out, [folder.name for folder, _, _ in matched])
+    keep_apart(every_video, out, [folder.name for folder, _, _ in matched])
     ours = {video for video, _ in videos}
     share = [chunk for chunk in matched if chunk[2] in ours]
-    failed = work_through([({"video": str(video), "chunk": folder.name}, (str(folder), meta)) for folder, meta, video in share], args)
+    jobs = [({"video": str(video), "chunk": folder.name}, (str(folder), meta))
+            for folder, meta, video in share]
+    failed = work_through(jobs, args)
     if failed == len(matched):
         raise UserError(f"{failed} of {failed} chunks can't be cut: see the lines above")
 

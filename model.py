@@ -19,16 +19,19 @@ Comments mark who says what: [P] the paper, [R] the released code or checkpoint 
     python model.py info ng.safetensors                   what a checkpoint holds
 """
 import argparse
+import contextlib
 import copy
 import functools
 import json
 import math
 import os
 import pickle
+import platform
 import re
 import struct
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +39,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -144,15 +145,11 @@ class Config:
                 raise ModelError(f"configuration: {text}")
         for name, value in [*vars(self).items(), *vars(self.mixing).items(), *vars(self.dit).items()]:
             if type(value) in (int, float):
-                need(0 <= value <= 1 << 20, f"{name} = {value} is out of range")
-        for name in ("image", "patch", "vision_width", "vision_heads", "frames", "horizon", "steps", "buckets", "embodiments"):
-            need(getattr(self, name) > 0, f"{name} must be at least 1")
+                low, high = RANGES[name]
+                need(low <= value <= high, f"{name} = {value}, expected {low} to {high}")                  # NaN lies nowhere
         for name, stack in ("mixing", self.mixing), ("dit", self.dit):
-            need(stack.dropout < 1, f"{name} dropout = {stack.dropout} leaves nothing")
             need(stack.activation in {**ACTIVATIONS, **GATED},
                  f"{name} activation {stack.activation!r} is not one of {', '.join([*ACTIVATIONS, *GATED])}")
-        need(max(self.vision_layers, self.mixing.layers, self.dit.layers) <= 256, "more than 256 layers")
-        need(1 <= self.hz <= 1000, f"{self.hz} actions a second, expected 1 to 1000")
         need(self.image % self.patch == 0, f"image {self.image} is not a multiple of patch {self.patch}")
         need(not self.stem or self.patch >= 8 and self.patch & (self.patch - 1) == 0,
              f"a stem needs a patch of 8, 16, 32 ..., found {self.patch}")
@@ -160,17 +157,28 @@ class Config:
         need(self.mixing.heads * self.mixing.head_width == self.vision_width or not self.mixing.layers,
              f"mixing has {self.mixing.heads} x {self.mixing.head_width} channels, the vision encoder {self.vision_width}")
         need(self.width >= 4 and self.width % 2 == 0, f"DiT width {self.width} must be even and at least 4")
-        need(self.action_dim > 4, f"action_dim {self.action_dim} leaves no button beside the four stick axes")
         need(self.horizon <= self.position_rows or not self.position_rows, f"{self.horizon} actions, {self.position_rows} positions")
-        need(self.length <= 1 << 16, f"a context of {self.length} tokens is out of range")
+        low, high = RANGES["context_tokens"]
+        need(low <= self.length <= high, f"a context of {self.length} tokens, expected {high} at most")
         needed = self.frames * self.image_tokens + bool(self.games)
         game = " and a game" if self.games else ""
         need(self.length >= needed, f"{self.frames} frames{game} are {needed} tokens, the context has room for {self.length}")
         for what, tokens, stack in ("context tokens", self.length, self.mixing), ("actions", self.horizon, self.dit):
             need(not stack.sinusoidal or tokens <= stack.max_positions, f"{tokens} {what}, {stack.max_positions} sine positions")
         need(all(type(g) is str for g in self.games), "games must be names")
-        need(len(self.beta) == 2 and all(type(b) in (int, float) and b > 0 for b in self.beta), "beta must be two positive numbers")
+        need(len(self.beta) == 2 and all(type(b) in (int, float) and 0.01 <= b <= 100 for b in self.beta),
+             f"beta = {self.beta}, expected two numbers, 0.01 to 100")
         return self
+
+
+# What each number of a configuration may be. One that comes from a file is checked before anything of its size is
+# made; attention over the context costs the square of its tokens.
+RANGES = {"layers": (0, 256), "heads": (1, 256), "head_width": (1, 1024), "dropout": (0, 0.99), "max_positions": (0, 8192),
+          "eps": (1e-12, 1), "patch": (1, 256), "vision_width": (1, 8192), "vision_layers": (0, 256),
+          "vision_heads": (1, 256), "vision_ffn": (0, 65536), "image": (1, 1024), "frames": (1, 64),
+          "context_tokens": (0, 8192), "horizon": (1, 1024), "action_dim": (5, 1024), "position_rows": (0, 8192),
+          "embodiments": (1, 1024), "action_shift": (0, 8192), "frame_spacing": (0, 8192), "hz": (1, 1000),
+          "steps": (1, 1000), "buckets": (1, 1 << 20), "noise_s": (0, 1)}
 
 
 def dit_stack(layers, heads, head_width):
@@ -630,6 +638,7 @@ def actions_out(raw, old_layout=False):
 # ------------------------------------------------------------------------------------------------------------------ checkpoints
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAGIC = ((b"PK\x03\x04", "a PyTorch pickle (zip)"), (b"\x80", "a pickle"), (b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"),
          (b"GIF8", "a GIF image"), (b"\x93NUMPY", "a NumPy array"), (b"GGUF", "a GGUF model"), (b"\x89HDF", "an HDF5 file"), (b"PAR1", "a parquet file"),
          (b"version https://git-lfs", "a git-lfs pointer, not the file itself (git lfs pull)"), (b"<", "a web page"), (b"{", "JSON"))
@@ -660,6 +669,13 @@ def find(path):
     return path
 
 
+def parse_json(text):
+    """What a JSON text of a file says; ValueError also for half a surrogate pair, a letter that nothing can print."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_header(path):
     """A .safetensors header -> ({name: (dtype, shape, first byte in the file)}, metadata); dtype None = not floating point. Believes nothing
     that it has not checked."""
@@ -675,7 +691,7 @@ def read_header(path):
     if len(raw) < n:
         raise ModelError(f"{path}: truncated inside its header: copy or download it again")
     try:
-        entries = json.loads(raw)
+        entries = parse_json(raw)
         meta = entries.pop("__metadata__", {})
         table, end = {}, 0
         for name, e in sorted(entries.items(), key=lambda kv: kv[1]["data_offsets"]):
@@ -715,7 +731,7 @@ def read_meta(path):
             found = f"another model's .safetensors (it holds {next(iter(table), 'nothing')}): give one written by train.py or model.py convert"
         raise ModelError(f"{path}: expected one of our checkpoints, found {found}")
     try:
-        meta = json.loads(meta["nitrogen"])
+        meta = parse_json(meta["nitrogen"])
         meta["config"] = Config.from_dict(meta["config"])
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise ModelError(f"{path}: {e if isinstance(e, ModelError) else 'its nitrogen header is damaged'}") from None
@@ -741,23 +757,65 @@ def load(path, device="cpu", dtype=torch.float32, unused=True):
             f.seek(offset)
             if f.readinto(t.view(-1).view(torch.uint8).numpy()) != t.nbytes:
                 raise ModelError(f"{path}: truncated inside tensor {name}: copy or download it again")
+            if t.numel() and not all(x.isfinite() for x in t.aminmax()):           # a tenth of the time of isfinite(t)
+                raise ModelError(f"{path}: expected finite weights, found NaN or infinity in tensor {name}: "
+                                 "take an earlier checkpoint, or copy it again")
             if t is not p:
                 p.copy_(t)
     return model.eval(), meta
 
 
+def write_tensors(path, tensors, meta):
+    """A .safetensors of {name: floating point tensor} and {key: text}, on the disk when this returns; rights by umask.
+    (The library's save_file makes it under a random name of its own, which a kill leaves behind.)"""
+    entries, end = {"__metadata__": meta}, 0
+    tensors = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))      # so each is aligned
+    for name, t in tensors:
+        entries[name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(header)) + header)
+        for _, t in tensors:
+            f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def temporary(path):
+    """Where `path` is made until it is whole, `.tmp-HOST-PID-HASH` beside it as extract.py's; what processes of this
+    host that were killed left there under such names is removed."""
+    start = f".tmp-{re.sub('[^A-Za-z0-9-]', '-', platform.node())}-"
+    for left in path.parent.glob(start + "*-*"):
+        try:
+            if os.name != "nt":                                        # Windows removes no file that is written to
+                os.kill(int(left.name[len(start):].split("-")[0]), 0)  # no signal, but an error where nobody has this number
+                continue
+        except ProcessLookupError:
+            pass
+        except (OSError, ValueError, OverflowError):                   # another user's process, or another's file
+            continue
+        with contextlib.suppress(OSError):
+            left.unlink()
+    return path.with_name(f"{start}{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}{path.suffix}")
+
+
 def save(path, state, config, step=0, args=None, data=None, metrics=None):
-    """Write a checkpoint, its folder too: beside its place first, then renamed, so that a reader never sees half a file. state: {name: tensor};
-    args, data, metrics: JSON dicts. A full disk raises safetensors' SafetensorError."""
+    """Write a checkpoint, its folder too: beside its place first, then renamed, so that a reader never sees half a file.
+    state: {name: tensor}; args, data, metrics: JSON dicts. ModelError where it can't be written."""
     meta = {"config": asdict(config), "step": step, "args": args or {}, "data": data or {}, "metrics": metrics or {}}
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
     try:
-        save_file({name: t.detach().contiguous() for name, t in state.items()}, part, {"nitrogen": json.dumps(meta)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = temporary(path)
+        try:
+            write_tensors(part, state, {"nitrogen": json.dumps(meta)})
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as e:
+        raise ModelError(f"can't write {path} ({e.strerror}): make room or give another name") from None
 
 
 # ------------------------------------------------------------------------------------------------- conversion of others' weights
@@ -841,7 +899,7 @@ def convert_released(path, vision_heads=None, games=None):
     if not isinstance(ckpt, dict) or not isinstance(ckpt.get("ckpt_config"), dict) or not isinstance(ckpt.get("model"), dict):
         found = list(ckpt)[:5] if isinstance(ckpt, dict) else type(ckpt).__name__
         raise ModelError(f"{path}: expected the released format (model, ckpt_config, step, epoch), found {found}: give ng.pt")
-    state = {rename(n): t for n, t in ckpt["model"].items() if isinstance(n, str) and isinstance(t, Tensor)}
+    state = {rename(n): t for n, t in ckpt["model"].items() if isinstance(n, str) and isinstance(t, Tensor) and t.dtype in CODES}
     tables = {n: state.pop(n) for n in list(state) if n.endswith(".pos_embed.pe")}
     try:
         config = released_config(ckpt["ckpt_config"], state, vision_heads, games)
@@ -900,7 +958,7 @@ def show_presets(args):
 def read_games(path):
     """NAMES.json: a list of names for the ids 1, 2, ..., or {name: id} as the released tokenizer writes it ("None" is 0)."""
     try:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = parse_json(Path(path).read_text(encoding="utf-8"))
         if isinstance(names, dict):
             ids = {i: n for n, i in names.items() if i != 0}
             names = [ids[i + 1] for i in range(len(ids))]
@@ -976,9 +1034,6 @@ def main(argv=None):
         return 141
     except (ModelError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
-    except SafetensorError as e:                                       # of save(): a full disk
-        print(f"error: can't write {args.out} ({e}): make room or give another name", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)

@@ -38,8 +38,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -746,9 +744,9 @@ def save_run(out, model, average, optimizer, step, args, data, metrics):
 
     def write(tmp):
         try:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, tmp, meta)
+            M.write_tensors(tmp, tensors, meta)
             M.save(out / "model.safetensors", whole, model.config, step, recorded(args), data, metrics)
-        except (OSError, SafetensorError) as e:
+        except (OSError, M.ModelError) as e:
             again = f"--resume {out}: the files of the last save are whole" if (out / "state.safetensors").is_file() else "start again"
             raise UserError(f"can't save to {out} ({e}): make room, then {again}") from None
     extract.write_atomic(out / "state.safetensors", write)
@@ -761,7 +759,7 @@ def read_state(run):
         raise UserError(f"{run}: expected a run folder with state.safetensors, found none: give the --out of an earlier run")
     _, meta = M.read_header(path)
     try:
-        meta = json.loads(meta["nitrogen"])
+        meta = M.parse_json(meta["nitrogen"])
         args = dict(meta["args"])
         args["data"] = [str(folder) for folder in args["data"]]
         return {"path": path, "step": int(meta["step"]), "args": args, "metrics": dict(meta["metrics"])}
@@ -892,12 +890,29 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
 
 
+@contextlib.contextmanager
+def alone(out, team):
+    """RUN/.lock is held within, by the team's first process for all of them; none goes on where another run holds it."""
+    wrong = None
+    with contextlib.ExitStack() as held:
+        if out and team.rank == 0:
+            try:
+                held.enter_context(extract.lock(Path(out) / ".lock"))
+            except (UserError, OSError) as e:
+                wrong = e
+        if team.sum(float(wrong is not None))[0]:
+            raise wrong or SystemExit(2)
+        yield
+
+
 def train(args, parser, argv):
     """One run, from the command line to the last save."""
-    args, state = settle(args, parser, argv)
-    team = Team.join(args.device)
+    settled, _ = settle(args, parser, argv)
+    team = Team.join(settled.device)
     try:
-        run(args, state, team)
+        with alone(None if settled.dry_run else settled.out, team):
+            args, state = settle(args, parser, argv)           # again: while nobody held the lock the run may have gone on
+            run(args, state, team)
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory on {team.device}: expected room for --micro {args.micro} and what the table names, found too little: lower --micro, "
                         "or add --dtype bfloat16, --checkpointing, --freeze vision or --ema-device cpu") from None

@@ -25,13 +25,13 @@ import cv2
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import extract
-from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, UserError
+from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, Busy, UserError
 
 GRID = 11                                  # cells a side of a stick's grid [paper]: -1, -0.8 ... 1
 STRIDE, SUB = 4, 3                         # a token of the finest map covers 4 x 4 pixels and tells 3 x 3 cells of the grid
@@ -40,6 +40,7 @@ TRAVEL = (GRID - 1) / 2 * STRIDE / SUB     # pixels from rest to full tilt in a 
 BOX = 20                                   # pixels of a button's box in its close-up, both ways
 LABEL_WIDTH = 0.12                         # sd of the grid's label: about half a cell (0.1 - 0.15 decode best)
 SAMPLES = 128                              # frames that the pad at rest is made from
+PIECE, OVERLAP = 4096, 1024                # frames that are smoothed at once, and that are looked at on both sides of them
 VERY_SKIN = 0.85                           # median likeness of template and video that show one skin; another brand's pad: below, a sibling: up to 0.9
 CKPT = Path(__file__).parent / "weights" / "parser.safetensors"
 
@@ -235,7 +236,7 @@ def save_parser(path, model, **extra):
     """One safetensors file; its header holds {config, ...} as one JSON string."""
     header = json.dumps({"config": model.config, **extra})
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-    extract.write_atomic(path, lambda tmp: save_file(tensors, str(tmp), metadata={"parser": header}))
+    extract.write_atomic(path, lambda tmp: tmp.write_bytes(save(tensors, {"parser": header})))
 
 
 def load_parser(path):
@@ -251,8 +252,11 @@ def load_parser(path):
         raise UserError(f"{path}: expected a safetensors file of parse.py, found {type(e).__name__}: {e}: copy it again or train it anew") from None
     try:
         config = dict(header["config"])
-        if config.pop("kind") != "nitrogen-parser" or any(d % h for d, h in zip(config["dims"], config["heads"])):
-            raise ValueError("not a parser's config")
+        sizes = np.hstack([v for v in config.values() if type(v) is not str])  # all that is a number, in lists or alone
+        if config.pop("kind") != "nitrogen-parser" or sizes.dtype != int or not (1 <= sizes.min() <= sizes.max() <= 1024):
+            raise ValueError("not a parser's config: sizes are whole numbers, 1 to 1024")
+        if any(d % h for d, h in zip(config["dims"], config["heads"])):
+            raise ValueError("dims are not multiples of heads")
         with torch.device("meta"):                                             # sizes first: a header may ask for any amount of memory
             want = Parser(**config).state_dict()
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as e:
@@ -262,6 +266,8 @@ def load_parser(path):
         expected, found = (tuple(state[name].shape) if name in state else "no such tensor" for state in (want, tensors))
         if expected != found:
             raise UserError(f"{path}: tensor {name}: expected {expected}, found {found}: the file is of another version, train it again")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{path}: tensor {name}: expected finite weights, found NaN or infinity: copy it again or train it anew")
     model = Parser(**config)
     model.load_state_dict(tensors)
     return model.eval()
@@ -489,8 +495,11 @@ def net_reads(model, panels, batch=256):
 
 
 def joined(batches, nothing):
-    """Tensors of batches -> one array; without any, an empty one of shape `nothing`."""
-    return torch.cat(batches).float().cpu().numpy() if batches else np.zeros(nothing, np.float32)
+    """Tensors of batches -> one array; without any, an empty one of shape `nothing`. UserError where a number is not finite."""
+    out = torch.cat(batches).float().cpu().numpy() if batches else np.zeros(nothing, np.float32)
+    if not np.isfinite(out).all():
+        raise UserError("expected numbers from the reader, found NaN or infinity: its weights are damaged, give another --ckpt")
+    return out
 
 
 def montages(previous, current, rest):
@@ -556,19 +565,46 @@ class Pad:
         """Of the crop's edges to those of the pad at rest: falls towards 0 where the overlay is gone or covered."""
         return likeness(edges(crop), self.outline, centre=False)
 
-    def read(self, pads):
-        """All frames -> log grids (n, sticks, 11, 11), click logits (n, sticks), button logits (n, buttons), likeness (n,)."""
-        reads, like, last = [], [], None
-        for start in range(0, len(pads), 32):
-            crops = [pads[i] for i in range(start, min(start + 32, len(pads)))]
+    def read(self, pads, begin=0, end=None):
+        """Frames begin .. end, by default all n -> log grids (n, sticks, 11, 11), click logits (n, sticks), button logits
+        (n, buttons), likeness (n,)."""
+        end = len(pads) if end is None else end
+        reads, like, last = [], [], self.cutter.all([pads[max(begin - 1, 0)]])  # the first frame is its own previous one
+        for start in range(begin, end, 32):
+            crops = [pads[i] for i in range(start, min(start + 32, end))]
             like += [self.likeness(c) for c in crops]
             now = self.cutter.all(crops)
-            last = last or [c[:1] for c in now]                                # the first frame is its own previous one
             reads.append(net_reads(self.model, [montages(np.concatenate([b, c[:-1]]), c, r) for b, c, r in zip(last, now, self.rest)]))
             last = [c[-1:] for c in now]
-        n = len(pads)
         grids, clicks, logits = (np.concatenate(parts) for parts in zip(*reads))
+        n = end - begin
         return grids.reshape(n, -1, GRID, GRID), clicks.reshape(n, -1), logits.reshape(n, -1), np.array(like)
+
+    def read_all(self, pads):
+        """All n frames -> places of the sticks float32 (n, sticks, 2) and their spread (n, sticks), smoothed; click logits
+        (n, sticks), button logits (n, buttons), likeness (n,). Of the grids, 100 times as large, only a piece is held."""
+        sticks, others, done, pads = len(self.cutter.sticks), [], 0, copy.copy(pads)
+        places, spread = np.zeros((len(pads), sticks, 2), np.float32), np.zeros((len(pads), sticks))
+        grids = np.zeros((0, sticks, GRID, GRID), np.float32)
+        for low, begin, end, high in pieces(len(pads)):
+            if done < high:
+                pads.data = extract.read_npy(pads.path, np.uint8, 1)           # mapped anew: what was read leaves our memory
+                more, *rest = self.read(pads, done, high)
+                others.append(rest)
+                grids, done = np.concatenate([grids, more]), high
+            grids = grids[low - done:]
+            smoothed = smooth_grids(grids) if sticks else grids
+            for i in range(sticks):
+                places[begin:end, i], spread[begin:end, i] = expect(smoothed[begin - low:end - low, i])
+        return places, spread, *map(np.concatenate, zip(*others))
+
+
+def pieces(n):
+    """n frames -> (low, begin, end, high) of each piece: begin .. end is smoothed there, by what low .. high hold. As if it
+    were one piece, to 1e-12; to 1e-5 where the net sees a stick in two far places alike all along the overlap."""
+    for begin in range(0, n, PIECE):
+        end = min(begin + PIECE, n)
+        yield max(begin - OVERLAP, 0), begin, end, min(end + OVERLAP, n)
 
 
 def as_wide_as(template, width):
@@ -611,23 +647,21 @@ def edges(crop):
     return np.clip(np.stack([cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)]), -80, 80)
 
 
-def settle(pad, clip, grids, clicks, logits, like):
-    """The net's reads of a whole video (Pad.read) -> actions float32 (n, 25), confidence float32 (n,)."""
+def settle(pad, clip, places, spread, clicks, logits, like):
+    """What was read of a whole video (Pad.read_all) -> actions float32 (n, 25), confidence float32 (n,)."""
     n, geometry, cutter = len(like), clip["geometry"], pad.cutter
     actions, sure, logits = np.zeros((n, extract.A), np.float32), [], logits.copy()
-    smoothed = smooth_grids(grids) if cutter.sticks else grids
     fixed = np.ones(len(cutter.buttons), bool)
     for i, side in enumerate(cutter.sticks):
-        values, spread = expect(smoothed[:, i])
-        actions[:, STICKS[side]] = normalise(values, cutter.known[side])
-        sure.append(np.clip(1.2 - spread, 0, 1))
+        actions[:, STICKS[side]] = normalise(places[:, i], cutter.known[side])
+        sure.append(np.clip(1.2 - spread[:, i], 0, 1))
         if THUMB[side] in cutter.buttons and on_stick(geometry["buttons"][THUMB[side]], geometry["sticks"][side]):
             j = cutter.buttons.index(THUMB[side])
             logits[:, j] = (logits[:, j] + clicks[:, i]) / 2                   # the stick's net follows the moving cap
             fixed[j] = False
     if cutter.buttons:
         logits = level(logits, fixed)
-        p = smooth_buttons(logits)
+        p = np.concatenate([smooth_buttons(logits[low:high])[begin - low:end - low] for low, begin, end, high in pieces(n)])
         actions[:, [BUTTON[b] for b in cutter.buttons]] = decisive(p > 0.5, logits)
         sure.append(np.abs(2 * p - 1).mean(1))
     there = np.clip((like / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
@@ -646,14 +680,21 @@ def unread(folder, n):
 
 
 def run_clip(model, folder):
-    """Read one clip folder, unless it was read before, and write its three files -> one line that says what came out."""
+    """Read one clip folder, unless it was read before, and write its three files -> one line that says what came out.
+    Busy where another process is at it."""
     clip, pads = open_clip(folder)
     if pads is None:
         return "recorded play, no overlay to read: left as it is"
     n = len(pads)
     if not unread(folder, n):
         return "read already: delete its actions.npy to read it again"
-    began, cutter = time.time(), Cutter(clip["geometry"], clip["pad"])
+    with extract.lock(folder / ".lock"):
+        return read_clip(model, folder, clip, pads)
+
+
+def read_clip(model, folder, clip, pads):
+    """run_clip's work on a clip that is nobody else's."""
+    n, began, cutter = len(pads), time.time(), Cutter(clip["geometry"], clip["pad"])
     shown = bool(cutter.sticks or cutter.buttons)
     if shown:
         path = folder / "template.png"
@@ -664,7 +705,7 @@ def run_clip(model, folder):
         if template is not None:
             template = as_wide_as(template, width_in_video(clip))
         pad = Pad(model, cutter, pads, template)
-        actions, confidence = settle(pad, clip, *pad.read(pads))
+        actions, confidence = settle(pad, clip, *pad.read_all(pads))
     else:
         actions, confidence = np.zeros((n, extract.A), np.float32), np.zeros(n, np.float32)
     keep = extract.dense(actions, confidence)
@@ -687,6 +728,8 @@ def run(args):
     for folder in extract.shard(extract.clips_in(args.data)):
         try:
             print(f"{folder.name}: {run_clip(model, folder)}", flush=True)
+        except Busy:
+            print(f"{folder.name}: passed over, another process reads it", flush=True)
         except UserError as e:                                                 # the other clips are read all the same
             wrong.append(str(e))
     if wrong:

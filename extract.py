@@ -3,7 +3,6 @@
     python extract.py VIDEO|DIR... --out DATA [--templates DIR] [--every K] [--matcher sift|xfeat|both] [--sheet PNG]
     python extract.py VIDEO|DIR... --out DATA --labels DIR         NVIDIA's released labels instead of localisation
     python extract.py templates --out DIR                          our ~300 templates as PNG + JSON, to look at
-    python extract.py xfeat --out FILE --teacher xfeat.pt          train the matching network
 
 In: videos (anything OpenCV's FFmpeg reads). Out: one folder per video under DATA (NAME_place2, NAME_place3 where the overlay moves; one
 per chunk with --labels), written whole or not at all:
@@ -11,8 +10,8 @@ per chunk with --labels), written whole or not at all:
     frames.npy + frames_index.npy uint8 (bytes,) + int64 (m+1, 2)   256 x 256 policy frames, the overlay masked out
     pads.npy + pads_index.npy     the same layout                   the overlay in its template's frame, one crop a video frame
     template.png                  uint8 (h, w, 4)                   the template at rest, at the size of the crops
-(with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in DATA/extract.jsonl, and the features
-of the templates in DATA/templates-RANK.npz. This file is also the home of what every stage shares: the 25-dim action, the clip folder,
+(with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in DATA/extract.jsonl, a small
+DATA/.lock-HASH a clip, and the features of the templates in DATA/templates-RANK.npz. This file is also the home of what every stage shares: the 25-dim action, the clip folder,
 video in and out, shrink() and draw().
 """
 import argparse
@@ -262,7 +261,7 @@ def running(pid):
 
 def write_atomic(path, write):
     """write(tmp) makes the file under a temporary name; once it is on the disk, it is renamed: a name never
-    holds half a file, not even after a power cut. It has a new file's usual rights, whatever `write` gave it."""
+    holds half a file, not even after a power cut. It has a new file's usual rights."""
     path = Path(path)
     tmp = temporary(path)
     try:
@@ -2212,7 +2211,8 @@ CLIP_FILES = set("clip.json template.png frames.npy frames_index.npy pads.npy pa
 
 
 def check_replaceable(folder):
-    """UserError where anything stands at `folder` but a clip that extract.py cut, with clips' files only."""
+    """UserError where anything stands at `folder` but a clip that extract.py cut, with clips' files only; Busy where
+    parse.py is at that."""
     if not os.path.lexists(folder):
         return
     wrong = "a link or a file"
@@ -2227,6 +2227,8 @@ def check_replaceable(folder):
     if wrong:
         raise UserError(f"{folder}: expected nothing there or a clip of extract.py's, found {wrong}: "
                         "move it away or give another --out")
+    with lock(folder / ".lock"):
+        pass
 
 
 def discard(folder):
@@ -2352,228 +2354,6 @@ def dense(actions, confidence=None):
     return keep & sure
 
 
-# ------------------------------------------------------------------------------------------------- training XFeat to find pads
-# Pairs are (template on a neutral ground, overlay in a coded game frame enlarged twice), drawn by random_skin and backdrop, in grey.
-CROP = (224, 288)                                                                # height and width of the training pictures
-POINTS = 128                                                                     # correspondences drawn from each pair
-PADS = 256                                                                       # skins held ready, one of them redrawn at each step
-
-
-def random_ghosts(rng, drawings, scenes):
-    """Drawings of one skin, RGBA (h, w, 4), as other pads might look: list of uint8 (h', w', 2), grey premultiplied by alpha, and
-    alpha. Stretched a little, some of low contrast, some with a scene for a surface, some on an opaque plate."""
-    size = drawings[0].shape[1::-1]
-    texture = cv2.resize(scenes[rng.integers(len(scenes))], size, interpolation=cv2.INTER_AREA).astype(np.float32)
-    stretch, strength, level = rng.uniform(0.8, 1.2, 2), rng.choice([0, 0, 0.15, 0.4, 0.9]), rng.uniform(0, 255)
-    contrast, plate = rng.choice([1, rng.uniform(0.2, 1)]), rng.choice([None, rng.uniform(0, 255)], p=[0.9, 0.1])
-    ghosts = []
-    for drawing in drawings:
-        alpha = drawing[..., 3] / np.float32(255)
-        surface = (1 - strength) * grey(drawing[..., :3]) + strength * texture
-        surface = (level + contrast * (surface - level)) * alpha
-        if plate is not None:
-            surface, alpha = surface + plate * (1 - alpha), np.ones_like(alpha)
-        layers = np.dstack([surface, 255 * alpha]).astype(np.uint8)
-        ghosts.append(cv2.resize(layers, None, fx=stretch[0], fy=stretch[1], interpolation=cv2.INTER_AREA))
-    return ghosts
-
-
-def grey(rgb):
-    """uint8 (..., 3) -> float32 (...): XFeat's own grey, the mean."""
-    return rgb.mean(-1, dtype=np.float32)
-
-
-def place(layers, width, corner, size):
-    """Layers (h, w, 2) resized to `width` with their corner at (x, y) of an empty picture of size (h, w): float32 (h, w, 2)."""
-    height = max(round(layers.shape[0] * width / layers.shape[1]), 1)
-    small = cv2.resize(layers, (width, height), interpolation=cv2.INTER_AREA if width < layers.shape[1] else cv2.INTER_LINEAR)
-    shift = np.float32([[1, 0, corner[0]], [0, 1, corner[1]]])
-    return cv2.warpAffine(small, shift, size[::-1], flags=cv2.INTER_NEAREST).astype(np.float32)
-
-
-def over(layers, ground, opacity=1.0):
-    """Layers (h, w, 2), premultiplied, over a grey ground (h, w) or number."""
-    return layers[..., 0] * opacity + ground * (1 - layers[..., 1] * (opacity / 255))
-
-
-def view_through(rng, scene, zoom, mirror):
-    """A random part of a grey scene, uint8, as float32 of half CROP's size."""
-    h, w = CROP[0] // 2, CROP[1] // 2
-    y, x = rng.integers(0, scene.shape[0] - int(zoom * h)), rng.integers(0, scene.shape[1] - int(zoom * w))
-    part = scene[y:y + int(zoom * h), x:x + int(zoom * w)][:, ::mirror]
-    return cv2.resize(part, (w, h), interpolation=cv2.INTER_AREA).astype(np.float32)
-
-
-def overlay_pair(rng, ghosts, scenes):
-    """A training pair from one skin's ghosts and grey scenes: dict of the template on neutral ground ("template"), the overlay as
-    viewers see it ("view": the median of some coded frames, enlarged twice) and the same overlay at rest, sharp and opaque
-    ("clean"), all float32 CROP; where the pad is, 0..1, in template ("near") and overlay ("far"); "map" = (scale, dx, dy), template -> view."""
-    side, rest = np.array(CROP[::-1]), ghosts[0]
-    shape = np.array([1, rest.shape[0] / rest.shape[1]])
-    wide, seen = int(rng.integers(300, 401)), round(np.exp(rng.uniform(np.log(128), np.log(360))))  # template px; video px, before x 2
-    corner = ((side - wide * shape) * rng.random(2)).astype(int).tolist()
-    spot = (side / 2 * rng.uniform(0.2, 0.8, 2) - seen * shape * rng.uniform(0.1, 0.9, 2)).astype(int).tolist()
-    opacity, quality = 1 - 0.5 * rng.random() ** 1.5, int(rng.integers(25, 96))
-    scene, zoom, mirror, still, frames = scenes[rng.integers(len(scenes))], rng.uniform(1, 2), rng.choice([-1, 1]), rng.random() < 0.3, []
-    if rng.random() < 0.1:
-        scene = np.full_like(scene, rng.choice([0, 0, 255, rng.integers(256)]))
-    for i in range(rng.choice([1, 3, 5, 9])):
-        if i == 0 or not still:
-            ground = view_through(rng, scene, zoom, mirror)
-        held = rest if rng.random() < 0.4 else ghosts[rng.integers(len(ghosts))]
-        frame = over(place(held, seen, spot, ground.shape), ground, opacity).clip(0, 255).astype(np.uint8)
-        coded = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-        frames.append(cv2.imdecode(coded, cv2.IMREAD_GRAYSCALE))
-    view = cv2.resize(np.median(frames, 0).astype(np.float32), CROP[::-1], interpolation=cv2.INTER_CUBIC)
-    if rng.random() < 0.3:
-        view = cv2.GaussianBlur(view, (0, 0), rng.uniform(0.5, 1.5))
-    near, far, neutral = place(rest, wide, corner, CROP), place(rest, 2 * seen, [2 * n for n in spot], CROP), rng.uniform(60, 200)
-    scale = 2 * seen / wide                                                      # x' + 1/2 = scale (x + 1/2 - corner) + 2 spot
-    shift = [2 * s - scale * (c - 0.5) - 0.5 for s, c in zip(spot, corner, strict=True)]
-    alphas = [cv2.dilate(layers[..., 1], np.ones((9, 9))) / 255 for layers in (near, far)]    # the outline belongs to the pad
-    return {"template": over(near, neutral), "view": view, "clean": over(far, view), "map": np.float32([scale, *shift]),
-            "near": alphas[0], "far": alphas[1]}
-
-
-def at(maps, points):
-    """maps (B, C, h, w) at points (B, P, 2) in pixels of CROP -> (B, P, C), bicubic."""
-    import torch
-    import torch.nn.functional as F
-    grid = (2 * points + 1) / torch.tensor(CROP[::-1]) - 1
-    return F.grid_sample(maps, grid[:, None], mode="bicubic", padding_mode="border", align_corners=False)[:, :, 0].transpose(1, 2)
-
-
-def draw_points(weights, n):
-    """n pixels (B, n, 2) x, y drawn with probability proportional to weights (B, H, W)."""
-    import torch
-    index = torch.multinomial(weights.flatten(1) + 1e-9, n, replacement=True)
-    return torch.stack([index % weights.shape[2], index // weights.shape[2]], 2).float()
-
-
-def contrast(anchors, others, places, truth, good, temperature=0.05):
-    """InfoNCE of anchors (B, P, 64) against all others of the batch (B, P + E, 64), of which the first P match: -> loss (B, P) and the
-    probability of the match. Others within a cell of the true place (truth (B, P, 2), places (B, P + E, 2)) don't count; nor do
-    matches out of the picture (good (B, P) false)."""
-    import torch
-    b, p, c = anchors.shape
-    logits = anchors.reshape(-1, c) @ others.reshape(-1, c).T / temperature      # (B P, B (P + E))
-    ignore = torch.zeros(b, p, b, others.shape[1], dtype=torch.bool)
-    ignore[:, :, :, :p] = ~good
-    own = torch.arange(b)
-    ignore[own, :, own] |= torch.cdist(truth, places) < 10
-    ignore[own, :, own, :p] &= ~torch.eye(p, dtype=torch.bool)
-    log_p = logits.masked_fill(ignore.view_as(logits), -1e4).log_softmax(1).view(b, p, b, -1)
-    match = log_p[own, :, own][:, torch.arange(p), torch.arange(p)]
-    return -match, match.exp()
-
-
-def xfeat_loss(net, teacher, batch, teach):
-    """Loss on a batch of pairs (dict of tensors, see overlay_pair), and its parts. Matching is the paper's dual softmax
-    (arXiv 2404.19174, Sec. 3.3) with the batch's other pads and game pictures as negatives; reliability learns the probability of
-    the match on pads and 0 beside them; keypoints are the teacher's, who sees the clean overlay where the student sees the damaged
-    one, and so are the descriptors at first (weight teach, 1 -> 0)."""
-    import torch
-    import torch.nn.functional as F
-    b = len(batch["map"])
-    x = F.instance_norm(torch.cat([batch["template"], batch["view"]])[:, None])
-    jitter = 0.3 * (1 - teach) * torch.randn(2, 2 * b, 1, 1, 1)                  # at use, the norm is the whole frame's
-    x = x * jitter[0].exp() + jitter[1]
-    descriptors, logits, reliability = net.maps(x)
-    alpha = torch.cat([batch["near"], batch["far"]])[:, None]
-    heat = keypoint_scores(logits.detach())
-    (d1, d2), (r1, r2), (h1, h2), (a1, a2) = (m.chunk(2) for m in (descriptors, reliability, heat, alpha))
-
-    scale, shift = batch["map"][:, None, :1], batch["map"][:, None, 1:]
-    p1 = draw_points(((h1 + 0.01) * a1)[:, 0], POINTS)
-    p2 = p1 * scale + shift
-    good = ((p2 > 4) & (p2 < torch.tensor(CROP[::-1]) - 5)).all(2)
-    e1, e2 = draw_points(h1[:, 0], POINTS // 2), draw_points(h2[:, 0] + 0.01, POINTS)          # anywhere: the negatives
-    f1, f2 = (F.normalize(at(d, torch.cat(points, 1)), dim=2) for d, points in ((d1, (p1, e1)), (d2, (p2, e2))))
-    loss12, prob12 = contrast(f1[:, :POINTS], f2, torch.cat([p2, e2], 1), p2, good)
-    loss21, prob21 = contrast(f2[:, :POINTS], f1, torch.cat([p1, e1], 1), p1, good)
-    match = (loss12 + loss21)[good].mean()
-
-    sure = (prob12 * prob21).detach()[good]
-    on_pad = sum(F.binary_cross_entropy(at(r, p)[good][:, 0].clamp(1e-4, 1 - 1e-4), sure) for r, p in ((r1, p1), (r2, p2)))
-    beside = at(r2, e2)[at(a2, e2) < 0.02].clamp(0, 1 - 1e-4)
-    reliable = on_pad - torch.log1p(-beside).sum() / (b * POINTS)
-
-    with torch.no_grad():
-        clean = F.instance_norm(torch.cat([batch["template"], batch["clean"]])[:, None])
-        spots = teacher.keypoint_head(F.pixel_unshuffle(clean, 8))
-        spots[:, 64] -= np.log(2)                                                # flat pads have few corners: twice as willing
-    keypoints = -(spots.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-    total = (1 - teach) * match + reliable + keypoints
-    parts = {"match": match, "sure": sure.mean(), "reliable": reliable, "keypoints": keypoints}
-    if teach > 0:
-        with torch.no_grad():
-            known = teacher.maps(clean)[0]
-        distil = 1 - (descriptors * known).sum(1).mean()
-        total, parts = total + teach * 5 * distil, parts | {"distil": distil}
-    return total, {name: float(value.detach()) for name, value in parts.items()}
-
-
-def train_xfeat(args):
-    """Train XFeat from scratch to match pad templates with overlays: `extract.py xfeat --out FILE --teacher xfeat.pt`."""
-    import copy
-
-    import torch
-    from safetensors.torch import save
-
-    within(args, 1, None, "steps")
-    within(args, 1, PADS, "batch")
-    within(args, 1e-8, 1, "lr")
-    writable(args.out)
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    teacher, net = load_xfeat(args.teacher), xfeat_net().train()
-    average = copy.deepcopy(net).eval()
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    warm_up = 0.05 if args.steps != 20 else 0.1                                  # one step of warm-up is a division by zero in there
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=warm_up)
-    scenes = [grey(backdrop(rng, 360, 640)).astype(np.uint8) for _ in range(128)]
-    ours = our_skins()
-
-    def new_ghosts():
-        skin = ours[rng.integers(len(ours))] if rng.random() < 0.3 else random_skin(rng)
-        actions = np.hstack([rng.random((3, A - 4)) < rng.uniform(0, 0.4), rng.uniform(-1, 1, (3, 4))]).astype(np.float32)
-        return random_ghosts(rng, [draw(skin), *(draw(skin, action) for action in actions)], scenes)
-
-    def save(step):
-        state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in average.state_dict().items()}
-        command = (f"extract.py xfeat --teacher {Path(args.teacher).name} --steps {args.steps} --batch {args.batch} --lr {args.lr} "
-                   f"--seed {args.seed}")
-        header = {"command": command, "seed": args.seed, "step": step, "steps": args.steps, "names": "as in the official xfeat.pt"}
-        write_atomic(args.out, lambda tmp: tmp.write_bytes(save(state, {"json": json.dumps(header)})))
-
-    pads = [new_ghosts() for _ in range(PADS)]
-    start = time.time()
-    for step in range(1, args.steps + 1):
-        scenes[rng.integers(len(scenes))] = grey(backdrop(rng, 360, 640)).astype(np.uint8)
-        pads[rng.integers(len(pads))] = new_ghosts()
-        pairs = [overlay_pair(rng, pads[i], scenes) for i in rng.choice(len(pads), args.batch, replace=False)]
-        batch = {k: torch.from_numpy(np.stack([pair[k] for pair in pairs])).float() for k in pairs[0]}
-        loss, parts = xfeat_loss(net, teacher, batch, max(0.0, 1 - step / (0.25 * args.steps)))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():                                                    # the average is what is saved
-            for mean, value in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
-                if mean.is_floating_point():
-                    mean.lerp_(value, 1 - min(0.998, step / (step + 9)))
-                else:
-                    mean.copy_(value)
-        if step % 50 == 0 or step == args.steps:
-            spent = time.time() - start
-            print(f"step {step}/{args.steps} | loss {float(loss.detach()):.4f} | " + " | ".join(f"{k} {v:.3f}" for k, v in parts.items())
-                  + f" | lr {schedule.get_last_lr()[0]:.1e} | {step * args.batch / spent:.1f} pairs/s | "
-                  f"{int(spent) // 60}:{int(spent) % 60:02}", flush=True)
-        if step % 500 == 0 or step == args.steps:
-            save(step)
-
-
 # ------------------------------------------------------------------------------------------------------------------ command line
 def find_videos(paths):
     """Files and folders -> list of (video path, clip name), a folder's sorted: the name is the file's, with its folder's where two would share clips."""
@@ -2648,7 +2428,7 @@ def extract_one(video, name, old, matcher, args, settings):
     line = {"status": "none", "run": key}
     with clip_lock(folders[0]):
         named = old.get("places") if isinstance(old.get("places"), list) else []
-        expected = [f for f in folders[1:] if os.path.lexists(f) or f.name in named]      # exists() minds a long name
+        expected = [f for f in folders[1:] if os.path.lexists(f) or f.name in named]   # exists() minds long names
         clip = all(whole_clip(f, key) for f in expected) and whole_clip(folders[0], key)
         if old.get("run") == key and (clip or old.get("status") == "none"):
             return None
@@ -2933,16 +2713,6 @@ def main(argv=None):
         parser = Parser(prog="extract.py templates", description="Write our own templates as PNG + JSON.", allow_abbrev=False)
         parser.add_argument("--out", required=True, help="folder to write to")
         parser.set_defaults(run=run_templates)
-        return cli(parser, argv[1:])
-    if argv[:1] == ["xfeat"]:
-        parser = Parser(prog="extract.py xfeat", description="Train the matching network for pads.", allow_abbrev=False)
-        parser.add_argument("--out", required=True, help="weights to write, .safetensors")
-        parser.add_argument("--teacher", required=True, help="the official xfeat.pt, distilled at the start")
-        parser.add_argument("--steps", type=int, default=4700, help="optimiser steps (default: as the shipped weights)")
-        parser.add_argument("--batch", type=int, default=6, help="pairs a step (default: as the shipped weights)")
-        parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default: as the shipped weights)")
-        parser.add_argument("--seed", type=int, default=1, help="of the drawings and of the network (default: as the shipped weights)")
-        parser.set_defaults(run=train_xfeat)
         return cli(parser, argv[1:])
     parser = Parser(prog="extract.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them")

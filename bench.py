@@ -1,17 +1,17 @@
-"""bench.py: what is claimed is measured here, on ten small games that are part of it [P 3.2: 10 games, 30 tasks].
+"""bench.py: what is claimed is measured here, on ten small games of our own [P 3.2: 10 games, 30 tasks].
 
-    python bench.py demo --out DIR                           everything, end to end, in some ten minutes on two cores
-    python bench.py record --out DATA [--games G..] [--video]   scripted play -> clip folders, or videos with an overlay
-    python bench.py suite --ckpt F [--tasks T..] [-n N]      completion of tasks, beside random and scripted players
-    python bench.py suite --env ID [--table T.json]          a game by others, by its Gymnasium id; record takes it too
-    python bench.py transfer --out DIR [--games G..]         pre-training on other games against training from scratch
-    python bench.py latency [--preset nitrogen]              one chunk, against the released way of sampling
-    python bench.py throughput                               a step of each game, and of each stage of the chain
-    python bench.py games --out DIR                          a picture of the ten games
+    python bench.py demo --out DIR                     everything, end to end, in ten minutes on two cores
+    python bench.py record --out DATA [--games G..]    scripted play -> clip folders, or --video with a pad
+    python bench.py suite --ckpt F [--tasks T..]       completion of tasks, beside random and scripted players
+    python bench.py suite --env ID [--table T.json]    a game by others, by its Gymnasium id; also: record
+    python bench.py transfer --out DIR [--games G..]   pre-training on other games against none
+    python bench.py latency [--preset nitrogen]        one chunk, against the released way of sampling
+    python bench.py throughput                         a step of each game, and of each stage of the chain
+    python bench.py games --out DIR                    a picture of the ten games
 
-The games take the 25-dim action and give 256 x 256 frames, 30 a second of game time, the same for the same seed.
-In: nothing but the shipped weights, or a checkpoint. Out: tables on the terminal; under --out clip folders, videos,
-pictures, JSON. Ratios are taken in one run on one machine; bare times say little elsewhere.
+The games take the 25-dim action and give 256 x 256 frames, 30 a second of game time, the same for the same
+seed. In: nothing but the shipped weights, or a checkpoint. Out: tables on the terminal; under --out clip
+folders, videos, pictures, JSON. Ratios are taken in one run on one machine; bare times say little elsewhere.
 """
 import argparse
 import contextlib
@@ -56,14 +56,14 @@ HERE = Path(__file__).parent
 ICONS, ROWS_OF_GAMES, OTHERS = (json.loads((HERE / f"weights/{name}.json").read_text(encoding="utf-8"))
                                 for name in ("icons", "games", "others"))
 FPS = 30                                           # steps a second of game time
-PLAYED = 1 << 40                                   # recordings take seeds below this, evaluations from here on
-DEMO = "crypt/exit", "swarm/brute", "glider/rings"     # tasks that a small model begins to master within minutes
-MASHING = ("right", "left", "up", "down", "right+attack", "left+attack", "up+attack", "down+attack", "spin+attack",
-           "mash")
+PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
+DEMO = "crypt/exit", "swarm/brute", "glider/rings"  # tasks that a small model begins to master within minutes
+MASHING = "right left up down right+attack left+attack up+attack down+attack spin+attack mash".split()
 
 
 class Task(NamedTuple):
-    """Reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty of them."""
+    """Reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty of
+    them."""
     name: str
     game: type
     kind: str                                      # combat, navigation, specific
@@ -74,7 +74,7 @@ class Task(NamedTuple):
     text: str
 
 
-GAMES, TASKS = {}, {}                              # filled at the end of this file, once the games are defined
+GAMES, TASKS = {}, {}                             # filled at the end of this file, once the games are defined
 PLAYABLE = ChainMap({}, TASKS)                     # and the games by others that were asked for
 
 
@@ -82,8 +82,8 @@ def pick_tasks(names):
     """Names of tasks and games -> names of tasks; none = all."""
     for name in names or ():
         if name not in TASKS and name not in GAMES:
-            raise UserError(f"expected games ({', '.join(GAMES)}) or tasks ({', '.join(list(TASKS)[:3])}, ...), "
-                            f"found {name!r}: give others")
+            some = ", ".join([*GAMES, *list(TASKS)[:3]])
+            raise UserError(f"expected games or tasks ({some}, ...), found {name!r}: give others")
     return [t for t in TASKS if not names or t in names or t.split("/")[0] in names]
 
 
@@ -92,7 +92,7 @@ def chosen(args, names):
     if args.env and not names:
         return [foreign_task(args)]
     if args.env or args.table:
-        raise UserError("--table goes with --env ID, and --env without --games and --tasks: leave out what is too much")
+        raise UserError("expected --table with --env ID, --env without --games or --tasks: leave one out")
     return pick_tasks(names)
 
 
@@ -112,8 +112,9 @@ def record(args):
     if args.ckpt and args.video:
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     if args.ckpt:
-        learned(args.ckpt, args.euler)                                     # names a wrong file now, in one line
-    count, out, groups = max(round(args.minutes * 60 * game.fps / n), 1), folder(args.out), {}
+        learned(args.ckpt, args.euler)                                   # names a wrong file now, in one line
+    count = max(round(args.minutes * 60 * game.fps / n), 1)
+    out, groups = folder(args.out), {}
     for task in tasks:
         groups.setdefault(PLAYABLE[task].game, []).append(task)
     jobs = [(out, group, i, args.seed, n) for group in groups.values() for i in range(count)]
@@ -125,8 +126,8 @@ def record(args):
 def film(tasks, seed, n, policy=None):
     """n steps of scripted play of one game, task after task, by players that differ.
 
-    Yields (frame, action, an episode begins here, the script plays). With a policy the two take turns: it plays
-    into the situations that it makes, the script shows the way out (DAgger, arXiv 1011.0686).
+    Yields (frame, action, an episode begins here, the script plays). With a policy the two take turns: it
+    plays into the situations that it makes, the script shows the way out (DAgger, arXiv 1011.0686).
     """
     rng, env = random.Random(f"{tasks[0].split('/')[0]} {seed}"), None
     for _ in range(n):
@@ -134,10 +135,12 @@ def film(tasks, seed, n, policy=None):
         if begins:
             number, task = rng.randrange(PLAYED), rng.choice(tasks)
             env = PLAYABLE[task].game(task, number)
-            script, turn, scripted = Scripted(env, number), 0, True
-        action = script.act()                                              # it sees every step, to be as late as ever
+            script = Scripted(env, number)
+            turn, scripted = 0, True
+        action = script.act()                                      # it sees every step, to be as late as ever
         if policy and turn == 0:
-            scripted, turn, model = not scripted, rng.randint(env.fps, 3 * env.fps), Learned(env, policy, number)
+            scripted, turn = not scripted, rng.randint(env.fps, 3 * env.fps)
+            model = Learned(env, policy, number)
         turn -= 1
         if not scripted:
             action = model.act()
@@ -156,8 +159,7 @@ def record_folder(out, tasks, number, seed, n, ckpt=None, euler=None):
             "every": 1, "lag": 0, "player": str(ckpt or "scripted"), "seed": seed}
     if (path / "clip.json").is_file():
         if extract.read_clip(path) != clip:
-            raise UserError(f"{path}: expected a recording of these flags to go on with, found one of others: "
-                            "give another --out")
+            raise UserError(f"{path}: expected what these flags record, found another: give another --out")
         return f"{path.name}: recorded already"
     tmp = extract.temporary(path)
     tmp.mkdir()
@@ -168,7 +170,7 @@ def record_folder(out, tasks, number, seed, n, ckpt=None, euler=None):
         writer.add(i, frame)
     writer.close(n)
     arrays = {"actions": actions, "truth": actions, "confidence": np.ones(n, np.float32),
-              "keep": extract.dense(actions) & scripted,                   # what the model did is nothing to learn from
+              "keep": extract.dense(actions) & scripted,         # what the model did is nothing to learn from
               "cuts": begins | (~scripted & np.roll(scripted, 1))}         # no chunk goes on past these
     for file, array in (arrays | ({"human": scripted} if policy else {})).items():
         extract.write_npy(tmp / f"{file}.npy", array)
@@ -178,7 +180,8 @@ def record_folder(out, tasks, number, seed, n, ckpt=None, euler=None):
 
 
 def record_video(out, tasks, number, seed, n, corner=None, size=(640, 360)):
-    """NAME.mp4 with one of our pads over it, NAME.truth.npy float32 (n, 25), NAME.json: where the pad is -> a line.
+    """NAME.mp4 with one of our pads over it, NAME.truth.npy float32 (n, 25), NAME.json: where the pad is -> a
+    line.
 
     corner: (to the right?, low?); it, the pad, its size and opacity are drawn at random.
     """
@@ -187,7 +190,8 @@ def record_video(out, tasks, number, seed, n, corner=None, size=(640, 360)):
     if (out / f"{name}.json").is_file():
         return f"{name}: recorded already"
     rng = random.Random(f"overlay {name} {seed}")
-    skin, wide, opacity = rng.choice(skins()), round(size[0] * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
+    skin = rng.choice(skins())
+    wide, opacity = round(size[0] * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
     scale = wide / skin.size[0]
     high = round(skin.size[1] * scale)
     right, low = corner or (rng.random() < 0.5, rng.random() < 0.5)
@@ -200,27 +204,30 @@ def record_video(out, tasks, number, seed, n, corner=None, size=(640, 360)):
             video.add(picture)
     extract.write_npy(out / f"{name}.truth.npy", truth)
     x0, y0, x1, y1 = (v * scale for v in extract.visible_box(skin))
-    extract.write_json(out / f"{name}.json", {"box": [x + x0, y + y0, x1 - x0, y1 - y0], "template": skin.name})
+    box = [x + x0, y + y0, x1 - x0, y1 - y0]
+    extract.write_json(out / f"{name}.json", {"box": box, "template": skin.name})
     return f"{name}.mp4: {n} frames, {skin.name} {wide} px"
 
 
 # ---- the suite: what is completed
 
 def suite(args):
-    """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P 3.2]."""
+    """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P
+    3.2]."""
     tasks = chosen(args, args.tasks)
     game, policy, films, began = PLAYABLE[tasks[0]].game, None, {}, time.monotonic()
     if args.video and not (args.ckpt and args.out):
-        raise UserError("--video: expected --ckpt and --out with it, to show a model's play somewhere: give both")
+        raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
         longest = int(policy.config.horizon * game.fps / policy.config.hz) - policy.config.action_shift
         if args.actions_per_chunk > longest:
-            raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: expected at most {longest}, a chunk of this "
-                            "checkpoint: give a smaller number")
+            raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: expected at most {longest}, "
+                            "a chunk of this checkpoint: give a smaller number")
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
-    players = ["random", "scripted"] if not args.env or "script" in game.table else ["random"]
-    table = completion(tasks, players + list(MASHING) * args.mashing, args.n, args.seed, 1 if args.env else args.workers)
+    players = ["random"] if args.env and "script" not in game.table else ["random", "scripted"]
+    players += MASHING if args.mashing else []
+    table = completion(tasks, players, args.n, args.seed, 1 if args.env else args.workers)
     if policy:
         if args.video:
             films = {task: folder(args.out) / f"{task.replace('/', '-')}.mp4" for task in tasks}
@@ -229,21 +236,23 @@ def suite(args):
             table[task]["model"] = ended[task]
     if args.mashing:
         for row in table.values():
-            row["best of mashing"] = max((row.pop(who) for who in MASHING), key=lambda ended: ended[:, 0].sum())
+            mashed = [row.pop(who) for who in MASHING]
+            row["best of mashing"] = max(mashed, key=lambda ended: ended[:, 0].sum())
     rows = rows_of(table)
     show_rows(rows)
     if args.env:
         for who, row in rows[tasks[0]].items():
             print(f"{who}: return {row['score']:.2f} +- {row['deviation']:.2f}")
     if args.out:
-        meta = {"ckpt": args.ckpt, "n": args.n, "seed": args.seed, "actions_per_chunk": args.actions_per_chunk}
-        meta |= {"machine": machine(), "seconds": round(time.monotonic() - began, 1), "rows": rows}
-        extract.write_json(folder(args.out) / "suite.json", meta)
+        meta = {name: getattr(args, name) for name in ("ckpt", "n", "seed", "actions_per_chunk")}
+        meta |= {"machine": machine(), "seconds": round(time.monotonic() - began)}
+        extract.write_json(folder(args.out) / "suite.json", meta | {"rows": rows})
         chart(Path(args.out) / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
 
 
 def completion(tasks, players, n, seed, workers):
-    """n rollouts of each task by each player that is no model -> {task: {player: float (n, 2): won, score}}."""
+    """n rollouts of each task by each player that is no model -> {task: {player: float (n, 2): won,
+    score}}."""
     jobs = [(task, who, n, seed) for who in players for task in tasks]
     table = {task: {} for task in tasks}
     for (task, who, *_), ended in zip(jobs, in_processes(rollouts, jobs, workers)):
@@ -279,8 +288,9 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None):
     ended = {task: [] for task in tasks}
     session = sample.Session(policy, seed=seed, envs=min(envs, len(jobs)))
     slots = [None] * session.envs                      # of each: game, task, film, actions to come
-    with contextlib.ExitStack() as last, tqdm(total=len(jobs), mininterval=10, leave=False, disable=None) as bar:
-        while sum(map(len, ended.values())) < bar.total:
+    with contextlib.ExitStack() as last:
+        progress = last.enter_context(tqdm(total=len(jobs), mininterval=10, leave=False, disable=None))
+        while sum(map(len, ended.values())) < progress.total:
             for s, slot in enumerate(slots):
                 if jobs and (slot is None or slot.game.over):
                     task, i = jobs.popleft()
@@ -299,7 +309,7 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None):
                     play_chunk(slot, per_chunk)
                     if slot.game.over:
                         ended[slot.task].append((slot.game.won, slot.game.score))
-                        bar.update()
+                        progress.update()
     return {task: np.array(rows, float) for task, rows in ended.items()}
 
 
@@ -329,12 +339,14 @@ def rows_of(table):
     for task in ours:
         groups.setdefault(f"family: {task.game.family}", []).append(task.name)
     groups["all"] = list(table)
-    return {name: {who: share(np.concatenate([table[task][who] for task in tasks])) for who in table[tasks[0]]}
-            for name, tasks in groups.items()}
+    players = table[groups["all"][0]]
+    pooled = lambda who, tasks: np.concatenate([table[task][who] for task in tasks])
+    return {name: {who: share(pooled(who, tasks)) for who in players} for name, tasks in groups.items()}
 
 
 def share(ended):
-    """Rollouts float (n, 2): won, score -> a cell of a table, with Wilson's interval of the share that was won."""
+    """Rollouts float (n, 2): won, score -> a cell of a table, with Wilson's interval of the share that was
+    won."""
     wins, n = int(ended[:, 0].sum()), len(ended)
     low, high = wilson(wins, n)
     return {"wins": wins, "n": n, "rate": wins / n, "low": low, "high": high,
@@ -360,18 +372,22 @@ def show_rows(rows):
 # ---- the demo: the whole chain
 
 def demo(args):
-    """Play -> videos -> overlays found -> actions read -> two models trained -> they play, beside random, scripted."""
+    """Play -> videos -> overlays found -> actions read -> two models trained -> they play, beside random,
+    scripted."""
     out, began, tasks = folder(args.out), time.monotonic(), pick_tasks(args.tasks or DEMO)
-    asked = {name: getattr(args, name) for name in ("tasks", "minutes", "videos", "steps", "batch", "lr", "seed")}
-    if (out / "arguments.json").is_file() and extract.read_json(out / "arguments.json", dict) != asked:
-        raise UserError(f"{out}: expected the flags of the run that is there (arguments.json), found others: give a new --out")
-    extract.write_json(out / "arguments.json", asked)
-    videos, clips, runs = folder(out / "videos"), out / "clips", {"model": out / "model", "true labels": out / "model-truth"}
+    shaping = ("tasks", "minutes", "videos", "steps", "batch", "lr", "seed")
+    asked = {name: getattr(args, name) for name in shaping}
+    before = out / "arguments.json"
+    if before.is_file() and extract.read_json(before, dict) != asked:
+        raise UserError(f"{before}: expected the flags of this run, found others: give a new --out")
+    extract.write_json(before, asked)
+    videos, clips = folder(out / "videos"), out / "clips"
+    runs = {"model": out / "model", "true labels": out / "model-truth"}
 
     with stage(out, "play on video") as say:
         games = list(dict.fromkeys(task.split("/")[0] for task in tasks))
         steps = round(args.minutes * 60 * FPS / args.videos)
-        low_left = False, True                                             # one channel keeps its pad in one place
+        low_left = False, True                         # one channel keeps its pad in one place
         jobs = [(videos, [t for t in tasks if t.startswith(f"{game}/")], i, args.seed, steps, low_left)
                 for game in games for i in range(args.videos)]
         for line in in_processes(record_video, jobs, extract.cores()):
@@ -381,11 +397,13 @@ def demo(args):
     with stage(out, "find the overlays (extract.py)") as say:
         run_scripts(*[["extract.py", videos, "--out", clips]] * min(extract.cores(), len(jobs)))
         known = {p.stem: extract.read_json(p, dict) for p in sorted(videos.glob("*.json"))}
-        found = {name: extract.read_clip(clips / name) for name in known if (clips / name / "clip.json").is_file()}
+        found = {name: extract.read_clip(clips / name) for name in known
+                 if (clips / name / "clip.json").is_file()}
         if not found:
             raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
         ious = {name: iou(clip["box"], known[name]["box"]) for name, clip in found.items()}
-        say(f"{len(found)} of {len(known)} found | IoU mean {np.mean([*ious.values()]):.3f}, least {min(ious.values()):.3f}")
+        finding = f"{len(found)} of {len(known)}, IoU {np.mean([*ious.values()]):.3f}"
+        say(finding)
         for name in found:
             shutil.copy(videos / f"{name}.truth.npy", clips / name / "truth.npy")
 
@@ -393,8 +411,9 @@ def demo(args):
         run_scripts(*[["parse.py", "run", clips]] * min(extract.cores(), len(found)))
         scores = parse.mean_of([parse.score(*actions_and_truth(clips / name), clip["geometry"])
                                 for name, clip in found.items()])
-        read = f"stick R2 {scores.get('left R2', math.nan):.2f} left, {scores.get('right R2', math.nan):.2f} right, button F1 {scores['F1']:.2f}"
-        say(read)
+        left, right = (scores.get(f"{side} R2", math.nan) for side in ("left", "right"))
+        reading = f"stick R2 {left:.2f} left, {right:.2f} right, button F1 {scores['F1']:.2f}"
+        say(reading)
 
     with stage(out, "train two toy models (train.py)") as say:
         flags = ["--preset", "toy", "--seed", args.seed, *quick(args, args.steps)]
@@ -406,22 +425,21 @@ def demo(args):
         table = completion(tasks, ["random", "scripted"], args.n, args.seed, extract.cores())
         films = {task: out / f"{task.replace('/', '-')}.mp4" for task in tasks}
         for who, run in runs.items():
-            ended = play_model(sample.Policy(run, "cpu"), tasks, args.n, 8, args.seed, films=films if who == "model" else None)
+            filmed = films if who == "model" else None
+            ended = play_model(sample.Policy(run, "cpu"), tasks, args.n, 8, args.seed, films=filmed)
             for task in tasks:
                 table[task][who] = ended[task]
         rows = rows_of(table)
         say(", ".join(f"{who} {row['rate']:.0%}" for who, row in rows["all"].items()))
 
     best = max(ious, key=ious.get)
-    page = story(videos / f"{best}.mp4", clips / best, films, rows,
-                 f"extract.py finds it, its pad being one of our templates: {len(found)} of {len(known)}, "
-                 f"IoU {np.mean([*ious.values()]):.2f}", read)
-    page.save(out / "demo.png")
+    story(videos / f"{best}.mp4", clips / best, films, rows, finding, reading).save(out / "demo.png")
     show_rows(rows)
     better = sum(rows[task]["model"]["low"] > rows[task]["random"]["high"] for task in tasks)
-    print(f"above random by an interval: {better} of {len(tasks)} tasks | {time.monotonic() - began:.0f} s in all | {out / 'demo.png'}")
-    extract.write_json(out / "demo.json", asked | {"n": args.n, "iou": ious, "parser": scores, "rows": rows, "machine": machine(),
-                                                   "seconds": round(time.monotonic() - began)})
+    seconds = round(time.monotonic() - began)
+    print(f"above random by an interval: {better} of {len(tasks)} tasks | {seconds} s | {out / 'demo.png'}")
+    figures = {"iou": ious, "parser": scores, "rows": rows, "seconds": seconds, "machine": machine()}
+    extract.write_json(out / "demo.json", asked | {"n": args.n} | figures)
 
 
 def quick(args, steps):
@@ -431,7 +449,8 @@ def quick(args, steps):
 
 
 def unless_trained(run, steps, *words):
-    """The command that trains a run from these data and flags, or goes on with it, in a list: none where it is whole."""
+    """The command that trains a run from these data and flags, or goes on with it, in a list: none where it
+    is whole."""
     if (run / "model.safetensors").is_file() and M.read_meta(run)[0]["step"] >= steps:
         return []
     resumed = (run / "state.safetensors").is_file()
@@ -445,60 +464,70 @@ def actions_and_truth(clip):
 
 def iou(a, b):
     """Intersection over union of two boxes [x, y, w, h]."""
-    w, h = (max(min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]), 0) for i in (0, 1))
-    return w * h / (a[2] * a[3] + b[2] * b[3] - w * h)
+    a, b = np.array(a), np.array(b)
+    ends = np.minimum(a[:2] + a[2:], b[:2] + b[2:])
+    shared = np.maximum(ends - np.maximum(a[:2], b[:2]), 0).prod()
+    return float(shared / (a[2:].prod() + b[2:].prod() - shared))
 
 
-def story(video, clip, films, rows, found, read):
-    """The demo's page, 1600 x 900: a video with the box found, its crop, what was read from it, the model at play,
-    what it completes; found, read: the figures so far, in words."""
-    page = Image.new("RGB", (1600, 900), "#fafafa")
+def story(video, clip, films, rows, finding, reading):
+    """The demo's page, 1600 x 820: a video with the box found, its crop, what was read from it, the model
+    at play, what it completes; finding, reading: the figures of extract.py and parse.py, in words."""
+    page = Image.new("RGB", (1600, 820), "#fafafa")
     pen, meta, (actions, truth) = ImageDraw.Draw(page), extract.read_clip(clip), actions_and_truth(clip)
-    write = lambda x, y, text, size=18: pen.text((x, y), text, "#14141e", ImageFont.load_default(size), "ls")
-    show = lambda rgb, x, y, w: page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
-    change = np.convolve(np.abs(np.diff(truth, axis=0)).sum(1), np.ones(150), "valid")   # five seconds with much to read
-    start = int(change.argmax()) if len(change) else 0
+
+    def write(x, y, text, size=18):
+        pen.text((x, y), text, "#14141e", ImageFont.load_default(size), "ls")
+
+    def show(rgb, x, y, w):
+        h = round(w * rgb.shape[0] / rgb.shape[1])
+        page.paste(Image.fromarray(rgb).resize((w, h)), (x, y))
+    change = np.convolve(np.abs(np.diff(truth, axis=0)).sum(1), np.ones(150), "valid")
+    start = int(change.argmax()) if len(change) else 0         # of five seconds with much to read
     now = min(start + 75, meta["n"] - 1)
     skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
 
-    write(20, 36, f"1  a video with a pad; {found}", 16)
+    write(20, 36, f"1  a video with one of our pads; extract.py finds it among them: {finding}", 16)
     frame = next(rgb for i, rgb in extract.read_video(video) if i == now)
     show(frame, 20, 50, 640)
     x, y, w, h = (v * 640 / frame.shape[1] for v in meta["box"])
     pen.rectangle((20 + x, 50 + y, 20 + x + w, 50 + y + h), outline="#00ff00", width=3)
     write(700, 36, "2  the crop")
     show(extract.Frames(clip, "pads")[now], 700, 60, 300)
-    write(1020, 36, "3  parse.py reads it")
-    pad = np.full((round(300 * skin.size[1] / skin.size[0]), 300, 3), 235, np.uint8)
+    write(1020, 36, f"3  parse.py reads it: {reading}", 16)
+    high = round(300 * skin.size[1] / skin.size[0])
+    pad = np.full((high, 300, 3), 235, np.uint8)
     put_pad(pad, skin, actions[now], mark=True)
     show(pad, 1020, 60, 300)
-    write(1020, 290, read, 14)
-    write(1370, 200, "grey: true", 14)
-    write(1370, 225, "red: read", 14)
-    pressed = [b for b in np.argsort(-truth[start:start + 150, :21].sum(0))[:3] if truth[start:start + 150, b].any()]
-    columns = {"left x": 21, "left y": 22, "right x": 23, "right y": 24} | {extract.BUTTONS[b].lower(): b for b in pressed}
+    write(1350, 200, "grey: true, red: read", 14)
+    read = slice(start, start + 150)
+    presses = truth[read, :21].sum(0)
+    often = [b for b in np.argsort(-presses)[:3] if presses[b]]
+    columns = {f"{side} {axis}": 21 + 2 * i + j for i, side in enumerate(("left", "right"))
+               for j, axis in enumerate("xy")}
+    columns |= {extract.BUTTONS[b].lower(): b for b in often}
     for k, (label, column) in enumerate(columns.items()):
         write(700, 330 + 28 * k, label, 13)
         for values, ink, thick in (truth, "#bebec8", 5), (actions, INKS["model"], 2):
-            v = values[start:start + 150, column]
-            high = -11 * v if column > 20 else 8 - 16 * v
-            pen.line([(840 + 5 * t, 324 + 28 * k + float(dy)) for t, dy in enumerate(high)], ink, thick)
+            high = values[read, column] * (-11 if column > 20 else -16)
+            pen.line([(840 + 5 * t, 326 + 28 * k + float(dy)) for t, dy in enumerate(high)], ink, thick)
 
-    write(20, 560, "4  train.py learns from what was read; the model plays")
+    write(20, 530, "4  train.py learns from what was read; the model plays")
     for k, task in enumerate(list(films)[:3]):
         frames = [rgb for _, rgb in extract.read_video(films[task])]
-        show(frames[len(frames) // 2], 20 + 290 * k, 580, 280)
-        write(20 + 290 * k, 770, task, 15)
-    write(900, 560, f"5  tasks completed, n {rows[task]['model']['n']} each; thin lines: 95 % intervals")
-    bars(pen, {name: row for name, row in rows.items() if "/" in name or name == "all"}, (1010, 590), 560, 13)
+        show(frames[len(frames) // 2], 20 + 290 * k, 550, 280)
+        write(20 + 290 * k, 735, task, 15)
+    write(900, 530, f"5  tasks completed, n {rows[task]['model']['n']} each; thin lines: 95 % intervals")
+    shown = {name: row for name, row in rows.items() if ":" not in name}
+    bars(pen, shown, (1010, 560), 560, 12)
     return page
 
 
 # ---- transfer: what pre-training on other games is worth
 
 def transfer(args):
-    """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on so many
-    minutes of it, against a fresh model with the same minutes and steps."""
+    """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on
+    so many minutes of it, against a fresh model with the same minutes and steps."""
     games = list(dict.fromkeys(task.split("/")[0] for task in pick_tasks(args.games)))
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
@@ -507,7 +536,8 @@ def transfer(args):
     own = lambda game, minutes, seed: out / "few" / f"{game}-{minutes:g}-{seed}"
     with stage(out, "record") as say:
         jobs = [job for game in GAMES for job in clips_of(out / "data" / game, game, args.others, 0)]
-        jobs += [job for trial in trials for job in clips_of(own(*trial), trial[0], trial[1], 1000 + trial[2])]
+        for game, minutes, seed in trials:
+            jobs += clips_of(own(game, minutes, seed), game, minutes, 1000 + seed)
         for line in in_processes(record_folder, jobs, args.workers):
             print(line)
         say(f"{args.others:g} minutes of each game, {len(trials)} small recordings of held-out ones")
@@ -517,32 +547,41 @@ def transfer(args):
         ended = play_model(sample.Policy(run, "cpu", steps=args.euler), pick_tasks([game]), args.n, 8, seed)
         return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
 
+    def train(run, steps, *words):
+        return unless_trained(run, steps, *words, *quick(args, steps))
+
     for game in games:
         with stage(out, f"{game}: pre-train on the others") as say:
             others, first = [out / "data" / name for name in GAMES if name != game], out / f"pre-{game}"
-            run_scripts(*unless_trained(first, args.pretrain, *others, "--preset", args.preset, "--balance",
-                                        *quick(args, args.pretrain)))
-            say(f"without any of its own data {np.mean(list(completed(first, game, 0).values())):.0%}")
+            run_scripts(*train(first, args.pretrain, *others, "--preset", args.preset, "--balance"))
+            say(f"without any of its own data {np.mean([*completed(first, game, 0).values()]):.0%}")
         starts = {"post-trained": ["--ckpt", first], "scratch": ["--preset", args.preset]}
-        for trial in [trial for trial in trials if trial[0] == game]:
-            with stage(out, "{}: {:g} minutes, seed {}".format(*trial)) as say:
-                runs = {who: out / f"{who}-{own(*trial).name}" for who in starts}
-                run_scripts(*(command for who, start in starts.items() for command in unless_trained(
-                    runs[who], args.steps, own(*trial), "--seed", trial[2], *start, *quick(args, args.steps))))
-                rates = {who: completed(run, game, trial[2]) for who, run in runs.items()}
-                results.append({"game": game, "minutes": trial[1], "seed": trial[2], "tasks": rates})
-                say(", ".join(f"{who} {np.mean(list(rate.values())):.0%}" for who, rate in rates.items()))
+        for minutes, seed in [trial[1:] for trial in trials if trial[0] == game]:
+            with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
+                data = own(game, minutes, seed)
+                runs = {who: out / f"{who}-{data.name}" for who in starts}
+                run_scripts(*(command for who, run in runs.items()
+                              for command in train(run, args.steps, data, "--seed", seed, *starts[who])))
+                rates = {who: completed(run, game, seed) for who, run in runs.items()}
+                results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
+                say(", ".join(f"{who} {np.mean([*rate.values()]):.0%}" for who, rate in rates.items()))
 
     gains = gains_of(results)
     for name, row in gains.items():
-        post, scratch = row["bars"].values()
-        print(f"{name:26} post-trained {post['rate']:.1%} | scratch {scratch['rate']:.1%} | {100 * row['points']:+.1f} points "
-              f"[{100 * row['points low']:+.1f}, {100 * row['points high']:+.1f}]"
-              + (f" | gain {row['gain']:+.0%} [{row['gain low']:+.0%}, {row['gain high']:+.0%}]" if row["gain"] else ""))
+        post, scratch = (row["bars"][who]["rate"] for who in ("post-trained", "scratch"))
+        gained = percent(row, "gain") if row["gain"] else "none: scratch completes nothing"
+        print(f"{name:26} post-trained {post:.1%} | scratch {scratch:.1%} | "
+              f"{percent(row, 'points')} points | gain {gained} | n {row['n']}")
     said = {name: str(value) for name, value in vars(args).items() if name != "run"}
-    extract.write_json(out / "transfer.json", {"args": said, "machine": machine(), "results": results, "gains": gains})
+    figures = {"args": said, "machine": machine(), "results": results, "gains": gains}
+    extract.write_json(out / "transfer.json", figures)
     chart(out / "transfer.png", f"completion of held-out games, {len(games) * len(args.seeds)} pairs",
           {name: row["bars"] for name, row in gains.items()})
+
+
+def percent(row, name):
+    """A figure of gain() and its interval."""
+    return f"{row[name]:+.1%} [{row[f'{name} low']:+.1%}, {row[f'{name} high']:+.1%}]"
 
 
 def clips_of(out, game, minutes, seed):
@@ -556,9 +595,12 @@ def gains_of(results):
     gains = {}
     for minutes in dict.fromkeys(r["minutes"] for r in results):
         for kind in ("all", "combat", "navigation", "specific"):
-            pairs = [[[rate for task, rate in rates.items() if kind in ("all", TASKS[task].kind)] for rates in
-                      (r["tasks"]["post-trained"], r["tasks"]["scratch"])] for r in results if r["minutes"] == minutes]
-            pairs = [np.mean(pair, 1) for pair in pairs if pair[0]]
+            pairs = []
+            for rates in (r["tasks"] for r in results if r["minutes"] == minutes):
+                tasks = [task for task in rates["scratch"] if kind in ("all", TASKS[task].kind)]
+                if tasks:
+                    pairs.append([np.mean([rates[who][task] for task in tasks])
+                                  for who in ("post-trained", "scratch")])
             if pairs:
                 gains[f"{minutes:g} min, {kind}"] = gain(np.array(pairs))
     return gains
@@ -567,13 +609,17 @@ def gains_of(results):
 def gain(pairs, rounds=4000):
     """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> what pre-training gains.
 
-    Means ("bars"), the difference ("points") and the relative gain, each with the interval of resampled pairs; the
-    gain is None where scratch completes nothing, its interval is of the draws in which scratch completes something.
+    Means ("bars"), the difference ("points") and the relative gain, each with the interval of resampled
+    pairs; the gain is None where scratch completes nothing, its interval is of the draws in which scratch
+    completes something.
     """
-    drawn = pairs[np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))].mean(1)      # (rounds, 2)
+    # (rounds, 2)
+    picks = np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))
+    drawn = pairs[picks].mean(1)
     interval = lambda values: [float(v) for v in np.quantile(values, (0.025, 0.975))]
     some, (post, scratch) = drawn[drawn[:, 1] > 0], pairs.mean(0)
-    row = {"n": len(pairs), "bars": {}, "points": float(post - scratch), "gain": float(post / scratch - 1) if scratch else None}
+    row = {"n": len(pairs), "bars": {}, "points": float(post - scratch)}
+    row["gain"] = float(post / scratch - 1) if scratch else None
     for i, who in enumerate(("post-trained", "scratch")):
         low, high = interval(drawn[:, i])
         row["bars"][who] = {"rate": float(pairs[:, i].mean()), "low": low, "high": high}
@@ -586,17 +632,22 @@ def gain(pairs, rounds=4000):
 # ---- speed
 
 def latency(args):
-    """Seconds for one chunk, against the same model sampled as the release does; in turn, so that a busy machine slows
-    both. The release computes mixing, keys and values, time codes and AdaLN anew at each step."""
+    """Seconds for one chunk, against the same model sampled as the release does; in turn, so that a busy
+    machine slows both. The release computes mixing, keys and values, time codes and AdaLN anew at each
+    step."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device, reason = M.pick_device(args.device)
-    model = (M.load(args.ckpt, device)[0] if args.ckpt else randomised(M.create(M.preset(args.preset), device=device))).eval()
+    if args.ckpt:
+        model = M.load(args.ckpt, device)[0]
+    else:
+        model = randomised(M.create(M.preset(args.preset), device=device)).eval()
     c, g = model.config, torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (1, c.frames, c.image, c.image, 3), dtype=torch.uint8, generator=g).to(device)
+    shape = 1, c.frames, c.image, c.image, 3
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).to(device)
     noise = torch.randn(1, c.horizon, c.action_dim, generator=g).to(device)
-    print(f"{args.ckpt or args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, float32, batch 1, {device} "
-          f"({reason}), {machine()}, best of {args.repeats}")
+    print(f"{args.ckpt or args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, float32, "
+          f"batch 1, {device} ({reason}), {machine()}, best of {args.repeats}")
 
     def released(k):
         x, seen = noise, model.see(frames)
@@ -605,8 +656,10 @@ def latency(args):
         return x
 
     for k in args.steps:
-        ways = {"vision": lambda: model.see(frames), "vision and mixing": lambda: model.encode(frames),
-                "ours": lambda: sample.euler(model, model.encode(frames), noise, k), "released": lambda: released(k)}
+        ways = {"vision": lambda: model.see(frames),
+                "vision and mixing": lambda: model.encode(frames),
+                "ours": lambda: sample.euler(model, model.encode(frames), noise, k),
+                "released": lambda: released(k)}
         with torch.inference_mode():
             took = dict(zip(ways, best_of(args.repeats, device, *ways.values())))
             apart = float((ways["ours"]() - ways["released"]()).abs().max())
@@ -615,7 +668,8 @@ def latency(args):
 
 
 def randomised(model):
-    """Random weights also where training starts from zeros: a velocity of 0 would compare well with anything."""
+    """Random weights also where training starts from zeros: a velocity of 0 would compare well with
+    anything."""
     with torch.no_grad():
         for p in model.parameters():
             if not p.any():
@@ -637,7 +691,8 @@ def best_of(repeats, device, *works):
 
 
 def throughput(args):
-    """Microseconds of a step of each game; frames a second of each stage of the chain, on recordings of its own."""
+    """Microseconds of a step of each game; frames a second of each stage of the chain, on recordings of its
+    own."""
     for name, kind in GAMES.items():
         steps, took = 0, 0.0
         for task in pick_tasks([name]):
@@ -667,8 +722,8 @@ def throughput(args):
 # ---- players
 
 class Scripted:
-    """Plays a task as a person does: knows the game's wish, but sees it late, moves sticks gradually and askew, and
-    slips now and then."""
+    """Plays a task as a person does: knows the game's wish, but sees it late, moves sticks gradually and
+    askew, and slips now and then."""
 
     def __init__(self, game, seed=0):
         self.game, self.rng = game, random.Random(f"player {seed}")
@@ -676,7 +731,7 @@ class Scripted:
         self.askew, self.reach = self.rng.gauss(0, 0.05), self.rng.uniform(0.93, 1.0)
         self.quick, self.careless = self.rng.uniform(0.4, 0.7), self.rng.uniform(0.002, 0.007)
         if game.late == (0, 0):
-            self.quick = 1.0                                               # a game that waits: each push is whole
+            self.quick = 1.0                                           # a game that waits: each push is whole
         self.sticks, self.slip, self.how = [0j, 0j], 0, ""
 
     def act(self):
@@ -709,9 +764,9 @@ class Scripted:
 
 
 class Blind:
-    """Plays without looking. how = "random": sticks anywhere and each of the game's buttons down or up, drawn anew
-    every 4 to 16 steps; or one of MASHING: both sticks held in a direction or turning, with or without the game's
-    attack, or sticks at rest and all buttons hammered."""
+    """Plays without looking. how = "random": sticks anywhere and each of the game's buttons down or up, drawn
+    anew every 4 to 16 steps; or one of MASHING: both sticks held in a direction or turning, with or without
+    the game's attack, or sticks at rest and all buttons hammered."""
 
     def __init__(self, game, seed=0, how="random"):
         self.rng, self.t, self.again = random.Random(f"{how} {seed}"), 0, 0
@@ -764,14 +819,15 @@ def learned(path, steps):
 
 # ---- games by others
 
-# weights/others.json says how a pad plays them: patterns of Gymnasium ids and what holds for them; all that fit are
-# merged, later ones win, and --table FILE.json is one more.
-#   pip, module    what to install, and to import so that the ids are known; make: arguments for gymnasium.make
+# weights/others.json says how a pad plays them: patterns of Gymnasium ids and what holds for them; all that
+# fit are merged, later ones win, and --table FILE.json is one more.
+#   pip, module    what to install, and to import so that the ids are known
+#   make           arguments for gymnasium.make
 #   fps, seconds   steps a second of game time, after the frame skip; the longest episode
-#   frame          where the picture is: "render", "" = the observation, else the part of the observation of that name
-#   controls       the game's name of an action, or its number -> what the pad does for it: "left.up & SOUTH" = a stick
-#                  beyond play.TILT, a button held. Of a Discrete space the first that holds is taken ("" always does),
-#                  of MultiBinary all that hold. A Box takes sums: "RIGHT_TRIGGER - LEFT_TRIGGER", "12 * right.x".
+#   frame          the picture: "render", "" = the observation, else the part of the observation of that name
+#   controls       the game's name of an action, or its number -> what the pad does for it: "left.up & SOUTH":
+#                  a stick beyond play.TILT, a button held. Of a Discrete space the first that holds is taken
+#                  ("" always does), of MultiBinary all that hold. A Box takes sums: "12 * right.x - SOUTH".
 #   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
 #   script, late   the scripted player (of SCRIPTS) and by how many steps it is late
 SIDES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways
@@ -788,33 +844,37 @@ def foreign_task(args):
             table |= row
     if args.table:
         table |= extract.read_json(args.table, dict)
-    with extract.reading(f"--env {args.env}", f"a table with fps, seconds, frame, controls and success (--table "
-                         f"FILE.json; there are tables for {', '.join(OTHERS)})"):
+    known = ", ".join(OTHERS)
+    with extract.reading(f"--env {args.env}", f"fps, seconds, frame, controls, success in --table ({known})"):
         words = {word for rule in table["controls"].values() for word in WORD.findall(rule)}
         unknown = words - READINGS.keys() | {table.get("script", "aims")} - SCRIPTS.keys()
-        if unknown or min(table["fps"], table["seconds"]) <= 0 or not {"return", "info"} & table["success"].keys():
-            raise ValueError(", ".join(unknown) or "fps, seconds or success that can't be")
-        keys = sorted(words & extract.BUTTON.keys()) or ["SOUTH"]
-        fields = {"fps": table["fps"], "late": tuple(table.get("late", Game.late)), "table": table, "keys": keys, "idle": []}
+        if unknown or min(table["fps"], table["seconds"]) <= 0:
+            raise ValueError(", ".join(unknown) or "fps or seconds of 0")
+        if not {"return", "info"} & table["success"].keys():
+            raise ValueError("no success by return or info")
+        fields = {"fps": table["fps"], "late": tuple(table.get("late", Game.late)), "table": table,
+                  "idle": [], "keys": sorted(words & extract.BUTTON.keys()) or ["SOUTH"]}
         game = type(re.sub(r"\W+", "_", args.env), (Foreign,), fields)
         PLAYABLE[args.env] = Task(args.env, game, "theirs", 0, table["seconds"], {}, False, table["frame"])
     return args.env
 
 
 class Foreign:
-    """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its table, and
-    environments at rest."""
+    """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its
+    table, and environments at rest."""
     attack, table, idle = (), {}, []
 
     def __init__(self, task, seed=0):
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here, contextlib.chdir(here):
-            self.env = self.idle.pop() if self.idle else open_env(task, self.table)      # ViZDoom leaves files there
+            # ViZDoom leaves files there
+            self.env = self.idle.pop() if self.idle else open_env(task, self.table)
             seen = self.env.reset(seed=number)[0]
         self.inside = self.env.unwrapped
-        buttons = getattr(getattr(self.inside, "game", None), "get_available_buttons", list)       # of ViZDoom
+        buttons = getattr(getattr(self.inside, "game", None), "get_available_buttons", list)      # of ViZDoom
         with extract.reading(f"--env {task}", "controls of the table that fit the game's actions"):
-            self.choose = pad_to_action(self.env.action_space, self.table["controls"], [b.name for b in buttons()])
+            names = [button.name for button in buttons()]
+            self.choose = pad_to_action(self.env.action_space, self.table["controls"], names)
             self.choose(neutral())
         self.t, self.score, self.won, self.over = 0, 0.0, False, False
         self.look(seen)
@@ -822,7 +882,7 @@ class Foreign:
     def look(self, seen):
         """The picture after a step -> self.frame uint8 (256, 256, 3)."""
         part = self.table["frame"]
-        with extract.reading(f"frame {part!r} of the table", "a picture uint8 (h, w, 3), \"render\" or part of what is observed"):
+        with extract.reading(f"\"frame\": {part!r} in the table", "the name of a picture uint8 (h, w, 3)"):
             rgb = self.env.render() if part == "render" else seen[part] if part else seen
             if rgb.dtype != np.uint8 or rgb.shape[2:] not in ((1,), (3,)):
                 raise ValueError(f"{rgb.dtype} {rgb.shape}")
@@ -841,8 +901,10 @@ class Foreign:
         self.over = terminated or truncated or self.t >= self.table["seconds"] * self.fps
         if self.over:
             rule = self.table["success"]
-            got, least = (self.score, rule["return"]) if "return" in rule else (info.get(rule["info"], 0), rule.get("least", 1))
-            self.won = bool(got >= least)
+            if "return" in rule:
+                self.won = self.score >= rule["return"]
+            else:
+                self.won = bool(info.get(rule["info"], 0) >= rule.get("least", 1))
             self.idle.append(self.env)
         else:
             self.look(seen)
@@ -863,25 +925,27 @@ def open_env(env_id, table):
 
 
 def pad_to_action(space, controls, names=()):
-    """An action space, its controls, the game's names of its actions -> from action float (25,) to the space's element."""
+    """An action space, its controls, the game's names of its actions -> from action float (25,) to the
+    space's element."""
     kind = type(space).__name__
     if kind == "Dict":
         parts = {key: pad_to_action(part, controls, names) for key, part in space.spaces.items()}
         return lambda action: {key: choose(action) for key, choose in parts.items()}
-    names = [name for name in names if name.endswith("_DELTA") == (kind == "Box")]         # so ViZDoom numbers them
+    names = [name for name in names if name.endswith("_DELTA") == (kind == "Box")]   # so ViZDoom numbers them
     rules = {names.index(key) if key in names else int(key): rule for key, rule in controls.items()
-             if key in names or key.isdecimal()}                           # others are of other games of the kind
+             if key in names or key.isdecimal()}                       # others are of other games of the kind
     n = math.prod(space.shape) if kind == "Box" else int(space.n)
     if max(rules, default=n) >= n or kind == "Discrete" and "" not in rules.values():
-        raise ValueError(f"{kind} of {n} ({', '.join(names)}) and controls {rules}: an action in it, and one with \"\" for rest")
+        raise ValueError(f"{kind} of {n} ({', '.join(names)}), {rules}; one has to be \"\": the pad at rest")
     if kind == "Discrete":
         return lambda action: next(i for i, rule in rules.items() if holds(action, rule))
     if kind == "MultiBinary":
-        return lambda action: np.array([i in rules and holds(action, rules[i]) for i in range(n)], np.int8)
+        presses = lambda action: [i in rules and holds(action, rules[i]) for i in range(n)]
+        return lambda action: np.array(presses(action), np.int8)
 
     def numbers(action):
-        values = np.reshape([amount(action, rules.get(i, "")) for i in range(n)], space.shape)
-        return np.clip(values, space.low, space.high).astype(space.dtype)
+        values = [amount(action, rules.get(i, "")) for i in range(n)]
+        return np.clip(np.reshape(values, space.shape), space.low, space.high).astype(space.dtype)
     return numbers
 
 
@@ -903,13 +967,14 @@ def amount(action, rule):
 
 
 def aims(game):
-    """ViZDoom: turn (or walk sideways where there is no turning) to the monster that is near and near to the middle, and
-    shoot when it is there. It reckons with being late, as people do: it looks where the monster is in four steps."""
+    """ViZDoom: turn (or walk sideways where there is no turning) to the monster that is near and near to the
+    middle, and shoot when it is there. It reckons with being late, as people do: it looks where the monster
+    is in four steps."""
     doom = game.inside.game
     middle, state = doom.get_screen_width() / 2, doom.get_state()
-    foes = [(label.x + label.width / 2 - middle, label.width / 2) for label in (state.labels if state else ())
-            if label.object_category == "Monster"]
-    off, half = min(foes, key=lambda f: abs(f[0]) - 4 * f[1], default=(middle, 0.0))       # none in sight: turn on
+    monsters = [label for label in (state.labels if state else ()) if label.object_category == "Monster"]
+    foes = [(label.x + label.width / 2 - middle, label.width / 2) for label in monsters]
+    off, half = min(foes, key=lambda f: abs(f[0]) - 4 * f[1], default=(middle, 0.0))  # none in sight: turn on
     moved, game.off = off - getattr(game, "off", off), off
     soon = off + 4 * moved if abs(moved) < 60 else off                     # else it is another monster
     stick = complex(copysign(1, soon)) if abs(soon) > max(half / 2, 4) else 0j
@@ -919,16 +984,20 @@ def aims(game):
 
 
 def walks(game):
-    """MiniGrid: the shortest way of turns and steps to the goal, around walls and lava; doors are not opened."""
+    """MiniGrid: the shortest way of turns and steps to the goal, around walls and lava; doors are not
+    opened."""
     at, grid = game.inside, game.inside.grid
     queue = deque([(*map(int, at.agent_pos), int(at.agent_dir))])
-    first = {queue[0]: 0j}                                                 # state -> the push that begins the way to it
+    first = {queue[0]: 0j}                                       # state -> the push that begins the way to it
     while queue:
         x, y, d = here = queue.popleft()
         if grid.get(x, y) and grid.get(x, y).type == "goal":
             return first[here], 0j, ""
         dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[d]
-        steps = {(x, y, (d - 1) % 4): -1 + 0j, (x, y, (d + 1) % 4): 1 + 0j, (x + dx, y + dy, d): -1j}
+        steps = {
+            (x, y, (d - 1) % 4): -1 + 0j,
+            (x, y, (d + 1) % 4): 1 + 0j,
+            (x + dx, y + dy, d): -1j}
         for there, push in steps.items():
             if there not in first and getattr(grid.get(*there[:2]), "type", "goal") in ("goal", "floor"):
                 first[there] = first[here] or push
@@ -942,11 +1011,11 @@ SCRIPTS = {"aims": aims, "walks": walks}
 # ---- what a game is
 
 class Game:
-    """One task of one game, the same for the same seed. A subclass has begin(**task.start), play(), draw() and
-    wish(): the sticks (complex, y down) and the buttons that win."""
-    keys, attack, family = {}, (), ""              # of weights/games.json: what each control does, what a masher holds
-    hud, lives = ("f44", "fff", 4), 3              # colours of health and score, where they stand
-    fps, late = FPS, (2, 4)                        # steps a second; by how many of them a person is late
+    """One task of one game, the same for the same seed. A subclass has begin(**task.start), play(), draw()
+    and wish(): the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks,
+    keys (what each control does), attack (what a masher holds) and look: health (lives), where it and the
+    score stand (hud)."""
+    fps, late = FPS, (2, 4)                # steps a second; by how many of them a person is late
 
     def __init__(self, task, seed=0):
         self.task = TASKS[task] if isinstance(task, str) else task
@@ -982,7 +1051,8 @@ class Game:
             disc(frame, complex(14 + 16 * i, y + 8), 6, health)
         for i in range(self.task.goal if self.task.goal <= 12 else 0):
             x = 244 - 11 * i
-            bar(frame, complex(x, y + 3), complex(x + 7, y + 13), score, -1 if i < self.score else 1)
+            done = i < self.score
+            bar(frame, complex(x, y + 3), complex(x + 7, y + 13), score, -1 if done else 1)
         return frame
 
     def ready(self, what, steps):
@@ -1010,9 +1080,13 @@ class Game:
         length = self.rng.uniform(low, high)
         return rect(length, self.rng.uniform(0, tau) if angle is None else angle)
 
+    def distance(self, thing):
+        """How far a thing is from the player."""
+        return abs(thing.at - self.pos)
+
     def nearest(self, things):
         """The thing nearest to the player, None of none."""
-        return min(things, key=lambda thing: abs(thing.at - self.pos), default=None)
+        return min(things, key=self.distance, default=None)
 
     def fly(self, shots, hits, reach=200):
         """Move shots (at, v); gone are those that hit something (hits(shot) sees to what follows) or are
@@ -1052,7 +1126,7 @@ def folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"{path}: expected a folder to write to, found {e.strerror}: give another --out") from None
+        raise UserError(f"{path}: expected a folder, found {e.strerror}: give another --out") from None
     return Path(path)
 
 
@@ -1071,7 +1145,8 @@ def in_processes(work, jobs, workers):
 
 @contextlib.contextmanager
 def stage(out, what):
-    """One line a stage: what is done, what came of it, how long it took. What is printed meanwhile goes to a log."""
+    """One line a stage: what is done, what came of it, how long it took. What is printed meanwhile goes to a
+    log."""
     said, began = [], time.monotonic()
     print(f"{what} ...", flush=True)
     with open(out / "stages.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
@@ -1080,8 +1155,8 @@ def stage(out, what):
 
 
 def run_scripts(*commands):
-    """Run scripts of ours side by side, each with its share of the cores; equal commands share the videos or clips.
-    Inside of a stage: what they print goes to its log."""
+    """Run scripts of ours side by side, each with its share of the cores; equal commands share the videos or
+    clips. Inside of a stage: what they print goes to its log."""
     sys.stdout.flush()
     running = []
     for rank, (script, *words) in enumerate(commands):
@@ -1094,7 +1169,7 @@ def run_scripts(*commands):
         failed = [p.args[1] for p in running if p.wait()]
     except KeyboardInterrupt:
         for p in running:
-            p.wait()                                                       # they were interrupted too, and end cleanly
+            p.wait()                                              # they were interrupted too, and end cleanly
         raise
     if failed:
         last = Path(sys.stdout.name).read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
@@ -1103,7 +1178,8 @@ def run_scripts(*commands):
 
 def machine():
     """What the numbers were taken on."""
-    return f"{platform.machine()}, {extract.cores()} cores, torch {torch.__version__}, opencv {cv2.__version__}"
+    versions = f"torch {torch.__version__}, opencv {cv2.__version__}"
+    return f"{platform.machine()}, {extract.cores()} cores, {versions}"
 
 
 @functools.lru_cache(1)
@@ -1113,7 +1189,8 @@ def skins():
 
 
 def put_pad(ground, skin, action, opacity=1.0, mark=False):
-    """Draw the pad over a region (h, w, 3) of a picture, in place; mark: with arrows where its sticks are pushed."""
+    """Draw the pad over a region (h, w, 3) of a picture, in place; mark: with arrows where its sticks are
+    pushed."""
     rgba = cv2.resize(extract.draw(skin, action), ground.shape[1::-1], interpolation=cv2.INTER_AREA)
     alpha = rgba[..., 3:] * (opacity / 255)
     ground[:] = (rgba[..., :3] * alpha + ground * (1 - alpha) + 0.5).astype(np.uint8)
@@ -1145,8 +1222,8 @@ def chart(path, title, rows):
 
 
 def bars(pen, rows, corner, wide, thick):
-    """A table of shares as bars of `thick` pixels, a group for each row, 100 % at `wide`; a thin line is the interval.
-    Above it stands which colour is whose."""
+    """A table of shares as bars of `thick` pixels, a group for each row, 100 % at `wide`; a thin line is the
+    interval. Above it stands which colour is whose."""
     (left, top), font = corner, ImageFont.load_default(13)
     end = top + sum(thick * len(row) + 10 for row in rows.values())
     for mark in (0, 0.25, 0.5, 0.75, 1):
@@ -1159,13 +1236,15 @@ def bars(pen, rows, corner, wide, thick):
         pen.text((left - 8, top + thick * len(row) / 2), name, "#14141e", font, "rm")
         for who, r in row.items():
             pen.rectangle((left, top, left + wide * r["rate"], top + thick - 2), INKS[who])
-            pen.line((left + wide * r["low"], top + thick / 2 - 1, left + wide * r["high"], top + thick / 2 - 1), "#14141e")
+            low, high, y = left + wide * r["low"], left + wide * r["high"], top + thick / 2 - 1
+            pen.line((low, y, high, y), "#14141e")
             top += thick
         top += 10
 
 
 def games(args):
-    """OUT/games.png: two games a row, the three tasks of each side by side, after two seconds of scripted play."""
+    """OUT/games.png: two games a row, the three tasks of each side by side, after two seconds of scripted
+    play."""
     page = Image.new("RGB", (1560, 280 * 5), "#181818")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for i, task in enumerate(TASKS.values()):
@@ -1240,6 +1319,12 @@ def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
         cv2.copyTo(picture, mask if seen is None else mask * seen[columns], frame[rows, columns])
 
 
+def sprites(frame, things, size, corner=0j):
+    """Draw things as they are; corner: where the camera's top left corner is."""
+    for thing in things:
+        sprite(frame, thing.kind, thing.at - corner, size)
+
+
 def dot(p):
     """A place as OpenCV wants it."""
     return round(p.real), round(p.imag)
@@ -1263,8 +1348,8 @@ def line(frame, start, end, ink, thick):
 def arrow(frame, at, angle, size, ink):
     """A fat arrowhead at a place that points along `angle`."""
     for grow, paint in ((1.35, "0a0a10"), (1, ink)):
-        tips = [at + size * grow * rect(r, angle + a) for r, a in ((1, 0), (0.9, 2.5), (0.3, pi), (0.9, -2.5))]
-        polygon(frame, tips, paint)
+        corners = (1, 0), (0.9, 2.5), (0.3, pi), (0.9, -2.5)
+        polygon(frame, [at + size * grow * rect(r, angle + a) for r, a in corners], paint)
 
 
 def polygon(frame, corners, ink):
@@ -1291,21 +1376,23 @@ def pattern(kind, h, w, dark, light, seed=0):
     grain = np.random.default_rng(seed).random((h // 4 + 1, w // 4 + 1), np.float32)
     grain = cv2.resize(grain, (w, h), interpolation=cv2.INTER_NEAREST)
     mixed = (0.75 * level + 0.25 * grain)[..., None]
-    picture = (np.array(colour(dark)) * (1 - mixed) + np.array(colour(light)) * mixed).astype(np.uint8)
+    dark, light = np.array(colour(dark)), np.array(colour(light))
+    picture = (dark * (1 - mixed) + light * mixed).astype(np.uint8)
     picture.flags.writeable = False
     return picture
 
 
 @functools.lru_cache(16)
-def sky(top="37b", low="bdf", hills=("579", "354"), h=100):
+def sky(top="37b", low="bdf", far="579", near="354", h=100):
     """Hills under a sky, uint8 (h, 768, 3), the same every 512 columns."""
     shade = np.linspace(0, 1, h)[:, None, None]
     column = (1 - shade) * np.array(colour(top)) + shade * np.array(colour(low))
     image = np.repeat(column.astype(np.uint8), 768, 1)
     x = np.arange(768) / 512 * tau
-    for i, ink in enumerate(hills):
-        y = h * (0.72 + 0.14 * i) + h * 0.09 * (np.sin(3 * x + i) + 0.6 * np.sin(7 * x + 2 * i))
-        cv2.fillPoly(image, [np.int32([*zip(np.arange(768), y), (767, h), (0, h)])], colour(ink))
+    for i, ink in enumerate((far, near)):
+        waves = np.sin(3 * x + i) + 0.6 * np.sin(7 * x + 2 * i)
+        y = h * (0.72 + 0.14 * i) + h * 0.09 * waves
+        polygon(image, [*map(complex, range(768), y), complex(767, h), complex(0, h)], ink)
     return image
 
 
@@ -1340,7 +1427,8 @@ def between(v, angle):
 
 
 def ahead_and_right(v, way):
-    """A vector in the frame of who looks along `way`: complex(ahead, to the right), times the length of `way`."""
+    """A vector in the frame of who looks along `way`: complex(ahead, to the right), times the length of
+    `way`."""
     return v * way.conjugate()
 
 
@@ -1349,19 +1437,25 @@ def walled(w, h):
     return [[x in (0, w - 1) or y in (0, h - 1) for x in range(w)] for y in range(h)]
 
 
+def solid(grid, p):
+    """Is there a wall at a place?"""
+    return grid[int(p.imag)][int(p.real)]
+
+
 def slide(grid, p, d, r):
     """Move a disc of radius r from p by d, one axis at a time, so that it glides along walls."""
+    corners = [complex(x, y) for x in (-r, r) for y in (-r, r)]
     for d in (complex(d.real, 0), complex(0, d.imag)):
-        q = p + d
-        if not any(grid[int(q.imag + y)][int(q.real + x)] for x in (-r, r) for y in (-r, r)):
-            p = q
+        if not any(solid(grid, p + d + corner) for corner in corners):
+            p += d
     return p
 
 
 def sees(grid, p, q):
     """Is the straight line between two places free of walls?"""
     n = int(abs(q - p) * 4) + 1
-    return not any(grid[int(s.imag)][int(s.real)] for s in (p + (q - p) * i / n for i in range(n + 1)))
+    line = (p + (q - p) * i / n for i in range(n + 1))
+    return not any(solid(grid, s) for s in line)
 
 
 def distances(grid, goal):
@@ -1407,25 +1501,25 @@ def packed(rgb):
 class FirstPerson(Game):
     """A map of square cells seen from inside, by ray casting: all crossings of all rays with all grid lines
     at once. The left stick walks, the right one turns."""
-    wall, ceiling, floor = ("bricks", "532", "b86"), ("112", "224"), ("222", "654")
-    size, density = 9, 0.2
 
     @classmethod
     @functools.lru_cache(8)
     def paint(cls):
-        """Wall texture (32 shades x 32 x 32,) and the ceiling's and floor's colours (128, 1), as packed RGBA."""
+        """Wall texture (32 shades x 32 x 32,) and the ceiling's and floor's colours (128, 1), as packed
+        RGBA."""
         texture = pattern(cls.wall[0], 32, 32, *cls.wall[1:]).astype(np.float32)
-        shades = np.stack([texture * max(1 - i / 18, 0.15) * side for side in (1, 0.75) for i in range(16)])
+        fades = [max(1 - i / 18, 0.15) for i in range(16)]
+        shades = np.stack([texture * fade * side for side in (1, 0.75) for fade in fades])
         y = np.linspace(-1, 1, 128)[:, None]
-        above, below = ((1 - abs(y)) * np.array(colour(far)) + abs(y) * np.array(colour(near))
-                        for far, near in (cls.ceiling, cls.floor))
-        return packed(shades).ravel(), packed(np.where(y < 0, above, below))[:, None]
+        inks = zip(cls.ceiling, cls.floor)
+        far, near = (np.where(y < 0, colour(above), colour(below)) for above, below in inks)
+        return packed(shades).ravel(), packed((1 - abs(y)) * far + abs(y) * near)[:, None]
 
     def build(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
         n = self.size
-        self.grid, inner = walled(n, n), range(1, n - 1)
-        for x, y in self.plan.sample([(x, y) for x in inner for y in inner], int(self.density * (n - 2) ** 2)):
+        self.grid, inner = walled(n, n), [(x, y) for x in range(1, n - 1) for y in range(1, n - 1)]
+        for x, y in self.plan.sample(inner, int(self.density * len(inner))):
             self.grid[y][x] = True
             free = [complex(x, y) for y in range(n) for x in range(n) if not self.grid[y][x]]
             self.grid[y][x] = len(distances(self.grid, free[0])) == len(free)
@@ -1457,8 +1551,8 @@ class FirstPerson(Game):
         n = self.size
         lines = np.arange(1, n, dtype=np.float64)[:, None]                              # (n - 1, 1)
         rx, ry = rays.real + 1e-9, rays.imag + 1e-9
-        tx, ty = (lines - p.real) / rx, (lines - p.imag) / ry                           # (n - 1, 128): along each ray
-        hx, hy = p.imag + tx * ry, p.real + ty * rx                                     # along the line that is crossed
+        tx, ty = (lines - p.real) / rx, (lines - p.imag) / ry                   # (n - 1, 128): along each ray
+        hx, hy = p.imag + tx * ry, p.real + ty * rx                           # along the line that is crossed
         ix, iy = (np.clip(h, 0, n - 1).astype(np.int32) for h in (hx, hy))
         column = lines.astype(np.int32)
         tx[~((tx > 0) & self.walls[ix, column - (rx < 0)])] = 99
@@ -1472,7 +1566,8 @@ class FirstPerson(Game):
         v = ((ROWS * (depth / 115).astype(np.float32) + 0.5) * 32 + 1).astype(np.int32) - 1      # (128, 128)
         texture, ground = self.paint()
         walls = texture.take(shade * 1024 + u + v * 32, mode="clip")
-        pixels = np.where(v.view(np.uint32) < 32, walls, ground).view(np.uint8).reshape(128, 128, 4)
+        pixels = np.where(v.view(np.uint32) < 32, walls, ground)
+        pixels = pixels.view(np.uint8).reshape(128, 128, 4)
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
         frame = cv2.cvtColor(frame, cv2.COLOR_RGBA2RGB)
         for thing in sorted(self.things, key=lambda s: -abs(s.at - p)):
@@ -1499,16 +1594,16 @@ class FirstPerson(Game):
         arrow(frame, 128 + 40j, self.angle(self.target()) - pi / 2, 32, ink)
 
     def steer(self, target, near=0.0):
-        """Both sticks of a walk: turn to the target, walk once it is about ahead, stop when nearer than `near`."""
+        """Both sticks of a walk: turn to the target, walk once it is about ahead, stop when nearer than
+        `near`."""
         angle = self.angle(target)
         ahead = max(math.cos(angle), 0) ** 3 if abs(target - self.pos) > near else 0.0
-        return complex(0, -ahead), complex(span(1.5 * angle), 0)
+        return complex(0, -ahead), span(1.5 * angle)
 
 
 class Crypt(FirstPerson):
     """A dark maze. An arrow shows the way; ghouls turn red before they strike: hold the shield then, hit them
     when they are green."""
-    lives = 4
 
     def begin(self, foes=0, steps=()):
         self.build()
@@ -1527,7 +1622,7 @@ class Crypt(FirstPerson):
 
     def play(self):
         self.walk(0.05 if "LEFT_TRIGGER" in self.held else 0.09)
-        goal, reach = self.goal, abs(self.goal.at - self.pos)
+        goal, reach = self.goal, self.distance(self.goal)
         if self.foes:
             self.fight(goal, reach)
         elif reach < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
@@ -1568,7 +1663,7 @@ class Crypt(FirstPerson):
         return frame
 
     def wish(self):
-        goal, reach = self.goal, abs(self.goal.at - self.pos)
+        goal, reach = self.goal, self.distance(self.goal)
         if not self.foes:
             push = "SOUTH" if goal.kind != "portal" and reach < 1 else ""
             return *self.steer(self.target(), 0.1), push
@@ -1583,9 +1678,6 @@ class Crypt(FirstPerson):
 
 class Siege(FirstPerson):
     """An open court by daylight: drones that hover and shoot, crates to open, a beacon to reach."""
-    hud = "2f6", "ff0", 236
-    wall, ceiling, floor = ("tiles", "446", "9bd"), ("bef", "6af"), ("7a5", "ac7")
-    size, density = 11, 0.06
 
     def begin(self, want):
         self.build()
@@ -1594,15 +1686,17 @@ class Siege(FirstPerson):
 
     def spawn(self):
         """The next thing to shoot, open or reach."""
-        rows = {"drone": (3, 5, 0.3, 0.55), "crate": (4, 6, 0, 0.6), "beacon": (8, 12, 0, 1.0)}
-        low, high, lift, size = rows[self.want]
+        low, high, lift, size = {
+            "drone": (3, 5, 0.3, 0.55),
+            "crate": (4, 6, 0, 0.6),
+            "beacon": (8, 12, 0, 1.0)}[self.want]
         at = self.place(low, high)
         self.goal = Thing(self.want, at, hp=2, drift=self.around(0.02, 0.035), lift=lift, size=size)
         self.far = distances(self.grid, at)
 
     def play(self):
         self.walk()
-        goal, reach = self.goal, abs(self.goal.at - self.pos)
+        goal, reach = self.goal, self.distance(self.goal)
         if self.want == "drone":
             self.shoot(goal, reach)
         opened = "WEST" in self.held and reach < 0.9 and abs(self.angle(goal.at)) < 0.6
@@ -1625,7 +1719,7 @@ class Siege(FirstPerson):
             speed = 0.07 * unit(self.pos - drone.at)
             self.shots.append(Thing("mine", drone.at, v=speed, lift=0.35, size=0.2))
         wounds = self.wounds(self.pos, 0.3)
-        self.fly(self.shots, lambda shot: wounds(shot) or self.grid[int(shot.at.imag)][int(shot.at.real)])
+        self.fly(self.shots, lambda shot: wounds(shot) or solid(self.grid, shot.at))
 
     def draw(self):
         self.things = self.things or [self.goal]
@@ -1640,31 +1734,31 @@ class Siege(FirstPerson):
         return frame
 
     def wish(self):
-        goal, reach = self.goal, abs(self.goal.at - self.pos)
+        goal, reach = self.goal, self.distance(self.goal)
         if self.want != "drone":
             return *self.steer(self.target(), 0.5), "WEST" if self.want == "crate" and reach < 1 else ""
         clear = sees(self.grid, self.pos, goal.at)
         left, right = self.steer(self.target(), 2.5 if clear else 0.5)
         shot = self.nearest(self.shots)
-        if shot and abs(shot.at - self.pos) < 2:
+        if shot and self.distance(shot) < 2:
             left += -1 if self.angle(shot.at) > 0 else 1                   # step out of its way
         aimed = abs(self.angle(goal.at)) < 0.26 / max(reach, 0.5)
         return left, right, "RIGHT_TRIGGER" if clear and aimed else ""
 
 
-LENGTH, HORIZON, HIGH = 170, 100, 30               # Rally's camera: focal length, the horizon's row, pixels up
+LENGTH, HORIZON, HIGH = 170, 100, 30              # Rally's camera: focal length, the horizon's row, pixels up
 GROUND = np.float64([[HIGH, 0, -128 * HIGH], [0, 0, LENGTH * HIGH], [0, 1, 0.5]])   # screen -> right, ahead
 
 
 class Rally(Game):
     """Driving behind a car: the ground is one big picture seen in perspective, a homography of it."""
-    hud = "f33", "fff", 4
 
     def begin(self, rivals=0, park=False):
         self.park, self.speed, self.index = park, 0.0, 0
         self.things, self.rivals, self.gates = [], [], []
         k = self.plan.randint(2, 4)
-        bend, start, ways = self.plan.uniform(0.16, 0.24), self.plan.uniform(0, tau), np.arange(256) / 256 * tau
+        bend, start = self.plan.uniform(0.16, 0.24), self.plan.uniform(0, tau)
+        ways = np.arange(256) / 256 * tau
         path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + start)) * np.exp(1j * ways)
         path = np.roll(path, self.rng.randrange(256))
         self.path = path if self.rng.random() < 0.5 else path[::-1]
@@ -1683,9 +1777,10 @@ class Rally(Game):
         for i in range(0, 256, 4):
             self.stroke(path[i:i + 2], False, "fadc5a", 5)
         self.pos, self.face = self.path[0], phase(self.path[2] - self.path[0])
-        sides = lambda kind, first, step, aside, size: [
-            Thing(kind, self.beside(i, s * aside), size=size) for i in range(first, 255, step) for s in (-1, 1)]
-        self.things, self.gates = sides("tree", 0, 16, 95, 90), sides("post", 20, 20, 54, 44)
+        for i in range(0, 255, 16):
+            self.things += [Thing("tree", self.beside(i, aside), size=90) for aside in (-95, 95)]
+        for i in range(20, 255, 20):
+            self.gates += [Thing("post", self.beside(i, aside), size=44) for aside in (-54, 54)]
         for i in range(rivals):
             side = self.rng.choice((-22, 22))
             self.rivals.append(Thing("rival", 0j, size=46, along=14.0 + 16 * i, side=side, passed=False))
@@ -1693,7 +1788,8 @@ class Rally(Game):
 
     def stroke(self, places, closed, ink, thick):
         """A line of paint on the ground."""
-        cv2.polylines(self.ground, [np.int32([(p.real, p.imag) for p in places])], closed, colour(ink), thick)
+        corners = np.int32([(p.real, p.imag) for p in places])
+        cv2.polylines(self.ground, [corners], closed, colour(ink), thick)
 
     def beside(self, i, far):
         """The place so many pixels to the right of point i of the path."""
@@ -1720,7 +1816,7 @@ class Rally(Game):
     def play(self):
         on_road = self.park or abs(self.path[self.index] - self.pos) < 58
         gas, brake = "RIGHT_TRIGGER" in self.held, "LEFT_TRIGGER" in self.held
-        slower = 0.3 if self.speed > 0 else 0.1                            # in reverse the brake is a weak engine
+        slower = 0.3 if self.speed > 0 else 0.1                        # in reverse the brake is a weak engine
         self.speed += 0.28 * gas - slower * brake
         self.speed = max(-2, self.speed * (0.972 if on_road else 0.88))
         if not gas and not brake:
@@ -1739,18 +1835,18 @@ class Rally(Game):
         for rival in self.rivals:
             if not rival.passed and rival.along < self.index - 1:
                 rival.passed, self.score = True, self.score + 1
-            if abs(rival.at - self.pos) < 24 and not rival.passed:
+            if self.distance(rival) < 24 and not rival.passed:
                 self.speed *= 0.3
                 self.hurt()
 
     def draw(self):
         c, s = math.cos(self.face), math.sin(self.face)
         eye = self.pos - 44 * complex(c, s)
-        camera = np.float64([[-s, c, eye.real], [c, s, eye.imag], [0, 0, 1]]) @ GROUND
+        to_map = np.float64([[-s, c, eye.real], [c, s, eye.imag], [0, 0, 1]])
         frame = np.empty((256, 256, 3), np.uint8)
         shift = int((self.face + pi) / tau * 1024) % 512
         frame[:HORIZON] = sky()[:, shift:shift + 256]
-        frame[HORIZON:] = cv2.warpPerspective(self.ground, camera, (256, 256 - HORIZON), None,
+        frame[HORIZON:] = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
                                               cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
         gates = [] if self.rivals else self.gates[2 * self.score:2 * self.score + 2]
         rows = [((thing.at - eye) * complex(c, -s), thing) for thing in self.things + self.rivals + gates]
@@ -1760,7 +1856,8 @@ class Rally(Game):
                 x, y = LENGTH * rel.imag / rel.real, HORIZON + LENGTH * HIGH / rel.real
                 sprite(frame, thing.kind, complex(128 + x, y - size / 2), size)
         if self.park:
-            arrow(frame, 128 + 40j, phase((self.bay - self.pos) * complex(c, -s)) - pi / 2, 32, "ffe63c")
+            to_bay = (self.bay - self.pos) * complex(c, -s)
+            arrow(frame, 128 + 40j, phase(to_bay) - pi / 2, 32, "ffe63c")
         sprite(frame, "car", 128 + 214j, 76)
         bar(frame, 8 + 240j, 8 + int(18 * max(self.speed, 0)) + 250j, "50ff78")
         line(frame, 128 + 186j, int(128 + 26 * self.left.real) + 186j, "ffffff", 4)
@@ -1777,16 +1874,16 @@ class Rally(Game):
             rel = (self.bay - self.pos) * rect(1, -self.face)
             angle, far = phase(rel), abs(rel)
             if abs(angle) > 1.9 and far < 130:
-                return complex(-copysign(1, rel.imag) if abs(angle) < 2.9 else 0, 0), 0j, "LEFT_TRIGGER"
+                return -copysign(1, rel.imag) if abs(angle) < 2.9 else 0, 0j, "LEFT_TRIGGER"
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
-            return complex(span(2.5 * angle), 0), 0j, self.pedal(fast, 0.4)
+            return span(2.5 * angle), 0j, self.pedal(fast, 0.4)
         target = self.path[min(self.index + 9, 254)]
         close = [r for r in self.rivals if not r.passed and 0 < r.along - self.index < 13]
         if close:                                                          # pass it on its other side
             side = min(close, key=lambda r: r.along).side
             target = self.beside(min(self.index + 7, 254), -side)
         angle = phase((target - self.pos) * rect(1, -self.face))
-        return complex(span(2.6 * angle), 0), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
+        return span(2.6 * angle), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
 
 
 # ---- top-down
@@ -1794,7 +1891,6 @@ class Rally(Game):
 class TopDown(Game):
     """Seen from above: walls on a grid of `cell` pixels, the camera on the player, or at rest over a room of
     one screen."""
-    cell, floor, block = 32, ("tiles", "234", "345"), ("bricks", "875", "ba8")
 
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
@@ -1838,8 +1934,6 @@ class TopDown(Game):
 class Swarm(TopDown):
     """A neon court: the left stick moves, the right one aims. Bugs chase, a brute charges along the line that
     it shows, gems lie among mines."""
-    hud, cell = ("0ff", "ff0", 4), 64
-    floor, block = ("grid", "013", "16a"), ("checker", "407", "82b")
 
     def begin(self, foe="", gems=False):
         self.lay(walled(12, 12))
@@ -1880,15 +1974,15 @@ class Swarm(TopDown):
             if f.hp <= 0:
                 self.foes.remove(f)
                 self.score += not self.brute
-            elif abs(f.at - self.pos) < (38 if self.brute else 26):
+            elif self.distance(f) < (38 if self.brute else 26):
                 self.hurt()
                 f.at = self.move(f.at, 70 * unit(f.at - self.pos) or 70)
             self.chase(f)
         for mine in self.mines:
-            if abs(mine.at - self.pos) < 26:
+            if self.distance(mine) < 26:
                 self.hurt()
                 self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
-        if self.gems and abs(self.gem.at - self.pos) < 28:
+        if self.gems and self.distance(self.gem) < 28:
             self.score += 1
             self.next()
         if self.foe:
@@ -1918,8 +2012,7 @@ class Swarm(TopDown):
                 line(frame, f.at - corner, f.at + 160 * f.way - corner, "ff2828", 6)
             sprite(frame, f.kind, f.at - corner, 72 if self.brute else 52, phase(self.pos - f.at))
             self.pointer(frame, f.at, "ff3ca0")
-        for mine in self.mines:
-            sprite(frame, mine.kind, mine.at - corner, 44)
+        sprites(frame, self.mines, 44, corner)
         for bolt in self.bolts:
             disc(frame, bolt.at - corner, 5, "ffff78")
         if self.gems:
@@ -1954,15 +2047,13 @@ class Swarm(TopDown):
             d = ahead_and_right(mine.at - self.pos, way)
             if -10 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
-        free = all(abs(thing.at - self.pos) >= 110 for thing in self.mines) and abs(self.gem.at - self.pos) > 110
+        free = all(self.distance(thing) >= 110 for thing in self.mines) and self.distance(self.gem) > 110
         return way, way, "LEFT_TRIGGER" if free else ""
 
 
 class Vault(TopDown):
-    """Rooms of one screen, the camera at rest: stairs to find, a key and its chest, slimes to fight. The right
-    trigger runs."""
-    hud = "e22", "fd2", 6
-    floor, block = ("tiles", "cb8", "edb"), ("bricks", "543", "876")
+    """Rooms of one screen, the camera at rest: stairs to find, a key and its chest, slimes to fight. The
+    right trigger runs."""
     holds = {"stairs": ("stairs",), "chest": ("key", "chest"), "slime": ()}
 
     def begin(self, want):
@@ -1972,11 +2063,11 @@ class Vault(TopDown):
 
     def room(self):
         """A room with blocks; the way in is where the player stands."""
-        here, inner = (int(self.pos.real // 32), int(self.pos.imag // 32)), range(1, 7)
-        far = {}
-        while len(far) < 24 or sum(steps > 4 for steps in far.values()) < 2:    # two things have to be far off
+        here, far = (int(self.pos.real // 32), int(self.pos.imag // 32)), {}
+        inner = [(x, y) for x in range(1, 7) for y in range(1, 7)]
+        while len(far) < 24 or sum(steps > 4 for steps in far.values()) < 2:   # two things have to be far off
             grid = walled(8, 8)
-            for x, y in self.plan.sample([(x, y) for x in inner for y in inner], 4 if self.want == "slime" else 9):
+            for x, y in self.plan.sample(inner, 4 if self.want == "slime" else 9):
                 grid[y][x] = (x, y) != here
             far = distances(grid, complex(*here))
         self.lay(grid)
@@ -2005,7 +2096,7 @@ class Vault(TopDown):
         self.pos = self.move(self.pos, self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
         self.fight(self.pressed("WEST", 24))
         for thing in list(self.things):
-            reach = abs(thing.at - self.pos)
+            reach = self.distance(thing)
             if thing.kind == "key" and reach < 24:
                 self.key = True
                 self.things.remove(thing)
@@ -2043,8 +2134,7 @@ class Vault(TopDown):
                 p = self.on_the_way(self.far, complex(p.real // 32 + 0.5, p.imag // 32 + 0.5) * 32)
                 way.append(p)
             self.trail(frame, way, self.pos, "4682ff")
-        for thing in self.things + self.slimes:
-            sprite(frame, thing.kind, thing.at, 36)
+        sprites(frame, self.things + self.slimes, 36)
         if self.rests("WEST") > 14:
             line(frame, self.pos, self.pos + rect(46, self.face), "ffffff", 9)
         sprite(frame, "knight", self.pos, 36, self.face)
@@ -2064,7 +2154,7 @@ class Vault(TopDown):
             strike = abs(d) < 48 and between(d, self.face) < 0.5
             return unit(way) * (0.5 if abs(d) < 50 else 1), 0j, "WEST" if strike else ""
         goal = self.things[0]
-        reach = abs(goal.at - self.pos)
+        reach = self.distance(goal)
         way = unit((self.on_the_way(self.far, self.pos) if reach > 32 else goal.at) - self.pos)
         if goal.kind == "chest" and reach < 40:
             return way, 0j, "SOUTH"
@@ -2072,15 +2162,14 @@ class Vault(TopDown):
 
 
 class Shade(TopDown):
-    """A guarded house at night: who stands in a guard's light is soon caught. The left trigger crouches, which
-    shortens the lights; EAST strikes from behind."""
-    hud, lives, cell = ("fff", "4fc", 4), 1, 48
-    floor, block = ("planks", "322", "543"), ("dots", "124", "246")
+    """A guarded house at night: who stands in a guard's light is soon caught. The left trigger crouches,
+    which shortens the lights; EAST strikes from behind."""
 
     def begin(self, want):
         self.want, self.alarm, grid = want, 0.0, walled(13, 11)
-        for x, y in ((2, 2), (6, 2), (10, 2), (2, 6), (6, 6), (10, 6)):
-            grid[y][x] = self.plan.random() < 0.8                          # most of the pillars
+        for y in (2, 6):
+            for x in (2, 6, 10):
+                grid[y][x] = self.plan.random() < 0.8                      # most of the pillars
         self.lay(grid)
         rows, columns = (1, 3, 5, 7, 9), (3, 4, 5, 7, 8, 9)
         spot = lambda column, rows: complex(column + 0.5, self.rng.choice(rows) + 0.5) * 48
@@ -2108,25 +2197,21 @@ class Shade(TopDown):
         inside = abs(d) < self.light() + more and abs(phase(ahead_and_right(d, guard.way))) < 0.55 + wide
         return inside and sees(self.grid, guard.at / 48, p / 48)
 
-    def wall(self, p):
-        """Is there a wall at p?"""
-        return self.grid[int(p.imag // 48)][int(p.real // 48)]
-
     def play(self):
         self.pos = self.move(self.pos, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
         for g in list(self.guards):
-            if self.wall(g.at + 26 * g.way):
+            if solid(self.grid, (g.at + 26 * g.way) / 48):
                 g.way = -g.way
             g.at += 1.3 * g.way
-            behind = self.want == "guard" and abs(g.at - self.pos) < 52
+            behind = self.want == "guard" and self.distance(g) < 52
             if behind and "EAST" in self.held and not self.lit(self.pos, g) and self.ready("EAST", 12):
                 self.guards.remove(g)
                 self.score += 1
-        seen = any(self.lit(self.pos, g) or abs(g.at - self.pos) < 20 for g in self.guards)
+        seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.guards)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
         if self.alarm >= 1:
             self.health = 0
-        for thing in [t for t in self.things if abs(t.at - self.pos) < 30]:
+        for thing in [t for t in self.things if self.distance(t) < 30]:
             self.things.remove(thing)
             self.score += 1
 
@@ -2135,11 +2220,10 @@ class Shade(TopDown):
         for g in self.guards:
             p = g.at - corner
             if -120 < p.real < 376 and -120 < p.imag < 376:
-                fan = [p + rect(self.light(), phase(g.way) + a) for a in (-0.55, -0.28, 0, 0.28, 0.55)]
-                polygon(frame, [p, *fan], "f0dc5a")
-                sprite(frame, g.kind, p, 40, phase(g.way))
-        for thing in self.things:
-            sprite(frame, thing.kind, thing.at - corner, 40)
+                angle, fan = phase(g.way), (-0.55, -0.28, 0, 0.28, 0.55)
+                polygon(frame, [p, *(p + rect(self.light(), angle + a) for a in fan)], "f0dc5a")
+                sprite(frame, g.kind, p, 40, angle)
+        sprites(frame, self.things, 40, corner)
         goal = self.goal()
         if goal:
             self.pointer(frame, goal.at, "5affa0")
@@ -2157,12 +2241,15 @@ class Shade(TopDown):
         if not goal:
             return 0j, 0j, ""
         target = goal.at - 38 * goal.way if knife else goal.at
-        if self.wall(target):
+        if solid(self.grid, target / 48):
             target = goal.at
         straight = abs(target - self.pos) < 60 and sees(self.grid, self.pos / 48, target / 48)
-        way = (target if straight else self.on_the_way(distances(self.grid, target / 48), self.pos)) - self.pos
-        if knife and abs(goal.at - self.pos) < 110 and self.lit(self.pos, goal, 60, 0.9):
-            side = 1j * goal.way                                           # around the light, on our side of it
+        if not straight:
+            way = self.on_the_way(distances(self.grid, target / 48), self.pos) - self.pos
+        else:
+            way = target - self.pos
+        if knife and self.distance(goal) < 110 and self.lit(self.pos, goal, 60, 0.9):
+            side = 1j * goal.way                                         # around the light, on our side of it
             way = target + copysign(70, ahead_and_right(self.pos - goal.at, side).real) * side - self.pos
         best, most, margin = 0j, -99.0, (14, 0.2) if knife else (30, 0.35)
         for d in (0j, *(rect(1, k * tau / 16) for k in range(16))):
@@ -2172,8 +2259,8 @@ class Shade(TopDown):
             gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
                 best, most = d, gain
-        near = min((abs(g.at - self.pos) for g in self.guards), default=999)
-        strike = "EAST" if knife and abs(goal.at - self.pos) < 50 else ""
+        near = min((self.distance(g) for g in self.guards), default=999)
+        strike = "EAST" if knife and self.distance(goal) < 50 else ""
         return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
 
 
@@ -2182,7 +2269,6 @@ class Shade(TopDown):
 class Side(Game):
     """Seen from the side, the camera on the player: gravity, and islands (x0, x1, y) to land on, which do not
     stop a jump from below."""
-    scenery = ()
 
     def stand(self, place):
         self.pos, self.v, self.ground, self.stood, self.way = place, 0.0, True, self.t, 1
@@ -2196,7 +2282,7 @@ class Side(Game):
         """Run by the left stick, jump from the ground by SOUTH, fall, land."""
         if abs(self.left.real) > 0.2:
             self.way = copysign(1, self.left.real)
-        if "SOUTH" in self.held and self.t - self.stood <= 4:              # a jump a moment after the edge still counts
+        if "SOUTH" in self.held and self.t - self.stood <= 4:    # a jump a moment after the edge still counts
             self.v, self.stood = -8.4, -9
         self.v = min(self.v + 0.5, 11)
         old = self.pos
@@ -2223,8 +2309,8 @@ class Side(Game):
 
 
 class Cliffs(Side):
-    """Floating islands: to a flag along them, up a tower of them, or after coins. The right trigger sprints."""
-    hud, scenery = ("e33", "fc0", 4), ("4ae", "cef", ("8c8", "5a6"))
+    """Floating islands: to a flag along them, up a tower of them, or after coins. The right trigger
+    sprints."""
 
     def begin(self, want):
         self.want, s, x, y = want, self.rng.choice((-1, 1)), 0, 0
@@ -2237,7 +2323,7 @@ class Cliffs(Side):
                 wide = self.plan.uniform(80, 150)
                 self.islands.append((x, x + wide, y) if s > 0 else (-x - wide, -x, y))
                 x, y = x + wide + self.plan.uniform(50, 68), y + self.plan.choice((-20, 0, 20))
-        self.on = self.last = 3 if want == "coin" else 0                   # the island stood on, and to come back to
+        self.on = self.last = 3 if want == "coin" else 0            # the island stood on, and to come back to
         self.stand(self.top(self.on))
         self.coins = [self.top(-1) - 20j]                                  # the flag's place
         if want == "coin":
@@ -2282,13 +2368,15 @@ class Cliffs(Side):
         if goal is None:
             return 0j, 0j, ""
         apart = [goal - self.top(i) for i in range(len(self.islands))]
-        at = min(range(len(apart)), key=lambda i: abs(apart[i].real) + abs(apart[i].imag))   # the goal's island
+        # the goal's island
+        steps = [abs(d.real) + abs(d.imag) for d in apart]
+        at = steps.index(min(steps))
         if at == self.on:
             d = goal - self.pos
             leap = goal.imag < self.islands[at][2] - 40 and abs(d.real) < 30 and self.ground
-            return complex(span(d.real / 20), 0), 0j, "SOUTH" if leap else ""
+            return span(d.real / 20), 0j, "SOUTH" if leap else ""
         x, run = self.cross(self.on + (1 if at > self.on else -1))
-        return complex(x, 0), 0j, run
+        return x, 0j, run
 
     def cross(self, to):
         """The stick's x and the buttons that bring the runner to the next island on the way."""
@@ -2305,8 +2393,8 @@ class Cliffs(Side):
             return s, "SOUTH" if gap < 24 else "RIGHT_TRIGGER" if gap > 70 else ""
         near = self.islands[to][0 if s > 0 else 1]                         # its edge on this side
         drop = self.v ** 2 + (self.islands[to][2] - self.pos.imag)
-        flight = 2 * (sqrt(drop) - self.v) if drop > 0 else 0.0            # steps until there: drop = v t + t^2 / 4
-        if (near - 8 * s - x) * s > 3 * flight:                            # not to be reached: back to where we stood
+        flight = 2 * (sqrt(drop) - self.v) if drop > 0 else 0.0      # steps until there: drop = v t + t^2 / 4
+        if (near - 8 * s - x) * s > 3 * flight:                    # not to be reached: back to where we stood
             return span((edge - 20 * s - x) / 20), ""
         aim = near + 26 * s - x
         return s if aim * s > 0 else aim / 30, up
@@ -2314,7 +2402,6 @@ class Cliffs(Side):
 
 class Commando(Side):
     """Run and gun: the right stick aims, the right trigger fires, SOUTH jumps over bullets and wire."""
-    hud, scenery = ("f22", "fd0", 4), ("c63", "fc7", ("a54", "632"))
 
     def begin(self, foe="", breach=False):
         self.foe, self.breach, self.islands = foe, breach, [(-2000, 2000, 200)]
@@ -2404,28 +2491,28 @@ class Commando(Side):
             s = 1 if self.copter > self.pos.real else -1
             ahead = [(w - self.pos.real) * s for w in self.wires]
             near = min((d for d in ahead if d > 0), default=999)
-            return complex(s, 0), complex(s, 0), "SOUTH" if 24 < near < 56 else ""
+            return s, s, "SOUTH" if 24 < near < 56 else ""
         heart, leap, run = self.pos - 22j, "", 0.0
         foe = min(self.foes, key=lambda f: between(f.at - heart, self.aim))    # whom the gun points at most
         d = foe.at - heart
-        coming = [s for s in self.shots if abs(s.at - heart) < 80 and ahead_and_right(heart - s.at, s.v).real > 0]
+        near = [s for s in self.shots if abs(s.at - heart) < 80]
+        coming = [s for s in near if ahead_and_right(heart - s.at, s.v).real > 0]
         if coming:
             s = coming[0]
             if abs(s.v.imag) >= 0.6:
-                run = -copysign(1, s.v.real)                               # run under it, to where it comes from
+                run = -copysign(1, s.v.real)                            # run under it, to where it comes from
             elif abs(s.at.real - heart.real) < 58:
                 leap = " SOUTH"
         elif abs(d.real) > 115:
             run = copysign(0.8, d.real)
         elif not 70 < abs(d.real) < 115:
             run = -copysign(0.6, d.real)
-        return complex(run, 0), unit(d), ("RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else "") + leap
+        return run, unit(d), ("RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else "") + leap
 
 
 class Glider(Side):
-    """Flight over hills from left to right: rings to pass through, foes to shoot, tanks to bomb where the mark
-    on the ground shows."""
-    hud, scenery = ("f28", "fff", 4), ("325", "f96", ("a46", "525"))
+    """Flight over hills from left to right: rings to pass through, foes to shoot, tanks to bomb where the
+    mark on the ground shows."""
 
     def begin(self, want):
         self.want, self.gap, self.ammo = want, 70.0, 6 if want == "tank" else 11
@@ -2531,9 +2618,8 @@ class Glider(Side):
 
 
 class Dojo(Game):
-    """One screen, a duel: red rivals are about to strike (block), green ones are open (punch), blue ones guard
-    high (kick low); boards to break."""
-    hud = "f40", "420", 8
+    """One screen, a duel: red rivals are about to strike (block), green ones are open (punch), blue ones
+    guard high (kick low); boards to break."""
 
     def begin(self, foes=1, boards=False):
         self.boards, self.x, self.way, self.foes = boards, 128.0, self.rng.choice((-1, 1)), []
@@ -2547,7 +2633,7 @@ class Dojo(Game):
 
     def play(self):
         moves = [b for b in ("WEST", "SOUTH", "LEFT_TRIGGER") if b in self.held]
-        move = moves[0] if len(moves) == 1 and not self.rests("stun") else None             # two at once are a fumble
+        move = moves[0] if len(moves) == 1 and not self.rests("stun") else None     # two at once are a fumble
         if self.boards:
             return self.chop(move)
         if abs(self.left.real) > 0.15 and not self.rests("stun"):
@@ -2583,7 +2669,7 @@ class Dojo(Game):
             f.kind, f.wait = "idle", 12
             f.x = span(f.x + 26 * self.way, 16, 240)
             if len(self.foes) == 1 and self.rng.random() < 0.5:
-                f.x = span(2 * self.x - f.x, 16, 240)                                       # leaps over to the other side
+                f.x = span(2 * self.x - f.x, 16, 240)                           # leaps over to the other side
         elif f.kind != "idle":
             self.fumble()
 
@@ -2628,19 +2714,24 @@ class Dojo(Game):
 
     def wish(self):
         b = self.board
+        if self.boards and not b:
+            return 0j, 0j, ""
         if self.boards:
-            return (rect(0.9, b.angle), 0j, "WEST" if 28 < b.far < 54 else "") if b else (0j, 0j, "")
+            return rect(0.9, b.angle), 0j, "WEST" if 28 < b.far < 54 else ""
         f = min(self.foes, key=lambda f: (f.kind == "idle", abs(f.x - self.x)))
         d = f.x - self.x
         near = abs(d) < 54
         answer = {"open": "WEST", "shut": "SOUTH", "wind": "LEFT_TRIGGER", "idle": ""}[f.kind]
-        return complex(copysign(0.35 if near else 1, d), 0), 0j, answer if near and d * self.way > 0 else ""
+        return copysign(0.35 if near else 1, d), 0j, answer if near and d * self.way > 0 else ""
 
 
 for kind in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo):
     row, game = ROWS_OF_GAMES[kind.__name__.lower()], kind.__name__.lower()
-    GAMES[game], kind.keys, kind.attack, kind.family = kind, row["keys"], row["attack"], row["family"]
-    TASKS |= {f"{game}/{task}": Task(f"{game}/{task}", kind, **fields) for task, fields in row["tasks"].items()}
+    GAMES[game] = kind
+    for name, value in {**row, **row["look"]}.items():
+        setattr(kind, name, value)                     # family, keys, attack and all of "look"
+    for task, fields in row["tasks"].items():
+        TASKS[f"{game}/{task}"] = Task(f"{game}/{task}", kind, **fields)
 
 
 # ---- command line
@@ -2648,7 +2739,7 @@ for kind in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider,
 MANY, TIME = extract.number(int, 1), extract.number(float, 1 / 30)
 FLAGS = {
     "--out": dict(metavar="DIR", help="folder to write to; what is whole there stays"),
-    "--games": dict(nargs="+", metavar="G", help="games, or tasks of theirs (default: record all, transfer three)"),
+    "--games": dict(nargs="+", metavar="G", help="games or tasks (default: record all, transfer three)"),
     "--tasks": dict(nargs="+", metavar="T", help="tasks or games (default: suite all, demo three)"),
     "--env": dict(metavar="ID", help="a game by others instead: its Gymnasium id"),
     "--table": dict(metavar="FILE.json", help="how a pad plays --env (default: as weights/others.json says)"),
@@ -2657,15 +2748,16 @@ FLAGS = {
     "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
     "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),
     "--clip": dict(type=TIME, default=30, help="seconds of a clip (default 30)"),
-    "--videos": dict(type=MANY, default=4, help="files these minutes are cut into, each with another pad (default 4)"),
+    "--videos": dict(type=MANY, default=4, help="files of these minutes, each with another pad (default 4)"),
     "-n": dict(type=MANY, help="rollouts of each task (default %(default)s)"),
-    "--actions-per-chunk": dict(type=MANY, default=8, metavar="K", help="steps to play before looking again (default 8)"),
+    "--actions-per-chunk": dict(type=MANY, default=8, metavar="K",
+                                help="steps to play before looking again (default 8)"),
     "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
-    "--envs": dict(type=MANY, default=64, help="games played side by side (default 64; of --env 8 are plenty)"),
+    "--envs": dict(type=MANY, default=64, help="games played side by side (default 64; of --env 8 do)"),
     "--preset": dict(choices=M.PRESETS, help="size of a fresh model (default %(default)s)"),
     "--steps": dict(type=MANY, help="training steps (default %(default)s)"),
     "--batch": dict(type=MANY, default=32, help="frames a step (default 32)"),
-    "--lr": dict(type=extract.number(float, 0, 1), default=1e-3, help="learning rate (default 1e-3; 2e-3 learns less)"),
+    "--lr": dict(type=extract.number(float, 0, 1), default=1e-3, help="learning rate (default 1e-3)"),
     "--pretrain": dict(type=MANY, default=1500, help="steps of pre-training (default 1500)"),
     "--others": dict(type=TIME, default=5, help="minutes of each other game to pre-train on (default 5)"),
     "--repeats": dict(type=MANY, default=3, help="the best of this many (default 3)"),
@@ -2678,8 +2770,8 @@ FLAGS = {
 
 def main(argv=None):
     """Parse the command line and measure."""
-    parser = extract.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                            allow_abbrev=False)
+    parser = extract.Parser(prog="bench.py", description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(required=True, metavar="COMMAND")
     cv2.setNumThreads(1)
 
@@ -2692,18 +2784,18 @@ def main(argv=None):
     command(record, "scripted play -> clip folders, or videos with an overlay",
             "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers", minutes=5)
     command(suite, "completion of tasks, beside random and scripted players",
-            "--ckpt --tasks --env --table -n --actions-per-chunk --mashing --out --video --euler --envs --device --seed "
-            "--workers", n=50)
+            "--ckpt --tasks --env --table -n --actions-per-chunk --mashing --out --video --euler --envs "
+            "--device --seed --workers", n=50)
     command(demo, "the whole chain on embedded games",
             "--out --tasks --minutes --videos --steps --batch --lr -n --seed", minutes=2, steps=1200, n=100)
     p = command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",
                 "--out --games --others --pretrain --steps --preset --batch --lr -n --euler --workers",
                 games=["crypt", "swarm", "glider"], steps=480, preset="toy", n=20, euler=4)
-    p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="data of the held-out game, some sizes (default 1)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and noise (default 0 1 2)")
+    p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data, noise (default 0 1 2)")
     p = command(latency, "seconds for one chunk, against the released way of sampling",
                 "--preset --ckpt --repeats --threads --device", preset="nitrogen")
-    p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], metavar="K", help="numbers of Euler steps (default 16 4)")
+    p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")
     command(throughput, "a step of each game, and of each stage of the chain", "--seconds")
     command(games, "a picture of the ten games", "--out --seed")
     return extract.cli(parser, argv, M.ModelError)

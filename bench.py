@@ -743,7 +743,7 @@ class Scripted:
         for i, (name, want) in enumerate(zip(extract.STICKS, wanted)):
             trembling = complex(self.rng.gauss(0, 0.03), self.rng.gauss(0, 0.03)) if want else 0
             self.sticks[i] += (want * rect(self.reach, self.askew) + trembling - self.sticks[i]) * self.quick
-            s = clip(self.sticks[i])
+            s = capped(self.sticks[i])
             action[extract.STICKS[name]] = s.real, s.imag
         action[[extract.BUTTON[k] for k in keys]] = 1
         return action
@@ -830,9 +830,9 @@ def learned(path, steps):
 #                  ("" always does), of MultiBinary all that hold. A Box takes sums: "12 * right.x - SOUTH".
 #   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
 #   script, late   the scripted player (of SCRIPTS) and by how many steps it is late
-SIDES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways
+AXES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways
 READINGS = {f"{stick}.{side}": (at.start + axis, sign) for stick, at in extract.STICKS.items()
-            for side, (axis, sign) in SIDES.items()} | {name: (i, 1) for name, i in extract.BUTTON.items()}
+            for side, (axis, sign) in AXES.items()} | {name: (i, 1) for name, i in extract.BUTTON.items()}
 WORD = re.compile(r"[A-Za-z][\w.]*")
 
 
@@ -1031,7 +1031,7 @@ class Game:
     def advance(self, action):
         """One step with action float (25,), without drawing."""
         if not self.over:
-            self.left, self.right = (clip(complex(*action[s])) for s in extract.STICKS.values())
+            self.left, self.right = (capped(complex(*action[s])) for s in extract.STICKS.values())
             self.held = {extract.BUTTONS[i] for i in np.flatnonzero(action[:21] > 0.5)}
             self.t += 1
             self.play()
@@ -1214,7 +1214,8 @@ def beside_pad(frame, action):
 
 def chart(path, title, rows):
     """A table {row: {player: {"rate", "low", "high"}}} as bars, a picture of its own."""
-    page = Image.new("RGB", (900, 90 + sum(9 * len(row) + 10 for row in rows.values())), "#fafafa")
+    high = sum(9 * len(row) + 10 for row in rows.values())
+    page = Image.new("RGB", (900, 90 + high), "#fafafa")
     pen = ImageDraw.Draw(page)
     pen.text((20, 30), title, "#14141e", ImageFont.load_default(18), "ls")
     bars(pen, rows, (190, 70), 680, 9)
@@ -1312,8 +1313,8 @@ def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
     """
     size = max(int(size) // 4 * 4, 4)
     x, y = (v - size // 2 for v in dot(at))
-    rows, columns = slice(max(y, 0), max(y + size, 0)), slice(max(x, 0), max(x + size, 0))
-    inside = slice(max(-y, 0), max(256 - y, 0)), slice(max(-x, 0), max(256 - x, 0))
+    rows, columns = (slice(max(v, 0), max(v + size, 0)) for v in (y, x))
+    inside = tuple(slice(max(-v, 0), max(256 - v, 0)) for v in (y, x))
     picture, mask = (layer[inside] for layer in icon(name, size, round(turn / tau * 32) % 32, flip))
     if mask.size:
         cv2.copyTo(picture, mask if seen is None else mask * seen[columns], frame[rows, columns])
@@ -1406,7 +1407,7 @@ def fence(p, low, high):
     return complex(span(p.real, low, high), span(p.imag, low, high))
 
 
-def clip(v):
+def capped(v):
     """A vector no longer than 1: what a stick gives."""
     return v if abs(v) <= 1 else v * (1 / abs(v))
 
@@ -1454,8 +1455,8 @@ def slide(grid, p, d, r):
 def sees(grid, p, q):
     """Is the straight line between two places free of walls?"""
     n = int(abs(q - p) * 4) + 1
-    line = (p + (q - p) * i / n for i in range(n + 1))
-    return not any(solid(grid, s) for s in line)
+    way = (p + (q - p) * i / n for i in range(n + 1))
+    return not any(solid(grid, s) for s in way)
 
 
 def distances(grid, goal):
@@ -1579,7 +1580,8 @@ class FirstPerson(Game):
         rel = self.relative(thing.at)
         if rel.real > 0.15:
             scale = 230 / max(rel.real, 0.4)
-            x, y = 128 + rel.imag / rel.real / 0.7 * 128, 128 + scale * (0.5 - thing.lift - thing.size / 2)
+            x = 128 + rel.imag / rel.real / 0.7 * 128
+            y = 128 + scale * (0.5 - thing.lift - thing.size / 2)
             seen = np.repeat(self.depth > rel.real - 0.3, 2)
             sprite(frame, thing.kind, complex(x, y), scale * thing.size, seen=seen)
 
@@ -1849,7 +1851,8 @@ class Rally(Game):
         frame[HORIZON:] = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
                                               cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
         gates = [] if self.rivals else self.gates[2 * self.score:2 * self.score + 2]
-        rows = [((thing.at - eye) * complex(c, -s), thing) for thing in self.things + self.rivals + gates]
+        things = self.things + self.rivals + gates
+        rows = [((thing.at - eye) * complex(c, -s), thing) for thing in things]
         for rel, thing in sorted(rows, key=lambda row: -row[0].real):
             size = LENGTH * thing.size / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
@@ -1895,7 +1898,8 @@ class TopDown(Game):
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
         self.grid, h, w = grid, len(grid) * self.cell, len(grid[0]) * self.cell
-        self.ground = np.full((h + 256, w + 256, 3), colour(self.block[1]), np.uint8) // 2
+        dark = np.uint8(colour(self.block[1])) // 2
+        self.ground = np.full((h + 256, w + 256, 3), dark)
         inner = self.ground[128:-128, 128:-128]
         inner[:] = pattern(self.floor[0], h, w, *self.floor[1:])
         wall = np.kron(np.uint8(grid), np.ones((self.cell, self.cell), np.uint8))
@@ -1949,13 +1953,17 @@ class Swarm(TopDown):
             if abs(at - self.pos) < 90:
                 at = fence(2 * self.pos - at, 90, 678)
             self.gem, way = Thing("gem", at), at - self.pos
-            spots = [fence(self.pos + way * self.rng.uniform(0.4, 0.7) + self.around(0, 40), 90, 678)
-                     for _ in range(2)]
-            self.mines = [Thing("mine", p) for p in spots if abs(p - self.pos) > 60 and abs(p - at) > 45]
+            self.mines = []
+            for _ in range(2):
+                p = self.pos + way * self.rng.uniform(0.4, 0.7) + self.around(0, 40)
+                p = fence(p, 90, 678)
+                if abs(p - self.pos) > 60 and abs(p - at) > 45:
+                    self.mines.append(Thing("mine", p))
         while self.foe and len(self.foes) < (1 if self.brute else 2):
             at = fence(self.pos + self.around(105, 135), 90, 678)
             if abs(at - self.pos) > 80:
-                self.foes.append(Thing(self.foe, at, hp=16 if self.brute else 2, wind=0, dash=0, way=1))
+                hp = 16 if self.brute else 2
+                self.foes.append(Thing(self.foe, at, hp=hp, wind=0, dash=0, way=1))
 
     def play(self):
         if abs(self.right) > 0.3:
@@ -2038,7 +2046,7 @@ class Swarm(TopDown):
             side = ahead_and_right(d, near.way).imag
             away = 1j * near.way * (-1 if side > 0 else 1) + middle / 400
         fire = "RIGHT_TRIGGER" if between(d, self.aim) < 0.2 and abs(d) < 140 else ""
-        return clip(away), unit(d), fire + (" LEFT_TRIGGER" if abs(d) < 60 else "")
+        return capped(away), unit(d), fire + (" LEFT_TRIGGER" if abs(d) < 60 else "")
 
     def wish_for_gems(self):
         """Straight to the gem, bent away from mines; a dash where nothing is near."""
@@ -2254,8 +2262,10 @@ class Shade(TopDown):
         best, most, margin = 0j, -99.0, (14, 0.2) if knife else (30, 0.35)
         for d in (0j, *(rect(1, k * tau / 16) for k in range(16))):
             q = self.move(self.pos, 24 * d)
-            danger = sum(self.lit(q + step * d, g, *margin) or abs(q - g.at) < margin[0] + 14
-                         for g in self.guards for step in (0, 12))
+            danger = 0
+            for g in self.guards:
+                close = abs(q - g.at) < margin[0] + 14
+                danger += sum(self.lit(q + step * d, g, *margin) or close for step in (0, 12))
             gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
                 best, most = d, gain
@@ -2322,13 +2332,16 @@ class Cliffs(Side):
             else:
                 wide = self.plan.uniform(80, 150)
                 self.islands.append((x, x + wide, y) if s > 0 else (-x - wide, -x, y))
-                x, y = x + wide + self.plan.uniform(50, 68), y + self.plan.choice((-20, 0, 20))
+                x = x + wide + self.plan.uniform(50, 68)
+                y += self.plan.choice((-20, 0, 20))
         self.on = self.last = 3 if want == "coin" else 0            # the island stood on, and to come back to
         self.stand(self.top(self.on))
         self.coins = [self.top(-1) - 20j]                                  # the flag's place
         if want == "coin":
-            self.coins = [complex(self.rng.uniform(x0 + 15, x1 - 15), y - self.rng.choice((16, 70)))
-                          for x0, x1, y in self.islands[1:3] + self.islands[4:6]]
+            self.coins = []
+            for x0, x1, y in self.islands[1:3] + self.islands[4:6]:
+                x = self.rng.uniform(x0 + 15, x1 - 15)
+                self.coins.append(complex(x, y - self.rng.choice((16, 70))))
 
     def play(self):
         self.bodily(4.0 if "RIGHT_TRIGGER" in self.held else 3.0)
@@ -2515,7 +2528,8 @@ class Glider(Side):
     mark on the ground shows."""
 
     def begin(self, want):
-        self.want, self.gap, self.ammo = want, 70.0, 6 if want == "tank" else 11
+        self.want, self.gap = want, 70.0
+        self.ammo = 6 if want == "tank" else 11
         self.pos = complex(0, self.rng.uniform(70, 180))
         self.things, self.bolts, self.bombs = [], [], []
 
@@ -2532,7 +2546,8 @@ class Glider(Side):
             self.gap = (95 if self.want == "foe" else 120) * self.rng.uniform(0.85, 1.25)
             y = 226 if self.want == "tank" else self.rng.uniform(50, 195)
             at = complex(self.pos.real + 200, y)
-            self.things.append(Thing(self.want, at, base=y, wave=self.rng.uniform(0, 6), hp=1))
+            wave = self.rng.uniform(0, 6)
+            self.things.append(Thing(self.want, at, base=y, wave=wave, hp=1))
         if self.want == "foe" and self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
             self.bolts.append(Thing("bolt", self.pos + 26, v=10))
@@ -2622,11 +2637,11 @@ class Dojo(Game):
     guard high (kick low); boards to break."""
 
     def begin(self, foes=1, boards=False):
-        self.boards, self.x, self.way, self.foes = boards, 128.0, self.rng.choice((-1, 1)), []
+        self.boards, self.board, self.foes = boards, None, []
+        self.x, self.way, self.aim = 128.0, self.rng.choice((-1, 1)), 0.0
         self.floor = pattern("planks", 256, 256, "630", "a62").copy()
         self.floor[:170] = pattern("grid", 170, 256, "fec", "c96")
         disc(self.floor, 128 + 70j, 40, "e63c32")
-        self.board, self.aim = None, 0.0
         for i in range(0 if boards else foes):
             side = self.rng.choice((-1, 1)) if foes == 1 else 2 * i - 1
             self.foes.append(types.SimpleNamespace(kind="idle", x=128.0 + 90 * side, wait=20 + 40 * i))
@@ -2736,7 +2751,7 @@ for kind in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider,
 
 # ---- command line
 
-MANY, TIME = extract.number(int, 1), extract.number(float, 1 / 30)
+MANY, SEED, TIME = extract.number(int, 1), extract.number(int, 0), extract.number(float, 1 / 30)
 FLAGS = {
     "--out": dict(metavar="DIR", help="folder to write to; what is whole there stays"),
     "--games": dict(nargs="+", metavar="G", help="games or tasks (default: record all, transfer three)"),
@@ -2764,7 +2779,7 @@ FLAGS = {
     "--threads": dict(type=MANY, help="CPU threads (default: torch's choice)"),
     "--device": dict(default="auto", help="auto, cpu, cuda, mps (default auto)"),
     "--seconds": dict(type=MANY, default=20, help="length of the video (default 20)"),
-    "--seed": dict(type=int, default=0, help="of everything drawn (default 0)"),
+    "--seed": dict(type=SEED, default=0, help="of everything drawn (default 0)"),
     "--workers": dict(type=MANY, default=extract.cores(), help="processes (default: one a core)")}
 
 
@@ -2792,7 +2807,7 @@ def main(argv=None):
                 "--out --games --others --pretrain --steps --preset --batch --lr -n --euler --workers",
                 games=["crypt", "swarm", "glider"], steps=480, preset="toy", n=20, euler=4)
     p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data, noise (default 0 1 2)")
+    p.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="of data, noise (default 0 1 2)")
     p = command(latency, "seconds for one chunk, against the released way of sampling",
                 "--preset --ckpt --repeats --threads --device", preset="nitrogen")
     p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")

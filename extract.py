@@ -10,9 +10,10 @@ per chunk with --labels), written whole or not at all:
     frames.npy + frames_index.npy uint8 (bytes,) + int64 (m+1, 2)   256 x 256 policy frames, the overlay masked out
     pads.npy + pads_index.npy     the same layout                   the overlay in its template's frame, one crop a video frame
     template.png                  uint8 (h, w, 4)                   the template at rest, at the size of the crops
-(with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in DATA/extract.jsonl, a small
-DATA/.lock-HASH a clip, and the features of the templates in DATA/templates-RANK.npz. This file is also the home of what every stage shares: the 25-dim action, the clip folder,
-video in and out, shrink() and draw().
+(with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in
+DATA/extract.jsonl, an empty DATA/.lock-HASH a clip, and the features of the templates in DATA/templates-RANK.npz.
+This file is also the home of what every stage shares: the 25-dim action, the clip folder, video in and out,
+shrink() and draw().
 """
 import argparse
 import contextlib
@@ -2211,8 +2212,8 @@ CLIP_FILES = set("clip.json template.png frames.npy frames_index.npy pads.npy pa
 
 
 def check_replaceable(folder):
-    """UserError where anything stands at `folder` but a clip that extract.py cut, with clips' files only; Busy where
-    parse.py is at that."""
+    """UserError where anything stands at `folder` but a clip that extract.py cut, with clips' files only; Busy
+    where parse.py is at it."""
     if not os.path.lexists(folder):
         return
     wrong = "a link or a file"
@@ -2428,7 +2429,7 @@ def extract_one(video, name, old, matcher, args, settings):
     line = {"status": "none", "run": key}
     with clip_lock(folders[0]):
         named = old.get("places") if isinstance(old.get("places"), list) else []
-        expected = [f for f in folders[1:] if os.path.lexists(f) or f.name in named]   # exists() minds long names
+        expected = [f for f in folders[1:] if os.path.lexists(f) or f.name in named]
         clip = all(whole_clip(f, key) for f in expected) and whole_clip(folders[0], key)
         if old.get("run") == key and (clip or old.get("status") == "none"):
             return None

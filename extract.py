@@ -11,7 +11,7 @@ per chunk with --labels), written whole or not at all:
     pads.npy + pads_index.npy     the same layout                   the overlay in its template's frame, one crop a video frame
     template.png                  uint8 (h, w, 4)                   the template at rest, at the size of the crops
 (with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in
-DATA/extract.jsonl, an empty DATA/.lock-HASH a clip, and the features of the templates in DATA/templates-RANK.npz.
+DATA/extract.jsonl, an empty DATA/.lock-HASH a clip, and the templates' features in DATA/templates-RANK.npz.
 This file is also the home of what every stage shares: the 25-dim action, the clip folder, video in and out,
 shrink() and draw().
 """
@@ -2212,8 +2212,8 @@ CLIP_FILES = set("clip.json template.png frames.npy frames_index.npy pads.npy pa
 
 
 def check_replaceable(folder):
-    """UserError where anything stands at `folder` but a clip that extract.py cut, with clips' files only; Busy
-    where parse.py is at it."""
+    """UserError where anything stands at `folder` but a clip that extract.py cut, with clips' files only;
+    Busy where parse.py is at it."""
     if not os.path.lexists(folder):
         return
     wrong = "a link or a file"

@@ -1023,7 +1023,8 @@ class Game:
         # A fixed level is the same for all seeds, its start is not.
         self.plan = random.Random(self.task.name) if self.task.fixed else self.rng
         self.t = self.score = 0
-        self.health, self.won, self.over, self.due = self.lives, False, False, {}
+        self.health, self.due = self.lives, {}
+        self.won = self.over = False
         self.left = self.right = 0j
         self.held = frozenset()
         self.begin(**self.task.start)
@@ -1312,12 +1313,14 @@ def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
     seen: bool (256,), the columns in which nothing hides it.
     """
     size = max(int(size) // 4 * 4, 4)
-    x, y = (v - size // 2 for v in dot(at))
-    rows, columns = (slice(max(v, 0), max(v + size, 0)) for v in (y, x))
-    inside = tuple(slice(max(-v, 0), max(256 - v, 0)) for v in (y, x))
-    picture, mask = (layer[inside] for layer in icon(name, size, round(turn / tau * 32) % 32, flip))
-    if mask.size:
-        cv2.copyTo(picture, mask if seen is None else mask * seen[columns], frame[rows, columns])
+    x, y = round(at.real) - size // 2, round(at.imag) - size // 2
+    x0, y0 = max(x, 0), max(y, 0)
+    x1, y1 = min(x + size, 256), min(y + size, 256)
+    if x0 < x1 and y0 < y1:
+        picture, mask = icon(name, size, round(turn / tau * 32) % 32, flip)
+        inside = slice(y0 - y, y1 - y), slice(x0 - x, x1 - x)
+        mask = mask[inside] if seen is None else mask[inside] * seen[x0:x1]
+        cv2.copyTo(picture[inside], mask, frame[y0:y1, x0:x1])
 
 
 def sprites(frame, things, size, corner=0j):
@@ -1355,7 +1358,8 @@ def arrow(frame, at, angle, size, ink):
 
 def polygon(frame, corners, ink):
     """A filled polygon; its corners are cut to whole pixels."""
-    cv2.fillPoly(frame, [np.int32([(p.real, p.imag) for p in corners])], colour(ink))
+    corners = np.int32([(p.real, p.imag) for p in corners])
+    cv2.fillPoly(frame, [corners], colour(ink))
 
 
 @functools.lru_cache(64)
@@ -1445,10 +1449,13 @@ def solid(grid, p):
 
 def slide(grid, p, d, r):
     """Move a disc of radius r from p by d, one axis at a time, so that it glides along walls."""
-    corners = [complex(x, y) for x in (-r, r) for y in (-r, r)]
     for d in (complex(d.real, 0), complex(0, d.imag)):
-        if not any(solid(grid, p + d + corner) for corner in corners):
-            p += d
+        q = p + d
+        left, right = int(q.real - r), int(q.real + r)
+        upper, lower = grid[int(q.imag - r)], grid[int(q.imag + r)]
+        blocked = upper[left] or upper[right] or lower[left] or lower[right]
+        if not blocked:
+            p = q
     return p
 
 
@@ -1456,7 +1463,7 @@ def sees(grid, p, q):
     """Is the straight line between two places free of walls?"""
     n = int(abs(q - p) * 4) + 1
     way = (p + (q - p) * i / n for i in range(n + 1))
-    return not any(solid(grid, s) for s in way)
+    return not any(grid[int(s.imag)][int(s.real)] for s in way)
 
 
 def distances(grid, goal):
@@ -1974,7 +1981,8 @@ class Swarm(TopDown):
             self.due["dash"] = self.t + 7
         self.pos = self.move(self.pos, self.left * (8 if self.rests("dash") else 3.2))
         if not self.gems and self.pressed("RIGHT_TRIGGER", 7):
-            self.bolts.append(Thing("bolt", self.pos + rect(22, self.aim), v=rect(9, self.aim)))
+            muzzle = self.pos + rect(22, self.aim)
+            self.bolts.append(Thing("bolt", muzzle, v=rect(9, self.aim)))
         self.fly(self.bolts, self.strikes(self.foes, 26 if self.brute else 19), 180)
         for f in list(self.foes):
             if self.brute:
@@ -2768,7 +2776,7 @@ FLAGS = {
     "--actions-per-chunk": dict(type=MANY, default=8, metavar="K",
                                 help="steps to play before looking again (default 8)"),
     "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
-    "--envs": dict(type=MANY, default=64, help="games played side by side (default 64; of --env 8 do)"),
+    "--envs": dict(type=MANY, default=64, help="games side by side (default 64; of --env 8 do)"),
     "--preset": dict(choices=M.PRESETS, help="size of a fresh model (default %(default)s)"),
     "--steps": dict(type=MANY, help="training steps (default %(default)s)"),
     "--batch": dict(type=MANY, default=32, help="frames a step (default 32)"),

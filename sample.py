@@ -1,12 +1,14 @@
-"""Sample actions: the Euler sampler, sessions over it, pictures of what it predicts, and a server. Paper §3.4, arXiv 2601.02427.
+"""Sample actions: the Euler sampler, sessions over it, pictures of what it predicts, a server.
+Paper §3.4, arXiv 2601.02427.
 
-    python sample.py image A.png [B.png ...] --ckpt F --out chunk.npy     frames (oldest first) -> float32 (T, 25), file convention
-    python sample.py video IN.mp4 --ckpt F --out OUT.mp4                   the predicted pad drawn beside each frame
-    python sample.py serve --ckpt F [--host 127.0.0.1 --port 5555]         the policy for play.py --server (play.Client) on other machines
+    python sample.py image A.png [B.png ...] --ckpt F --out chunk.npy  frames, oldest first -> float32 (T, 25)
+    python sample.py video IN.mp4 --ckpt F --out OUT.mp4               the predicted pad beside each frame
+    python sample.py serve --ckpt F [--host 127.0.0.1 --port 5555]     the policy for play.py --server
 
-F is a .safetensors or a run folder. A Policy is loaded once and shared; a Session holds what one player has seen; both are what play.py and
-bench.py use. Letters as in model.py: B batch, F context frames, N image tokens, T actions of a chunk, A action dims, V vision width, k steps.
-What `--raw` writes is the sampler's own tensor, float32 (T, A): the model's layout, sticks (v + 1) / 2, nothing thresholded or clamped.
+F is a .safetensors or a run folder. A Policy is loaded once and shared; a Session holds what one player has
+seen; both are what play.py and bench.py use. Letters as in model.py: B batch, F context frames, N image
+tokens, T actions of a chunk, A action dims, V vision width, k steps. What `--raw` writes is the sampler's own
+tensor, float32 (T, A): sticks (v + 1) / 2, nothing thresholded or clamped.
 """
 import contextlib
 import math
@@ -24,73 +26,83 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import extract
 import model as M
-from extract import BUTTONS, LEGACY, UserError, draw, shrink
-
-# ------------------------------------------------------------------------------------------------------------------ the sampler
+from extract import UserError, draw, number, reading, shrink
 
 
-def buckets(k, n):
-    """The k times 0, 1/k, ... as bucket numbers, truncated as the release does: k = 16 of 1000 -> 0, 62, 125, 187, ..."""
-    return torch.tensor([int(i / k * n) for i in range(k)])
+class Session:
+    """What one player, or B environments side by side, have seen. The same seed, frames and batch size give
+    the same actions."""
+    def __init__(self, policy, game=None, seed=0, envs=1):
+        self.policy, self.envs, self.seed, self.game = policy, envs, seed, game
+        self.reset()
 
+    def reset(self, env=None, seed=None, game=None):
+        """Forget what was seen and restart the noise, for one environment or all; seed and game stay as they
+        are where not given. Environment i draws from seed + i."""
+        game = self.game if game is None else game
+        game_id = self.policy.game_id(game)        # first: an unknown game leaves the session as it was
+        self.game, self.seed = game, self.seed if seed is None else seed
+        if env is None:
+            self.games = torch.zeros(self.envs, dtype=torch.long)
+            self.seen = [deque(maxlen=self.policy.config.frames) for _ in range(self.envs)]
+            self.noise = [torch.Generator() for _ in range(self.envs)]
+        for i in range(self.envs) if env is None else [env]:
+            self.games[i] = game_id
+            self.seen[i].clear()
+            self.noise[i].manual_seed((self.seed + i) % 2**63)
 
-@torch.inference_mode()
-def euler(model, context, noise, steps=None, guidance=0.0, uncond=None, times=None, step=None):
-    """Follow the velocity from noise (B, T, A) at t = 0 to actions (B, T, A) at t = 1 in k steps, x += v / k [§3.4].
+    def predict(self, rgb, noise=None):
+        """uint8 (h, w, 3) -> float32 (T, 25), or (B, h, w, 3) -> (B, T, 25); file convention."""
+        return M.actions_out(self.predict_raw(rgb, noise)).numpy()
 
-    guidance s and uncond, a second Context: v = cond + s (cond - uncond), so 0 is off [R; its docstring says (1 - s) u + s c, its code does
-    this]. times: model.times of all steps, where they are at hand; step: model.step in another form (compiled).
-    """
-    k = steps or model.config.steps
-    times = times or model.times(buckets(k, model.config.buckets).to(noise.device))
-    step, x = step or model.step, noise                                                    # (B, T, A)
-    both = context.cat(uncond) if guidance else None                                       # one pass reads the weights for both
-    for i in range(k):
-        if guidance:
-            v, u = step(torch.cat([x, x]), times.at(i), both).chunk(2)
-            v = v + guidance * (v - u)
-        else:
-            v = step(x, times.at(i), context)                                              # (B, T, A)
-        x = x + v / k
-    return x
+    def predict_raw(self, rgb, noise=None):
+        """The same before decoding: (T, A) or (B, T, A) in the model's convention. noise float32 of that
+        shape replaces the seeded one."""
+        rgb, c = np.asarray(rgb), self.policy.config
+        single = rgb.ndim == 3
+        batch = rgb[None] if single else rgb
+        if batch.ndim != 4 or batch.shape[3] != 3 or batch.dtype != np.uint8 or len(batch) != self.envs:
+            found = f"{rgb.dtype} {rgb.shape}"
+            raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), found {found}")
+        for seen, tokens in zip(self.seen, self.policy.see(np.stack([shrink(f) for f in batch]))):
+            seen.append(tokens)                                                            # (N, V)
+        n = max(map(len, self.seen))
+        blank = torch.zeros_like(self.seen[0][-1])
+        seen = torch.stack([torch.stack([blank] * (n - len(s)) + list(s)) for s in self.seen])  # (B, n, N, V)
+        keep = torch.tensor([[i >= n - len(s) for i in range(n)] for s in self.seen])  # (B, n)
+        if noise is None:
+            noise = torch.stack([torch.randn(c.horizon, c.action_dim, generator=g) for g in self.noise])
+        noise = torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)    # (B, T, A)
+        raw = self.policy.chunk(seen, keep, self.games, noise)
+        if not torch.isfinite(raw).all():
+            raise UserError(f"{self.policy.name}: expected numbers, the model gives NaN or infinity: use "
+                            "--dtype float32 and a smaller --cfg, or another checkpoint")
+        return raw[0] if single else raw
 
-
-class Graph:
-    """fn recorded as one CUDA graph: at batch 1 a GPU waits for its ~100 kernel launches a step, and a replay needs one for all steps."""
-    def __init__(self, fn, *args):
-        self.args = [a.clone() for a in args]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):                      # a run before recording, as torch's documentation asks
-            fn(*self.args)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):      # other clients' threads may use the GPU meanwhile
-            self.out = fn(*self.args)
-
-    def __call__(self, *args):
-        for mine, new in zip(self.args, args):
-            mine.copy_(new)
-        self.graph.replay()
-        return self.out.clone()
+    def info(self):
+        """What a player needs to know, as JSON can carry it."""
+        p = self.policy
+        return {"model": p.name, "step": p.meta.get("step"), "steps": p.steps, "guidance": p.guidance,
+                "game": self.game, "device": str(p.device), "dtype": p.dtype, "config": asdict(p.config)}
 
 
 class Policy:
-    """A checkpoint ready to sample, shared by sessions and threads. Vision once a frame, mixing, keys and values once a chunk, time codes and
-    AdaLN of all steps once and for all; the release redoes all of it but vision at each step."""
+    """A checkpoint ready to sample, shared by sessions and threads. Vision runs once a frame; mixing, keys
+    and values once a chunk; time codes and AdaLN of all steps once and for all. (The release redoes all but
+    vision each step.)"""
     def __init__(self, ckpt, device="auto", dtype="float32", steps=None, guidance=0.0, compile=False):
         self.device, self.reason = M.pick_device(device)
         self.name = str(ckpt)
-        self.model, self.meta = M.load(ckpt, self.device, getattr(torch, dtype), unused=False)
+        self.model, self.meta = M.load(ckpt, self.device, getattr(torch, dtype))
         self.config, self.guidance, self.dtype = self.model.config, guidance, dtype
-        self.steps = self.config.steps if steps is None else steps
-        if not 1 <= self.steps <= 10_000:
-            raise UserError(f"expected 1 to 10,000 Euler steps, found {self.steps}: give another --euler")
-        hole = (self.meta.get("data") or {}).get("hole")
-        self.hole = hole if isinstance(hole, list) and len(hole) == 4 and all(type(v) is int and 0 <= v <= extract.SIDE for v in hole) else None
+        self.steps = steps or self.config.steps
+        with reading(ckpt, "data with a hole of [x0, y0, x1, y1] pixels, if any"):
+            x0, y0, x1, y1 = map(int, (self.meta.get("data") or {}).get("hole") or (0, 0, 0, 0))
+        self.hole = slice(y0, y1), slice(x0, x1)
         self.lock, self.graphs = threading.Lock(), {}
         self.step = torch.compile(self.model.step) if compile else self.model.step
         self.use_graph = self.device.type == "cuda"
@@ -99,44 +111,34 @@ class Policy:
 
     @torch.inference_mode()
     def see(self, frames):
-        """uint8 (B, 256, 256, 3) -> image tokens (B, N, V). A model that never saw a whole frame, since an overlay was masked out of each that it learned
-        from, is shown none: the same place is black for it when it plays."""
-        if self.hole:
-            x0, y0, x1, y1 = self.hole
-            frames = frames.copy()
-            frames[:, y0:y1, x0:x1] = 0
+        """uint8 (B, 256, 256, 3) -> image tokens (B, N, V). If every training frame had the overlay blacked
+        out, black out the same place here."""
+        frames, (rows, columns) = np.array(frames), self.hole
+        frames[:, rows, columns] = 0
         with self.lock:
-            return self.model.see(torch.from_numpy(np.ascontiguousarray(frames))[:, None].to(self.device))[:, 0]
+            return self.model.see(torch.from_numpy(frames)[:, None].to(self.device))[:, 0]
 
     @torch.inference_mode()
     def chunk(self, seen, keep, games, noise):
-        """Image tokens (B, F, N, V), which of them exist (B, F), game ids (B,), noise (B, T, A) -> the sampler's tensor (B, T, A)."""
+        """Image tokens (B, F, N, V), which of them exist (B, F), game ids (B,), noise (B, T, A) -> the
+        sampler's tensor (B, T, A)."""
         with self.lock:
             model, games, noise = self.model, games.to(self.device), noise.to(self.device)
             context = model.mix(model.assemble(seen, games, None if keep.all() else keep.to(self.device)))
-            # Unconditional = the newest frame alone and no game. The release also forgets the game of the conditional half; ours does not.
-            uncond = model.mix(model.assemble(seen[:, -1:])) if self.guidance else None
-            return (self.replay if self.use_graph else self.run)(context, uncond, noise).float().cpu()
+            # Unconditional = the newest frame alone, no game. The release forgets the game of both halves.
+            uncond = model.mix(model.assemble(seen[:, -1:])) if self.guidance else ()
+            args, run = (noise, *context, *uncond), self.run
+            if self.use_graph:                             # recorded at the first chunk of each batch size
+                if noise.shape not in self.graphs:
+                    self.graphs[noise.shape] = Graph(self.run, *args)
+                run = self.graphs[noise.shape]
+            return run(*args).float().cpu()
 
-    def run(self, context, uncond, noise):
-        """euler() with what this policy has at hand."""
+    def run(self, noise, *tensors):
+        """euler() with what this policy has at hand; tensors: a Context's, then those of the unconditional
+        one."""
+        context, uncond = M.Context(*tensors[:2]), M.Context(*tensors[2:]) if self.guidance else None
         return euler(self.model, context, noise, self.steps, self.guidance, uncond, self.times, self.step)
-
-    def replay(self, context, uncond, noise):
-        """run() through a CUDA graph, recorded at the first chunk of each batch size."""
-        def flat(c):                                       # a Context as a list of tensors, which is what a graph can be fed
-            return [] if c is None else [c.tokens, *(t for kv in c.kv if kv for t in kv)]
-
-        def fill(c, tensors):                              # and a Context of c's form out of such tensors
-            return c and M.Context(next(tensors), [kv and (next(tensors), next(tensors)) for kv in c.kv])
-
-        def fn(noise, *tensors):
-            tensors = iter(tensors)
-            return self.run(fill(context, tensors), fill(uncond, tensors), noise)
-        args = noise, *flat(context), *flat(uncond)
-        if noise.shape not in self.graphs:
-            self.graphs[noise.shape] = Graph(fn, *args)
-        return self.graphs[noise.shape](*args)
 
     def game_id(self, game):
         """--game ID|NAME -> the id; None = no game."""
@@ -147,80 +149,67 @@ class Policy:
             return games.index(game) + 1
         if str(game).isdecimal() and int(game) <= len(games):
             return int(game)
-        known = f"its games are {', '.join(games[:20])}{', ...' if len(games) > 20 else ''}" if games else "it was trained without games"
+        known = f"its games are {', '.join(games[:20])}" if games else "it was trained without games"
         raise UserError(f"game {game!r} is not known to {self.name}: {known}")
 
-    def to_file(self, raw):
-        """The sampler's tensor (..., T, A) -> float32 (..., T, 25) in file convention."""
-        actions = M.actions_out(raw, self.config.old_layout).numpy()
-        if actions.shape[-1] == len(BUTTONS) + 4:
-            return actions
-        if actions.shape[-1] != len(BUTTONS) - len(LEGACY) + 4:
-            raise UserError(f"{self.name}: expected actions of 25 (21 buttons) or 21 (17 buttons), found {actions.shape[-1]}: only --raw can show them")
-        full = np.zeros((*actions.shape[:-1], len(BUTTONS) + 4), np.float32)
-        full[..., [i for i, b in enumerate(BUTTONS) if b not in LEGACY] + [-4, -3, -2, -1]] = actions
-        return full
+
+@torch.inference_mode()
+def euler(model, context, noise, steps=None, guidance=0.0, uncond=None, times=None, step=None):
+    """Follow the velocity from noise (B, T, A) at t = 0 to actions (B, T, A) at t = 1 in k steps, x += v / k
+    [§3.4].
+
+    guidance s and uncond, a second Context: v = cond + s (cond - uncond), so 0 is off [R; its docstring says
+    (1 - s) u + s c, its code does this]. times: model.times of all steps, where they are at hand; step:
+    model.step in another form (compiled).
+    """
+    k = steps or model.config.steps
+    times = times or model.times(buckets(k, model.config.buckets).to(noise.device))
+    step, x = step or model.step, noise                                               # (B, T, A)
+    if guidance:                                           # one pass reads the weights for both
+        context = M.Context(*(torch.cat(pair) for pair in zip(context, uncond)))
+    for i in range(k):
+        if guidance:
+            v, u = step(torch.cat([x, x]), times.at(i), context).chunk(2)
+            v = v + guidance * (v - u)
+        else:
+            v = step(x, times.at(i), context)                                         # (B, T, A)
+        x = x + v / k
+    return x
 
 
-class Session:
-    """What one player, or B environments side by side, have seen. The same seed, frames and batch size give the same actions."""
-    def __init__(self, policy, game=None, seed=0, envs=1):
-        self.policy, self.envs, self.seed, self.game = policy, envs, seed, game
-        self.reset()
-
-    def reset(self, env=None, seed=None, game=None):
-        """Forget what was seen and restart the noise, for one environment or all; seed and game stay as they are where not given. Environment i
-        draws from seed + i."""
-        game = self.game if game is None else game
-        number = self.policy.game_id(game)                 # first: a game that is not known leaves the session as it was
-        self.game, self.seed = game, self.seed if seed is None else seed
-        if env is None:
-            self.games = torch.zeros(self.envs, dtype=torch.long)
-            self.seen = [deque(maxlen=self.policy.config.frames) for _ in range(self.envs)]
-            self.noise = [torch.Generator() for _ in range(self.envs)]
-        for i in range(self.envs) if env is None else [env]:
-            self.games[i] = number
-            self.seen[i].clear()
-            self.noise[i].manual_seed((self.seed + i) % 2**63)
-
-    def predict(self, rgb, noise=None):
-        """uint8 (h, w, 3) -> float32 (T, 25), or (B, h, w, 3) -> (B, T, 25); file convention."""
-        return self.policy.to_file(self.predict_raw(rgb, noise))
-
-    def predict_raw(self, rgb, noise=None):
-        """The same before decoding: (T, A) or (B, T, A) in the model's convention. noise float32 of that shape replaces the seeded one."""
-        rgb, c = np.asarray(rgb), self.policy.config
-        single = rgb.ndim == 3
-        batch = rgb[None] if single else rgb
-        if batch.ndim != 4 or batch.shape[3] != 3 or batch.dtype != np.uint8 or len(batch) != self.envs:
-            raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), found {rgb.dtype} {rgb.shape}")
-        for seen, tokens in zip(self.seen, self.policy.see(np.stack([shrink(f) for f in batch]))):
-            seen.append(tokens)                                                            # (N, V)
-        n = max(map(len, self.seen))
-        blank = torch.zeros_like(self.seen[0][-1])
-        seen = torch.stack([torch.stack([blank] * (n - len(s)) + list(s)) for s in self.seen])   # (B, n, N, V), oldest first
-        keep = torch.tensor([[i >= n - len(s) for i in range(n)] for s in self.seen])      # (B, n)
-        if noise is None:
-            noise = torch.stack([torch.randn(c.horizon, c.action_dim, generator=g) for g in self.noise])
-        noise = torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)         # (B, T, A)
-        raw = self.policy.chunk(seen, keep, self.games, noise)
-        if not torch.isfinite(raw).all():
-            raise UserError(f"{self.policy.name}: expected numbers, the model gives NaN or infinity: use "
-                            "--dtype float32 and a smaller --cfg, or another checkpoint")
-        return raw[0] if single else raw
-
-    def info(self):
-        """What a player needs to know, as JSON can carry it."""
-        p = self.policy
-        return {"model": p.name, "step": p.meta.get("step"), "steps": p.steps, "guidance": p.guidance, "game": self.game, "device": str(p.device),
-                "dtype": p.dtype, "config": asdict(p.config)}
+def buckets(k, n):
+    """The k times 0, 1/k, ... as bucket numbers, truncated as the release does: k = 16 of 1000 -> 0, 62, 125,
+    ..."""
+    return torch.tensor([int(i / k * n) for i in range(k)])
 
 
-# ------------------------------------------------------------------------------------------------------------------- the server
+# -------------------------------------------------------------------------------------------------- machinery
+
+class Graph:
+    """fn recorded as one CUDA graph: at batch 1 a GPU waits for its ~100 kernel launches a step, and a replay
+    needs one for all steps."""
+    def __init__(self, fn, *args):
+        self.args = [a.clone() for a in args]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):              # a run before recording, as torch's documentation asks
+            fn(*self.args)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):      # others may use the GPU
+            self.out = fn(*self.args)
+
+    def __call__(self, *args):
+        for mine, new in zip(self.args, args):
+            mine.copy_(new)
+        self.graph.replay()
+        return self.out.clone()
+
 
 class Server:
-    """Sessions over multiprocessing.connection: framed bytes, never pickles; the messages are described in extract.py. A thread and a Session
-    for each client. Whatever a client sends or leaves out costs that client its connection at most."""
+    """Sessions over multiprocessing.connection: framed bytes, never pickles; extract.py describes the
+    messages. A thread and a Session for each client. A bad client loses its connection; others are not
+    affected."""
     PATIENCE, IDLE = 10.0, 3600.0                  # seconds a message may take to come or go; between two
     CLIENTS = 32                                   # at a time, and as many strangers: no key or message yet
 
@@ -228,15 +217,17 @@ class Server:
         self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.due, self.clients = {}, set()         # due: connection -> when it is given up
-        Session(policy, game)                                                              # a wrong --game is said now
+        Session(policy, game)                      # a wrong --game is said now
         try:
             self.listener = mpc.Listener((host, port), "AF_INET", backlog=64)
         except (OSError, OverflowError, UnicodeError) as e:
-            raise UserError(f"can't listen on {host}:{port} ({e}): give another --port, or this machine's --host") from None
+            todo = "give another --port, or this machine's --host"
+            raise UserError(f"can't listen on {host}:{port} ({e}): {todo}") from None
         self.address = self.listener.address
 
     def run(self):
-        """Serve until `stop` is set. Clients that take too long are cut off from here, wherever their thread waits."""
+        """Serve until `stop` is set. Clients that take too long are cut off here, wherever their thread
+        waits."""
         threading.Thread(target=self.accept, daemon=True).start()
         while not self.stop.wait(0.1):
             now = time.monotonic()
@@ -251,7 +242,7 @@ class Server:
 
     def cut(self, late):
         """Shut down the connections whose due time is `late`."""
-        with self.lock:                                    # held while closing too, so that no other connection gets the number meanwhile
+        with self.lock:                            # held while closing too: no new connection gets the number
             for connection in [c for c, due in self.due.items() if late(due)]:
                 self.shut(connection)
 
@@ -291,7 +282,7 @@ class Server:
     def talk(self, connection):
         """One client from its key to its end."""
         try:
-            if self.key:                                   # here, not in Listener.accept, where a silent client would hold up all others
+            if self.key:                           # not in Listener.accept: a silent client holds it up
                 mpc.deliver_challenge(connection, self.key)
                 mpc.answer_challenge(connection, self.key)
             session, wait = Session(self.policy, self.game, self.seed), self.PATIENCE
@@ -308,26 +299,29 @@ class Server:
                 connection.send_bytes(reply)
                 self.due[connection], wait = math.inf, self.IDLE
         except OSError as e:
-            self.part(connection, e)
+            self.reject(connection, e)
         except (EOFError, mpc.AuthenticationError, AssertionError, ValueError):
-            pass                                           # gone, cut off or without the key; Python 3.11's handshake asserts
+            pass                                   # gone, cut off or without the key (3.11 asserts)
         finally:
             with self.lock:
                 del self.due[connection]
                 self.clients.discard(connection)
                 connection.close()
 
-    def part(self, connection, error):
-        """A message beyond the limit: say so, and let the rest of it flow off, or the reply is lost with the connection."""
+    def reject(self, connection, error):
+        """A message beyond the limit: say so and read the rest of it, or the reply is lost with the
+        connection."""
         if "bad message length" in str(error):
+            line = f"expected at most {extract.MESSAGE_LIMIT} bytes in a message: shrink the frame"
             with contextlib.suppress(OSError), borrow(connection) as s:
-                connection.send_bytes(extract.pack_message({"error": f"expected at most {extract.MESSAGE_LIMIT} bytes in a message: shrink the frame"}))
+                connection.send_bytes(extract.pack_message({"error": line}))
                 s.shutdown(socket.SHUT_WR)
                 while s.recv(1 << 16):
                     pass
 
     def answer(self, session, message):
-        """One message -> its reply, both bytes as extract.py describes them; a request that can't be served is answered too."""
+        """One message -> its reply, both bytes as extract.py describes them; a request that can't be served
+        is answered too."""
         try:
             header, array = extract.unpack_message(message)
             do = header.get("do")
@@ -343,12 +337,13 @@ class Server:
                 return extract.pack_message({})
             if do != "predict":
                 raise ValueError(f"expected do = predict, reset or info, found {str(do)[:50]!r}")
-            if array is None or array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != 3 or max(array.shape) > 8192:
+            if (array is None or array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != 3
+                    or max(array.shape) > 8192):
                 raise ValueError("expected one frame: uint8 (h, w, 3), sides of 8192 at most")
             return extract.pack_message({}, session.predict(array))
         except (ValueError, UserError, M.ModelError) as e:
             return extract.pack_message({"error": str(e)})
-        except Exception:                                  # our fault, whatever it is: this client hears of it, the others play on
+        except Exception:                          # our fault: this client hears of it, others play on
             traceback.print_exc()
             return extract.pack_message({"error": "a fault of the server: its terminal shows more"})
 
@@ -362,8 +357,6 @@ def borrow(connection):
     finally:
         s.detach()
 
-
-# -------------------------------------------------------------------------------------------------------------- the command line
 
 def policy_of(args):
     """The policy that the common flags ask for; prints the device and why."""
@@ -380,87 +373,81 @@ def run_image(args):
     policy = policy_of(args)
     c = policy.config
     if len(frames) > c.frames:
-        raise UserError(f"expected at most {c.frames} image(s), the context of this checkpoint, found {len(frames)}: give the newest")
-    noise = np_noise(args.noise, (c.horizon, c.action_dim)) if args.noise else None
+        raise UserError(f"expected at most {c.frames} image(s) for this checkpoint, found {len(frames)}")
+    noise = read_noise(args.noise, (c.horizon, c.action_dim)) if args.noise else None
     session = Session(policy, args.game, args.seed)
     for frame in frames[:-1]:
         session.seen[0].append(policy.see(shrink(frame)[None])[0])
     raw = session.predict_raw(frames[-1], noise)
-    chunk = raw.numpy() if args.raw else policy.to_file(raw)
+    chunk = (raw if args.raw else M.actions_out(raw)).numpy()
     extract.write_npy(args.out, chunk)
     print(f"{args.out}: float32 {chunk.shape}")
 
 
 def picture(path):
-    """An image file -> uint8 (h, w, 3). One resize for all, shrink(): the release's image processor resizes with PIL's bilinear filter here,
-    its player with area interpolation; a 256 x 256 image passes both unchanged, and then the numbers are the release's."""
+    """An image file -> uint8 (h, w, 3). One resize for all, shrink(): the release's image processor resizes
+    with PIL's bilinear filter here, its player with area interpolation; a 256 x 256 image passes both
+    unchanged."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: expected an image, found {'a folder' if Path(path).is_dir() else 'nothing there'}: check the path")
+        found = "a folder" if Path(path).is_dir() else "nothing there"
+        raise UserError(f"{path}: expected an image, found {found}")
     return extract.read_rgba(path)[..., :3]
 
 
-def np_noise(path, shape):
+def read_noise(path, shape):
     """Noise float32 (T, A) from a .npy; UserError names what is wrong with it."""
-    try:
+    with reading(path, f"a .npy of noise, float32 {shape}"):
         noise = np.load(path, allow_pickle=False)
-    except Exception as e:                                 # numpy's readers of headers and archives raise what they like
-        raise UserError(f"{path}: expected a .npy of noise, found {' '.join(str(e).split())[:200]}: save float32 {shape} with np.save") from None
-    if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape[-2:] != shape or noise.size != np.prod(shape):
-        raise UserError(f"{path}: expected noise float32 {shape}, found {getattr(noise, 'dtype', '')} {getattr(noise, 'shape', 'an archive')}: save it anew")
-    if not np.isfinite(noise).all():
-        raise UserError(f"{path}: expected numbers, found NaN or infinity: save it anew")
-    return noise.reshape(shape)
+        if noise.dtype != np.float32 or not np.isfinite(noise).all():
+            raise TypeError(f"{noise.dtype}, or NaN or infinity in it")
+        return noise.reshape(shape)
 
 
 def run_video(args):
-    """A chunk is predicted whenever the one before it is used up; its actions are drawn at the model's rate, from `action_shift` actions after the
-    frame it was predicted from."""
+    """A chunk is predicted whenever the one before it is used up; its actions are drawn at the model's rate,
+    from `action_shift` actions after the frame it was predicted from."""
     info = extract.video_info(args.video)
     if Path(args.out).resolve() == Path(args.video).resolve():
-        raise UserError(f"{args.out}: expected another name than the video's own, which would be lost: give another --out")
+        raise UserError(f"{args.out}: expected another name than the video's own, which would be lost")
     policy = policy_of(args)
     c = policy.config
     session, skin = Session(policy, args.game, args.seed), extract.our_skins()[0]
     w, h = (n - n % 2 for n in info["size"])
-    per_action = info["fps"] / c.hz                                                        # frames of the video, as in training
+    per_action = info["fps"] / c.hz                                    # frames of the video, as in training
     every, shift = max(round(c.horizon * per_action), 1), round(c.action_shift * per_action)
-    coming, begun, line = {}, time.perf_counter(), extract.Line()                          # coming: frame number -> action
-    pad_h, pad_w = skin_size(draw(skin).shape, h, w)
+    coming = {}                                                        # frame number -> action
+    rest = draw(skin)
+    scale = min(w / 2 / rest.shape[1], h / rest.shape[0])              # half as wide, no higher
+    pad_h, pad_w = (int(n * scale) // 2 * 2 for n in rest.shape[:2])   # even numbers for the encoder
     with extract.VideoWriter(args.out, info["fps"], (w + pad_w, h)) as out:
-        for i, rgb in extract.read_video(args.video):
+        for i, rgb in tqdm(extract.read_video(args.video), total=info["n"], unit=" frames", mininterval=1):
             if i % every == 0:
                 chunk = session.predict(rgb)                                               # (T, 25)
-                coming |= {i + shift + k: chunk[min(int(k / per_action + 1e-6), c.horizon - 1)] for k in range(every)}
+                for k in range(every):
+                    coming[i + shift + k] = chunk[min(int(k / per_action + 1e-6), c.horizon - 1)]
             canvas = np.full((h, w + pad_w, 3), 24, np.uint8)
             canvas[:, :w] = rgb[:h, :w]
-            pad = cv2.resize(draw(skin, coming.pop(i, extract.neutral())), (pad_w, pad_h), interpolation=cv2.INTER_AREA).astype(np.float32)
-            top, alpha = (h - pad_h) // 2, pad[..., 3:] / 255
-            spot = canvas[top:top + pad_h, w:]
-            spot[:] = pad[..., :3] * alpha + spot * (1 - alpha) + 0.5
+            pad = draw(skin, coming.pop(i, extract.neutral()))
+            pad = cv2.resize(pad, (pad_w, pad_h), interpolation=cv2.INTER_AREA)
+            top = (h - pad_h) // 2
+            canvas[top:top + pad_h, w:] = extract.over(24, pad)
             out.add(canvas)
-            if i % every == 0:
-                line.show(f"frame {i}/{info['n'] or '?'} | {(i + 1) / (time.perf_counter() - begun):.1f} frames/s")
-    line.show(args.out, keep=True)
-
-
-def skin_size(shape, h, w):
-    """The drawn pad beside a video of h x w: half its width, but no higher than the video; even numbers for the encoder."""
-    scale = min(w / 2 / shape[1], h / shape[0])
-    return int(shape[0] * scale) // 2 * 2, int(shape[1] * scale) // 2 * 2
+    print(args.out)
 
 
 def run_serve(args):
     """Serve until Ctrl-C or SIGTERM."""
-    if args.key == "":                                     # an unset variable, say: it would serve without any key
-        raise UserError("--key: expected a secret, found an empty one: give some letters, or leave --key out")
+    if args.key == "":                             # an unset variable, say: it would serve without a key
+        raise UserError("--key: expected a secret, found an empty one: give letters, or leave --key out")
     policy = policy_of(args)
     server = Server(policy, args.host, args.port, args.key, args.game, args.seed)
     if threading.current_thread() is threading.main_thread():
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, lambda *_: server.stop.set())
+        for end in signal.SIGINT, signal.SIGTERM:
+            signal.signal(end, lambda *_: server.stop.set())
     open_to_all = args.host not in ("127.0.0.1", "localhost") and not args.key
     warning = ", to anyone who can reach it: consider --key" if open_to_all else ""
-    print(f"serving {args.ckpt} on {server.address[0]}:{server.address[1]}{warning}; Ctrl-C ends it", flush=True)
+    host, port = server.address
+    print(f"serving {args.ckpt} on {host}:{port}{warning}; Ctrl-C ends it", flush=True)
     server.run()
 
 
@@ -473,15 +460,18 @@ def main(argv=None):
         p = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
         p.set_defaults(run=run)
         p.add_argument("--ckpt", required=True, help="a .safetensors, or a run folder of train.py")
-        p.add_argument("--euler", type=int, metavar="K", help="Euler steps (default: the checkpoint's; 16 in the paper)")
-        p.add_argument("--cfg", type=float, default=0.0, metavar="S",
-                       help="guidance: cond + S (cond - uncond), uncond = the newest frame alone, no game (default 0 = off)")
-        p.add_argument("--game", metavar="ID|NAME", help="the game to play, where the checkpoint knows games (default: none)")
-        p.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+        p.add_argument("--euler", type=number(int, 1, 10_000), metavar="K",
+                       help="Euler steps (default: the checkpoint's; 16 in the paper)")
+        p.add_argument("--cfg", type=number(float), default=0.0, metavar="S",
+                       help="guidance: cond + S (cond - uncond), uncond = 1 frame, no game (default 0: off)")
+        p.add_argument("--game", metavar="ID|NAME",
+                       help="the game to play, where the checkpoint knows games (default: none)")
+        p.add_argument("--seed", type=number(int, 0), default=0, help="of the noise (default 0)")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                        help="of weights and activations; bfloat16 pays on GPUs (default float32)")
-        p.add_argument("--compile", action="store_true", help="torch.compile the denoising step: ten seconds or more at the start (default off)")
+        p.add_argument("--compile", action="store_true",
+                       help="torch.compile the denoising step: ten seconds or more at first (default off)")
         return p
     p = command("image", run_image, "predict one chunk from images")
     p.add_argument("images", nargs="+", help="the context, oldest first")
@@ -492,8 +482,9 @@ def main(argv=None):
     p.add_argument("video", help="the video to look at")
     p.add_argument("--out", required=True, help="the .mp4 to write")
     p = command("serve", run_serve, "answer play.py --server and play.Client")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = every network (default 127.0.0.1, this machine only)")
-    p.add_argument("--port", type=int, default=5555, help="TCP port (default 5555)")
+    p.add_argument("--host", default="127.0.0.1",
+                   help="address to listen on; 0.0.0.0 = every network (default 127.0.0.1, this machine)")
+    p.add_argument("--port", type=number(int, 0, 65535), default=5555, help="TCP port (default 5555)")
     p.add_argument("--key", help="a secret that clients must give (default: none)")
     return extract.cli(parser, argv, M.ModelError)
 

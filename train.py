@@ -295,7 +295,7 @@ class Sampler:
         frames = torch.empty(end - begin, c.frames, c.image, c.image, 3, dtype=torch.uint8)
         rows = [self.sample(step * self.batch + i, int(clips[i]), int(kept[i]), out) for i, out in zip(range(begin, end), frames.numpy())]
         actions, mask, games, keep, noise, t, colour, warp, last = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
-        return Batch(frames, M.actions_in(actions, c.old_layout), mask, games, keep, noise.flatten(0, 1), t.flatten(),
+        return Batch(frames, M.actions_in(actions), mask, games, keep, noise.flatten(0, 1), t.flatten(),
                      colour, warp, last, torch.from_numpy(clips[begin:end]))
 
     def sample(self, number, k, j, out):
@@ -463,7 +463,7 @@ def add_games(model, games, seed):
     c.games = c.games + new
     if c.context_tokens:                                       # a context that its frames fill has no room for the game token
         c.context_tokens = max(c.context_tokens, c.frames * c.image_tokens + 1)
-    model.game_embedding = M.Embedding(len(c.games) + 1, c.vision_width, padding_idx=0, scale_grad_by_freq=True)
+    model.game_embedding = torch.nn.Embedding(len(c.games) + 1, c.vision_width, padding_idx=0, scale_grad_by_freq=True)
     with torch.no_grad():
         weight = model.game_embedding.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
         weight[0] = 0                                          # row 0 = no game
@@ -488,8 +488,7 @@ def build(args, games):
         for stack, blocks in (model.config.mixing, model.mixing), (model.config.dit, model.dit):
             stack.dropout = args.dropout
             for block in blocks:
-                block.dropout = block.ff.dropout = args.dropout
-                block.final_dropout = args.dropout if stack.final_dropout else 0.0
+                block.dropout = args.dropout
     for what in args.freeze:
         model.freeze(*FREEZE[what])
     model.checkpointing = args.checkpointing
@@ -591,7 +590,7 @@ def validate(model, sampler, means, device, autocast, micro):
     mean (of the game's training clips). r2 and f1 are means over games.
     """
     model.eval()
-    layout, dim = model.config.old_layout, model.config.action_dim
+    dim = model.config.action_dim
     sums, parts = np.zeros(2), []                              # sums: loss x actions, actions
     for begin in range(0, sampler.batch, micro):
         batch = sampler.load(0, begin, min(begin + micro, sampler.batch))
@@ -601,7 +600,7 @@ def validate(model, sampler, means, device, autocast, micro):
             raw = sample_chunks(model, b.frames, b.noise[::sampler.draws], b.games, b.keep).float().cpu()
         weight = batch.mask.sum().item()
         sums += loss.item() * weight, weight
-        parts.append((M.actions_out(raw, layout).numpy(), M.actions_out(batch.actions, layout).numpy(), batch.mask.numpy(),
+        parts.append((M.actions_out(raw).numpy(), M.actions_out(batch.actions).numpy(), batch.mask.numpy(),
                       narrow(batch.last.numpy(), dim), batch.clip.numpy()))
     chunks, truth, mask, last, clip = (np.concatenate(x) for x in zip(*parts))
     played, games = np.array([c.game for c in sampler.clips])[clip], {}                                    # (n,) names
@@ -757,9 +756,9 @@ def read_state(run):
     path = Path(run) / "state.safetensors"
     if not path.is_file():
         raise UserError(f"{run}: expected a run folder with state.safetensors, found none: give the --out of an earlier run")
-    _, meta = M.read_header(path)
     try:
-        meta = M.parse_json(meta["nitrogen"])
+        with M.opened(path) as f:
+            meta = M.parse_json(f.metadata()["nitrogen"])
         args = dict(meta["args"])
         args["data"] = [str(folder) for folder in args["data"]]
         return {"path": path, "step": int(meta["step"]), "args": args, "metrics": dict(meta["metrics"])}
@@ -769,21 +768,18 @@ def read_state(run):
 
 def load_state(path, model, average, optimizer, step):
     """Put a saved state back: weights, average and moments, name by name."""
-    params, table = named(model), M.read_header(path)[0]
-    M.compare({f"{kind}.{name}": p.shape for name, p in params.items() for kind in ("weights", "average", "first", "second")},
-              {name: shape for name, (_, shape, _) in table.items()}, path)
-
-    def read(f, name):
-        dtype, shape, offset = table[name]
-        if dtype is None:
-            raise UserError(f"{path}: expected floating point, found another type in tensor {name}: give the --out of an earlier run")
-        f.seek(offset)
-        return torch.frombuffer(bytearray(f.read(math.prod(shape) * dtype.itemsize)), dtype=dtype).view(shape)
-    with open(path, "rb") as f, torch.no_grad():
+    params = named(model)
+    wanted = {f"{kind}.{name}": list(p.shape) for name, p in params.items()
+              for kind in ("weights", "average", "first", "second")}
+    with M.opened(path) as f, torch.no_grad():
+        found = {name: f.get_slice(name).get_shape() for name in f.keys()}
+        for name in wanted.keys() | found.keys():
+            if wanted.get(name) != found.get(name):
+                raise M.ModelError(f"tensor {name} does not fit this model: give the --out of an earlier run")
         for (name, p), mean in zip(params.items(), average.mean):
-            p.copy_(read(f, f"weights.{name}"))
-            mean.copy_(read(f, f"average.{name}"))
-            first, second = (read(f, f"{kind}.{name}").to(p.device) for kind in ("first", "second"))
+            p.copy_(f.get_tensor(f"weights.{name}"))
+            mean.copy_(f.get_tensor(f"average.{name}"))
+            first, second = (f.get_tensor(f"{kind}.{name}").to(p.device, copy=True) for kind in ("first", "second"))
             count = torch.tensor(float(step), device=p.device if p.device.type == "cuda" else "cpu")       # where AdamW keeps it itself
             optimizer.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
 

@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future, wait
 from ctypes import wintypes
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ SIDES = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}      #
 
 
 # ---------------------------------------------------------------------- playing in real time
-def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0, allow_menu=False,
+def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback=1.0, allow_menu=False,
          recorder=None, view=None):
     """Play until the game ends, `seconds` have passed or Ctrl-C -> Score. Without a policy a person plays,
     and nothing is pressed.
@@ -82,10 +83,10 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
     A touched pad of `people` takes over at once, until none was touched for `handback` seconds."""
     thinker = Thinker(policy, env, per_chunk) if policy else None
     beat = Beat(env.hz)
-    score, progress = Score(beat), Progress()
+    score = Score(beat)
     theirs_until = 0.0
     try:
-        while seconds is None or time.perf_counter() - score.began < seconds:
+        while time.perf_counter() - score.began < seconds:
             tick = beat.wait()
 
             # 1. Plan: what the model wants at this tick.
@@ -109,83 +110,66 @@ def play(env, policy=None, seconds=None, per_chunk=None, people=(), handback=1.0
             frame = env.look()
             if thinker:
                 thinker.ask_in_time(tick)
-            score.ticks, score.human = score.ticks + 1, score.human + by_hand
+            score.ticks += 1
+            score.human += by_hand
             if recorder:
                 recorder.add(tick, frame, neutral() if env.pad.away else action, by_hand)
             if view:
                 who = "a person" if by_hand else "the model"
                 view.show(tick, frame, action, f"{who} plays {env.name}", score)
-            progress.tell(env, score)
+            score.tell(env)
     except GameGone as e:
         print(f"\n{e}; the pad is at rest", file=sys.stderr)
     finally:
         with contextlib.suppress(UserError, OSError):
             env.pad.press(neutral())
             env.pause.go()                                 # now, not when the recording has been written
-        progress.bar.close()
+        score.bar.close()
         print(score.line(env))
-        if thinker:
-            thinker.questions.put(None)
     return score
 
 
 class Thinker:
-    """The policy in a thread of its own, so that a late prediction never stalls the pad, and the plan that
-    its chunks make. One prediction at a time: `busy` while it is under way."""
+    """The policy in threads of its own, so that a late prediction never stalls the pad, and the plan that its
+    chunks make. `answer`: the prediction that is under way, one at a time."""
 
     def __init__(self, policy, env, per_chunk=None):
         config = policy.info()["config"]
         horizon, self.shift = config["horizon"], config["action_shift"]
         usual = horizon if env.pause.stops else max(horizon // 2, 1)
         self.per_chunk = min(per_chunk or usual, horizon)
-        self.policy, self.env, self.plan = policy, env, Plan(env.hz / 4)
-        self.asked, self.delays = -horizon, deque([0], 10)    # tick of the last question, ticks to answers
-        self.questions, self.answers, self.busy = queue.Queue(), queue.Queue(), False
+        self.policy, self.env, self.plan, self.answer = policy, env, Plan(env.hz / 4), None
+        self.asked, self.delays = -horizon, deque([0], 10)   # tick of the last question, ticks to answers
         began = time.perf_counter()
         policy.predict(env.look())                         # the first takes longest: not while the pad waits
         self.patience = max(STANDS, 3 * (time.perf_counter() - began))
         policy.reset()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self):
-        while (question := self.questions.get()) is not None:
-            tick, seen, frame = question
-            try:
-                self.answers.put((tick, seen, self.policy.predict(frame)))
-            except Exception as e:                         # whatever breaks it, the pad's thread must know
-                self.answers.put(e)
 
     def _ask(self, tick):
-        """Predict from the newest frame, which was seen before tick `tick` + 1."""
-        self.asked, self.busy = tick, True
-        self.questions.put((tick, self.env.seen, self.env.frame))
+        """Predict from the newest frame; row 0 of the chunk belongs to tick `tick`."""
+        self.asked, self.seen, self.answer = tick, self.env.seen, Future()
+        threading.Thread(target=self._predict, args=(self.env.frame, self.answer), daemon=True).start()
 
-    def _answer(self, seconds):
-        """(tick asked at, time its frame was seen, chunk) if it comes within `seconds`, else None; raises
-        what the policy raised."""
+    def _predict(self, frame, answer):
         try:
-            answer = self.answers.get(timeout=seconds)
-        except queue.Empty:
-            return None
-        self.busy = False
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+            answer.set_result(self.policy.predict(frame))
+        except Exception as e:                             # whatever breaks it, the pad's thread must know
+            answer.set_exception(e)
 
     def think(self, tick, score):
-        """Bring the plan up to date -> the time at which the frame of a new chunk was seen, None without
-        one."""
+        """Bring the plan up to date -> the time at which a new chunk's frame was seen, None without a
+        chunk. Raises what the policy raised."""
         if self.env.pause.stops:
             return self._think_while_it_stands(tick, score)
-        answer = self._answer(0)
-        if not answer:
+        if not (self.answer and self.answer.done()):
             return None
-        start, seen, chunk = answer
-        self.delays.append(tick - start)
+        chunk, self.answer = self.answer.result(), None
+        self.delays.append(tick - self.asked)
         score.chunks += 1
-        in_time = self.plan.lay(start + self.shift, chunk, tick)
-        score.late += not in_time
-        return seen if in_time else None
+        if not self.plan.lay(self.asked + self.shift, chunk, tick):
+            score.late += 1
+            return None
+        return self.seen
 
     def _think_while_it_stands(self, tick, score):
         if tick - self.asked < self.per_chunk:
@@ -194,12 +178,11 @@ class Thinker:
         self.env.pause.stop()
         self.env.look()
         self._ask(tick)
-        answer = self._answer(self.patience)
-        if not answer:
+        if not wait([self.answer], self.patience).done:
             raise UserError(f"expected a prediction within {self.patience:.0f} s, found none: the game runs "
                             "on; see what holds the model up, or use --pause none")
         self.plan.rows = {}                                # the game has not moved on: nothing is committed
-        self.plan.lay(tick, answer[2], tick)
+        self.plan.lay(tick, self.answer.result(), tick)
         self.env.pause.go()
         score.chunks += 1
         score.beat.start += time.perf_counter() - began    # this time does not count
@@ -207,7 +190,7 @@ class Thinker:
     def ask_in_time(self, tick):
         """In real time: ask for the next chunk when it is due."""
         due = tick - self.asked >= self.per_chunk or self.plan.left(tick) <= max(self.delays) + 1
-        if due and not self.busy and not self.env.pause.stops:
+        if due and not self.answer and not self.env.pause.stops:
             self._ask(tick)
 
 
@@ -256,13 +239,12 @@ class Beat:
     """The action clock: hz ticks a second. A tick that has passed is skipped, never made up for."""
 
     def __init__(self, hz):
-        self.period, self.start, self.tick = 1 / hz, None, -1
+        self.period, self.start, self.tick = 1 / hz, time.perf_counter(), -1
         self.skipped, self.late_ms = 0, deque(maxlen=36000)
 
     def wait(self):
         """Sleep until the next tick -> its number."""
         now = time.perf_counter()
-        self.start = now if self.start is None else self.start
         tick = max(self.tick + 1, int((now - self.start) / self.period))
         self.skipped += tick - self.tick - 1
         due = self.start + tick * self.period
@@ -274,11 +256,14 @@ class Beat:
 
 
 class Score:
-    """What is worth knowing of a session."""
+    """What is worth knowing of a session, and the progress line that says it."""
 
     def __init__(self, beat):
         self.beat, self.began, self.press_ms = beat, time.perf_counter(), deque(maxlen=36000)
         self.ticks = self.chunks = self.late = self.human = 0
+        self.told, self.checked = "", time.monotonic()
+        self.bar = tqdm(bar_format="{desc}", mininterval=1 if sys.stdout.isatty() else 10, leave=False,
+                        dynamic_ncols=True, file=sys.stdout)
 
     def line(self, env):
         """One line: rate, latency from capture to press, jitter of the action clock, cost of looking."""
@@ -290,32 +275,19 @@ class Score:
                 f"clock late {ms(self.beat.late_ms)}, {skipped} skipped | look {ms(env.look_ms)} | "
                 f"by hand {self.human / max(self.ticks, 1):.0%}")
 
-    def problem(self):
-        """Why the actions may come too late, "" where they do not."""
-        if self.late < 5 or self.late <= self.chunks / 2:
-            return ""
-        return ("most predictions come after the actions they hold: use --pause suspend, fewer --euler "
-                "steps, a lower --hz or a faster device")
-
-
-class Progress:
-    """The progress line and, each time it changes, what is wrong with the picture or the pace."""
-
-    def __init__(self):
-        self.bar = tqdm(bar_format="{desc}", mininterval=1 if sys.stdout.isatty() else 10, leave=False,
-                        dynamic_ncols=True, file=sys.stdout)
-        self.told, self.checked = "", time.monotonic()
-
-    def tell(self, env, score):
-        """Once a second."""
+    def tell(self, env):
+        """Once a second: the line and, each time it changes, what is wrong with the picture or the pace."""
         if time.monotonic() - self.checked < 1:
             return
         self.checked = time.monotonic()
-        wrong = env.problem() or score.problem()
+        wrong = env.problem()
+        if not wrong and self.late >= 5 and self.late > self.chunks / 2:
+            wrong = ("most predictions come after the actions they hold: use --pause suspend, fewer --euler "
+                     "steps, a lower --hz or a faster device")
         if wrong and wrong != self.told:
             print(f"\n{wrong}", file=sys.stderr, flush=True)
         self.told = wrong
-        self.bar.set_description_str(score.line(env), refresh=False)
+        self.bar.set_description_str(self.line(env), refresh=False)
         self.bar.update()
 
 
@@ -378,18 +350,21 @@ class GameEnv(gym_base()):
                 environment, clock = FakeTime.prepare() if pause == "clock" and not WINDOWS else (None, None)
                 self.launched = start_game(launch, environment)
             if exe or window or launch:
-                self.window = await_window(self.desktop, exe, window, self.launched, wait)
+                process = exe or self.launched and self.launched.pid
+                self.window = await_window(self.desktop, process, window, wait)
                 self.desktop.focus(self.window.id)
                 self.pad.window = self.window.id
             pid = self.window.pid if self.window else 0
-            self.pause = make_pause(pause, self.desktop, pid, clock)
-            undo.callback(self.pause.close)
+            self.name = exe or self.window and self.window.name or "game"
+            kinds = {"none": Running, "suspend": Suspended, "clock": SpeedHack if WINDOWS else FakeTime}
+            self.pause = kinds[pause](self.desktop, pid, clock)
+            undo.callback(self.pause.go)
             keys = sorted(keys_in(self.mapping)) if pad == "keyboard" else []
             if keys or self.pause.stops:
                 self.guard = Guard(keys=keys, pid=pid if self.pause.stops else 0, clock=pause == "clock")
             if wake:
-                self.hold(np.eye(A, dtype=np.float32)[BUTTON[wake]], 0.1)
-                self.hold(neutral(), 0.1)
+                for action in np.eye(A, dtype=np.float32)[BUTTON[wake]], neutral():
+                    self.hold(action, 0.1)
             self.undo = undo.pop_all()
 
     def reset(self, *, seed=None, options=None):
@@ -449,25 +424,22 @@ class GameEnv(gym_base()):
         self.pause.go()                                    # a game that stands opens none
         pid, ends = self.window.pid, time.monotonic() + self.PATIENCE
         while pid and time.monotonic() < ends:
-            if not self.desktop.alive(pid):
-                raise GameGone(f"{self.name} has ended (process {pid})")
-            if found := find_window(self.desktop, pid=pid):
+            if found := find_window(self.desktop, pid):
                 self.window, self.pad.window = found, found.id
                 return found.box
+            if self.launched:
+                self.launched.poll()                       # else an ended child counts as running
+            if not extract.running(pid):
+                raise GameGone(f"{self.name} has ended (process {pid})")
             time.sleep(0.05)
         raise GameGone(f"the window of {self.name} has been closed")
-
-    @property
-    def name(self):
-        """What the game is called in clips and messages."""
-        return self.exe or self.window and self.window.name or "game"
 
     def problem(self):
         """Why the picture may not be the game's, "" where nothing speaks for it. To be asked about once a
         second."""
         if self.window and (said := self.desktop.problem(self.window.id)):
             return f"the window of {self.name} {said}: bring it to the front"
-        if self.still is None or not np.array_equal(self.still, self.frame):
+        if not np.array_equal(self.still, self.frame):
             self.still, self.still_since = self.frame, time.monotonic()
         if self.pad.away:
             return f"the window of {self.name} is not in front: no key counts until it is"
@@ -568,11 +540,9 @@ class Recorder:
     at, and pick_up() makes a clip of the others. A lock tells a dead process's folder from a living one's."""
 
     def __init__(self, data, game, hz):
-        if hz < 1:
-            raise UserError(f"expected a recording at 1 Hz or more, found {hz:g}: give another --hz")
         stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
         self.tmp, self.files = Path(data) / f"{stem}.recording", contextlib.ExitStack()
-        self.count, self.first, self.last = 0, None, None
+        self.tick, self.last = None, None
         with writing(self.tmp):
             self.tmp.mkdir(parents=True)
             self.files.enter_context(extract.lock(self.tmp / "lock"))
@@ -584,21 +554,17 @@ class Recorder:
 
     def add(self, tick, rgb, action, human):
         """Append tick `tick`; ticks that were skipped repeat the row before, so that the clip keeps time."""
-        self.first = tick if self.first is None else self.first
-        while self.count < tick - self.first:
-            self._append(*self.last)
         quality = [cv2.IMWRITE_JPEG_QUALITY, extract.QUALITY]
         jpeg = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
-        self.last = jpeg, playable(action, allow_menu=True), human
-        self._append(*self.last)
-
-    def _append(self, jpeg, action, human):
+        skipped = 0 if self.tick is None else tick - self.tick - 1
+        rows = [self.last] * skipped + [(jpeg, playable(action, allow_menu=True), human)]
+        self.tick, self.last = tick, rows[-1]
         with writing(self.tmp):
-            self.frames.write(jpeg)
-            self.frames.flush()
-            self.rows.write(np.array((self.frames.tell(), action, human), ROW).tobytes())
-            self.rows.flush()
-        self.count += 1
+            for jpeg, action, human in rows:
+                self.frames.write(jpeg)
+                self.frames.flush()
+                self.rows.write(np.array((self.frames.tell(), action, human), ROW).tobytes())
+                self.rows.flush()
 
     def close(self):
         """Give the folder its name -> a line about it."""
@@ -619,12 +585,11 @@ def finish(tmp):
     folder = tmp.with_suffix("")
     with writing(tmp):
         with extract.lock(tmp / "lock"):
-            keep, rows = None, np.zeros(0, ROW)
-            if (tmp / "rows.bin").exists():
-                rows = np.fromfile(tmp / "rows.bin", ROW)
-                rows = rows[rows["end"] <= (tmp / "frames.npy").stat().st_size]
-            if len(rows):
-                keep = write_clip(tmp, rows)
+            for name in ("rows.bin", "frames.npy"):
+                (tmp / name).touch()                       # killed at once, it may have neither
+            rows = np.fromfile(tmp / "rows.bin", ROW)
+            rows = rows[rows["end"] <= (tmp / "frames.npy").stat().st_size]
+            keep = write_clip(tmp, rows) if len(rows) else None
         if keep is None:
             extract.remove(tmp)
             return f"{folder}: nothing was played, nothing is kept"
@@ -677,7 +642,7 @@ class View:
     SIZE = (832, 512)
 
     def __init__(self, hz, window=False, video=None, beside=(0, 0)):
-        self.every, self.window, self.first, self.written = math.ceil(hz / 30), window, None, 0
+        self.every, self.window, self.written = math.ceil(hz / 30), window, 0
         self.video = extract.VideoWriter(video, hz / self.every, self.SIZE) if video else None
         self.skin = extract.pad_skin("xbox_360", "xbox_360", extract.Look(body=(150, 152, 160)))
         if window:                                         # beside the game: over it, it would be captured
@@ -689,14 +654,12 @@ class View:
         """Draw one tick, and write it down."""
         if tick % self.every:
             return
-        latest = f"{score.press_ms[-1]:.0f} ms from capture to press" if score.press_ms else ""
-        late = f"{score.late} of {score.chunks} predictions late\n{score.beat.skipped} ticks skipped"
-        canvas = self.draw(frame, action, f"{title}\n{latest}\n{late}")
+        canvas = self.draw(frame, action, f"{title}\n{score.late} of {score.chunks} predictions late\n"
+                                          f"{score.beat.skipped} ticks skipped")
         if self.window:
             cv2.imshow("play.py", cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR))
             cv2.waitKey(1)
-        self.first = tick if self.first is None else self.first
-        while self.video and self.written <= (tick - self.first) // self.every:
+        while self.video and self.written <= tick // self.every:
             self.video.add(canvas)
             self.written += 1
 
@@ -787,11 +750,10 @@ class Client:
         """uint8 (h, w, 3) -> float32 (T, 25). The frame is shrunk here, so that 200 kB travel and not 6
         MB."""
         chunk = self._ask({"do": "predict"}, shrink(rgb))[1]
-        found = "none" if chunk is None else f"{chunk.dtype} {chunk.shape}"
-        wanted = f"float32 {(self.horizon, A)}"
-        self._need(found == wanted, f"actions, {wanted}", found)
-        in_range = (np.abs(chunk) <= 1).all() and (chunk[:, :len(BUTTONS)] >= 0).all()     # NaN is not
-        self._need(in_range, "buttons in 0..1 and sticks in -1..1", "others, or NaN")
+        good = chunk is not None and chunk.dtype == np.float32 and chunk.shape == (self.horizon, A)
+        good = good and (np.abs(chunk) <= 1).all() and (chunk[:, :len(BUTTONS)] >= 0).all()    # NaN is not
+        self._need(good, f"actions, float32 ({self.horizon}, 25), buttons in 0..1 and sticks in -1..1",
+                   "none" if chunk is None else f"{chunk.dtype} {chunk.shape}, or values beyond that")
         return chunk
 
     def reset(self, **what):
@@ -837,31 +799,24 @@ class LocalModel(Client):
     command's."""
 
     def __init__(self, flags):
-        command = [sys.executable, str(Path(__file__).with_name("sample.py")), "serve", "--port", "0", *flags]
-        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                      stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
-                                      env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-        self.guard, self.said, self.port = Guard(model=self.child.pid), "nothing", queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
-        try:
-            port = self.port.get()
-            if not port:
-                raise UserError(f"the model did not start ({self._ended()})")
-            super().__init__("127.0.0.1", port, timeout=600.0)
-        except BaseException:
-            self.close()
-            raise
-
-    def _listen(self):
-        """Read what the child says, or its pipe fills and it stands: its port, None at its end."""
-        for line in self.child.stdout:
-            self.said = line.strip() or self.said
-            if found := re.match(r"serving .* on 127\.0\.0\.1:(\d+)", line):
-                self.port.put(int(found[1]))
-        self.port.put(None)
+        with socket.create_server(("127.0.0.1", 0)) as s:
+            port = s.getsockname()[1]                      # a free one
+        script, self.log = str(Path(__file__).with_name("sample.py")), tempfile.TemporaryFile()
+        self.child = subprocess.Popen([sys.executable, script, "serve", "--port", str(port), *flags],
+                                      stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+        self.guard = Guard(model=self.child.pid)           # ends the child, too, where what follows fails
+        while self.connection is None:
+            with contextlib.suppress(UserError):           # it is not ready
+                super().__init__("127.0.0.1", port, timeout=600.0)
+            if self.child.poll() is not None:
+                self.close()
+                raise UserError(f"the model did not start: {self._ended()}")
+            time.sleep(0.1)
 
     def _ended(self):
-        return f"status {self.child.wait(10)}; its last words: {self.said.removeprefix('error: ')}"
+        status, _ = self.child.wait(10), self.log.seek(0)
+        said = self.log.read().decode(errors="replace").strip().split("\n")
+        return f"status {status}; last words: {said[-1].removeprefix('error: ')}"
 
     def _ask(self, header, array=None):
         try:
@@ -899,25 +854,24 @@ class Window:
     @property
     def pid(self):
         """The process that the window belongs to, 0 where it does not say."""
-        return self.names[0][0] if self.names else 0
+        return self.names[0][0]
 
     @property
     def name(self):
-        """What --exe would find it by; "" for a process that does not let itself be asked."""
-        return next(iter(self.names[0][1]), "") if self.names else ""
+        """What --exe would find it by; "?" for a process that does not let itself be asked."""
+        return next(iter(self.names[0][1]), "?")
 
-    def rank(self, exe=None, pid=None):
-        """The place in `names` at which the process is found, by name or by number; None for nowhere."""
-        if not (exe or pid):
-            return 0
-        last = re.split(r"[\\/]", (exe or "").lower())[-1]            # of a path
-        for i, (number, names) in enumerate(self.names):
-            if {last, last.removesuffix(".exe")} & set(names) if exe else number == pid:
+    def rank(self, process):
+        """The place in `names` of a process, given by its name or number, None for nowhere; of no process
+        0."""
+        last = re.split(r"[\\/]", str(process).lower())[-1]
+        for i, (pid, names) in enumerate(self.names):
+            if process is None or {last, last.removesuffix(".exe")} & {str(pid), *names}:
                 return i
         return None
 
     def __str__(self):
-        return f"{self.name or '?'} {self.title[:40]!r} (id {self.id})"
+        return f"{self.name} {self.title[:40]!r} (id {self.id})"
 
 
 def spellings(*names):
@@ -934,43 +888,65 @@ def this_desktop():
     return Win32() if WINDOWS else X11()
 
 
-def find_window(desktop, exe=None, window=None, pid=None):
-    """The largest window of the process `exe`, else `pid` (or one that it started), with id or part of the
-    title `window` where given; None when there is none. An id goes before a title that has the same digits
-    in it."""
+def find_window(desktop, process=None, window=None):
+    """The largest window of a process, given by its name or number (or of one that it started), with id or
+    part of the title `window` where given; None when there is none. An id goes before a title with the same
+    digits."""
     found, wanted = [], (window or "").lower()
     for w in desktop.windows():
-        rank, by_id = w.rank(exe, pid), wanted in (str(w.id), hex(w.id))
+        rank, by_id = w.rank(process), wanted in (str(w.id), hex(w.id))
         if rank is not None and (by_id or wanted in w.title.lower()) and w.pid != os.getpid():
             found.append((not by_id, rank, -w.box[2] * w.box[3], w.id, w))
     return min(found)[-1] if found else None
 
 
-def await_window(desktop, exe=None, window=None, launched=None, seconds=60.0):
+def await_window(desktop, process=None, window=None, seconds=60.0):
     """find_window(), waiting for a game that is still starting. UserError lists what is there instead."""
+    wanted = f"of {process or 'any program'}" + (f" with title or id {window!r}" if window else "")
     ends, told = time.monotonic() + seconds, False
-    named = filter(None, (exe, window and f"title or id {window!r}"))
-    wanted = " with ".join(named) or "the launched program"
-    while True:
-        if found := find_window(desktop, exe, window, launched and launched.pid):
-            return found
+    while not (found := find_window(desktop, process, window)):
         if time.monotonic() > ends:
             here = ", ".join(map(str, desktop.windows()[:12])) or "none"
-            status = launched and launched.poll()
-            ended = "" if status is None else f" (what was launched has ended with status {status})"
-            raise UserError(f"no window of {wanted}{ended}; windows here: {here}: start the game in a window "
-                            "or borderless, or name it with --exe or --window")
+            raise UserError(f"no window {wanted}; windows here: {here}: start the game in a window or "
+                            "borderless, or name it with --exe or --window")
         if not told:
-            print(f"waiting up to {seconds:g} s for a window of {wanted}", flush=True)
-            told = True
+            print(f"waiting up to {seconds:g} s for a window {wanted}", flush=True)
+        told = True
         time.sleep(0.25)
+    return found
 
 
-class X11:
+class Desktop:
+    """What both systems share."""
+
+    def windows(self):
+        """The windows on the screen that say whose they are. Found by process: titles may be empty or shared
+        (NitroGen issues 7, 12, 38)."""
+        found = []
+        for window in self._ids():
+            box, names = self.box(window), self._names(window)
+            if box and names and self._shown(window):
+                found.append(Window(window, self._title(window), box, names))
+        return found
+
+    def problem(self, window):
+        """Why the picture is not the game's: "" when there is no reason to think so."""
+        box = self.box(window)
+        if not box or not self._shown(window):
+            return "is minimised"
+        left, top, width, height = box
+        over = self._at(left + width // 2, top + height // 2)
+        if over in (0, self._top(window)):
+            return ""
+        return f"is covered by {self._title(over) or 'another window'!r}"
+
+
+class X11(Desktop):
     """Linux: windows by Xlib, keys by XTEST, processes by /proc and signals; through ctypes, on 64 bits."""
 
     def __init__(self):
-        self.x = self._library("libX11.so.6", "libx11-6")
+        with reading("libX11.so.6", "this library (sudo apt-get install libx11-6)"):
+            self.x = ctypes.CDLL("libX11.so.6")
         self.x.XOpenDisplay.restype = ctypes.c_void_p
         self.display = ctypes.c_void_p(self.x.XOpenDisplay(None))
         if not self.display:
@@ -979,13 +955,6 @@ class X11:
         self.ignore = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
         self.x.XSetErrorHandler(self.ignore)               # windows vanish while they are asked about
         self.root, self.test, self.codes = self.x.XDefaultRootWindow(self.display), None, {}
-
-    @staticmethod
-    def _library(name, package):
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            raise UserError(f"expected {name}, found none: sudo apt-get install {package}") from None
 
     def _query(self, function, *arguments, n):
         """Call an Xlib function -> the n numbers that it writes behind its arguments, zeros where it
@@ -1031,33 +1000,25 @@ class X11:
         width, height, _ = self._shape(window)
         return (*self._translate(window, 0, 0)[:2], width, height) if width else None
 
-    def windows(self):
-        """The window manager's windows, or the root's children without one, that are on the screen."""
-        found, managed = [], np.frombuffer(self._property(self.root, "_NET_CLIENT_LIST"), np.uint64)
-        for window in managed.tolist() or self._tree(self.root)[1]:
-            pid, kind = self._property(window, "_NET_WM_PID"), self._property(window, "WM_CLASS")
-            names = self.family(int.from_bytes(pid[:4], "little"))
-            if kind:
-                names.append((0, spellings(*kind.decode(errors="replace").split("\0"))))
-            if self._shape(window)[2] and names and (box := self.box(window)):
-                found.append(Window(window, self._title(window), box, names))
-        return found
+    def _ids(self):
+        """The window manager's windows, the root's children where there is none."""
+        managed = np.frombuffer(self._property(self.root, "_NET_CLIENT_LIST"), np.uint64)
+        return managed.tolist() or self._tree(self.root)[1]
+
+    def _names(self, window):
+        names = self.family(int.from_bytes(self._property(window, "_NET_WM_PID")[:4], "little"))
+        kind = self._property(window, "WM_CLASS").decode(errors="replace").split("\0")
+        return names + [(0, spellings(*kind))] if any(kind) else names
 
     def _title(self, window):
         name = self._property(window, "_NET_WM_NAME") or self._property(window, "WM_NAME")
         return name.decode(errors="replace")
 
-    def problem(self, window):
-        """Why the picture is not the game's: "" when there is no reason to think so."""
-        box = self.box(window)
-        if not box or not self._shape(window)[2]:
-            return "is minimised"
-        left, top, width, height = box
-        over = self._translate(self.root, left + width // 2, top + height // 2)[2]
-        if over in (0, self._top(window)):
-            return ""
-        titles = [w.title for w in self.windows() if self._top(w.id) == over]
-        return f"is covered by {next(iter(titles), 'another window')!r}"
+    def _shown(self, window):
+        return self._shape(window)[2]
+
+    def _at(self, x, y):
+        return self._translate(self.root, x, y)[2]
 
     def focused(self, window):
         """Do keys go to this window? Without a window manager they may go to what lies under the pointer."""
@@ -1074,7 +1035,8 @@ class X11:
 
     def prepare_keys(self, names):
         """Look the keys up once. UserError when XTEST or a key is missing."""
-        self.test = self._library("libXtst.so.6", "libxtst6")
+        with reading("libXtst.so.6", "this library (sudo apt-get install libxtst6)"):
+            self.test = ctypes.CDLL("libXtst.so.6")
         for name in set(names) - MOUSE.keys():
             symbol = self.x.XStringToKeysym(KEYS[name][0].encode())
             self.codes[name] = self.x.XKeysymToKeycode(self.display, symbol) & 0xFF
@@ -1111,16 +1073,13 @@ class X11:
         with contextlib.suppress(OSError):                 # it has ended
             while pid > 1 and len(found) < 8:
                 folder = Path(f"/proc/{pid}")
-                comm, status = ((folder / f).read_text(errors="replace") for f in ("comm", "status"))
+                status = (folder / "status").read_text(errors="replace")
+                comm, parent = re.search(r"^Name:\s*(.*?)$.*^PPid:\s*(\d+)", status, re.M | re.S).groups()
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 script = [w for w in words[1:3] if not w.startswith("-")][:1]
-                found.append((pid, spellings(words[0] or comm.strip(), comm.strip(), *script)))
-                pid = int(re.search(r"^PPid:\s*(\d+)", status, re.M)[1])
+                found.append((pid, spellings(words[0] or comm, comm, *script)))
+                pid = int(parent)
         return found
-
-    def alive(self, pid):
-        """Does the process run (or stand still), rather than having ended?"""
-        return self._state(pid) not in ("", "Z", "X")
 
     @staticmethod
     def _state(pid):
@@ -1151,7 +1110,7 @@ class X11:
                             "play.py as that user, or use --pause none") from None
 
 
-class Win32:
+class Win32(Desktop):
     """64-bit Windows: the same methods by user32, kernel32 and ntdll. Handles have 32 bits that count, so
     that plain ints do. `dll(name)` gives a library; tests give their own."""
 
@@ -1164,22 +1123,19 @@ class Win32:
         if not getattr(self.user, "SetProcessDpiAwarenessContext", lambda context: 0)(ctypes.c_void_p(-4)):
             self.user.SetProcessDPIAware()
 
-    def windows(self):
-        """Every visible window with an inside. Found by process: titles may be empty or shared (NitroGen
-        issues 7, 12, 38)."""
-        handles, found = [], []
+    def _ids(self):
+        ids = []
+        callback = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE)(*[ctypes.c_int] * 2, ctypes.c_void_p)
+        self.user.EnumWindows(callback(lambda window, _: ids.append(window) or 1), None)     # 1: go on
+        return ids
 
-        def visit(window, _):
-            handles.append(window)
-            return 1                                       # go on
-        callback = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE)
-        self.user.EnumWindows(callback(ctypes.c_int, ctypes.c_int, ctypes.c_void_p)(visit), None)
-        for window in handles:
-            box, pid = self.box(window), wintypes.DWORD()
-            if self.user.IsWindowVisible(window) and box and (min(box[2:]) > 1 or self.user.IsIconic(window)):
-                self.user.GetWindowThreadProcessId(window, ctypes.byref(pid))
-                found.append(Window(window, self._title(window), box, self.family(pid.value)))
-        return found
+    def _names(self, window):
+        pid = wintypes.DWORD()
+        self.user.GetWindowThreadProcessId(window, ctypes.byref(pid))
+        return self.family(pid.value)
+
+    def _shown(self, window):
+        return self.user.IsWindowVisible(window) and not self.user.IsIconic(window)
 
     def _title(self, window):
         text = ctypes.create_unicode_buffer(256)
@@ -1189,20 +1145,16 @@ class Win32:
     def box(self, window):
         """(left, top, width, height) of the client area on the desktop; None when the window is gone."""
         size, corner = wintypes.RECT(), wintypes.POINT()
-        if not self.user.IsWindow(window) or not self.user.GetClientRect(window, ctypes.byref(size)):
+        if not self.user.GetClientRect(window, ctypes.byref(size)):
             return None
         self.user.ClientToScreen(window, ctypes.byref(corner))
         return corner.x, corner.y, size.right, size.bottom
 
-    def problem(self, window):
-        """Why the picture is not the game's: "" when there is no reason to think so."""
-        box = self.box(window)
-        if not box or self.user.IsIconic(window):
-            return "is minimised"
-        left, top, width, height = box
-        point = self.user.WindowFromPoint(wintypes.POINT(left + width // 2, top + height // 2))
-        over, own = (self.user.GetAncestor(w, 2) for w in (point, window))
-        return f"is covered by {self._title(over)!r}" if over not in (0, own) else ""
+    def _top(self, window):
+        return self.user.GetAncestor(window, 2)
+
+    def _at(self, x, y):
+        return self._top(self.user.WindowFromPoint(wintypes.POINT(x, y)))
 
     def focused(self, window):
         """Do keys go to this window?"""
@@ -1256,12 +1208,12 @@ class Win32:
             self.kernel.QueryFullProcessImageNameW(handle, 0, path, ctypes.byref(size))
         return [(pid, spellings(path.value))]
 
-    def alive(self, pid):
-        """Does the process run (or stand still), rather than having ended?"""
-        status = wintypes.DWORD()
+    def is_32_bit(self, pid):
+        """Is a process of 64-bit Windows one of 32 bits?"""
+        flag = ctypes.c_int()
         with self._process(pid, 0x1000) as handle:
-            self.kernel.GetExitCodeProcess(handle, ctypes.byref(status))
-        return status.value == 259                         # STILL_ACTIVE
+            self.kernel.IsWow64Process(handle, ctypes.byref(flag))
+        return bool(flag.value)
 
     def suspend(self, pid):
         """Stop all threads of a process."""
@@ -1304,8 +1256,8 @@ class Capture:
             shot = self.mss.grab({"left": x0, "top": y0, "width": x1 - x0, "height": y1 - y0})
         # Both buffers live on until the next look: given back each time, their pages cost more than the
         # picture.
-        self.last, bgra = shot, np.frombuffer(shot.raw, np.uint8).reshape(shot.height, shot.width, 4)
-        rgb = self.rgb = cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGB, self.rgb)
+        self.last = shot
+        rgb = self.rgb = cv2.cvtColor(np.asarray(shot), cv2.COLOR_BGRA2RGB, self.rgb)
         if (x1 - x0, y1 - y0) != (width, height):
             rgb = cv2.copyMakeBorder(rgb, y0 - top, top + height - y1, x0 - left, left + width - x1,
                                      cv2.BORDER_CONSTANT)
@@ -1331,10 +1283,10 @@ class VirtualPad:
             self.api = vgamepad
             self.pad = vgamepad.VDS4Gamepad() if self.sony else vgamepad.VX360Gamepad()
         except Exception as e:                             # on Windows the import connects to the driver
-            raise UserError(f"expected a virtual gamepad, found {type(e).__name__} {printable(e)}: pip install "
-                            "vgamepad; on Linux sudo apt-get install libevdev2, sudo modprobe uinput and sudo "
-                            "chmod 0666 /dev/uinput; on Windows ViGEmBus (github.com/nefarius/ViGEmBus); or use "
-                            "--pad keyboard") from None
+            raise UserError(f"expected a virtual gamepad, found {type(e).__name__} {printable(e)}: pip "
+                            "install vgamepad; on Linux sudo apt-get install libevdev2, sudo modprobe uinput "
+                            "and sudo chmod 0666 /dev/uinput; on Windows ViGEmBus "
+                            "(github.com/nefarius/ViGEmBus); or use --pad keyboard") from None
         self.press(neutral())
 
     def press(self, action):
@@ -1366,8 +1318,8 @@ class KeyboardPad:
     """Keys and mouse in place of a pad, for games without one. Presses only while the game's window has the
     keyboard: anywhere else the model would type into whatever the person has turned to."""
 
-    def __init__(self, desktop, mapping=None, hz=60.0):
-        self.desktop, self.mapping, self.window = desktop, mapping or MAPPING, 0
+    def __init__(self, desktop, mapping, hz):
+        self.desktop, self.mapping, self.window = desktop, mapping, 0
         self.away, self.down = False, frozenset()
         self.speed = {s: self.mapping[s].get("mouse", 0) / hz for s in STICKS.keys() & self.mapping.keys()}
         self.rest = np.zeros(2)                            # parts of a pixel that the mouse has still to go
@@ -1376,16 +1328,13 @@ class KeyboardPad:
     def press(self, action):
         """Hold exactly this action; the mouse moves by one tick's worth."""
         self.away = bool(self.window) and not self.desktop.focused(self.window)
-        if self.away:
-            self._hold(frozenset())
-        else:
-            self._hold(keys_of(self.mapping, action, self.down))
-            for stick, speed in self.speed.items():
-                self.rest += action[STICKS[stick]] * speed             # speed: pixels a tick at full tilt
-            whole = np.trunc(self.rest).astype(int)
-            if whole.any():
-                self.desktop.move(*whole.tolist())
-                self.rest -= whole
+        self._hold(frozenset() if self.away else keys_of(self.mapping, action, self.down))
+        for stick, speed in self.speed.items():            # pixels a tick at full tilt
+            self.rest += action[STICKS[stick]] * (0 if self.away else speed)
+        whole = np.trunc(self.rest).astype(int)
+        if whole.any():
+            self.desktop.move(*whole.tolist())
+            self.rest -= whole
         self.desktop.flush()
 
     def _hold(self, keys):
@@ -1431,9 +1380,6 @@ def hands_on(people):
 class Joystick:
     """A pad on Linux, /dev/input/js*: events of 8 bytes (time, value, kind, number)."""
     forward = True                                         # the game looks at our pad: it is passed on
-    STICKS = {0: 21, 1: 22, 3: 23, 4: 24}                  # ABS_X, ABS_Y, ABS_RX, ABS_RY: places in an action
-    TRIGGERS = {2: "LEFT_TRIGGER", 5: "RIGHT_TRIGGER"}
-    DPAD = {16: ("DPAD_LEFT", "DPAD_RIGHT"), 17: ("DPAD_UP", "DPAD_DOWN")}
 
     def __init__(self, path):
         import fcntl
@@ -1443,36 +1389,28 @@ class Joystick:
             for request, answer in (0x80406A32, axes), (0x84006A34, buttons), (0x80806A13, name):
                 fcntl.ioctl(self.file, request, answer)    # JSIOCGAXMAP, JSIOCGBTNMAP, JSIOCGNAME
         self.axes, self.buttons = list(axes), struct.unpack("512H", buttons)
-        self.names = {code: button for button, code in TABLES["joystick"].items()}
+        self.controls = dict(TABLES["joystick"])
         if re.search(b"x-?box", name.lower()):             # its driver names X and Y the other way round
-            self.names |= {0x133: "WEST", 0x134: "NORTH"}
+            self.controls |= {"307": self.controls["308"], "308": self.controls["307"]}
 
     def read(self):
         """The pad now -> float32 (25,)."""
-        events = b" "
-        while events:
-            try:
-                events = os.read(self.file, 8 * 64)
-            except BlockingIOError:
-                break
-            except OSError as e:
-                raise UserError(f"the gamepad was unplugged ({e}): plug it in and start again") from None
-            for _, value, kind, number in struct.iter_unpack("<IhBB", events[:len(events) // 8 * 8]):
-                self._take(value, kind & 0x7F, number)
+        try:
+            while events := os.read(self.file, 8 * 64):
+                for _, value, kind, number in struct.iter_unpack("<IhBB", events):
+                    self._take(value, kind & 0x7F, number)
+        except BlockingIOError:                            # that was all
+            pass
+        except OSError as e:
+            raise UserError(f"the gamepad was unplugged ({e}): plug it in and start again") from None
         return self.action.copy()
 
     def _take(self, value, kind, number):
-        codes = {1: self.buttons, 2: self.axes}.get(kind, ())
-        code, v = codes[number] if number < len(codes) else None, max(value / 32767, -1)
-        if code in self.names:
-            self.action[BUTTON[self.names[code]]] = value
-        elif code in self.STICKS:
-            self.action[self.STICKS[code]] = v
-        elif code in self.TRIGGERS:
-            self.action[BUTTON[self.TRIGGERS[code]]] = (v + 1) / 2
-        elif code in self.DPAD:
-            low, high = self.DPAD[code]
-            self.action[[BUTTON[low], BUTTON[high]]] = v < -0.5, v > 0.5
+        codes, unit = (self.buttons, 1) if kind == 1 else (self.axes, 32767)
+        code = codes[number] if kind in (1, 2) and number < len(codes) else None
+        for place, scale, offset in self.controls.get(str(code), ()):
+            place = BUTTON.get(place, place)
+            self.action[place] = max(scale * value / unit + offset, -1 if place >= len(BUTTONS) else 0)
 
     def close(self):
         """Give the device back."""
@@ -1532,58 +1470,44 @@ def real_pads():
 # ----------------------------------------------------------------------------------- pausing
 def start_game(command, environment=None):
     """Start the game in a process of its own."""
-    try:
-        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with reading(f"--launch {command}", "a command that starts the game"):
         words = command if WINDOWS else shlex.split(command)
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         return subprocess.Popen(words, env=environment, **silent, **APART)
-    except (OSError, ValueError, IndexError) as e:         # the last: nothing but spaces
-        raise UserError(f"expected a command that starts the game, found {command!r}: {e}") from None
-
-
-def make_pause(kind, desktop, pid, clock):
-    """The object behind --pause, with stop() and go(); clock: the file of FakeTime.prepare(), None without
-    it."""
-    if kind == "none":
-        return Running()
-    if not pid:
-        raise UserError("expected the process of the window, found a window that does not name it: use "
-                        "--pause none, or start the game with --launch")
-    if kind == "suspend":
-        return Suspended(desktop, pid)
-    if WINDOWS:
-        return SpeedHack(pid)
-    if not clock:
-        raise UserError("expected a game that play.py starts, to stop its clock, found one that ran already: "
-                        "give --launch COMMAND, or use --pause suspend")
-    return FakeTime(desktop, pid, clock)
 
 
 class Running:
     """--pause none: the game goes on while the model thinks."""
     stops = False
 
+    def __init__(self, desktop, pid, clock):
+        """Nothing."""
+
     def stop(self):
         """Nothing."""
 
-    go = close = stop
+    go = stop
 
 
 class Suspended:
     """--pause suspend: the process stands while the model thinks. The system's clock does not: a game that
-    measures time sees the pause as one long frame, which engines cap, commonly at 0.1 to 0.25 s."""
+    measures time sees the pause as one long frame, which engines cap, commonly at 0.1 to 0.25 s. clock: the
+    file of FakeTime.prepare(), None without it."""
     stops = True
 
-    def __init__(self, desktop, pid):
+    def __init__(self, desktop, pid, clock):
+        if not pid:
+            raise UserError("expected the process of the window, found a window that does not name it: use "
+                            "--pause none, or start the game with --launch")
         if any(p == pid for p, _ in desktop.family(os.getpid())):
             raise UserError("expected another program's window, found the terminal that play.py runs in: "
                             "name the game with --exe")
-        self.desktop, self.pid, self.stopped = desktop, pid, False
+        self.desktop, self.pid, self.clock, self.stopped = desktop, pid, clock, False
 
     def stop(self):
         """Returns when the game stands."""
-        if not self.stopped:
-            self.stopped = True
-            self.desktop.suspend(self.pid)
+        self.stopped = True
+        self.desktop.suspend(self.pid)
 
     def go(self):
         """Let it run on."""
@@ -1591,18 +1515,17 @@ class Suspended:
             self.desktop.resume(self.pid)
             self.stopped = False
 
-    def close(self):
-        """Let it run on."""
-        self.go()
-
 
 class FakeTime(Suspended):
     """--pause clock on Linux: besides, libfaketime sets the game's clock back by the time that it stood, so
     that it never sees a pause."""
 
-    def __init__(self, desktop, pid, file):
-        super().__init__(desktop, pid)
-        self.file, self.offset, self.since = file, 0.0, 0.0
+    def __init__(self, desktop, pid, clock):
+        if not clock:
+            raise UserError("expected a game that play.py starts, to stop its clock, found one that ran "
+                            "already: give --launch COMMAND, or use --pause suspend")
+        super().__init__(desktop, pid, clock)
+        self.offset, self.since = 0.0, 0.0
 
     @staticmethod
     def prepare():
@@ -1613,12 +1536,11 @@ class FakeTime(Suspended):
         if not found:
             raise UserError("expected libfaketime for --pause clock, found none: sudo apt-get install "
                             "libfaketime, or use --pause suspend")
-        handle, path = tempfile.mkstemp(prefix="play_clock_")
-        with os.fdopen(handle, "w") as f:
+        with tempfile.NamedTemporaryFile("w", prefix="play_clock_", delete=False) as f:
             f.write(FakeTime.text(0.0))
-        preload = " ".join(filter(None, [found[0], os.environ.get("LD_PRELOAD")]))
-        ours = {"LD_PRELOAD": preload, "FAKETIME_TIMESTAMP_FILE": path, "FAKETIME_NO_CACHE": "1"}
-        return os.environ | ours, path
+        preload = f"{found[0]} {os.environ.get('LD_PRELOAD', '')}"
+        ours = {"LD_PRELOAD": preload, "FAKETIME_TIMESTAMP_FILE": f.name, "FAKETIME_NO_CACHE": "1"}
+        return os.environ | ours, f.name
 
     @staticmethod
     def text(offset):
@@ -1626,30 +1548,29 @@ class FakeTime(Suspended):
         return f"{-offset:+020.6f}\n"
 
     def stop(self):
-        if not self.stopped:
-            super().stop()
-            self.since = time.perf_counter()
+        super().stop()
+        self.since = time.perf_counter()
 
     def go(self):
         try:
             if self.stopped:
                 self.offset += time.perf_counter() - self.since
-                with open(self.file, "r+") as f:           # the game reads it whenever it asks for the time
+                with open(self.clock, "r+") as f:          # the game reads it whenever it asks for the time
                     f.write(self.text(self.offset))
         finally:
             super().go()
 
 
-class SpeedHack:
+class SpeedHack(Suspended):
     """--pause clock on Windows: the package xspeedhack puts a library into the game that scales its clocks;
     0 stops them, and the game's loop may go on drawing the same moment."""
-    stops = True
 
-    def __init__(self, pid):
+    def __init__(self, desktop, pid, clock):
+        super().__init__(desktop, pid, clock)
         with reading("--pause clock", "the package xspeedhack (pip install xspeedhack) and a game that lets "
                      "it in (start play.py as administrator; never with an anti-cheat: use --pause suspend)"):
             import xspeedhack
-            self.client = xspeedhack.Client(process_id=pid, arch="x86" if is_32_bit(pid) else "x64")
+            self.client = xspeedhack.Client(process_id=pid, arch="x86" if desktop.is_32_bit(pid) else "x64")
 
     def _set(self, speed):
         with contextlib.suppress(Exception):               # the game has ended, which GameEnv.box() says
@@ -1663,22 +1584,11 @@ class SpeedHack:
         """Normal speed."""
         self._set(1.0)
 
-    close = go
-
     @staticmethod
     def release():
         """Normal speed, told to the library in the game by another process than the one that put it there."""
         with contextlib.suppress(OSError), open(r"\\.\pipe\xspeedhackpipe", "r+b", buffering=0) as pipe:
             pipe.write(struct.pack("<f", 1.0))
-
-
-def is_32_bit(pid):
-    """Is a process of 64-bit Windows one of 32 bits?"""
-    kernel, flag = ctypes.WinDLL("kernel32"), ctypes.c_int()
-    handle = kernel.OpenProcess(0x1000, 0, pid)
-    kernel.IsWow64Process(handle, ctypes.byref(flag))
-    kernel.CloseHandle(handle)
-    return bool(flag.value)
 
 
 class Guard:
@@ -1692,18 +1602,15 @@ class Guard:
 
     def dismiss(self):
         """All is put right already. May be called twice."""
-        if self.process.poll() is not None:
-            return
         try:
             self.process.communicate(b"done", timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
+        except (OSError, ValueError, subprocess.TimeoutExpired):
             self.process.kill()
 
 
 def stand_guard(keys=(), pid=0, clock=False, model=0):
     """The guard's whole life: wait for the end of our input; without a "done" before it, let go of `keys`,
     let the game `pid` run on (on Windows by its `clock`), or end the process `model`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.stdin.buffer.read() == b"done":
         return
     if model:
@@ -1729,29 +1636,29 @@ def list_windows(args):
     windows = this_desktop().windows()
     for w in windows:
         left, top, width, height = w.box
-        print(f"--exe {w.name or '?':24} --window {w.id:<12} {width} x {height} at {left},{top}  {w.title!r}")
+        print(f"--exe {w.name:24} --window {w.id:<12} {width} x {height} at {left},{top}  {w.title!r}")
     if not windows:
         print("no window here: start the game first")
 
 
 def open_policy(args):
     """The policy that the flags ask for: on a server, in a process of our own, or None with --human."""
-    flags = {n: getattr(args, n) for n in ("seed", "game", "ckpt", "device", "dtype", "cfg", "euler")}
-    given = {n: value for n, value in flags.items() if value is not None}
     if args.server:
-        policy, start = Client(*args.server, args.key), {n: given[n] for n in ("seed", "game") if n in given}
-        if start:
-            policy.reset(**start)
+        policy = Client(*args.server, args.key)
+        policy.reset(seed=args.seed, game=args.game)
         return policy
-    return LocalModel([f"--{name}={value}" for name, value in given.items()]) if args.ckpt else None
+    flags = {n: getattr(args, n) for n in ("ckpt", "seed", "game", "device", "dtype", "cfg", "euler")}
+    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return LocalModel(given) if args.ckpt else None
 
 
 def address(text):
     """HOST:PORT -> (host, port), a type for argparse."""
     host, _, port = text.rpartition(":")
-    if not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 1 << 16:
-        raise argparse.ArgumentTypeError(f"expected HOST:PORT, found {text!r}: sample.py serve prints both")
-    return host or "127.0.0.1", int(port)
+    return host or "127.0.0.1", number(int, 1, 65535)(port)
+
+
+address.__name__ = "HOST:PORT"                             # argparse says "invalid HOST:PORT value"
 
 
 def rectangle(text):
@@ -1771,10 +1678,9 @@ def run_play(args):
 
     def end(*_):
         raise KeyboardInterrupt                            # the same end as by Ctrl-C, everything put right
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):   # a background job's Ctrl-C is ignored
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), end)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):       # a background job's Ctrl-C is ignored
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), end)
     if args.record:
         pick_up(args.record)
     with contextlib.ExitStack() as last:
@@ -1812,8 +1718,8 @@ def flags():
     add("--window", metavar="TEXT|ID", help="part of the window's title, or its id from --list")
     add("--region", type=rectangle, metavar="L,T,W,H",
         help="left, top, width, height of a part of the window, or of the desktop without --exe and --window")
-    add("--launch", metavar="CMD", help="start the game with this command, after the virtual pad exists")
-    add("--wait", type=number(float, 0), default=60.0, metavar="S",
+    add("--launch", help="start the game with this command, after the virtual pad exists")
+    add("--wait", type=number(float, 0), default=60.0,
         help="seconds to wait for the game's window (default 60)")
     add("--list", dest="run", action="store_const", const=list_windows,
         help="list the windows that can be played, and end")
@@ -1825,8 +1731,8 @@ def flags():
     add("--human", action="store_true", help="a person plays and nothing is pressed; with --record")
     add = who.add_argument
     add("--key", help="the server's secret")
-    add("--euler", type=number(int, 1), metavar="K", help="Euler steps of --ckpt (default: the checkpoint's)")
-    add("--cfg", type=number(float), metavar="S", help="guidance of --ckpt, see sample.py (default 0 = off)")
+    add("--euler", type=number(int, 1), help="Euler steps of --ckpt (default: the checkpoint's)")
+    add("--cfg", type=number(float), help="guidance of --ckpt, see sample.py (default 0 = off)")
     add("--game", metavar="ID|NAME", help="the game for a model that knows games (default: none)")
     add("--seed", type=number(int, 0), help="of the model's noise (default 0)")
     add("--device", help="of --ckpt: auto, cpu, cuda, cuda:1, mps (default auto)")
@@ -1835,24 +1741,24 @@ def flags():
     add("--pad", choices=("vgamepad", "dualshock", "keyboard", "none"), default="vgamepad",
         help="virtual Xbox 360 or DualShock 4 pad, keys and mouse, or only watch (default vgamepad)")
     add("--map", metavar="FILE.json", help='keys of --pad keyboard (default: "mapping" in weights/keys.json)')
-    add("--wake", choices=[b for b in BUTTONS if b not in LEGACY],
+    add("--wake", choices=BUTTONS,
         help="press this button once at the start, for games that look for pads only then")
     add("--allow-menu", action="store_true", help="let the model press START, BACK and GUIDE")
     add("--pause", choices=("none", "suspend", "clock"), default="none",
         help="while the model thinks: none = the game goes on, suspend = its process stands, clock = its "
         "clock stands too (default none)")
-    add("--hz", type=number(float, 0.1, 1000),
+    add("--hz", type=number(float, 1, 1000),
         help="actions a second (default: the checkpoint's; 60 for --human)")
-    add("--actions-per-chunk", type=number(int, 1), metavar="N",
+    add("--actions-per-chunk", type=number(int, 1),
         help="actions played before the next chunk is asked for (default: half a chunk; all with --pause)")
-    add("--handback", type=number(float, 0), default=1.0, metavar="S",
+    add("--handback", type=number(float, 0), default=1.0,
         help="seconds without a touch of the real pad after which the model plays on (default 1)")
-    add("--seconds", type=number(float, 0), metavar="S", help="end after this time (default: never)")
+    add("--seconds", type=number(float, 0), default=1e9, help="end after this time (default: never)")
     add = p.add_argument_group("what is kept and shown").add_argument
-    add("--record", metavar="DATA",
+    add("--record",
         help="write a clip folder under DATA, for train.py; one that a killed run left is finished first")
     add("--show", action="store_true", help="a window with what the model sees and presses")
-    add("--video", metavar="OUT.mp4", help="the same as a video")
+    add("--video", help="the same as a video")
     add("--guard", help="internal: what to undo, as JSON (class Guard)")
     return p
 

@@ -124,10 +124,8 @@ class Config:
             raise ModelError(f"configuration: {self.needed} tokens of frames and game in a context of {room}")
         if self.horizon > self.position_rows:
             raise ModelError(f"configuration: {self.horizon} actions, {self.position_rows} positions")
-        if not all(type(name) is str for name in self.games):
-            raise ModelError("configuration: games must be names")
-        if not all(0.01 <= b <= 100 for b in self.beta):
-            raise ModelError(f"configuration: beta = {self.beta}, expected two numbers of 0.01 to 100")
+        if not all(type(name) is str for name in self.games) or not all(0.01 <= b <= 100 for b in self.beta):
+            raise ModelError(f"games = {self.games}, beta = {self.beta}: expected names and numbers")
         return self
 
 
@@ -157,7 +155,7 @@ def preset(name, **changes):
 class Context(NamedTuple):
     """What a chunk knows of the world, the same for all its steps."""
     tokens: Tensor                            # (B, L, V) after mixing
-    kv: Tensor                                # (B, DiT blocks, heads, L, w) k, v of each even block in turn
+    kv: Tensor                                # (B, 2 for each even DiT block, heads, L, w): keys, values
 
 
 class Times(NamedTuple):
@@ -187,8 +185,8 @@ class NitroGen(nn.Module):
                                     for _ in range(c.vision_layers)),
             "norm": nn.LayerNorm(V, eps=1e-6)})
         # Row 0, zeros: no game. A game's gradient is the mean over its samples, not the sum [R].
-        rows = len(c.games) + 1
-        self.game_embedding = table(rows, V, padding_idx=0, scale_grad_by_freq=True) if c.games else None
+        self.game_embedding = table(len(c.games) + 1, V, padding_idx=0,
+                                    scale_grad_by_freq=True) if c.games else None
         self.mixing = nn.ModuleList(Block(V, c.mixing.heads, 4 * V, c.mixing.dropout)
                                     for _ in range(c.mixing.layers))
         self.action_encoder = ActionEncoder(c.action_dim, D)
@@ -236,7 +234,7 @@ class NitroGen(nn.Module):
         if keep is not None:
             kept = keep.repeat_interleave(N, dim=1)                                   # (B, F N)
             kept = F.pad(kept, (int(bool(c.games)), 0), value=True)                     # the game token stays
-            order = kept.to(torch.uint8).sort(dim=1, stable=True).indices               # dropped ones first
+            order = kept.to(torch.uint8).argsort(dim=1, stable=True)                    # dropped ones first
             x = (x * kept[..., None]).gather(1, order[..., None].expand_as(x))
         if x.shape[1] > c.length:
             raise ModelError(f"{n} frames are too many: the context has room for {c.frames}")
@@ -303,6 +301,8 @@ class NitroGen(nn.Module):
         for name, p in self.named_parameters():
             if re.search("(position|game)_embedding", name):
                 p.normal_(0, 0.02, generator=g)
+                if name.startswith("game"):
+                    p[0] = 0
             elif name.endswith((".bias", ".b")):
                 p.zero_()
             elif p.ndim == 1:                      # of a norm
@@ -311,8 +311,6 @@ class NitroGen(nn.Module):
                 w = p[0] if name.endswith(".W") else p
                 bound = math.sqrt(6 / (len(w) + w[0].numel()))
                 p.uniform_(-bound, bound, generator=g)
-        if self.game_embedding is not None:
-            self.game_embedding.weight[0] = 0
         for stack in self.vision.blocks, self.mixing, self.dit:
             for block in stack:                    # a stack adds as much as it is given (GPT-2, §2.3)
                 block.attn.out.weight.mul_((2 * len(stack)) ** -0.5)
@@ -510,7 +508,7 @@ def tensors(f):
     kept."""
     for name in f.keys():
         t = f.get_tensor(name)
-        if not all(x.isfinite() for x in t.aminmax()):   # a tenth of the time of isfinite(t)
+        if not all(x.isfinite() for x in t.aminmax()):                 # a tenth of the time of isfinite(t)
             raise ModelError(f"expected finite weights, found NaN or infinity in tensor {name}: "
                              "take an earlier checkpoint, or copy it again")
         yield name, t
@@ -527,7 +525,7 @@ def parse_json(text):
 def read_config(said):
     """A Config out of a header's JSON, which nobody vouches for; keys of other versions are ignored."""
     def build(kind, said):
-        return kind(**{f.name: said[f.name] for f in fields(kind) if f.name in said})
+        return kind(**{key: said[key] for key in said if key in kind.__annotations__})
     stacks = {"mixing": build(Stack, said["mixing"]), "dit": build(Stack, said["dit"])}
     return build(Config, said | stacks).check()
 
@@ -560,10 +558,10 @@ def temporary(path):
     """Where `path` is made until it is whole, `.tmp-HOST-PID-HASH` beside it as extract.py's; what processes
     of this host that were killed left there under such names is removed."""
     start = f".tmp-{re.sub('[^A-Za-z0-9-]', '-', platform.node())}-"
-    for left in path.parent.glob(start + "*-*"):
+    for left in path.parent.glob(start + "*"):
         with contextlib.suppress(OSError, ValueError, OverflowError):      # another user's or another's file
             try:
-                pid = int(left.name[len(start):].split("-")[0])
+                pid = int(left.name.split("-")[-2])
                 if os.name != "nt":                # Windows removes no file that is written to
                     os.kill(pid, 0)                # no signal, but an error where nobody has this number
                     continue
@@ -623,12 +621,12 @@ def convert_released(path, vision_heads=None, games=None):
     how many tensors it has and how many of them, a pooling head, nothing reads). Never unpickles code."""
     with reading(path, "the released format (model, ckpt_config, step, epoch), or with --preset SigLIP2's"):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = {rename(name): t for name, t in ckpt["model"].items()}
-        unused = [state.pop(name) for name in list(state) if name.startswith("vision.head.")]
+        state = {rename(name): t for name, t in ckpt["model"].items()
+                 if not name.startswith("vision_encoder.head.")}
         config = released_config(ckpt["ckpt_config"], state, vision_heads, games)
         sketch(config).load_state_dict(state, assign=True)
-        account = {"step": int(ckpt["step"]), "tensors": len(ckpt["model"]), "unused": len(unused)}
-    return state, config, account
+        n = len(ckpt["model"])
+        return state, config, {"step": int(ckpt["step"]), "tensors": n, "unused": n - len(state)}
 
 
 # What its tensors do not tell, and is the same in every released checkpoint.
@@ -651,8 +649,8 @@ def released_config(said, state, vision_heads, games):
     if vision_heads is None and not re.search("siglip2-(base|large)-", encoder):
         raise ModelError(f"how many attention heads {encoder!r} has is not said: add --vision-heads N")
     games = games or [str(i) for i in range(1, len(state.get("game_embedding.weight", [0])))]
-    stacks = [Stack(s["num_layers"], s["num_attention_heads"], s["attention_head_dim"], s["dropout"])
-              for s in (mixing, dit)]
+    names = "num_layers", "num_attention_heads", "attention_head_dim", "dropout"
+    stacks = [Stack(*map(section.get, names)) for section in (mixing, dit)]
     ffn = len(state["vision.blocks.0.ff.up.weight"])
     return Config(patch, V, layers, vision_heads or V // 64, ffn, *stacks, games=games,
                   frames=modality["frame_per_sample"], context_tokens=tokenizer["max_sequence_length"],
@@ -704,8 +702,7 @@ def run_convert(args):
         games = read_games(args.games) if args.games else None
         state, config, account = convert_released(args.file, args.vision_heads, games)
     save(args.out, state, config, account["step"], account | {"converted": Path(args.file).name})
-    n = sum(t.numel() for t in state.values())
-    print(f"{args.out}: {account}; {n:,} parameters in {len(state)} tensors")
+    print(f"{args.out}: {account}, written {len(state)}")
 
 
 def run_info(args):

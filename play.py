@@ -331,7 +331,7 @@ class GameEnv(gym_base()):
             self.action_space = Box(np.float32([0] * len(BUTTONS) + [-1] * 4), np.ones(A, np.float32))
         self.frame, self.seen, self.look_ms = np.zeros((SIDE, SIDE, 3), np.uint8), 0.0, deque(maxlen=36000)
         self.still, self.still_since, self.owed = None, 0.0, 0.0       # owed: what steps lack of their time
-        self.window = self.launched = self.guard = None
+        self.window = self.guard = None
         with contextlib.ExitStack() as undo:               # where anything below fails, else in close()
             undo.callback(lambda: self.guard and self.guard.dismiss())         # last of all
             self.desktop, self.mapping = desktop or this_desktop(), load_mapping(mapping)
@@ -345,10 +345,7 @@ class GameEnv(gym_base()):
             undo.callback(self.pad.close)                  # before the game: some look for pads only then
             self.capture = capture or Capture()
             undo.callback(self.capture.close)
-            clock = None
-            if launch:
-                environment, clock = FakeTime.prepare() if pause == "clock" and not WINDOWS else (None, None)
-                self.launched = start_game(launch, environment)
+            self.launched, clock = start_game(launch, pause == "clock") if launch else (None, None)
             if exe or window or launch:
                 process = exe or self.launched and self.launched.pid
                 self.window = await_window(self.desktop, process, window, wait)
@@ -359,9 +356,9 @@ class GameEnv(gym_base()):
             kinds = {"none": Running, "suspend": Suspended, "clock": SpeedHack if WINDOWS else FakeTime}
             self.pause = kinds[pause](self.desktop, pid, clock)
             undo.callback(self.pause.go)
-            keys = sorted(keys_in(self.mapping)) if pad == "keyboard" else []
-            if keys or self.pause.stops:
-                self.guard = Guard(keys=keys, pid=pid if self.pause.stops else 0, clock=pause == "clock")
+            if self.pad.keys or self.pause.stops:
+                self.guard = Guard(keys=sorted(self.pad.keys), pid=pid if self.pause.stops else 0,
+                                   clock=pause == "clock")
             if wake:
                 for action in np.eye(A, dtype=np.float32)[BUTTON[wake]], neutral():
                     self.hold(action, 0.1)
@@ -542,7 +539,7 @@ class Recorder:
     def __init__(self, data, game, hz):
         stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
         self.tmp, self.files = Path(data) / f"{stem}.recording", contextlib.ExitStack()
-        self.tick, self.last = None, None
+        self.tick = self.last = None
         with writing(self.tmp):
             self.tmp.mkdir(parents=True)
             self.files.enter_context(extract.lock(self.tmp / "lock"))
@@ -556,7 +553,7 @@ class Recorder:
         """Append tick `tick`; ticks that were skipped repeat the row before, so that the clip keeps time."""
         quality = [cv2.IMWRITE_JPEG_QUALITY, extract.QUALITY]
         jpeg = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
-        skipped = 0 if self.tick is None else tick - self.tick - 1
+        skipped = tick - self.tick - 1 if self.last else 0
         rows = [self.last] * skipped + [(jpeg, playable(action, allow_menu=True), human)]
         self.tick, self.last = tick, rows[-1]
         with writing(self.tmp):
@@ -830,11 +827,8 @@ class LocalModel(Client):
     def close(self):
         """End the child."""
         super().close()
-        self.child.terminate()
-        try:
-            self.child.wait(10)
-        except subprocess.TimeoutExpired:                  # in the midst of a long chunk
-            self.child.kill()
+        self.child.kill()
+        self.child.wait()
         self.guard.dismiss()
 
 
@@ -881,10 +875,7 @@ def spellings(*names):
 
 
 def this_desktop():
-    """The class for this system; UserError elsewhere."""
-    if not (WINDOWS or sys.platform.startswith("linux")):
-        raise UserError(f"expected Windows or Linux with X11, found {sys.platform}: play there, with the "
-                        "model here (python sample.py serve)")
+    """The class for this system."""
     return Win32() if WINDOWS else X11()
 
 
@@ -945,7 +936,8 @@ class X11(Desktop):
     """Linux: windows by Xlib, keys by XTEST, processes by /proc and signals; through ctypes, on 64 bits."""
 
     def __init__(self):
-        with reading("libX11.so.6", "this library (sudo apt-get install libx11-6)"):
+        with reading("libX11.so.6", "this library (Linux: sudo apt-get install libx11-6; a "
+                     "Mac: play on another machine, with the model here by python sample.py serve)"):
             self.x = ctypes.CDLL("libX11.so.6")
         self.x.XOpenDisplay.restype = ctypes.c_void_p
         self.display = ctypes.c_void_p(self.x.XOpenDisplay(None))
@@ -1270,11 +1262,23 @@ class Capture:
 
 
 # -------------------------------------------------------------------------------------- pads
-class VirtualPad:
+class NoPad:
+    """Presses nothing: a person plays, or one only wants to see what the model would do."""
+    away = False               # is the window not in front, so that nothing is pressed?
+    keys = down = frozenset()  # those that it can press, and holds now
+    window = 0
+
+    def press(self, action):
+        """Nothing."""
+
+    def close(self):
+        """Nothing."""
+
+
+class VirtualPad(NoPad):
     """A gamepad that games see as a real one: kind "vgamepad" (Xbox 360) or "dualshock". Of vgamepad's
     sticks the first's point up at +1, the second's down (0 is up in that report), on both systems; ours
     point down."""
-    away, down, window = False, frozenset(), 0             # as in KeyboardPad, but never away
 
     def __init__(self, kind="vgamepad"):
         self.sony, self.names = kind == "dualshock", TABLES[kind]
@@ -1314,16 +1318,15 @@ class VirtualPad:
         self.pad = None
 
 
-class KeyboardPad:
+class KeyboardPad(NoPad):
     """Keys and mouse in place of a pad, for games without one. Presses only while the game's window has the
     keyboard: anywhere else the model would type into whatever the person has turned to."""
 
     def __init__(self, desktop, mapping, hz):
-        self.desktop, self.mapping, self.window = desktop, mapping, 0
-        self.away, self.down = False, frozenset()
+        self.desktop, self.mapping, self.keys = desktop, mapping, keys_in(mapping)
         self.speed = {s: self.mapping[s].get("mouse", 0) / hz for s in STICKS.keys() & self.mapping.keys()}
         self.rest = np.zeros(2)                            # parts of a pixel that the mouse has still to go
-        desktop.prepare_keys(keys_in(self.mapping))
+        desktop.prepare_keys(self.keys)
 
     def press(self, action):
         """Hold exactly this action; the mouse moves by one tick's worth."""
@@ -1348,31 +1351,15 @@ class KeyboardPad:
         self.desktop.flush()
 
 
-class NoPad:
-    """Presses nothing: a person plays, or one only wants to see what the model would do."""
-    away, down, window = False, frozenset(), 0
-
-    def press(self, action):
-        """Nothing."""
-
-    def close(self):
-        """Nothing."""
-
-
 # ------------------------------------------------------------------------ the person's hands
 TOUCH = 0.25                       # a stick or trigger this far out is meant: worn sticks rest at half of it
-
-
-def touched(action):
-    """Is anything pressed or moved?"""
-    return bool((np.abs(action) > TOUCH).any())
 
 
 def hands_on(people):
     """(person, action) of the first whose pad is touched; (None, the pad at rest) where none is."""
     for person in people:
         action = person.read()
-        if touched(action):
+        if (np.abs(action) > TOUCH).any():
             return person, action
     return None, neutral()
 
@@ -1468,12 +1455,13 @@ def real_pads():
 
 
 # ----------------------------------------------------------------------------------- pausing
-def start_game(command, environment=None):
-    """Start the game in a process of its own."""
+def start_game(command, stop_clock):
+    """Start the game -> (its process, the file of its clock where FakeTime is to stop that, else None)."""
+    environment, clock = FakeTime.prepare() if stop_clock and not WINDOWS else (None, None)
     with reading(f"--launch {command}", "a command that starts the game"):
         words = command if WINDOWS else shlex.split(command)
         silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        return subprocess.Popen(words, env=environment, **silent, **APART)
+        return subprocess.Popen(words, env=environment, **silent, **APART), clock
 
 
 class Running:
@@ -1531,21 +1519,16 @@ class FakeTime(Suspended):
     def prepare():
         """(environment for the game, the file that holds its clock's offset). UserError without the
         library. The file stays: without it the clock of a game that runs on would jump."""
-        folders = "lib/*", "lib", "lib64", "local/lib"
-        found = [p for d in folders for p in glob.glob(f"/usr/{d}/faketime/libfaketimeMT.so.1")]
+        library = "faketime/libfaketimeMT.so.1"
+        found = glob.glob(f"/usr/l*/{library}") + glob.glob(f"/usr/l*/*/{library}")
         if not found:
             raise UserError("expected libfaketime for --pause clock, found none: sudo apt-get install "
                             "libfaketime, or use --pause suspend")
         with tempfile.NamedTemporaryFile("w", prefix="play_clock_", delete=False) as f:
-            f.write(FakeTime.text(0.0))
+            f.write(f"{0:+020.6f}\n")                      # always as long, to be overwritten in place
         preload = f"{found[0]} {os.environ.get('LD_PRELOAD', '')}"
         ours = {"LD_PRELOAD": preload, "FAKETIME_TIMESTAMP_FILE": f.name, "FAKETIME_NO_CACHE": "1"}
         return os.environ | ours, f.name
-
-    @staticmethod
-    def text(offset):
-        """An offset as libfaketime reads it, always as long, so that it can be overwritten in place."""
-        return f"{-offset:+020.6f}\n"
 
     def stop(self):
         super().stop()
@@ -1556,7 +1539,7 @@ class FakeTime(Suspended):
             if self.stopped:
                 self.offset += time.perf_counter() - self.since
                 with open(self.clock, "r+") as f:          # the game reads it whenever it asks for the time
-                    f.write(self.text(self.offset))
+                    f.write(f"{-self.offset:+020.6f}\n")
         finally:
             super().go()
 
@@ -1647,8 +1630,8 @@ def open_policy(args):
         policy = Client(*args.server, args.key)
         policy.reset(seed=args.seed, game=args.game)
         return policy
-    flags = {n: getattr(args, n) for n in ("ckpt", "seed", "game", "device", "dtype", "cfg", "euler")}
-    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    names = "ckpt", "seed", "game", "device", "dtype", "cfg", "euler"
+    given = [f"--{name}={vars(args)[name]}" for name in names if vars(args)[name] is not None]
     return LocalModel(given) if args.ckpt else None
 
 
@@ -1676,11 +1659,9 @@ def run_play(args):
     if not (args.ckpt or args.server or args.human):
         raise UserError("expected who plays, found nobody: give --ckpt FILE, --server HOST:PORT or --human")
 
-    def end(*_):
-        raise KeyboardInterrupt                            # the same end as by Ctrl-C, everything put right
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):       # a background job's Ctrl-C is ignored
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), end)
+        if hasattr(signal, name):                          # each ends as by Ctrl-C, everything put right
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     if args.record:
         pick_up(args.record)
     with contextlib.ExitStack() as last:
@@ -1713,13 +1694,14 @@ def flags():
     """The parser of the command line."""
     p = extract.Parser(description="Play a game with a policy, or record a person.", allow_abbrev=False)
     p.set_defaults(run=run_play)
+    positive = number(float, 0)
     add = p.add_argument_group("the game").add_argument
     add("--exe", help="name of the game's program, as the task manager or ps shows it")
     add("--window", metavar="TEXT|ID", help="part of the window's title, or its id from --list")
     add("--region", type=rectangle, metavar="L,T,W,H",
         help="left, top, width, height of a part of the window, or of the desktop without --exe and --window")
     add("--launch", help="start the game with this command, after the virtual pad exists")
-    add("--wait", type=number(float, 0), default=60.0,
+    add("--wait", type=positive, default=60.0,
         help="seconds to wait for the game's window (default 60)")
     add("--list", dest="run", action="store_const", const=list_windows,
         help="list the windows that can be played, and end")
@@ -1751,9 +1733,9 @@ def flags():
         help="actions a second (default: the checkpoint's; 60 for --human)")
     add("--actions-per-chunk", type=number(int, 1),
         help="actions played before the next chunk is asked for (default: half a chunk; all with --pause)")
-    add("--handback", type=number(float, 0), default=1.0,
+    add("--handback", type=positive, default=1.0,
         help="seconds without a touch of the real pad after which the model plays on (default 1)")
-    add("--seconds", type=number(float, 0), default=1e9, help="end after this time (default: never)")
+    add("--seconds", type=positive, default=1e9, help="end after this time (default: never)")
     add = p.add_argument_group("what is kept and shown").add_argument
     add("--record",
         help="write a clip folder under DATA, for train.py; one that a killed run left is finished first")

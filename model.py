@@ -233,8 +233,8 @@ class NitroGen(nn.Module):
             x = torch.cat([self.game_embedding(games)[:, None], x], dim=1)            # (B, 1 + F N, V)
         if keep is not None:
             kept = keep.repeat_interleave(N, dim=1)                                   # (B, F N)
-            kept = F.pad(kept, (int(bool(c.games)), 0), value=True)                     # the game token stays
-            order = kept.to(torch.uint8).argsort(dim=1, stable=True)                    # dropped ones first
+            kept = F.pad(kept, (int(bool(c.games)), 0), value=True)                   # the game token stays
+            order = kept.to(torch.uint8).argsort(dim=1, stable=True)                  # dropped ones first
             x = (x * kept[..., None]).gather(1, order[..., None].expand_as(x))
         if x.shape[1] > c.length:
             raise ModelError(f"{n} frames are too many: the context has room for {c.frames}")
@@ -264,7 +264,7 @@ class NitroGen(nn.Module):
         angle = bucket * torch.exp(torch.arange(half, device=t.device) * (SLOWEST / half))
         tau = torch.cat([angle.sin(), angle.cos()], dim=1)[:, None].to(dtype)         # (B, 1, D), sin first
         layers = *(block.ada for block in self.dit), self.proj_out_1
-        norms = [part for layer in layers for part in layer(x).chunk(2, dim=-1)]           # (B, 1, D) each
+        norms = [part for layer in layers for part in layer(x).chunk(2, dim=-1)]      # (B, 1, D) each
         W2 = self.action_encoder.W2
         encoder = tau @ W2.W[0, tau.shape[-1]:] + W2.b[0]                             # (B, 1, D)
         return Times(encoder, torch.stack(norms, dim=1))

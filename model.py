@@ -245,7 +245,7 @@ class NitroGen(nn.Module):
         for block in self.mixing:
             x = self.run(block, x)                                                    # (B, L, V)
         kv = [tensor for block in self.dit[::2] for tensor in block.attn.kv(x)]
-        return Context(x, torch.stack(kv, dim=1))
+        return Context(x, torch.stack(kv, 1))
 
     def velocity(self, a, t, context):
         """Noisy actions a (B, T, A) at times t (B,), Context -> velocity (B, T, A), an estimate of action -
@@ -267,7 +267,7 @@ class NitroGen(nn.Module):
         norms = [part for layer in layers for part in layer(x).chunk(2, dim=-1)]      # (B, 1, D) each
         W2 = self.action_encoder.W2
         encoder = tau @ W2.W[0, tau.shape[-1]:] + W2.b[0]                             # (B, 1, D)
-        return Times(encoder, torch.stack(norms, dim=1))
+        return Times(encoder, torch.stack(norms, 1))
 
     def step(self, a, times, context):
         """One evaluation of the DiT: noisy actions (B, T, A) -> velocity (B, T, A)."""
@@ -499,7 +499,7 @@ def opened(path):
     path = Path(path)
     if path.is_dir():
         path /= "model.safetensors"
-    with reading(path, "a .safetensors of train.py or `model.py convert`"), safe_open(path, "pt") as f:
+    with reading(path, "a .safetensors of train.py or `model.py convert ng.pt`"), safe_open(path, "pt") as f:
         yield f
 
 
@@ -585,7 +585,7 @@ def write_tensors(path, tensors, meta):
     folder = temporary(path)
     part = folder / "part"
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, meta)
         part.chmod(folder.stat().st_mode & 0o666)                      # the library leaves 0600
         with open(part, "rb+") as f:

@@ -69,7 +69,7 @@ class Task(NamedTuple):
     kind: str                                      # combat, navigation, specific
     goal: int
     seconds: int
-    start: dict                                    # what the game's begin() takes
+    start: dict                                    # attributes that the game has in this task
     fixed: bool                                    # the level is the same for all seeds, the start is not
     text: str
 
@@ -1011,7 +1011,7 @@ SCRIPTS = {"aims": aims, "walks": walks}
 # ---- what a game is
 
 class Game:
-    """One task of one game, the same for the same seed. A subclass has begin(**task.start), play(), draw()
+    """One task of one game, the same for the same seed. A subclass has begin(), play(), draw()
     and wish(): the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks,
     keys (what each control does), attack (what a masher holds) and look: health (lives), where it and the
     score stand (hud)."""
@@ -1027,7 +1027,9 @@ class Game:
         self.won = self.over = False
         self.left = self.right = 0j
         self.held = frozenset()
-        self.begin(**self.task.start)
+        vars(self).update(self.task.start)
+        self.things, self.foes, self.bolts, self.shots = [], [], [], []
+        self.begin()
 
     def advance(self, action):
         """One step with action float (25,), without drawing."""
@@ -1089,12 +1091,33 @@ class Game:
         """The thing nearest to the player, None of none."""
         return min(things, key=self.distance, default=None)
 
+    def relative(self, p):
+        """A place as complex(ahead, to the right) of the player."""
+        return (p - self.pos) * rect(1, -self.face)
+
+    def angle(self, p):
+        """Where p is from straight ahead, in radians, right positive."""
+        return phase(self.relative(p))
+
+    def compass(self, frame, target, ink):
+        """An arrow at the top to where to go now: up = ahead."""
+        arrow(frame, 128 + 40j, self.angle(target) - pi / 2, 32, ink)
+
     def fly(self, shots, hits, reach=200):
         """Move shots (at, v); gone are those that hit something (hits(shot) sees to what follows) or are
         further away than `reach`."""
         for shot in shots:
             shot.at += shot.v
         shots[:] = [shot for shot in shots if not hits(shot) and abs(shot.at - self.pos) < reach]
+
+    def shoot(self, start, ahead, speed):
+        """A bolt of the player's flies off, from so far ahead of a place, the way of self.aim."""
+        self.bolts.append(Thing("bolt", start + rect(ahead, self.aim), v=rect(speed, self.aim)))
+
+    def take(self, things, thing):
+        """It is gone: a point."""
+        things.remove(thing)
+        self.score += 1
 
     def strikes(self, foes, width):
         """hits() for fly(): the first foe so near loses a point of hp."""
@@ -1329,6 +1352,12 @@ def sprites(frame, things, size, corner=0j):
         sprite(frame, thing.kind, thing.at - corner, size)
 
 
+def discs(frame, things, radius, ink, corner):
+    """Draw things as filled circles, seen from the camera's corner."""
+    for thing in things:
+        disc(frame, thing.at - corner, radius, ink)
+
+
 def dot(p):
     """A place as OpenCV wants it."""
     return round(p.real), round(p.imag)
@@ -1358,8 +1387,12 @@ def arrow(frame, at, angle, size, ink):
 
 def polygon(frame, corners, ink):
     """A filled polygon; its corners are cut to whole pixels."""
-    corners = np.int32([(p.real, p.imag) for p in corners])
-    cv2.fillPoly(frame, [corners], colour(ink))
+    cv2.fillPoly(frame, [whole(corners)], colour(ink))
+
+
+def whole(places):
+    """Places cut to whole pixels, int32 (n, 2)."""
+    return np.int32([(p.real, p.imag) for p in places])
 
 
 @functools.lru_cache(64)
@@ -1416,6 +1449,11 @@ def capped(v):
     return v if abs(v) <= 1 else v * (1 / abs(v))
 
 
+def pointed(stick, before):
+    """The direction of a stick, or the one before where it is near rest."""
+    return phase(stick) if abs(stick) > 0.3 else before
+
+
 def unit(v):
     """A vector of length 1, or 0."""
     return v / abs(v) if v else 0j
@@ -1440,6 +1478,24 @@ def ahead_and_right(v, way):
 def walled(w, h):
     """An empty map with a wall around it: grid[y][x], True = wall."""
     return [[x in (0, w - 1) or y in (0, h - 1) for x in range(w)] for y in range(h)]
+
+
+MIDDLE = 0.5 + 0.5j                                # of a cell, from its corner
+
+
+def cell_of(p):
+    """The corner of the cell in which a place lies."""
+    return complex(int(p.real), int(p.imag))
+
+
+def inner_cells(grid):
+    """(x, y) of all cells inside the wall around."""
+    return [(x, y) for x in range(1, len(grid[0]) - 1) for y in range(1, len(grid) - 1)]
+
+
+def free_cells(grid):
+    """All cells without a wall, row by row."""
+    return [complex(x, y) for y, row in enumerate(grid) for x, wall in enumerate(row) if not wall]
 
 
 def solid(grid, p):
@@ -1467,13 +1523,14 @@ def sees(grid, p, q):
 
 
 def distances(grid, goal):
-    """Steps to the cell of `goal` from every cell from which it can be reached: {(x, y): n}."""
-    queue = [(int(goal.real), int(goal.imag))]
+    """Steps to the cell of `goal` from every cell from which it can be reached: {cell: n}; cells are whole
+    numbers."""
+    queue = [cell_of(goal)]
     far = {queue[0]: 0}
-    for x, y in queue:
-        for cell in ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)):
-            if cell not in far and not grid[cell[1]][cell[0]]:
-                far[cell] = far[x, y] + 1
+    for here in queue:
+        for cell in (here + 1, here - 1, here + 1j, here - 1j):
+            if cell not in far and not solid(grid, cell):
+                far[cell] = far[here] + 1
                 queue.append(cell)
     return far
 
@@ -1481,17 +1538,14 @@ def distances(grid, goal):
 def waypoint(far, p):
     """Where to walk next on a shortest way: the middle of the next cell, or, for who stands well in line,
     that of the last one of the first straight stretch."""
-    x, y = int(p.real), int(p.imag)
-    nearer = lambda cell, than: far.get(cell, 999) < far.get(than, 998)
-    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
-        if nearer((x + dx, y + dy), (x, y)):
-            aside = abs((p.imag if dx else p.real) % 1 - 0.5)
-            while nearer((x + dx, y + dy), (x, y)):
-                x, y = x + dx, y + dy
-                if aside > 0.15:
-                    break
-            break
-    return complex(x + 0.5, y + 0.5)
+    here = cell_of(p)
+    nearer = lambda way: far.get(here + way, 999) < far.get(here, 998)
+    way = next((way for way in (1, -1, 1j, -1j) if nearer(way)), 0)
+    aside = abs((p.imag if way.real else p.real) % 1 - 0.5)
+    here += way
+    while aside <= 0.15 and nearer(way):
+        here += way
+    return here + MIDDLE
 
 
 # ---- first person
@@ -1506,7 +1560,28 @@ def packed(rgb):
     return rgba.astype(np.uint8).view(np.uint32)[..., 0]
 
 
-class FirstPerson(Game):
+class Walled(Game):
+    """A map of square cells with walls; cell: the side of one in the game's units."""
+    cell = 1
+
+    def move(self, p, d, r=12):
+        """From p by d, a disc of radius r that walls stop."""
+        return slide(self.grid, p / self.cell, d / self.cell, r / self.cell) * self.cell
+
+    def sees(self, p, q):
+        """Is no wall between two places?"""
+        return sees(self.grid, p / self.cell, q / self.cell)
+
+    def ways_to(self, goal):
+        """distances() of a place."""
+        return distances(self.grid, goal / self.cell)
+
+    def on_the_way(self, far, p):
+        """Where to walk next from p; far: ways_to() the goal."""
+        return waypoint(far, p / self.cell) * self.cell
+
+
+class FirstPerson(Walled):
     """A map of square cells seen from inside, by ray casting: all crossings of all rays with all grid lines
     at once. The left stick walks, the right one turns."""
 
@@ -1525,34 +1600,31 @@ class FirstPerson(Game):
 
     def build(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
-        n = self.size
-        self.grid, inner = walled(n, n), [(x, y) for x in range(1, n - 1) for y in range(1, n - 1)]
+        self.grid = walled(self.size, self.size)
+        inner = inner_cells(self.grid)
         for x, y in self.plan.sample(inner, int(self.density * len(inner))):
             self.grid[y][x] = True
-            free = [complex(x, y) for y in range(n) for x in range(n) if not self.grid[y][x]]
+            free = free_cells(self.grid)
             self.grid[y][x] = len(distances(self.grid, free[0])) == len(free)
         self.walls = np.array(self.grid)
-        self.free = [complex(x + 0.5, y + 0.5) for y in range(n) for x in range(n) if not self.grid[y][x]]
+        self.free = [cell + MIDDLE for cell in free_cells(self.grid)]
         self.pos, self.face = self.rng.choice(self.free), self.rng.uniform(0, tau)
-        self.things, self.far = [], {}
 
     def place(self, low, high):
         """A free cell so many steps of walking away."""
-        far = distances(self.grid, self.pos)
-        cells = [p for p in self.free if low <= far[int(p.real), int(p.imag)] <= high]
+        far = self.ways_to(self.pos)
+        cells = [p for p in self.free if low <= far[p - MIDDLE] <= high]
         return self.rng.choice(cells or self.free)
 
     def walk(self, speed=0.08):
         self.face = wrap(self.face + self.right.real * 0.085)
-        self.pos = slide(self.grid, self.pos, self.left * 1j * speed * rect(1, self.face), 0.22)
+        self.pos = self.move(self.pos, self.left * 1j * speed * rect(1, self.face), 0.22)
 
-    def relative(self, p):
-        """A place as complex(ahead, to the right) of the player, in cells."""
-        return (p - self.pos) * rect(1, -self.face)
-
-    def angle(self, p):
-        """Where p is from straight ahead, in radians, right positive."""
-        return phase(self.relative(p))
+    def bring(self, kind):
+        """A new goal to fight, take or reach. kinds: kind -> least and most steps away, lift, size."""
+        low, high, lift, size = self.kinds[kind]
+        self.goal = Thing(kind, self.place(low, high), hp=2, wind=0, lift=lift, size=size)
+        self.things, self.far = [self.goal], self.ways_to(self.goal.at)
 
     def draw(self):
         p, rays = self.pos, rect(1, self.face) * (1 + 1j * LENS)                        # (128,)
@@ -1595,12 +1667,8 @@ class FirstPerson(Game):
     def target(self):
         """Where to go now: the goal itself where the way there is wide enough."""
         side = 0.2j * unit(self.goal.at - self.pos)
-        clear = all(sees(self.grid, self.pos + s, self.goal.at + s) for s in (side, -side))
-        return self.goal.at if clear else waypoint(self.far, self.pos)
-
-    def compass(self, frame, ink):
-        """An arrow at the top to where to go now: up = ahead."""
-        arrow(frame, 128 + 40j, self.angle(self.target()) - pi / 2, 32, ink)
+        clear = all(self.sees(self.pos + s, self.goal.at + s) for s in (side, -side))
+        return self.goal.at if clear else self.on_the_way(self.far, self.pos)
 
     def steer(self, target, near=0.0):
         """Both sticks of a walk: turn to the target, walk once it is about ahead, stop when nearer than
@@ -1614,73 +1682,66 @@ class Crypt(FirstPerson):
     """A dark maze. An arrow shows the way; ghouls turn red before they strike: hold the shield then, hit them
     when they are green."""
 
-    def begin(self, foes=0, steps=()):
+    def begin(self):
         self.build()
-        self.steps, self.foes = steps, foes
-        self.follow()
+        self.bring(self.steps[0])
 
-    def follow(self):
-        """The next ghoul, or the next object on the list."""
-        self.things = []
+    def done(self):
+        """One more point; what comes next on the task's list, if anything does."""
+        self.score, self.things = self.score + 1, []
         if self.score < self.task.goal:
-            kind = "ghoul" if self.foes else self.steps[self.score]
-            lift, size = (0.35, 0.4) if kind == "key" else (0, 0.8)
-            at = self.place(3, 5) if self.foes else self.place(4, 7)
-            self.goal = Thing(kind, at, hp=2, wind=0, lift=lift, size=size)
-            self.things, self.far = [self.goal], distances(self.grid, at)
+            self.bring(self.steps[self.score])
 
     def play(self):
         self.walk(0.05 if "LEFT_TRIGGER" in self.held else 0.09)
         goal, reach = self.goal, self.distance(self.goal)
-        if self.foes:
+        if goal.kind.startswith("ghoul"):
             self.fight(goal, reach)
         elif reach < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
-            self.score += 1
-            self.follow()
+            self.done()
 
     def fight(self, ghoul, reach):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
-        shield, angle = "LEFT_TRIGGER" in self.held, self.angle
-        self.far = distances(self.grid, ghoul.at)
+        shield, off = "LEFT_TRIGGER" in self.held, lambda: abs(self.angle(ghoul.at))
+        self.far = self.ways_to(ghoul.at)
         if reach > 0.8:
-            to = waypoint(distances(self.grid, self.pos), ghoul.at) if reach > 1.5 else self.pos
-            ghoul.at = slide(self.grid, ghoul.at, 0.025 * unit(to - ghoul.at), 0.2)
+            to = self.on_the_way(self.ways_to(self.pos), ghoul.at) if reach > 1.5 else self.pos
+            ghoul.at = self.move(ghoul.at, 0.025 * unit(to - ghoul.at), 0.2)
         if ghoul.wind:
             ghoul.wind -= 1
-            if not ghoul.wind and reach < 1.3 and not (shield and abs(angle(ghoul.at)) < 0.7):
+            if not ghoul.wind and reach < 1.3 and not (shield and off() < 0.7):
                 self.hurt()
         elif reach < 1.2 and self.ready("wind", 45):
             ghoul.wind = 15
         ghoul.kind = "ghoul!" if ghoul.wind else "ghoul"
         if not shield and self.pressed("RIGHT_TRIGGER", 24):
-            if reach < 1.25 and abs(angle(ghoul.at)) < 0.45 and not ghoul.wind:
+            if reach < 1.25 and off() < 0.45 and not ghoul.wind:
                 ghoul.hp -= 1
-                ghoul.at = slide(self.grid, ghoul.at, 0.3 * unit(ghoul.at - self.pos), 0.2)
+                ghoul.at = self.move(ghoul.at, 0.3 * unit(ghoul.at - self.pos), 0.2)
         if ghoul.hp <= 0:
-            self.score += 1
-            self.follow()
+            self.done()
 
     def draw(self):
         frame = super().draw()
-        if self.score < self.task.goal:
-            self.compass(frame, "ffdc3c")
+        if self.things:
+            self.compass(frame, self.target(), "ffdc3c")
         if "LEFT_TRIGGER" in self.held:
             disc(frame, 80 + 246j, 54, "5a6ec8")
-        swing = max(self.rests("RIGHT_TRIGGER") - 14, 0)
+        resting = self.rests("RIGHT_TRIGGER")
+        swing = max(resting - 14, 0)
         tip = complex(210 - 4 * swing, 170 + 3 * swing)
-        line(frame, 214 + 256j, tip, "787882" if self.rests("RIGHT_TRIGGER") else "f0f0fa", 12)
+        line(frame, 214 + 256j, tip, "787882" if resting else "f0f0fa", 12)
         return frame
 
     def wish(self):
         goal, reach = self.goal, self.distance(self.goal)
-        if not self.foes:
+        if not goal.kind.startswith("ghoul"):
             push = "SOUTH" if goal.kind != "portal" and reach < 1 else ""
             return *self.steer(self.target(), 0.1), push
-        if reach < 1.6 and sees(self.grid, self.pos, goal.at):
-            left, right = self.steer(goal.at, 0.95)
-        else:
-            left, right = self.steer(self.target(), 0.1)
-        if reach < 1.6 and goal.wind:
+        near = reach < 1.6
+        straight = near and self.sees(self.pos, goal.at)
+        left, right = self.steer(goal.at, 0.95) if straight else self.steer(self.target(), 0.1)
+        if near and goal.wind:
             return 0j, right, "LEFT_TRIGGER"
         return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(goal.at)) < 0.35 else ""
 
@@ -1688,53 +1749,48 @@ class Crypt(FirstPerson):
 class Siege(FirstPerson):
     """An open court by daylight: drones that hover and shoot, crates to open, a beacon to reach."""
 
-    def begin(self, want):
+    def begin(self):
         self.build()
-        self.want, self.ammo, self.shots = want, 16, []
+        self.ammo = 16
         self.spawn()
 
     def spawn(self):
         """The next thing to shoot, open or reach."""
-        low, high, lift, size = {
-            "drone": (3, 5, 0.3, 0.55),
-            "crate": (4, 6, 0, 0.6),
-            "beacon": (8, 12, 0, 1.0)}[self.want]
-        at = self.place(low, high)
-        self.goal = Thing(self.want, at, hp=2, drift=self.around(0.02, 0.035), lift=lift, size=size)
-        self.far = distances(self.grid, at)
+        self.bring(self.want)
+        self.drift = self.around(0.02, 0.035)
 
     def play(self):
         self.walk()
         goal, reach = self.goal, self.distance(self.goal)
         if self.want == "drone":
             self.shoot(goal, reach)
-        opened = "WEST" in self.held and reach < 0.9 and abs(self.angle(goal.at)) < 0.6
-        if goal.hp <= 0 or opened and self.want == "crate" or reach < 0.7 and self.want == "beacon":
+        done = {"drone": goal.hp <= 0, "beacon": reach < 0.7,
+                "crate": "WEST" in self.held and reach < 0.9 and abs(self.angle(goal.at)) < 0.6}
+        if done[self.want]:
             self.score += 1
             self.spawn()
         self.things = [goal, *self.shots]
 
     def shoot(self, drone, reach):
         """The drone drifts and shoots where it sees the player; so does the player."""
-        moved = slide(self.grid, drone.at, drone.drift, 0.3)
+        moved = self.move(drone.at, self.drift, 0.3)
         if moved == drone.at or self.ready("turn", 40):
-            drone.drift = self.around(0.02, 0.035)
+            self.drift = self.around(0.02, 0.035)
         drone.at = moved
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
             aimed = abs(self.angle(drone.at)) < 0.3 / max(reach, 0.5)
-            drone.hp -= aimed and sees(self.grid, self.pos, drone.at)
-        if self.t > 30 and self.ready("drone", 80) and sees(self.grid, self.pos, drone.at):
+            drone.hp -= aimed and self.sees(self.pos, drone.at)
+        if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
             speed = 0.07 * unit(self.pos - drone.at)
             self.shots.append(Thing("mine", drone.at, v=speed, lift=0.35, size=0.2))
         wounds = self.wounds(self.pos, 0.3)
         self.fly(self.shots, lambda shot: wounds(shot) or solid(self.grid, shot.at))
 
     def draw(self):
-        self.things = self.things or [self.goal]
         frame = super().draw()
         drone = self.want == "drone"
-        self.compass(frame, "ff3c3c" if drone else "3cffff")
+        self.compass(frame, self.target(), "ff3c3c" if drone else "3cffff")
         bar(frame, 112 + 206j, 144 + 256j, "32363e" if self.rests("RIGHT_TRIGGER") < 8 else "ffbe3c")
         if drone:
             disc(frame, 128 + 128j, 10, "ffffff", 2)
@@ -1746,7 +1802,7 @@ class Siege(FirstPerson):
         goal, reach = self.goal, self.distance(self.goal)
         if self.want != "drone":
             return *self.steer(self.target(), 0.5), "WEST" if self.want == "crate" and reach < 1 else ""
-        clear = sees(self.grid, self.pos, goal.at)
+        clear = self.sees(self.pos, goal.at)
         left, right = self.steer(self.target(), 2.5 if clear else 0.5)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
@@ -1762,47 +1818,46 @@ GROUND = np.float64([[HIGH, 0, -128 * HIGH], [0, 0, LENGTH * HIGH], [0, 1, 0.5]]
 class Rally(Game):
     """Driving behind a car: the ground is one big picture seen in perspective, a homography of it."""
 
-    def begin(self, rivals=0, park=False):
-        self.park, self.speed, self.index = park, 0.0, 0
-        self.things, self.rivals, self.gates = [], [], []
+    def begin(self):
+        self.speed, self.index, self.gates = 0.0, 0, []
         k = self.plan.randint(2, 4)
         bend, start = self.plan.uniform(0.16, 0.24), self.plan.uniform(0, tau)
         ways = np.arange(256) / 256 * tau
         path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + start)) * np.exp(1j * ways)
         path = np.roll(path, self.rng.randrange(256))
         self.path = path if self.rng.random() < 0.5 else path[::-1]
-        texture = ("checker", 1024, 1024, "445", "556") if park else ("waves", 1024, 1024, "271", "493")
-        self.ground = pattern(*texture).copy()
-        if park:
+        self.ground = pattern(*self.paving).copy()
+        if self.park:
             self.pos, self.face = 512 + 512j, self.rng.uniform(0, tau)
             self.spawn()
         else:
-            self.build(path, rivals)
+            self.build(path)
 
-    def build(self, path, rivals):
+    def build(self, path):
         """The road, the trees beside it, its gates and the other cars."""
         self.stroke(path, True, "ebebeb", 112)
         self.stroke(path, True, "54545c", 100)
         for i in range(0, 256, 4):
             self.stroke(path[i:i + 2], False, "fadc5a", 5)
         self.pos, self.face = self.path[0], phase(self.path[2] - self.path[0])
-        for i in range(0, 255, 16):
-            self.things += [Thing("tree", self.beside(i, aside), size=90) for aside in (-95, 95)]
-        for i in range(20, 255, 20):
-            self.gates += [Thing("post", self.beside(i, aside), size=44) for aside in (-54, 54)]
-        for i in range(rivals):
+        pairs = lambda kind, first, step, aside, size: [
+            Thing(kind, self.beside(i, side), size=size)
+            for i in range(first, 255, step) for side in (-aside, aside)]
+        self.things, self.gates = pairs("tree", 0, 16, 95, 90), pairs("post", 20, 20, 54, 44)
+        for i in range(self.cars):
             side = self.rng.choice((-22, 22))
-            self.rivals.append(Thing("rival", 0j, size=46, along=14.0 + 16 * i, side=side, passed=False))
+            self.foes.append(Thing("rival", 0j, size=46, along=14.0 + 16 * i, side=side, passed=False))
         self.ahead()
 
     def stroke(self, places, closed, ink, thick):
         """A line of paint on the ground."""
-        corners = np.int32([(p.real, p.imag) for p in places])
-        cv2.polylines(self.ground, [corners], closed, colour(ink), thick)
+        cv2.polylines(self.ground, [whole(places)], closed, colour(ink), thick)
 
-    def beside(self, i, far):
-        """The place so many pixels to the right of point i of the path."""
-        return self.path[i] + 1j * far * unit(self.path[i + 1] - self.path[i])
+    def beside(self, place, far):
+        """So many pixels to the right of a place on the path, in points of it from its start."""
+        i = int(place)
+        a, b = self.path[i % 256], self.path[(i + 1) % 256]
+        return a + (b - a) * (place % 1) + far * 1j * unit(b - a)
 
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
@@ -1816,11 +1871,9 @@ class Rally(Game):
         """Where on the path the car is: the nearest of the next few points; rivals drive on."""
         points = range(self.index, min(self.index + 6, 250))
         self.index = min(points, key=lambda i: abs(self.path[i] - self.pos))
-        for rival in self.rivals:
+        for rival in self.foes:
             rival.along += 0.22
-            i = int(rival.along)
-            a, b = self.path[i % 256], self.path[(i + 1) % 256]
-            rival.at = a + (b - a) * (rival.along % 1) + rival.side * 1j * unit(b - a)
+            rival.at = self.beside(rival.along, rival.side)
 
     def play(self):
         on_road = self.park or abs(self.path[self.index] - self.pos) < 58
@@ -1839,9 +1892,9 @@ class Rally(Game):
                 self.spawn()
             return
         self.ahead()
-        if not self.rivals:
+        if not self.cars:
             self.score = self.index // 20
-        for rival in self.rivals:
+        for rival in self.foes:
             if not rival.passed and rival.along < self.index - 1:
                 rival.passed, self.score = True, self.score + 1
             if self.distance(rival) < 24 and not rival.passed:
@@ -1849,25 +1902,23 @@ class Rally(Game):
                 self.hurt()
 
     def draw(self):
-        c, s = math.cos(self.face), math.sin(self.face)
-        eye = self.pos - 44 * complex(c, s)
+        way = rect(1, self.face)
+        c, s, eye = way.real, way.imag, self.pos - 44 * way
         to_map = np.float64([[-s, c, eye.real], [c, s, eye.imag], [0, 0, 1]])
         frame = np.empty((256, 256, 3), np.uint8)
         shift = int((self.face + pi) / tau * 1024) % 512
         frame[:HORIZON] = sky()[:, shift:shift + 256]
         frame[HORIZON:] = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
                                               cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
-        gates = [] if self.rivals else self.gates[2 * self.score:2 * self.score + 2]
-        things = self.things + self.rivals + gates
-        rows = [((thing.at - eye) * complex(c, -s), thing) for thing in things]
+        gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
+        rows = [(ahead_and_right(thing.at - eye, way), thing) for thing in self.things + self.foes + gates]
         for rel, thing in sorted(rows, key=lambda row: -row[0].real):
             size = LENGTH * thing.size / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
                 x, y = LENGTH * rel.imag / rel.real, HORIZON + LENGTH * HIGH / rel.real
                 sprite(frame, thing.kind, complex(128 + x, y - size / 2), size)
         if self.park:
-            to_bay = (self.bay - self.pos) * complex(c, -s)
-            arrow(frame, 128 + 40j, phase(to_bay) - pi / 2, 32, "ffe63c")
+            self.compass(frame, self.bay, "ffe63c")
         sprite(frame, "car", 128 + 214j, 76)
         bar(frame, 8 + 240j, 8 + int(18 * max(self.speed, 0)) + 250j, "50ff78")
         line(frame, 128 + 186j, int(128 + 26 * self.left.real) + 186j, "ffffff", 4)
@@ -1881,24 +1932,24 @@ class Rally(Game):
 
     def wish(self):
         if self.park:
-            rel = (self.bay - self.pos) * rect(1, -self.face)
+            rel = self.relative(self.bay)
             angle, far = phase(rel), abs(rel)
             if abs(angle) > 1.9 and far < 130:
                 return -copysign(1, rel.imag) if abs(angle) < 2.9 else 0, 0j, "LEFT_TRIGGER"
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
             return span(2.5 * angle), 0j, self.pedal(fast, 0.4)
         target = self.path[min(self.index + 9, 254)]
-        close = [r for r in self.rivals if not r.passed and 0 < r.along - self.index < 13]
+        close = [r for r in self.foes if not r.passed and 0 < r.along - self.index < 13]
         if close:                                                          # pass it on its other side
             side = min(close, key=lambda r: r.along).side
             target = self.beside(min(self.index + 7, 254), -side)
-        angle = phase((target - self.pos) * rect(1, -self.face))
+        angle = self.angle(target)
         return span(2.6 * angle), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
 
 
 # ---- top-down
 
-class TopDown(Game):
+class TopDown(Walled):
     """Seen from above: walls on a grid of `cell` pixels, the camera on the player, or at rest over a room of
     one screen."""
 
@@ -1911,13 +1962,6 @@ class TopDown(Game):
         inner[:] = pattern(self.floor[0], h, w, *self.floor[1:])
         wall = np.kron(np.uint8(grid), np.ones((self.cell, self.cell), np.uint8))
         cv2.copyTo(pattern(self.block[0], h, w, *self.block[1:]), wall, inner)
-
-    def move(self, p, d, r=12):
-        return slide(self.grid, p / self.cell, d / self.cell, r / self.cell) * self.cell
-
-    def on_the_way(self, far, p):
-        """Where to walk next from p, in pixels; far: distances() of the goal."""
-        return waypoint(far, p / self.cell) * self.cell
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
@@ -1942,55 +1986,58 @@ class TopDown(Game):
             arrow(frame, 128 + 128j + d, phase(d), 22, ink)
 
 
+COURT = 90, 678                                    # where things are put in Swarm
+
+
 class Swarm(TopDown):
     """A neon court: the left stick moves, the right one aims. Bugs chase, a brute charges along the line that
     it shows, gems lie among mines."""
 
-    def begin(self, foe="", gems=False):
+    def begin(self):
         self.lay(walled(12, 12))
         self.pos, self.aim = 384 + 384j + self.around(0, 90), self.rng.uniform(0, tau)
-        self.foe, self.gems, self.brute = foe, gems, foe == "brute"
-        self.foes, self.bolts, self.mines = [], [], []
+        self.brute, self.mines = self.foe == "brute", []
         self.next()
 
     def next(self):
-        """Two bugs at a time, or the brute, or the next gem with mines about."""
-        if self.gems:
-            at = fence(self.pos + self.around(130, 200), 90, 678)
-            if abs(at - self.pos) < 90:
-                at = fence(2 * self.pos - at, 90, 678)
-            self.gem, way = Thing("gem", at), at - self.pos
-            self.mines = []
-            for _ in range(2):
-                p = self.pos + way * self.rng.uniform(0.4, 0.7) + self.around(0, 40)
-                p = fence(p, 90, 678)
-                if abs(p - self.pos) > 60 and abs(p - at) > 45:
-                    self.mines.append(Thing("mine", p))
-        while self.foe and len(self.foes) < (1 if self.brute else 2):
-            at = fence(self.pos + self.around(105, 135), 90, 678)
+        """As many bugs or brutes as there are at a time, or the next gem with mines about."""
+        if not self.count:
+            self.lay_gem()
+        while len(self.foes) < self.count:
+            at = self.spot(self.pos, 105, 135)
             if abs(at - self.pos) > 80:
-                hp = 16 if self.brute else 2
-                self.foes.append(Thing(self.foe, at, hp=hp, wind=0, dash=0, way=1))
+                self.foes.append(Thing(self.foe, at, hp=self.hp, wind=0, dash=0, way=1))
+
+    def lay_gem(self):
+        """The next gem, and mines on the way to it."""
+        at = self.spot(self.pos, 130, 200)
+        if abs(at - self.pos) < 90:
+            at = fence(2 * self.pos - at, *COURT)
+        self.gem, self.mines = Thing("gem", at), []
+        for _ in range(2):
+            p = self.spot(self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7), 0, 40)
+            if abs(p - self.pos) > 60 and abs(p - at) > 45:
+                self.mines.append(Thing("mine", p))
+
+    def spot(self, p, low, high):
+        """A place in the court around p."""
+        return fence(p + self.around(low, high), *COURT)
 
     def play(self):
-        if abs(self.right) > 0.3:
-            self.aim = phase(self.right)
-        elif abs(self.left) > 0.3:
-            self.aim = phase(self.left)
+        self.aim = pointed(self.right, pointed(self.left, self.aim))
         if abs(self.left) > 0.3 and self.pressed("LEFT_TRIGGER", 50):
             self.due["dash"] = self.t + 7
         self.pos = self.move(self.pos, self.left * (8 if self.rests("dash") else 3.2))
-        if not self.gems and self.pressed("RIGHT_TRIGGER", 7):
-            muzzle = self.pos + rect(22, self.aim)
-            self.bolts.append(Thing("bolt", muzzle, v=rect(9, self.aim)))
-        self.fly(self.bolts, self.strikes(self.foes, 26 if self.brute else 19), 180)
+        if self.count and self.pressed("RIGHT_TRIGGER", 7):
+            self.shoot(self.pos, 22, 9)
+        self.fly(self.bolts, self.strikes(self.foes, self.width), 180)
         for f in list(self.foes):
             if self.brute:
-                self.score = 16 - f.hp
+                self.score = self.hp - f.hp
             if f.hp <= 0:
                 self.foes.remove(f)
                 self.score += not self.brute
-            elif self.distance(f) < (38 if self.brute else 26):
+            elif self.distance(f) < self.reach:
                 self.hurt()
                 f.at = self.move(f.at, 70 * unit(f.at - self.pos) or 70)
             self.chase(f)
@@ -1998,10 +2045,9 @@ class Swarm(TopDown):
             if self.distance(mine) < 26:
                 self.hurt()
                 self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
-        if self.gems and self.distance(self.gem) < 28:
-            self.score += 1
-            self.next()
-        if self.foe:
+        taken = not self.count and self.distance(self.gem) < 28
+        self.score += taken
+        if self.count or taken:
             self.next()
 
     def chase(self, f):
@@ -2026,14 +2072,13 @@ class Swarm(TopDown):
         for f in self.foes:
             if f.wind or f.dash:
                 line(frame, f.at - corner, f.at + 160 * f.way - corner, "ff2828", 6)
-            sprite(frame, f.kind, f.at - corner, 72 if self.brute else 52, phase(self.pos - f.at))
+            sprite(frame, f.kind, f.at - corner, self.size, phase(self.pos - f.at))
             self.pointer(frame, f.at, "ff3ca0")
         sprites(frame, self.mines, 44, corner)
-        for bolt in self.bolts:
-            disc(frame, bolt.at - corner, 5, "ffff78")
-        if self.gems:
+        discs(frame, self.bolts, 5, "ffff78", corner)
+        if not self.count:
             self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
-            sprite(frame, self.gem.kind, self.gem.at - corner, 52)
+            sprite(frame, "gem", self.gem.at - corner, 52)
         if self.brute and self.foes:
             bar(frame, 60 + 240j, 60 + 10 * self.foes[0].hp + 250j, "ff7800")
         sprite(frame, "hero", 128 + 128j, 48, self.aim)
@@ -2041,20 +2086,19 @@ class Swarm(TopDown):
         return frame
 
     def wish(self):
-        if self.gems:
+        if not self.count:
             return self.wish_for_gems()
         middle = 384 + 384j - self.pos
         near = self.nearest(self.foes)
         d = near.at - self.pos
-        push = 1.0 if abs(d) < 80 else 0.3
-        if abs(d) >= 100:
-            push = -0.3                                                # too far off to hit it
+        far = abs(d)
+        push = 1.0 if far < 80 else 0.3 if far < 100 else -0.3             # nearer where it is too far to hit
         away = -unit(d) * push + middle / 500
         if near.wind or near.dash:                                     # step off the line of its charge
             side = ahead_and_right(d, near.way).imag
             away = 1j * near.way * (-1 if side > 0 else 1) + middle / 400
-        fire = "RIGHT_TRIGGER" if between(d, self.aim) < 0.2 and abs(d) < 140 else ""
-        return capped(away), unit(d), fire + (" LEFT_TRIGGER" if abs(d) < 60 else "")
+        fire = "RIGHT_TRIGGER" if between(d, self.aim) < 0.2 and far < 140 else ""
+        return capped(away), unit(d), fire + (" LEFT_TRIGGER" if far < 60 else "")
 
     def wish_for_gems(self):
         """Straight to the gem, bent away from mines; a dash where nothing is near."""
@@ -2070,44 +2114,41 @@ class Swarm(TopDown):
 class Vault(TopDown):
     """Rooms of one screen, the camera at rest: stairs to find, a key and its chest, slimes to fight. The
     right trigger runs."""
-    holds = {"stairs": ("stairs",), "chest": ("key", "chest"), "slime": ()}
 
-    def begin(self, want):
-        self.want, self.face = want, 0.0
+    def begin(self):
+        self.face = 0.0
         self.pos = self.rng.choice((1 + 1j, 6 + 1j, 1 + 6j, 6 + 6j)) * 32
         self.room()
 
     def room(self):
         """A room with blocks; the way in is where the player stands."""
-        here, far = (int(self.pos.real // 32), int(self.pos.imag // 32)), {}
-        inner = [(x, y) for x in range(1, 7) for y in range(1, 7)]
+        here, far = cell_of(self.pos / 32), {}
         while len(far) < 24 or sum(steps > 4 for steps in far.values()) < 2:   # two things have to be far off
             grid = walled(8, 8)
-            for x, y in self.plan.sample(inner, 4 if self.want == "slime" else 9):
-                grid[y][x] = (x, y) != here
-            far = distances(grid, complex(*here))
+            for x, y in self.plan.sample(inner_cells(grid), self.blocks):
+                grid[y][x] = complex(x, y) != here
+            far = distances(grid, here)
         self.lay(grid)
-        self.pos = complex(*here) * 32 + 16 + 16j
+        self.pos = (here + MIDDLE) * 32
         cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
-        places = [complex(*c) * 32 + 16 + 16j for c in cells]
-        self.things = [Thing(kind, at) for kind, at in zip(self.holds[self.want], places)]
-        self.slimes = [Thing("slime", at, hp=2) for at in places[:2] if self.want == "slime"]
+        places = [(c + MIDDLE) * 32 for c in cells]
+        self.things = [Thing(kind, at) for kind, at in zip(self.holds, places)]
+        self.foes = [Thing("slime", at, hp=2) for at in places[:self.slimes]]
         self.key = False
         self.aim()
 
     def aim(self):
         """Shortest ways to what comes next."""
-        self.far = distances(self.grid, (self.things[0].at if self.things else self.pos) / 32)
+        self.far = self.ways_to(self.things[0].at if self.things else self.pos)
 
     def done(self):
-        """One more point; the next room, if there is one to come."""
+        """One more point; the next room, if there is one to come and nothing left here to fight."""
         self.score += 1
-        if self.score < self.task.goal:
+        if not self.foes and self.score < self.task.goal:
             self.room()
 
     def play(self):
-        if abs(self.left) > 0.3:
-            self.face = phase(self.left)
+        self.face = pointed(self.left, self.face)
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
         self.pos = self.move(self.pos, self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
         self.fight(self.pressed("WEST", 24))
@@ -2124,65 +2165,63 @@ class Vault(TopDown):
 
     def fight(self, strike):
         """Slimes come on around the blocks; a strike and a bite push them back."""
-        for s in list(self.slimes):
+        for s in list(self.foes):
             d = s.at - self.pos
-            if strike and abs(d) < 50 and between(d, self.face) < 0.7:
-                s.hp -= 1
+            struck = strike and abs(d) < 50 and between(d, self.face) < 0.7
+            s.hp -= struck
+            if struck or abs(d) < 22:
                 s.at = self.move(s.at, 30 * unit(d), 11)
-            elif abs(d) < 22:
-                self.hurt()
-                s.at = self.move(s.at, 30 * unit(d), 11)
+                if not struck:
+                    self.hurt()
             if self.t % 4 == 0:
                 self.aim()
             to = self.on_the_way(self.far, s.at) if abs(d) > 44 else self.pos
             s.at = self.move(s.at, 1.1 * unit(to - s.at), 11)
             if s.hp <= 0:
-                self.slimes.remove(s)
-                self.score += 1
-                if not self.slimes and self.score < self.task.goal:
-                    self.room()
+                self.foes.remove(s)
+                self.done()
 
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
         if self.things:
             way, p = [], self.pos
             while len(way) < 12 and abs(p - self.things[0].at) > 20:
-                p = self.on_the_way(self.far, complex(p.real // 32 + 0.5, p.imag // 32 + 0.5) * 32)
+                p = self.on_the_way(self.far, (cell_of(p / 32) + MIDDLE) * 32)
                 way.append(p)
             self.trail(frame, way, self.pos, "4682ff")
-        sprites(frame, self.things + self.slimes, 36)
-        if self.rests("WEST") > 14:
+        sprites(frame, self.things + self.foes, 36)
+        resting = self.rests("WEST")
+        if resting > 14:
             line(frame, self.pos, self.pos + rect(46, self.face), "ffffff", 9)
         sprite(frame, "knight", self.pos, 36, self.face)
-        if self.rests("WEST"):
+        if resting:
             disc(frame, self.pos, 20, "787882", 3)
         if self.key:
             sprite(frame, "key", 128 + 16j, 32)
         return frame
 
     def wish(self):
-        if self.slimes:
-            s = self.nearest(self.slimes)
-            d = s.at - self.pos
-            if abs(d) < 48 and self.rests("WEST"):
+        goal = self.nearest(self.foes or self.things[:1])
+        d = goal.at - self.pos
+        far = abs(d)
+        if self.foes:
+            if far < 48 and self.rests("WEST"):
                 return -unit(d), 0j, ""
-            way = self.on_the_way(distances(self.grid, s.at / 32), self.pos) - self.pos if abs(d) > 60 else d
-            strike = abs(d) < 48 and between(d, self.face) < 0.5
-            return unit(way) * (0.5 if abs(d) < 50 else 1), 0j, "WEST" if strike else ""
-        goal = self.things[0]
-        reach = self.distance(goal)
-        way = unit((self.on_the_way(self.far, self.pos) if reach > 32 else goal.at) - self.pos)
-        if goal.kind == "chest" and reach < 40:
+            way = self.on_the_way(self.ways_to(goal.at), self.pos) - self.pos if far > 60 else d
+            strike = far < 48 and between(d, self.face) < 0.5
+            return unit(way) * (0.5 if far < 50 else 1), 0j, "WEST" if strike else ""
+        way = unit((self.on_the_way(self.far, self.pos) if far > 32 else goal.at) - self.pos)
+        if goal.kind == "chest" and far < 40:
             return way, 0j, "SOUTH"
-        return way, 0j, "RIGHT_TRIGGER" if reach > 80 else ""
+        return way, 0j, "RIGHT_TRIGGER" if far > 80 else ""
 
 
 class Shade(TopDown):
     """A guarded house at night: who stands in a guard's light is soon caught. The left trigger crouches,
     which shortens the lights; EAST strikes from behind."""
 
-    def begin(self, want):
-        self.want, self.alarm, grid = want, 0.0, walled(13, 11)
+    def begin(self):
+        self.alarm, self.knife, grid = 0.0, self.want == "guard", walled(13, 11)
         for y in (2, 6):
             for x in (2, 6, 10):
                 grid[y][x] = self.plan.random() < 0.8                      # most of the pillars
@@ -2191,16 +2230,13 @@ class Shade(TopDown):
         spot = lambda column, rows: complex(column + 0.5, self.rng.choice(rows) + 0.5) * 48
         start, end = self.rng.choice(((1, 11), (11, 1)))
         self.pos = spot(start, rows)
-        self.guards = []
-        for column in self.plan.sample(columns, 3 if want == "exit" else 2):
-            x = (column + 0.5) * 48
-            at, way = complex(x, self.rng.uniform(100, 420)), self.rng.choice((-1j, 1j))
-            self.guards.append(Thing("guard", at, way=way))
-        self.things = []
-        if want == "exit":
+        for column in self.plan.sample(columns, self.guards):
+            at = complex((column + 0.5) * 48, self.rng.uniform(100, 420))
+            self.foes.append(Thing("guard", at, way=self.rng.choice((-1j, 1j))))
+        if self.want == "exit":
             others = [row for row in rows if row != self.pos.imag // 48]
-            self.things.append(Thing("exit", spot(end, others)))
-        if want == "gem":
+            self.things = [Thing("exit", spot(end, others))]
+        if self.want == "gem":
             self.things = [Thing("gem", spot(column, rows)) for column in self.rng.sample(columns, 3)]
 
     def light(self):
@@ -2211,29 +2247,28 @@ class Shade(TopDown):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
         d = p - guard.at
         inside = abs(d) < self.light() + more and abs(phase(ahead_and_right(d, guard.way))) < 0.55 + wide
-        return inside and sees(self.grid, guard.at / 48, p / 48)
+        return inside and self.sees(guard.at, p)
 
     def play(self):
         self.pos = self.move(self.pos, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
-        for g in list(self.guards):
+        for g in list(self.foes):
             if solid(self.grid, (g.at + 26 * g.way) / 48):
                 g.way = -g.way
             g.at += 1.3 * g.way
-            behind = self.want == "guard" and self.distance(g) < 52
-            if behind and "EAST" in self.held and not self.lit(self.pos, g) and self.ready("EAST", 12):
-                self.guards.remove(g)
-                self.score += 1
-        seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.guards)
+            strikes = self.knife and self.distance(g) < 52 and "EAST" in self.held
+            if strikes and not self.lit(self.pos, g) and self.ready("EAST", 12):
+                self.take(self.foes, g)
+        seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
         if self.alarm >= 1:
             self.health = 0
-        for thing in [t for t in self.things if self.distance(t) < 30]:
-            self.things.remove(thing)
-            self.score += 1
+        for thing in list(self.things):
+            if self.distance(thing) < 30:
+                self.take(self.things, thing)
 
     def draw(self):
         frame, corner = self.view()
-        for g in self.guards:
+        for g in self.foes:
             p = g.at - corner
             if -120 < p.real < 376 and -120 < p.imag < 376:
                 angle, fan = phase(g.way), (-0.55, -0.28, 0, 0.28, 0.55)
@@ -2249,36 +2284,33 @@ class Shade(TopDown):
         return frame
 
     def goal(self):
-        return self.nearest(self.guards if self.want == "guard" else self.things)
+        return self.nearest(self.foes if self.knife else self.things)
 
     def wish(self):
         """Of 16 ways and standing still: the one that gets on best and stays out of the light."""
-        goal, knife = self.goal(), self.want == "guard"
+        goal = self.goal()
         if not goal:
             return 0j, 0j, ""
-        target = goal.at - 38 * goal.way if knife else goal.at
+        target = goal.at - 38 * goal.way if self.knife else goal.at
         if solid(self.grid, target / 48):
             target = goal.at
-        straight = abs(target - self.pos) < 60 and sees(self.grid, self.pos / 48, target / 48)
-        if not straight:
-            way = self.on_the_way(distances(self.grid, target / 48), self.pos) - self.pos
-        else:
-            way = target - self.pos
-        if knife and self.distance(goal) < 110 and self.lit(self.pos, goal, 60, 0.9):
+        way = target - self.pos
+        if abs(way) >= 60 or not self.sees(self.pos, target):
+            way = self.on_the_way(self.ways_to(target), self.pos) - self.pos
+        if self.knife and self.distance(goal) < 110 and self.lit(self.pos, goal, 60, 0.9):
             side = 1j * goal.way                                         # around the light, on our side of it
             way = target + copysign(70, ahead_and_right(self.pos - goal.at, side).real) * side - self.pos
-        best, most, margin = 0j, -99.0, (14, 0.2) if knife else (30, 0.35)
+        best, most, margin = 0j, -99.0, (14, 0.2) if self.knife else (30, 0.35)
         for d in (0j, *(rect(1, k * tau / 16) for k in range(16))):
-            q = self.move(self.pos, 24 * d)
-            danger = 0
-            for g in self.guards:
+            q, danger = self.move(self.pos, 24 * d), 0
+            for g in self.foes:
                 close = abs(q - g.at) < margin[0] + 14
                 danger += sum(self.lit(q + step * d, g, *margin) or close for step in (0, 12))
             gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
                 best, most = d, gain
-        near = min((self.distance(g) for g in self.guards), default=999)
-        strike = "EAST" if knife and self.distance(goal) < 50 else ""
+        near = min(map(self.distance, self.foes), default=999)
+        strike = "EAST" if self.knife and near < 50 else ""
         return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
 
 
@@ -2330,26 +2362,26 @@ class Cliffs(Side):
     """Floating islands: to a flag along them, up a tower of them, or after coins. The right trigger
     sprints."""
 
-    def begin(self, want):
-        self.want, s, x, y = want, self.rng.choice((-1, 1)), 0, 0
-        self.islands = [(-90, 90, 0)] if want == "tower" else []
-        for i in range(8 if want == "tower" else 7):
-            if want == "tower":
+    def begin(self):
+        self.tower, coins = self.want == "tower", self.want == "coin"
+        s, x, y = self.rng.choice((-1, 1)), 0, 0
+        self.islands = [(-90, 90, 0)] if self.tower else []
+        for _ in range(8 if self.tower else 7):
+            if self.tower:
                 x += self.plan.choice((-1, 1)) * s * self.plan.uniform(60, 88)
-                self.islands.append((x - 34, x + 34, -58 * (i + 1)))
+                y -= 58
+                self.islands.append((x - 34, x + 34, y))
             else:
                 wide = self.plan.uniform(80, 150)
                 self.islands.append((x, x + wide, y) if s > 0 else (-x - wide, -x, y))
                 x = x + wide + self.plan.uniform(50, 68)
                 y += self.plan.choice((-20, 0, 20))
-        self.on = self.last = 3 if want == "coin" else 0            # the island stood on, and to come back to
+        self.on = self.last = 3 if coins else 0                # the island stood on, and to come back to
         self.stand(self.top(self.on))
-        self.coins = [self.top(-1) - 20j]                                  # the flag's place
-        if want == "coin":
-            self.coins = []
-            for x0, x1, y in self.islands[1:3] + self.islands[4:6]:
-                x = self.rng.uniform(x0 + 15, x1 - 15)
-                self.coins.append(complex(x, y - self.rng.choice((16, 70))))
+        for x0, x1, y in self.islands[1:3] + self.islands[4:6] if coins else ():
+            x = self.rng.uniform(x0 + 15, x1 - 15)
+            self.things.append(Thing("coin", complex(x, y - self.rng.choice((16, 70)))))
+        self.things = self.things or [Thing("flag", self.top(-1) - 20j)]
 
     def play(self):
         self.bodily(4.0 if "RIGHT_TRIGGER" in self.held else 3.0)
@@ -2358,45 +2390,39 @@ class Cliffs(Side):
         if self.pos.imag > self.islands[self.last][2] + 150:
             self.health -= 1
             self.stand(self.top(self.last))
-        for coin in list(self.coins):
-            d = coin - self.pos
+        for thing in list(self.things):
+            d = thing.at - self.pos
             if abs(d.real) < 26 and abs(d.imag + 16) < 30:
-                self.coins.remove(coin)
-                self.score += 1
+                self.take(self.things, thing)
 
     def draw(self):
         corner = self.pos - 128 - 160j
         frame = self.back(self.pos.real)
         self.land(frame, corner)
-        for c in self.coins:
-            if self.want == "coin":
-                sprite(frame, "coin", c - corner, 36)
-            else:
-                sprite(frame, "flag", c - corner - 4j, 48)
-        goal = self.target()
-        if goal is not None and abs(goal - self.pos) > 120:
-            arrow(frame, 128 + 40j, phase(goal - self.pos), 28, "fff03c")
+        sprites(frame, self.things, self.size, corner + 1j * self.lift)
+        goal = self.nearest(self.things)
+        if goal and self.distance(goal) > 120:
+            arrow(frame, 128 + 40j, phase(goal.at - self.pos), 28, "fff03c")
         sprite(frame, "runner", 128 + 140j, 40, flip=self.way < 0)
         if not self.ground:
             arrow(frame, 128 + 176j, copysign(pi / 2, self.v), 10, "ffffff")
         return frame
 
-    def target(self):
-        return min(self.coins, key=lambda c: abs(c - self.pos), default=None)
-
     def wish(self):
-        goal = self.target()
-        if goal is None:
+        goal = self.nearest(self.things)
+        if not goal:
             return 0j, 0j, ""
-        apart = [goal - self.top(i) for i in range(len(self.islands))]
-        # the goal's island
-        steps = [abs(d.real) + abs(d.imag) for d in apart]
-        at = steps.index(min(steps))
-        if at == self.on:
-            d = goal - self.pos
-            leap = goal.imag < self.islands[at][2] - 40 and abs(d.real) < 30 and self.ground
+
+        def apart(i):
+            """How far island i is from the goal."""
+            d = goal.at - self.top(i)
+            return abs(d.real) + abs(d.imag)
+        to = min(range(len(self.islands)), key=apart)
+        if to == self.on:
+            d = goal.at - self.pos
+            leap = goal.at.imag < self.islands[to][2] - 40 and abs(d.real) < 30 and self.ground
             return span(d.real / 20), 0j, "SOUTH" if leap else ""
-        x, run = self.cross(self.on + (1 if at > self.on else -1))
+        x, run = self.cross(self.on + (1 if to > self.on else -1))
         return x, 0j, run
 
     def cross(self, to):
@@ -2404,7 +2430,7 @@ class Cliffs(Side):
         x, (x0, x1, _) = self.pos.real, self.islands[self.on]
         s = 1 if self.top(to).real > self.top(self.on).real else -1
         edge, up = x1 if s > 0 else x0, "SOUTH" if self.v < 0 else ""
-        if self.want == "tower":
+        if self.tower:
             if not self.ground:
                 return span((self.top(to).real - x) / 24), up
             spot = edge - s * 6
@@ -2424,100 +2450,91 @@ class Cliffs(Side):
 class Commando(Side):
     """Run and gun: the right stick aims, the right trigger fires, SOUTH jumps over bullets and wire."""
 
-    def begin(self, foe="", breach=False):
-        self.foe, self.breach, self.islands = foe, breach, [(-2000, 2000, 200)]
-        self.foes, self.bolts, self.shots, self.wires = [], [], [], []
+    def begin(self):
+        self.islands = [(-2000, 2000, 200)]
         self.stand(200j)
         self.aim = self.rng.choice((0, pi))
-        if breach:
+        if not self.foe:
             s, x = self.rng.choice((-1, 1)), 60.0
             for _ in range(7):
                 x += self.plan.uniform(90, 150)
-                self.wires.append(s * x)
-            self.copter = s * (x + 110)
+                self.things.append(Thing("wire", s * x + 186j))
+            self.copter = s * (x + 110) + 160j
         self.recruit()
 
     def recruit(self):
         """Soldiers to both sides, on the ground or on ledges; turrets in the air."""
-        if not self.foe or self.foes:
-            return
-        heights, hp = ((20, 70, 120), 1) if self.foe == "soldier" else ((100, 130, 150), 3)
-        for side in (-1, 1):
+        for side in (-1, 1) if self.foe and not self.foes else ():
             x = self.pos.real + side * self.rng.uniform(80, 112)
-            at = complex(x, 200 - self.rng.choice(heights))
-            self.foes.append(Thing(self.foe, at, hp=hp, wait=self.rng.randint(40, 90)))
+            at = complex(x, 200 - self.rng.choice(self.heights))
+            self.foes.append(Thing(self.foe, at, hp=self.hp, wait=self.rng.randint(40, 90)))
 
     def play(self):
         self.bodily()
-        if abs(self.right) > 0.3:
-            self.aim = phase(self.right)
+        self.aim = pointed(self.right, self.aim)
         heart = self.pos - 22j
         if self.pressed("RIGHT_TRIGGER", 10):
-            self.bolts.append(Thing("bolt", heart + rect(16, self.aim), v=rect(10, self.aim)))
+            self.shoot(heart, 16, 10)
         strikes, wounds = self.strikes(self.foes, 23), self.wounds(heart, 20)
         self.fly(self.bolts, lambda bolt: strikes(bolt) or bolt.at.imag > 200, 170)
         self.fly(self.shots, lambda shot: wounds(shot) or shot.at.imag > 200)
         for f in list(self.foes):
             self.skirmish(f, heart)
-        torn = any(abs(w - self.pos.real) < 20 and self.pos.imag > 178 for w in self.wires)
-        if torn and self.ready("wire", 20):
+        torn = any(abs(wire.at.real - self.pos.real) < 20 for wire in self.things)
+        if torn and self.pos.imag > 178 and self.ready("wire", 20):
             self.health -= 1
-        if self.breach and abs(self.copter - self.pos.real) < 24:
+        if not self.foe and abs(self.copter.real - self.pos.real) < 24:
             self.score = 1
         self.recruit()
 
     def skirmish(self, f, heart):
         """A foe keeps near and shoots now and then, a soldier on the ground straight along it."""
         f.wait -= 1
-        away = f.at.real - self.pos.real
-        if abs(away) > 112:
-            f.at -= copysign(2.6, away)
+        d = heart - f.at
+        if abs(d.real) > 112:
+            f.at += copysign(2.6, d.real)
         if f.hp <= 0:
-            self.foes.remove(f)
-            self.score += 1
+            self.take(self.foes, f)
         elif f.wait <= 0:
             f.wait = 75
-            flat = complex(1 if self.pos.real > f.at.real else -1, 0)
-            aims = self.foe == "turret" or f.at.imag < 170
-            self.shots.append(Thing("mine", f.at, v=2.6 * (unit(heart - f.at) if aims else flat)))
+            flat = self.foe == "soldier" and f.at.imag >= 170
+            way = copysign(1, heart.real - f.at.real) if flat else unit(heart - f.at)
+            self.shots.append(Thing("mine", f.at, v=2.6 * way))
 
     def draw(self):
         corner = self.pos.real - 128
         frame = self.back(self.pos.real)
         x = int(corner) % 128
         frame[200:] = pattern("sand", 56, 512, "541", "874")[:, x:x + 256]
-        for w in self.wires:
-            if abs(w - self.pos.real) < 160:
-                sprite(frame, "wire", w - corner + 186j, 40)
-        if self.breach:
-            sprite(frame, "copter", self.copter - corner + 160j, 92)
-            arrow(frame, 128 + 40j, 0 if self.copter > self.pos.real else pi, 32, "ffff3c")
+        sprites(frame, self.things, 40, corner)
+        if not self.foe:
+            sprite(frame, "copter", self.copter - corner, 92)
+            arrow(frame, 128 + 40j, 0 if self.copter.real > self.pos.real else pi, 32, "ffff3c")
         for f in self.foes:
-            at = complex(*dot(f.at - corner))
-            if f.kind == "soldier" and f.at.imag < 170:
+            at = f.at - corner
+            if f.kind == "soldier" and at.imag < 170:
                 bar(frame, at - 24 + 18j, at + 24 + 28j, "5a3c32")
-            sprite(frame, f.kind, f.at - corner - 4j, 52, flip=f.at.real > self.pos.real)
+            sprite(frame, f.kind, at - 4j, 52, flip=f.at.real > self.pos.real)
         gun = complex(128, self.pos.imag - 22)
         sprite(frame, "trooper", gun, 52, flip=self.way < 0)
         line(frame, gun, gun + rect(30, self.aim), "141414", 8)
-        for bolt in self.bolts:
-            disc(frame, bolt.at - corner, 5, "ffffa0")
+        discs(frame, self.bolts, 5, "ffffa0", corner)
         for shot in self.shots:
             disc(frame, shot.at - corner, 9, "0a0a0a")
             disc(frame, shot.at - corner, 7, "ff28dc")
         return frame
 
     def wish(self):
-        if self.breach:
-            s = 1 if self.copter > self.pos.real else -1
-            ahead = [(w - self.pos.real) * s for w in self.wires]
+        if not self.foe:
+            s = 1 if self.copter.real > self.pos.real else -1
+            ahead = [(wire.at.real - self.pos.real) * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
         heart, leap, run = self.pos - 22j, "", 0.0
         foe = min(self.foes, key=lambda f: between(f.at - heart, self.aim))    # whom the gun points at most
         d = foe.at - heart
-        near = [s for s in self.shots if abs(s.at - heart) < 80]
-        coming = [s for s in near if ahead_and_right(heart - s.at, s.v).real > 0]
+        coming = [s for s in self.shots
+                  if abs(s.at - heart) < 80 and ahead_and_right(heart - s.at, s.v).real > 0]
         if coming:
             s = coming[0]
             if abs(s.v.imag) >= 0.6:
@@ -2535,42 +2552,41 @@ class Glider(Side):
     """Flight over hills from left to right: rings to pass through, foes to shoot, tanks to bomb where the
     mark on the ground shows."""
 
-    def begin(self, want):
-        self.want, self.gap = want, 70.0
-        self.ammo = 6 if want == "tank" else 11
+    def begin(self):
+        self.gap, self.tank = 70.0, self.want == "tank"
         self.pos = complex(0, self.rng.uniform(70, 180))
-        self.things, self.bolts, self.bombs = [], [], []
 
     def speed(self):
         """Pixels a step."""
         return 2.6 + 1.2 * self.left.real
 
     def play(self):
-        lowest = 120 if self.want == "tank" else 205
-        y = span(self.pos.imag + 3.4 * self.left.imag, 34, lowest)
-        self.pos = complex(self.pos.real + self.speed(), y)
+        self.pos += self.speed() + 3.4j * self.left.imag
+        self.pos = complex(self.pos.real, span(self.pos.imag, 34, self.lowest))
         self.gap -= self.speed()
         if self.gap <= 0:
-            self.gap = (95 if self.want == "foe" else 120) * self.rng.uniform(0.85, 1.25)
-            y = 226 if self.want == "tank" else self.rng.uniform(50, 195)
-            at = complex(self.pos.real + 200, y)
-            wave = self.rng.uniform(0, 6)
+            self.gap = self.apart * self.rng.uniform(0.85, 1.25)
+            y = 226 if self.tank else self.rng.uniform(50, 195)
+            at, wave = complex(self.pos.real + 200, y), self.rng.uniform(0, 6)
             self.things.append(Thing(self.want, at, base=y, wave=wave, hp=1))
-        if self.want == "foe" and self.ammo and self.pressed("RIGHT_TRIGGER", 12):
+        if self.ammo and self.pressed(self.trigger, self.rest):
             self.ammo -= 1
-            self.bolts.append(Thing("bolt", self.pos + 26, v=10))
-        if self.want == "tank" and self.ammo and self.pressed("SOUTH", 20):
-            self.ammo -= 1
-            self.bombs.append(Thing("bomb", self.pos + 10j, v=complex(self.speed(), 1.0)))
-        self.fly(self.bolts, self.strikes(self.things, 20))
-        for bomb in list(self.bombs):
-            bomb.at, bomb.v = bomb.at + bomb.v, bomb.v + 0.25j
-            if bomb.at.imag > 222:
-                self.bombs.remove(bomb)
-                for tank in self.things:
-                    tank.hp -= abs(tank.at.real - bomb.at.real) < 22
+            bomb = Thing("bomb", self.pos + 10j, v=complex(self.speed(), 1.0))
+            self.bolts.append(bomb if self.tank else Thing("bolt", self.pos + 26, v=10))
+        if self.tank:
+            self.fly(self.bolts, self.falls, 999)
+        else:
+            self.fly(self.bolts, self.strikes(self.things, 20))
         for thing in list(self.things):
             self.meet(thing)
+
+    def falls(self, bomb):
+        """hits() for fly(): a bomb falls faster and faster, and hits the tanks near where it ends."""
+        bomb.v += 0.25j
+        ends = bomb.at.imag > 222
+        for tank in self.things if ends else ():
+            tank.hp -= abs(tank.at.real - bomb.at.real) < 22
+        return ends
 
     def meet(self, thing):
         """A ring is flown through or missed, a foe shot, touched or let through, a tank bombed or passed."""
@@ -2585,10 +2601,11 @@ class Glider(Side):
             past, through = True, abs(d.imag) < 25
             self.score += through
             self.health -= not through
-        if thing.hp <= 0 or past:
+        if thing.hp <= 0:
+            self.take(self.things, thing)
+        elif past:
             self.things.remove(thing)
-            self.score += thing.hp <= 0
-            self.health -= thing.hp > 0 and foe
+            self.health -= foe
 
     def mark(self):
         """How far ahead a bomb dropped now would fall: dy = v t + g t^2 / 2."""
@@ -2596,92 +2613,93 @@ class Glider(Side):
         return self.speed() * (sqrt(1 + 0.5 * drop) - 1) / 0.25
 
     def draw(self):
-        tank = self.want == "tank"
-        corner = self.pos - 70 - (60j if tank else 128j)
+        corner = self.pos - 70 - (60j if self.tank else 128j)
         down, ground = min(round(corner.imag) + 96, 432 - 256), max(round(232 - corner.imag), 0)
         x = int(self.pos.real)
         frame = sky(*self.scenery, 432)[down:down + 256, x % 512:x % 512 + 256].copy()
         fields = pattern("checker", 256, 512, "313", "636")
         frame[ground:] = fields[:max(256 - ground, 0), x % 256:x % 256 + 256]
-        if tank:
+        if self.tank:
             spot = 70 + self.mark() + (212 - corner.imag) * 1j
             line(frame, 70 + 60j, spot, "ffffff", 3)
             bar(frame, spot - 16 - 16j, spot + 16 + 16j, "787878" if self.rests("SOUTH") else "ff3c3c", 5)
-        for i in range(self.ammo if self.want != "ring" else 0):
+        for i in range(self.ammo):
             bar(frame, 8 + 12 * i + 236j, 15 + 12 * i + 252j, "ffc83c")
-        for f in self.things:
-            if f.kind == "ring":
-                for ink, thick in ("5a3200", 14), ("ffd200", 9):
-                    cv2.ellipse(frame, dot(f.at - corner), (16, 36), 0, 0, 360, colour(ink), thick)
-            else:
-                sprite(frame, f.kind, f.at - corner, 52)
+        if self.want != "ring":
+            sprites(frame, self.things, 52, corner)
+        for ring in self.things if self.want == "ring" else ():
+            for ink, thick in ("5a3200", 14), ("ffd200", 9):
+                cv2.ellipse(frame, dot(ring.at - corner), (16, 36), 0, 0, 360, colour(ink), thick)
         for bolt in self.bolts:
-            bar(frame, bolt.at - corner - 9 - 3j, bolt.at - corner + 9 + 3j, "78ffff")
-        for bomb in self.bombs:
-            sprite(frame, "bomb", bomb.at - corner, 28, pi / 2)
+            at = bolt.at - corner
+            if self.tank:
+                sprite(frame, "bomb", at, 28, pi / 2)
+            else:
+                bar(frame, at - 9 - 3j, at + 9 + 3j, "78ffff")
         sprite(frame, "plane", self.pos - corner, 56, round(2 * self.left.imag) * tau / 32)
         return frame
 
     def wish(self):
-        tank, foe = self.want == "tank", self.want == "foe"
+        foe = self.want == "foe"
         ahead = [f for f in self.things if f.at.real > self.pos.real + (24 if foe else 0)]
         rise = lambda height: span((height - self.pos.imag) / 60)
         if not ahead:
-            return complex(0.3, rise(80 if tank else 125)), 0j, ""
+            return complex(0.3, rise(80 if self.tank else 125)), 0j, ""
         d = ahead[0].at - self.pos
-        if tank:
+        ready = not self.bolts and not self.rests(self.trigger)
+        if self.tank:
             gap = d.real - self.mark()
-            drop = abs(gap) < 16 and not self.bombs and not self.rests("SOUTH")
-            return complex(span(gap / 60), rise(80)), 0j, "SOUTH" if drop else ""
+            return complex(span(gap / 60), rise(80)), 0j, "SOUTH" if abs(gap) < 16 and ready else ""
         lift = span(d.imag / 28)
         if foe:
-            fire = abs(d.imag) < 12 and d.real < 150 and not self.bolts and not self.rests("RIGHT_TRIGGER")
+            fire = abs(d.imag) < 12 and d.real < 150 and ready
             return complex(0.2 if d.real > 70 else -0.6, lift), 0j, "RIGHT_TRIGGER" if fire else ""
         return complex(0.6 if abs(d.imag) < 20 else -0.4, lift), 0j, ""
 
 
 class Dojo(Game):
     """One screen, a duel: red rivals are about to strike (block), green ones are open (punch), blue ones
-    guard high (kick low); boards to break."""
+    guard high (kick low); boards to break. Who fights stands on a line: places are numbers."""
 
-    def begin(self, foes=1, boards=False):
-        self.boards, self.board, self.foes = boards, None, []
-        self.x, self.way, self.aim = 128.0, self.rng.choice((-1, 1)), 0.0
+    def begin(self):
+        self.board, self.pos, self.way, self.aim = None, 128.0, self.rng.choice((-1, 1)), 0.0
         self.floor = pattern("planks", 256, 256, "630", "a62").copy()
         self.floor[:170] = pattern("grid", 170, 256, "fec", "c96")
         disc(self.floor, 128 + 70j, 40, "e63c32")
-        for i in range(0 if boards else foes):
-            side = self.rng.choice((-1, 1)) if foes == 1 else 2 * i - 1
-            self.foes.append(types.SimpleNamespace(kind="idle", x=128.0 + 90 * side, wait=20 + 40 * i))
+        for i in range(self.rivals):
+            side = self.rng.choice((-1, 1)) if self.rivals == 1 else 2 * i - 1
+            self.foes.append(Thing("idle", 128.0 + 90 * side, wait=20 + 40 * i))
 
     def play(self):
+        stunned = self.rests("stun")
         moves = [b for b in ("WEST", "SOUTH", "LEFT_TRIGGER") if b in self.held]
-        move = moves[0] if len(moves) == 1 and not self.rests("stun") else None     # two at once are a fumble
-        if self.boards:
+        move = moves[0] if len(moves) == 1 and not stunned else None                # two at once are a fumble
+        if not self.rivals:
             return self.chop(move)
-        if abs(self.left.real) > 0.15 and not self.rests("stun"):
-            self.way = copysign(1, self.left.real)
-            self.x = span(self.x + 2.8 * self.left.real * (move != "LEFT_TRIGGER"), 24, 232)
+        x = self.left.real
+        if abs(x) > 0.15 and not stunned:
+            self.way = copysign(1, x)
+            self.pos = span(self.pos + 2.8 * x * (move != "LEFT_TRIGGER"), 24, 232)
         for f in self.foes:
             self.rival(f, move)
         if move in ("WEST", "SOUTH") and self.ready("blow", 12):
-            f = min(self.foes, key=lambda f: abs(f.x - self.x))
-            if 0 < (f.x - self.x) * self.way < 58:
+            f = self.nearest(self.foes)
+            if 0 < (f.at - self.pos) * self.way < 58:
                 self.blow(f, "open" if move == "WEST" else "shut")
 
     def rival(self, f, move):
         """A rival keeps its distance, and now and then it opens, guards or winds up and strikes."""
-        d, alone = f.x - self.x, len(self.foes) == 1
+        d, idle = f.at - self.pos, f.kind == "idle"
+        free = all(g is f or g.kind == "idle" for g in self.foes)
         f.wait -= 1
         if abs(d) > 44:
-            f.x -= copysign(1.2, d) if alone or f.kind != "idle" else 0
+            f.at -= copysign(1.2, d) if self.rivals == 1 or not idle else 0
         elif abs(d) < 36:
-            f.x = span(f.x + copysign(2, d), 16, 240)
+            f.at = span(f.at + copysign(2, d), 16, 240)
         if f.wait <= 0:
             if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
                 self.hurt()
-            free = alone or all(g is f or g.kind == "idle" for g in self.foes)
-            f.kind = self.rng.choice(("open", "shut", "wind")) if f.kind == "idle" and free else "idle"
+            f.kind = self.rng.choice(("open", "shut", "wind")) if idle and free else "idle"
             rest = self.rng.randint(8, 16)
             f.wait = {"open": 40, "shut": 40, "wind": 26, "idle": rest}[f.kind]
 
@@ -2690,9 +2708,9 @@ class Dojo(Game):
         if f.kind == weak:
             self.score += 1
             f.kind, f.wait = "idle", 12
-            f.x = span(f.x + 26 * self.way, 16, 240)
-            if len(self.foes) == 1 and self.rng.random() < 0.5:
-                f.x = span(2 * self.x - f.x, 16, 240)                           # leaps over to the other side
+            f.at = span(f.at + 26 * self.way, 16, 240)
+            if self.rivals == 1 and self.rng.random() < 0.5:
+                f.at = span(2 * self.pos - f.at, 16, 240)                       # leaps over to the other side
         elif f.kind != "idle":
             self.fumble()
 
@@ -2702,8 +2720,7 @@ class Dojo(Game):
 
     def chop(self, move):
         """Boards fly in from all sides: point the left stick at one and punch when it is in the ring."""
-        if abs(self.left) > 0.3:
-            self.aim = phase(self.left)
+        self.aim = pointed(self.left, self.aim)
         b = self.board = self.board or types.SimpleNamespace(angle=self.rng.uniform(0, tau), far=112.0)
         b.far -= 2.6
         if move == "WEST" and self.ready("blow", 8):
@@ -2717,32 +2734,30 @@ class Dojo(Game):
 
     def draw(self):
         frame, middle = self.floor.copy(), 128 + 140j
-        if self.boards:
+        if self.rivals:
+            for f in self.foes:
+                sprite(frame, f.kind, f.at + 190j, 84, flip=f.at > self.pos)
+            sprite(frame, "monk", self.pos + 190j, 84, flip=self.way < 0)
+            if "LEFT_TRIGGER" in self.held:
+                x = round(self.pos + 22 * self.way)
+                bar(frame, x - 4 + 150j, x + 4 + 220j, "78c8ff")
+        else:
             disc(frame, middle, 60, "28c8ff", 4)
             if self.board:
                 angle = self.board.angle
                 sprite(frame, "board", middle + rect(self.board.far, angle), 52, angle)
             arrow(frame, middle + rect(34, self.aim), self.aim, 14, "ffffff")
             sprite(frame, "monk", middle, 52, flip=math.cos(self.aim) < 0)
-        else:
-            for f in self.foes:
-                sprite(frame, f.kind, f.x + 190j, 84, flip=f.x > self.x)
-            sprite(frame, "monk", self.x + 190j, 84, flip=self.way < 0)
-            if "LEFT_TRIGGER" in self.held:
-                x = round(self.x + 22 * self.way)
-                bar(frame, x - 4 + 150j, x + 4 + 220j, "78c8ff")
         if self.rests("stun"):
-            disc(frame, 128 + 108j if self.boards else self.x + 132j, 12, "ffff00", 4)
+            disc(frame, self.pos + (132j if self.rivals else 108j), 12, "ffff00", 4)
         return frame
 
     def wish(self):
         b = self.board
-        if self.boards and not b:
-            return 0j, 0j, ""
-        if self.boards:
-            return rect(0.9, b.angle), 0j, "WEST" if 28 < b.far < 54 else ""
-        f = min(self.foes, key=lambda f: (f.kind == "idle", abs(f.x - self.x)))
-        d = f.x - self.x
+        if not self.rivals:
+            return (rect(0.9, b.angle), 0j, "WEST" if 28 < b.far < 54 else "") if b else (0j, 0j, "")
+        f = self.nearest([f for f in self.foes if f.kind != "idle"] or self.foes)
+        d = f.at - self.pos
         near = abs(d) < 54
         answer = {"open": "WEST", "shut": "SOUTH", "wind": "LEFT_TRIGGER", "idle": ""}[f.kind]
         return copysign(0.35 if near else 1, d), 0j, answer if near and d * self.way > 0 else ""

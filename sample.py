@@ -211,12 +211,12 @@ class Server:
     messages. A thread and a Session for each client. A bad client loses its connection; others are not
     affected."""
     PATIENCE, IDLE = 10.0, 3600.0                  # seconds a message may take to come or go; between two
-    CLIENTS = 32                                   # at a time, and as many strangers: no key or message yet
+    CLIENTS = 32                                   # at a time, and as many that have sent no key or message yet
 
     def __init__(self, policy, host="127.0.0.1", port=5555, key=None, game=None, seed=0):
         self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
         self.lock, self.stop = threading.Lock(), threading.Event()
-        self.due, self.clients = {}, set()         # due: connection -> when it is given up
+        self.due, self.clients = {}, set()         # due: connection -> when to cut it off
         Session(policy, game)                      # a wrong --game is said now
         try:
             self.listener = mpc.Listener((host, port), "AF_INET", backlog=64)
@@ -247,13 +247,14 @@ class Server:
                 self.shut(connection)
 
     def shut(self, connection):
-        """Wake up its thread, which then ends; to be called with the lock held."""
+        """Wake up its thread, which then ends. Call it with the lock held."""
         self.due[connection] = math.inf
         with contextlib.suppress(OSError), borrow(connection) as s:
             s.shutdown(socket.SHUT_RDWR)
 
     def accept(self):
-        """A thread for each stranger. For one too many the oldest goes: silence keeps nobody out."""
+        """A thread for each new connection. Beyond CLIENTS that have not proven themselves the oldest is dropped,
+        so that silent ones lock nobody out."""
         while not self.stop.is_set():
             try:
                 connection = self.listener.accept()
@@ -269,11 +270,11 @@ class Server:
                     self.shut(strangers[0])
                 self.due[connection] = time.monotonic() + self.PATIENCE
             threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
-            if crowded:                                    # each stranger has CLIENTS times this long
+            if crowded:                                    # so each has at least CLIENTS times this long
                 self.stop.wait(0.02)
 
     def welcome(self, connection):
-        """Has a proven client a place, or is there one for it? Only such a one hears that there is none."""
+        """Give a place to a client that has proven itself; False if the server is full."""
         with self.lock:
             if connection in self.clients or len(self.clients) < self.CLIENTS:
                 self.clients.add(connection)

@@ -211,7 +211,7 @@ class Server:
     messages. A thread and a Session for each client. A bad client loses its connection; others are not
     affected."""
     PATIENCE, IDLE = 10.0, 3600.0                  # seconds a message may take to come or go; between two
-    CLIENTS = 32                                   # at a time, and as many that have sent no key or message yet
+    CLIENTS = 32                                   # at a time, and as many with no key or message yet
 
     def __init__(self, policy, host="127.0.0.1", port=5555, key=None, game=None, seed=0):
         self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
@@ -253,8 +253,8 @@ class Server:
             s.shutdown(socket.SHUT_RDWR)
 
     def accept(self):
-        """A thread for each new connection. Beyond CLIENTS that have not proven themselves the oldest is dropped,
-        so that silent ones lock nobody out."""
+        """A thread for each new connection. Beyond CLIENTS that have not proven themselves, the oldest is
+        dropped: silent ones lock nobody out."""
         while not self.stop.is_set():
             try:
                 connection = self.listener.accept()

@@ -22,14 +22,12 @@ The method: the loop that plays in real time, the environment, actions as keys. 
 picture, client, the two desktops (X11, Windows), pads, people, pausing, the guard, the command line.
 """
 import argparse
-import contextlib
 import ctypes
 import glob
 import json
 import math
 import multiprocessing.connection as mpc
 import os
-import queue
 import re
 import shlex
 import signal
@@ -42,8 +40,10 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, wait
-from ctypes import wintypes
+from contextlib import ExitStack, contextmanager, suppress
+from ctypes import byref, c_int, c_ulong, c_void_p, create_string_buffer, wintypes
 from dataclasses import dataclass
+from ntpath import basename, splitext             # of Windows: / and \ part names
 from pathlib import Path
 
 import cv2
@@ -58,7 +58,7 @@ from extract import (A, BUTTON, BUTTONS, LEGACY, MESSAGE_LIMIT, SIDE, STICKS, Us
 WINDOWS = sys.platform == "win32"
 APART = {"creationflags": 0x200} if WINDOWS else {"start_new_session": True}   # our Ctrl-C is not a child's
 MENU_BUTTONS = ("BACK", "START", "GUIDE")          # never pressed without --allow-menu: they end a game
-STANDS = 5.0                                       # seconds a game stands for a prediction at most
+STANDS = 5.0                       # seconds a game stands for a prediction, or 3 x the first's
 
 # The names of buttons and keys in each API; "mapping" is what --pad keyboard presses. KEYS: X keysym,
 # Windows virtual key, whether its scan code has a prefix. MOUSE: X button, virtual key, MOUSEEVENTF of
@@ -121,7 +121,7 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
     except GameGone as e:
         print(f"\n{e}; the pad is at rest", file=sys.stderr)
     finally:
-        with contextlib.suppress(UserError, OSError):
+        with suppress(UserError, OSError):
             env.pad.press(neutral())
             env.pause.go()                                 # now, not when the recording has been written
         score.bar.close()
@@ -324,7 +324,7 @@ class GameEnv(gym_base()):
         if not (exe or window or region or launch):
             raise UserError("expected the game's --exe, found none: --list shows what runs here; --launch, "
                             "--window and --region are other ways")
-        self.exe, self.region, self.hz, self.render_mode = exe, region, hz, render_mode
+        self.region, self.hz, self.render_mode = region, hz, render_mode
         if gym_base() is not object:
             from gymnasium.spaces import Box
             self.observation_space = Box(0, 255, (SIDE, SIDE, 3), np.uint8)
@@ -332,7 +332,7 @@ class GameEnv(gym_base()):
         self.frame, self.seen, self.look_ms = np.zeros((SIDE, SIDE, 3), np.uint8), 0.0, deque(maxlen=36000)
         self.still, self.still_since, self.owed = None, 0.0, 0.0       # owed: what steps lack of their time
         self.window = self.guard = None
-        with contextlib.ExitStack() as undo:               # where anything below fails, else in close()
+        with ExitStack() as undo:               # where anything below fails, else in close()
             undo.callback(lambda: self.guard and self.guard.dismiss())         # last of all
             self.desktop, self.mapping = desktop or this_desktop(), load_mapping(mapping)
             self.real_pads = real_pads()                   # before our own, which would look like one of them
@@ -538,7 +538,7 @@ class Recorder:
 
     def __init__(self, data, game, hz):
         stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
-        self.tmp, self.files = Path(data) / f"{stem}.recording", contextlib.ExitStack()
+        self.tmp, self.files = Path(data) / f"{stem}.recording", ExitStack()
         self.tick = self.last = None
         with writing(self.tmp):
             self.tmp.mkdir(parents=True)
@@ -565,7 +565,7 @@ class Recorder:
 
     def close(self):
         """Give the folder its name -> a line about it."""
-        with contextlib.suppress(OSError):                 # a full disk, which was said when it was
+        with suppress(OSError):                 # a full disk, which was said when it was
             self.files.close()
         return finish(self.tmp)
 
@@ -573,7 +573,7 @@ class Recorder:
 def pick_up(data):
     """Make clips of the recordings under DATA whose processes died, and say so."""
     for tmp in sorted(Path(data).glob("*.recording")):
-        with contextlib.suppress(extract.Busy):            # its process lives
+        with suppress(extract.Busy):            # its process lives
             print(f"picked up {finish(tmp)}", flush=True)
 
 
@@ -607,8 +607,9 @@ def write_clip(tmp, rows):
         index = np.stack([np.arange(n + 1), np.append(start, rows["end"]) - start], 1)
         os.fsync(file.fileno())
     keep = extract.dense(actions, sure)
-    for name, array in (("frames_index", index), ("actions", actions), ("truth", actions),
-                        ("confidence", sure), ("keep", keep), ("human", rows["human"])):
+    arrays = dict(frames_index=index, actions=actions, truth=actions, confidence=sure, keep=keep,
+                  human=rows["human"])
+    for name, array in arrays.items():
         extract.write_npy(tmp / f"{name}.npy", array)
     recording = json.loads((tmp / "recording.json").read_text(encoding="utf-8"))
     extract.write_json(tmp / "clip.json", {**recording, "n": n})
@@ -622,7 +623,7 @@ def bytes_header(file, n):
     return file.tell()
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path):
     """A disk that is full, or closed to us, in one line."""
     try:
@@ -636,7 +637,7 @@ def writing(path):
 class View:
     """The picture that the model gets, the pad as it is pressed, and how the time goes, in a window (--show)
     and in a video (--video), at most 30 times a second. A video repeats what could not be drawn in time."""
-    SIZE = (832, 512)
+    SIZE = (912, 512)
 
     def __init__(self, hz, window=False, video=None, beside=(0, 0)):
         self.every, self.window, self.written = math.ceil(hz / 30), window, 0
@@ -661,12 +662,11 @@ class View:
             self.written += 1
 
     def draw(self, frame, action, text):
-        """The frame, the pad beside it, the text below -> uint8 (512, 832, 3) RGB."""
-        width, side = self.SIZE
+        """The frame, the pad beside it, the text below -> uint8 (512, 912, 3) RGB."""
+        side = self.SIZE[1]
         page = Image.new("RGB", self.SIZE, (24, 24, 24))
         page.paste(Image.fromarray(frame).resize((side, side), Image.NEAREST))
         pad = Image.fromarray(extract.draw(self.skin, action))
-        pad.thumbnail((width - side, side))
         page.paste(pad, (side, 8), pad)
         ImageDraw.Draw(page).text((side + 16, pad.height + 40), text, font_size=16)
         return np.asarray(page)
@@ -701,7 +701,7 @@ class Client:
             self.close()
             raise
 
-    @contextlib.contextmanager
+    @contextmanager
     def _exchange(self):
         """The connection, shut down under whoever waits on it once `timeout` seconds have passed."""
         if self.connection is None:
@@ -777,7 +777,7 @@ class Client:
 
 def hang_up(connection):
     """Shut down the socket in a Connection: whoever waits on it wakes up with an error."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         s = socket.socket(fileno=connection.fileno())
         try:
             s.shutdown(socket.SHUT_RDWR)
@@ -803,7 +803,7 @@ class LocalModel(Client):
                                       stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         self.guard = Guard(model=self.child.pid)           # ends the child, too, where what follows fails
         while self.connection is None:
-            with contextlib.suppress(UserError):           # it is not ready
+            with suppress(UserError):           # it is not ready
                 super().__init__("127.0.0.1", port, timeout=600.0)
             if self.child.poll() is not None:
                 self.close()
@@ -858,7 +858,7 @@ class Window:
     def rank(self, process):
         """The place in `names` of a process, given by its name or number, None for nowhere; of no process
         0."""
-        last = re.split(r"[\\/]", str(process).lower())[-1]
+        last = basename(str(process).lower())
         for i, (pid, names) in enumerate(self.names):
             if process is None or {last, last.removesuffix(".exe")} & {str(pid), *names}:
                 return i
@@ -870,8 +870,8 @@ class Window:
 
 def spellings(*names):
     """Process names and paths as people may type them: lower case, last part, with and without an ending."""
-    last = [re.split(r"[\\/]", n)[-1].lower() for n in names]
-    return [n for name in last for n in dict.fromkeys((name, name.rsplit(".", 1)[0])) if n]
+    last = [basename(n.lower()) for n in names]
+    return [n for name in last for n in dict.fromkeys((name, splitext(name)[0])) if n]
 
 
 def this_desktop():
@@ -939,27 +939,27 @@ class X11(Desktop):
         with reading("libX11.so.6", "this library (Linux: sudo apt-get install libx11-6; a "
                      "Mac: play on another machine, with the model here by python sample.py serve)"):
             self.x = ctypes.CDLL("libX11.so.6")
-        self.x.XOpenDisplay.restype = ctypes.c_void_p
-        self.display = ctypes.c_void_p(self.x.XOpenDisplay(None))
+        self.x.XOpenDisplay.restype = c_void_p
+        self.display = c_void_p(self.x.XOpenDisplay(None))
         if not self.display:
             raise UserError("expected an X11 display to capture, found none that answers as DISPLAY "
                             f"{os.environ.get('DISPLAY')}: log in to an X11 session (not Wayland), or set it")
-        self.ignore = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+        self.ignore = ctypes.CFUNCTYPE(c_int)(lambda: 0)
         self.x.XSetErrorHandler(self.ignore)               # windows vanish while they are asked about
         self.root, self.test, self.codes = self.x.XDefaultRootWindow(self.display), None, {}
 
     def _query(self, function, *arguments, n):
         """Call an Xlib function -> the n numbers that it writes behind its arguments, zeros where it
         fails."""
-        numbers = [ctypes.c_ulong() for _ in range(n)]
-        getattr(self.x, function)(self.display, *arguments, *map(ctypes.byref, numbers))
+        numbers = [c_ulong() for _ in range(n)]
+        getattr(self.x, function)(self.display, *arguments, *map(byref, numbers))
         return [number.value for number in numbers]
 
     def _tree(self, window):
         """(parent, children from bottom to top) of a window."""
         _, parent, first, n = self._query("XQueryTree", window, n=4)
-        children = list((ctypes.c_ulong * n).from_address(first)) if n else []
-        self.x.XFree(ctypes.c_void_p(first))
+        children = list((c_ulong * n).from_address(first)) if n else []
+        self.x.XFree(c_void_p(first))
         return parent, children
 
     def _top(self, window):
@@ -970,22 +970,22 @@ class X11(Desktop):
     def _property(self, window, name):
         """The bytes of a property, b"" without it; its format 32 comes as 64 bits."""
         atom = self.x.XInternAtom(self.display, name.encode(), 0)
-        any_type = ctypes.c_ulong(0)
+        any_type = c_ulong(0)
         _, form, n, _, data = self._query("XGetWindowProperty", window, atom, 0, 4096, 0, any_type, n=5)
         value = ctypes.string_at(data, n * {8: 1, 16: 2, 32: 8}[form]) if data else b""
-        self.x.XFree(ctypes.c_void_p(data))
+        self.x.XFree(c_void_p(data))
         return value
 
     def _shape(self, window):
         """(width, height, is it on the screen?) of a window, zeros for one that is gone."""
-        attributes = (ctypes.c_int * 34)()                 # XWindowAttributes; map_state 2 is IsViewable
+        attributes = (c_int * 34)()                 # XWindowAttributes; map_state 2 is IsViewable
         self.x.XGetWindowAttributes(self.display, window, attributes)
         return attributes[2], attributes[3], attributes[23] == 2
 
     def _translate(self, window, x, y):
         """A point of `window` on the root, and the root's child that lies there."""
         left, top, child = self._query("XTranslateCoordinates", window, self.root, x, y, n=3)
-        return ctypes.c_int(left).value, ctypes.c_int(top).value, child
+        return c_int(left).value, c_int(top).value, child
 
     def box(self, window):
         """(left, top, width, height) of the client area on the desktop; None when the window is gone."""
@@ -1017,7 +1017,7 @@ class X11(Desktop):
         focus = self._query("XGetInputFocus", n=2)[0]
         if focus == 1:                                     # PointerRoot
             focus = self._query("XQueryPointer", self.root, n=7)[1]
-        return self._top(focus) == self._top(window)
+        return focus == window or self._top(focus) == self._top(window)
 
     def focus(self, window):
         """Bring the window to the front and give it the keyboard."""
@@ -1052,7 +1052,7 @@ class X11(Desktop):
 
     def held(self):
         """The keys given to prepare_keys and the mouse buttons that are down now, whoever presses them."""
-        state = ctypes.create_string_buffer(32)
+        state = create_string_buffer(32)
         self.x.XQueryKeymap(self.display, state)
         mask = self._query("XQueryPointer", self.root, n=7)[6]
         down = {name for name, code in self.codes.items() if state.raw[code // 8] >> code % 8 & 1}
@@ -1062,7 +1062,7 @@ class X11(Desktop):
         """[(pid, [its names])] of a process and those that started it; a program under Wine or an
         interpreter also goes by its script's name."""
         found = []
-        with contextlib.suppress(OSError):                 # it has ended
+        with suppress(OSError):                 # it has ended
             while pid > 1 and len(found) < 8:
                 folder = Path(f"/proc/{pid}")
                 status = (folder / "status").read_text(errors="replace")
@@ -1093,13 +1093,9 @@ class X11(Desktop):
 
     @staticmethod
     def _signal(pid, number):
-        try:
+        advice = "one that may be stopped (start play.py as its user, or use --pause none)"
+        with reading(f"process {pid}", advice), suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            raise UserError(f"expected a process that may be stopped, found another user's ({pid}): start "
-                            "play.py as that user, or use --pause none") from None
 
 
 class Win32(Desktop):
@@ -1112,18 +1108,18 @@ class Win32(Desktop):
         self.names = set(MOUSE)
         # Pixels, not scaled units, whatever the display's DPI: per monitor (v2, Windows 10), else for the
         # system.
-        if not getattr(self.user, "SetProcessDpiAwarenessContext", lambda context: 0)(ctypes.c_void_p(-4)):
+        if not getattr(self.user, "SetProcessDpiAwarenessContext", lambda context: 0)(c_void_p(-4)):
             self.user.SetProcessDPIAware()
 
     def _ids(self):
         ids = []
-        callback = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE)(*[ctypes.c_int] * 2, ctypes.c_void_p)
+        callback = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE)(*[c_int] * 2, c_void_p)
         self.user.EnumWindows(callback(lambda window, _: ids.append(window) or 1), None)     # 1: go on
         return ids
 
     def _names(self, window):
         pid = wintypes.DWORD()
-        self.user.GetWindowThreadProcessId(window, ctypes.byref(pid))
+        self.user.GetWindowThreadProcessId(window, byref(pid))
         return self.family(pid.value)
 
     def _shown(self, window):
@@ -1137,9 +1133,9 @@ class Win32(Desktop):
     def box(self, window):
         """(left, top, width, height) of the client area on the desktop; None when the window is gone."""
         size, corner = wintypes.RECT(), wintypes.POINT()
-        if not self.user.GetClientRect(window, ctypes.byref(size)):
+        if not self.user.GetClientRect(window, byref(size)):
             return None
-        self.user.ClientToScreen(window, ctypes.byref(corner))
+        self.user.ClientToScreen(window, byref(corner))
         return corner.x, corner.y, size.right, size.bottom
 
     def _top(self, window):
@@ -1186,7 +1182,7 @@ class Win32(Desktop):
         """The keys given to prepare_keys and the mouse buttons that are down now, whoever presses them."""
         return {n for n in self.names if self.user.GetAsyncKeyState((KEYS | MOUSE)[n][1]) & 0x8000}
 
-    @contextlib.contextmanager
+    @contextmanager
     def _process(self, pid, access):
         handle = self.kernel.OpenProcess(access, 0, pid)
         yield handle
@@ -1197,14 +1193,14 @@ class Win32(Desktop):
         parent's number may be another's by now."""
         path, size = ctypes.create_unicode_buffer(1024), wintypes.DWORD(1024)
         with self._process(pid, 0x1000) as handle:         # PROCESS_QUERY_LIMITED_INFORMATION
-            self.kernel.QueryFullProcessImageNameW(handle, 0, path, ctypes.byref(size))
+            self.kernel.QueryFullProcessImageNameW(handle, 0, path, byref(size))
         return [(pid, spellings(path.value))]
 
     def is_32_bit(self, pid):
         """Is a process of 64-bit Windows one of 32 bits?"""
-        flag = ctypes.c_int()
+        flag = c_int()
         with self._process(pid, 0x1000) as handle:
-            self.kernel.IsWow64Process(handle, ctypes.byref(flag))
+            self.kernel.IsWow64Process(handle, byref(flag))
         return bool(flag.value)
 
     def suspend(self, pid):
@@ -1375,29 +1371,29 @@ class Joystick:
         with reading(path, "a gamepad"):
             for request, answer in (0x80406A32, axes), (0x84006A34, buttons), (0x80806A13, name):
                 fcntl.ioctl(self.file, request, answer)    # JSIOCGAXMAP, JSIOCGBTNMAP, JSIOCGNAME
-        self.axes, self.buttons = list(axes), struct.unpack("512H", buttons)
-        self.controls = dict(TABLES["joystick"])
+        table, self.controls = TABLES["joystick"], {}        # kind and number of an event -> what it changes
         if re.search(b"x-?box", name.lower()):             # its driver names X and Y the other way round
-            self.controls |= {"307": self.controls["308"], "308": self.controls["307"]}
+            table = table | {"307": table["308"], "308": table["307"]}
+        for kind, codes in (1, struct.unpack("512H", buttons)), (2, axes):
+            for control, code in enumerate(codes):
+                self.controls[kind, control] = table.get(str(code), ())
 
     def read(self):
         """The pad now -> float32 (25,)."""
         try:
             while events := os.read(self.file, 8 * 64):
-                for _, value, kind, number in struct.iter_unpack("<IhBB", events):
-                    self._take(value, kind & 0x7F, number)
+                for _, value, kind, control in struct.iter_unpack("<IhBB", events):
+                    self._take(value / (32767 if kind & 2 else 1), self.controls.get((kind & 3, control), ()))
         except BlockingIOError:                            # that was all
             pass
         except OSError as e:
             raise UserError(f"the gamepad was unplugged ({e}): plug it in and start again") from None
         return self.action.copy()
 
-    def _take(self, value, kind, number):
-        codes, unit = (self.buttons, 1) if kind == 1 else (self.axes, 32767)
-        code = codes[number] if kind in (1, 2) and number < len(codes) else None
-        for place, scale, offset in self.controls.get(str(code), ()):
+    def _take(self, value, rows):
+        for place, scale, offset in rows:
             place = BUTTON.get(place, place)
-            self.action[place] = max(scale * value / unit + offset, -1 if place >= len(BUTTONS) else 0)
+            self.action[place] = max(scale * value + offset, -1 if place >= len(BUTTONS) else 0)
 
     def close(self):
         """Give the device back."""
@@ -1413,7 +1409,7 @@ class XInput:
 
     def read(self):
         """The pad now -> float32 (25,); XInput's y points up, ours down."""
-        state, action = ctypes.create_string_buffer(16), neutral()             # XINPUT_STATE
+        state, action = create_string_buffer(16), neutral()             # XINPUT_STATE
         if self.dll.XInputGetState(self.number, state):
             raise UserError("the gamepad was unplugged: plug it in and start again")
         _, buttons, *analog = struct.unpack("<IHBBhhhh", state)
@@ -1448,8 +1444,8 @@ def real_pads():
     """The gamepads plugged in now. Asked before our own is made, which would look like one of them."""
     if not WINDOWS:
         return [Joystick(path) for path in sorted(glob.glob("/dev/input/js*")) if os.access(path, os.R_OK)]
-    with contextlib.suppress(OSError):
-        dll, state = ctypes.WinDLL("xinput1_4"), ctypes.create_string_buffer(16)
+    with suppress(OSError):
+        dll, state = ctypes.WinDLL("xinput1_4"), create_string_buffer(16)
         return [XInput(dll, i) for i in range(4) if not dll.XInputGetState(i, state)]
     return []
 
@@ -1556,7 +1552,7 @@ class SpeedHack(Suspended):
             self.client = xspeedhack.Client(process_id=pid, arch="x86" if desktop.is_32_bit(pid) else "x64")
 
     def _set(self, speed):
-        with contextlib.suppress(Exception):               # the game has ended, which GameEnv.box() says
+        with suppress(Exception):               # the game has ended, which GameEnv.box() says
             self.client.set_speed(speed)
 
     def stop(self):
@@ -1570,7 +1566,7 @@ class SpeedHack(Suspended):
     @staticmethod
     def release():
         """Normal speed, told to the library in the game by another process than the one that put it there."""
-        with contextlib.suppress(OSError), open(r"\\.\pipe\xspeedhackpipe", "r+b", buffering=0) as pipe:
+        with suppress(OSError), open(r"\\.\pipe\xspeedhackpipe", "r+b", buffering=0) as pipe:
             pipe.write(struct.pack("<f", 1.0))
 
 
@@ -1597,7 +1593,7 @@ def stand_guard(keys=(), pid=0, clock=False, model=0):
     if sys.stdin.buffer.read() == b"done":
         return
     if model:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.kill(model, signal.SIGTERM)
         return
     desktop = this_desktop()
@@ -1655,7 +1651,7 @@ def rectangle(text):
 def run_play(args):
     """Play, or let play, until the game ends, --seconds have passed or Ctrl-C."""
     if args.guard:
-        return stand_guard(**json.loads(args.guard))
+        return stand_guard(**args.guard)
     if not (args.ckpt or args.server or args.human):
         raise UserError("expected who plays, found nobody: give --ckpt FILE, --server HOST:PORT or --human")
 
@@ -1664,7 +1660,7 @@ def run_play(args):
             signal.signal(getattr(signal, name), signal.default_int_handler)
     if args.record:
         pick_up(args.record)
-    with contextlib.ExitStack() as last:
+    with ExitStack() as last:
         policy = open_policy(args)
         if policy:
             last.callback(policy.close)
@@ -1741,7 +1737,7 @@ def flags():
         help="write a clip folder under DATA, for train.py; one that a killed run left is finished first")
     add("--show", action="store_true", help="a window with what the model sees and presses")
     add("--video", help="the same as a video")
-    add("--guard", help="internal: what to undo, as JSON (class Guard)")
+    add("--guard", type=json.loads, help="internal: what to undo, as JSON (class Guard)")
     return p
 
 

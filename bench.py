@@ -19,6 +19,7 @@ import fnmatch
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -302,10 +303,8 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None):
                     session.reset(s, seed + i - s)     # environment s adds s: the same noise in any place
             chunks = at_rate(session.predict(np.stack([slot.game.render() for slot in slots])), config, fps)
             for slot, chunk in zip(slots, chunks):
-                while len(slot.coming) > config.action_shift:              # the new plan replaces the old one
-                    slot.coming.pop()
-                slot.coming.extend(chunk)
                 if not slot.game.over:
+                    slot.coming.extend(chunk[:per_chunk])                  # after what was planned before
                     play_chunk(slot, per_chunk)
                     if slot.game.over:
                         ended[slot.task].append((slot.game.won, slot.game.score))
@@ -315,13 +314,11 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None):
 
 def play_chunk(slot, steps):
     """At most so many of the actions to come, in a game of play_model."""
-    for _ in range(min(steps, len(slot.coming))):
-        action = slot.coming.popleft()
+    while steps and not slot.game.over:
+        action, steps = slot.coming.popleft(), steps - 1
         if slot.video:
             slot.video.add(beside_pad(slot.game.render(), action))
         slot.game.advance(action)
-        if slot.game.over:
-            break
 
 
 def at_rate(chunks, config, fps):
@@ -532,7 +529,7 @@ def transfer(args):
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
-    trials = [(game, minutes, seed) for game in games for minutes in args.minutes for seed in args.seeds]
+    trials = list(itertools.product(games, args.minutes, args.seeds))
     own = lambda game, minutes, seed: out / "few" / f"{game}-{minutes:g}-{seed}"
     with stage(out, "record") as say:
         jobs = [job for game in GAMES for job in clips_of(out / "data" / game, game, args.others, 0)]
@@ -556,7 +553,7 @@ def transfer(args):
             run_scripts(*train(first, args.pretrain, *others, "--preset", args.preset, "--balance"))
             say(f"without any of its own data {np.mean([*completed(first, game, 0).values()]):.0%}")
         starts = {"post-trained": ["--ckpt", first], "scratch": ["--preset", args.preset]}
-        for minutes, seed in [trial[1:] for trial in trials if trial[0] == game]:
+        for minutes, seed in itertools.product(args.minutes, args.seeds):
             with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
                 data = own(game, minutes, seed)
                 runs = {who: out / f"{who}-{data.name}" for who in starts}
@@ -1027,7 +1024,8 @@ class Game:
         self.won = self.over = False
         self.left = self.right = 0j
         self.held = frozenset()
-        vars(self).update(self.task.start)
+        for name, value in self.task.start.items():
+            setattr(self, name, value)
         self.things, self.foes, self.bolts, self.shots = [], [], [], []
         self.begin()
 
@@ -1518,8 +1516,7 @@ def slide(grid, p, d, r):
 def sees(grid, p, q):
     """Is the straight line between two places free of walls?"""
     n = int(abs(q - p) * 4) + 1
-    way = (p + (q - p) * i / n for i in range(n + 1))
-    return not any(grid[int(s.imag)][int(s.real)] for s in way)
+    return not any(solid(grid, p + (q - p) * i / n) for i in range(n + 1))
 
 
 def distances(grid, goal):
@@ -1573,8 +1570,11 @@ class Walled(Game):
         return sees(self.grid, p / self.cell, q / self.cell)
 
     def ways_to(self, goal):
-        """distances() of a place."""
-        return distances(self.grid, goal / self.cell)
+        """distances() of a place; each is found once a map, as actors stay in a cell for many steps."""
+        cell = cell_of(goal / self.cell)
+        if cell not in self.known:
+            self.known[cell] = distances(self.grid, cell)
+        return self.known[cell]
 
     def on_the_way(self, far, p):
         """Where to walk next from p; far: ways_to() the goal."""
@@ -1606,7 +1606,7 @@ class FirstPerson(Walled):
             self.grid[y][x] = True
             free = free_cells(self.grid)
             self.grid[y][x] = len(distances(self.grid, free[0])) == len(free)
-        self.walls = np.array(self.grid)
+        self.walls, self.known = np.array(self.grid), {}
         self.free = [cell + MIDDLE for cell in free_cells(self.grid)]
         self.pos, self.face = self.rng.choice(self.free), self.rng.uniform(0, tau)
 
@@ -1629,15 +1629,19 @@ class FirstPerson(Walled):
     def draw(self):
         p, rays = self.pos, rect(1, self.face) * (1 + 1j * LENS)                        # (128,)
         n = self.size
-        lines = np.arange(1, n, dtype=np.float64)[:, None]                              # (n - 1, 1)
         rx, ry = rays.real + 1e-9, rays.imag + 1e-9
-        tx, ty = (lines - p.real) / rx, (lines - p.imag) / ry                   # (n - 1, 128): along each ray
-        hx, hy = p.imag + tx * ry, p.real + ty * rx                           # along the line that is crossed
-        ix, iy = (np.clip(h, 0, n - 1).astype(np.int32) for h in (hx, hy))
+        lines = np.arange(1, n, dtype=np.float64)[:, None]                              # (n - 1, 1)
         column = lines.astype(np.int32)
-        tx[~((tx > 0) & self.walls[ix, column - (rx < 0)])] = 99
-        ty[~((ty > 0) & self.walls[column - (ry < 0), iy])] = 99
-        t = np.concatenate([tx, ty])
+
+        def crossings(at, way, along, goes, walls):
+            """How far along each ray its crossings with the lines across one axis are, (n - 1, 128): 99 where
+            no wall begins; at, way: of the rays on this axis; along, goes: on the other one."""
+            t = (lines - at) / way
+            other = np.clip(along + t * goes, 0, n - 1).astype(np.int32)
+            t[~((t > 0) & walls[column - (way < 0), other])] = 99
+            return t
+        t = np.concatenate([crossings(p.real, rx, p.imag, ry, self.walls.T),
+                            crossings(p.imag, ry, p.real, rx, self.walls)])
         first = t.argmin(0)
         self.depth = depth = t[first, np.arange(128)]
         along = np.where(first < n - 1, p.imag + depth * ry, p.real + depth * rx)
@@ -1650,7 +1654,7 @@ class FirstPerson(Walled):
         pixels = pixels.view(np.uint8).reshape(128, 128, 4)
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
         frame = cv2.cvtColor(frame, cv2.COLOR_RGBA2RGB)
-        for thing in sorted(self.things, key=lambda s: -abs(s.at - p)):
+        for thing in sorted(self.things, key=self.distance, reverse=True):
             self.billboard(frame, thing)
         return frame
 
@@ -1695,7 +1699,7 @@ class Crypt(FirstPerson):
     def play(self):
         self.walk(0.05 if "LEFT_TRIGGER" in self.held else 0.09)
         goal, reach = self.goal, self.distance(self.goal)
-        if goal.kind.startswith("ghoul"):
+        if self.steps[0] == "ghoul":
             self.fight(goal, reach)
         elif reach < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
             self.done()
@@ -1735,7 +1739,7 @@ class Crypt(FirstPerson):
 
     def wish(self):
         goal, reach = self.goal, self.distance(self.goal)
-        if not goal.kind.startswith("ghoul"):
+        if self.steps[0] != "ghoul":
             push = "SOUTH" if goal.kind != "portal" and reach < 1 else ""
             return *self.steer(self.target(), 0.1), push
         near = reach < 1.6
@@ -1955,7 +1959,7 @@ class TopDown(Walled):
 
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
-        self.grid, h, w = grid, len(grid) * self.cell, len(grid[0]) * self.cell
+        self.grid, self.known, h, w = grid, {}, len(grid) * self.cell, len(grid[0]) * self.cell
         dark = np.uint8(colour(self.block[1])) // 2
         self.ground = np.full((h + 256, w + 256, 3), dark)
         inner = self.ground[128:-128, 128:-128]
@@ -1996,7 +2000,7 @@ class Swarm(TopDown):
     def begin(self):
         self.lay(walled(12, 12))
         self.pos, self.aim = 384 + 384j + self.around(0, 90), self.rng.uniform(0, tau)
-        self.brute, self.mines = self.foe == "brute", []
+        self.brute = self.foe == "brute"
         self.next()
 
     def next(self):
@@ -2013,11 +2017,11 @@ class Swarm(TopDown):
         at = self.spot(self.pos, 130, 200)
         if abs(at - self.pos) < 90:
             at = fence(2 * self.pos - at, *COURT)
-        self.gem, self.mines = Thing("gem", at), []
+        self.gem, self.things = Thing("gem", at), []
         for _ in range(2):
             p = self.spot(self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7), 0, 40)
             if abs(p - self.pos) > 60 and abs(p - at) > 45:
-                self.mines.append(Thing("mine", p))
+                self.things.append(Thing("mine", p))
 
     def spot(self, p, low, high):
         """A place in the court around p."""
@@ -2041,7 +2045,7 @@ class Swarm(TopDown):
                 self.hurt()
                 f.at = self.move(f.at, 70 * unit(f.at - self.pos) or 70)
             self.chase(f)
-        for mine in self.mines:
+        for mine in self.things:
             if self.distance(mine) < 26:
                 self.hurt()
                 self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
@@ -2074,7 +2078,7 @@ class Swarm(TopDown):
                 line(frame, f.at - corner, f.at + 160 * f.way - corner, "ff2828", 6)
             sprite(frame, f.kind, f.at - corner, self.size, phase(self.pos - f.at))
             self.pointer(frame, f.at, "ff3ca0")
-        sprites(frame, self.mines, 44, corner)
+        sprites(frame, self.things, 44, corner)
         discs(frame, self.bolts, 5, "ffff78", corner)
         if not self.count:
             self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
@@ -2103,11 +2107,11 @@ class Swarm(TopDown):
     def wish_for_gems(self):
         """Straight to the gem, bent away from mines; a dash where nothing is near."""
         way = unit(self.gem.at - self.pos)
-        for mine in self.mines:
+        for mine in self.things:
             d = ahead_and_right(mine.at - self.pos, way)
             if -10 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
-        free = all(self.distance(thing) >= 110 for thing in self.mines) and self.distance(self.gem) > 110
+        free = all(self.distance(thing) >= 110 for thing in self.things) and self.distance(self.gem) > 110
         return way, way, "LEFT_TRIGGER" if free else ""
 
 
@@ -2132,9 +2136,8 @@ class Vault(TopDown):
         self.pos = (here + MIDDLE) * 32
         cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
         places = [(c + MIDDLE) * 32 for c in cells]
-        self.things = [Thing(kind, at) for kind, at in zip(self.holds, places)]
+        self.things = [Thing(kind, at, reach=reach) for (kind, reach), at in zip(self.holds.items(), places)]
         self.foes = [Thing("slime", at, hp=2) for at in places[:self.slimes]]
-        self.key = False
         self.aim()
 
     def aim(self):
@@ -2153,18 +2156,17 @@ class Vault(TopDown):
         self.pos = self.move(self.pos, self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
         self.fight(self.pressed("WEST", 24))
         for thing in list(self.things):
-            reach = self.distance(thing)
-            if thing.kind == "key" and reach < 24:
-                self.key = True
+            near = thing is self.things[0] and self.distance(thing) < thing.reach
+            if near and thing.kind == "key":
                 self.things.remove(thing)
                 self.aim()
-            elif thing.kind == "stairs" and reach < 18:
-                self.done()
-            elif thing.kind == "chest" and self.key and reach < 34 and "SOUTH" in self.held:
+            elif near and (thing.kind == "stairs" or "SOUTH" in self.held):
                 self.done()
 
     def fight(self, strike):
         """Slimes come on around the blocks; a strike and a bite push them back."""
+        if self.foes and self.t % 4 == 0:
+            self.aim()
         for s in list(self.foes):
             d = s.at - self.pos
             struck = strike and abs(d) < 50 and between(d, self.face) < 0.7
@@ -2173,8 +2175,6 @@ class Vault(TopDown):
                 s.at = self.move(s.at, 30 * unit(d), 11)
                 if not struck:
                     self.hurt()
-            if self.t % 4 == 0:
-                self.aim()
             to = self.on_the_way(self.far, s.at) if abs(d) > 44 else self.pos
             s.at = self.move(s.at, 1.1 * unit(to - s.at), 11)
             if s.hp <= 0:
@@ -2183,12 +2183,11 @@ class Vault(TopDown):
 
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
-        if self.things:
-            way, p = [], self.pos
-            while len(way) < 12 and abs(p - self.things[0].at) > 20:
-                p = self.on_the_way(self.far, (cell_of(p / 32) + MIDDLE) * 32)
-                way.append(p)
-            self.trail(frame, way, self.pos, "4682ff")
+        way, p = [], self.pos
+        while self.things and len(way) < 12 and abs(p - self.things[0].at) > 20:
+            p = self.on_the_way(self.far, (cell_of(p / 32) + MIDDLE) * 32)
+            way.append(p)
+        self.trail(frame, way, self.pos, "4682ff")
         sprites(frame, self.things + self.foes, 36)
         resting = self.rests("WEST")
         if resting > 14:
@@ -2196,7 +2195,7 @@ class Vault(TopDown):
         sprite(frame, "knight", self.pos, 36, self.face)
         if resting:
             disc(frame, self.pos, 20, "787882", 3)
-        if self.key:
+        if self.things and self.things[0].kind == "chest":
             sprite(frame, "key", 128 + 16j, 32)
         return frame
 
@@ -2372,9 +2371,9 @@ class Cliffs(Side):
                 y -= 58
                 self.islands.append((x - 34, x + 34, y))
             else:
-                wide = self.plan.uniform(80, 150)
-                self.islands.append((x, x + wide, y) if s > 0 else (-x - wide, -x, y))
-                x = x + wide + self.plan.uniform(50, 68)
+                end = x + self.plan.uniform(80, 150)
+                self.islands.append((*sorted((s * x, s * end)), y))
+                x = end + self.plan.uniform(50, 68)
                 y += self.plan.choice((-20, 0, 20))
         self.on = self.last = 3 if coins else 0                # the island stood on, and to come back to
         self.stand(self.top(self.on))
@@ -2426,25 +2425,25 @@ class Cliffs(Side):
         return x, 0j, run
 
     def cross(self, to):
-        """The stick's x and the buttons that bring the runner to the next island on the way."""
-        x, (x0, x1, _) = self.pos.real, self.islands[self.on]
+        """The stick's x and the buttons that bring the runner to the next island on the way; x counts along
+        the way here, whichever side it goes to."""
         s = 1 if self.top(to).real > self.top(self.on).real else -1
-        edge, up = x1 if s > 0 else x0, "SOUTH" if self.v < 0 else ""
+        (_, edge), (near, _) = (sorted(s * x for x in self.islands[i][:2]) for i in (self.on, to))
+        x, up = s * self.pos.real, "SOUTH" if self.v < 0 else ""
+        if self.tower and self.ground:
+            spot = edge - 6
+            return s * span((spot - x) / 16), "SOUTH" if spot - x < 24 else ""
         if self.tower:
-            if not self.ground:
-                return span((self.top(to).real - x) / 24), up
-            spot = edge - s * 6
-            return span((spot - x) / 16), "SOUTH" if (spot - x) * s < 24 else ""
+            return span((self.top(to) - self.pos).real / 24), up
         if self.ground:
-            gap = (edge - x) * s
+            gap = edge - x
             return s, "SOUTH" if gap < 24 else "RIGHT_TRIGGER" if gap > 70 else ""
-        near = self.islands[to][0 if s > 0 else 1]                         # its edge on this side
         drop = self.v ** 2 + (self.islands[to][2] - self.pos.imag)
         flight = 2 * (sqrt(drop) - self.v) if drop > 0 else 0.0      # steps until there: drop = v t + t^2 / 4
-        if (near - 8 * s - x) * s > 3 * flight:                    # not to be reached: back to where we stood
-            return span((edge - 20 * s - x) / 20), ""
-        aim = near + 26 * s - x
-        return s if aim * s > 0 else aim / 30, up
+        if near - 8 - x > 3 * flight:                              # not to be reached: back to where we stood
+            return s * span((edge - 20 - x) / 20), ""
+        aim = near + 26 - x
+        return s * (1 if aim > 0 else aim / 30), up
 
 
 class Commando(Side):
@@ -2506,7 +2505,7 @@ class Commando(Side):
         frame = self.back(self.pos.real)
         x = int(corner) % 128
         frame[200:] = pattern("sand", 56, 512, "541", "874")[:, x:x + 256]
-        sprites(frame, self.things, 40, corner)
+        sprites(frame, [wire for wire in self.things if abs(wire.at.real - corner - 128) < 160], 40, corner)
         if not self.foe:
             sprite(frame, "copter", self.copter - corner, 92)
             arrow(frame, 128 + 40j, 0 if self.copter.real > self.pos.real else pi, 32, "ffff3c")

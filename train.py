@@ -137,10 +137,9 @@ def train(args, state, team):
             loss, stop = team.sum(loss, float(len(asked)))
             smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
             if not (math.isfinite(norm) and smooth < DIVERGED):
-                saved = out and (out / "state.safetensors").is_file()
                 raise UserError(f"diverged at step {step}: expected a loss below {DIVERGED:g} (a velocity of "
                                 f"0 has less than 2), found {loss:.3g} with a gradient of {norm:.3g}: "
-                                f"lower --lr {args.lr:g}" + (f"; the last save is in {out}" if saved else ""))
+                                f"lower --lr {args.lr:g}")
             seconds = before + time.perf_counter() - began
             row = {"step": step, "loss": loss, "lr": lr, "norm": norm, "seconds": seconds}
             bar.set_postfix_str(f"loss {loss:.4f} | lr {lr:.1e}", refresh=False)
@@ -154,7 +153,7 @@ def train(args, state, team):
                 rows.append(write_row(out / "log.csv", row))
                 if step % args.every == 0 or step == last or stop:
                     save_run(out, model, average, optimizer, step, args, data, metrics)
-                    draw_curve(out / "curve.png", rows, metrics.get("policies", {}))
+                    draw_curve(out / "curve.png", rows)
             if stop:
                 break
     if step < last:
@@ -263,7 +262,10 @@ class Clip:
         self.folder, self.file = Path(folder), "truth.npy" if truth else "actions.npy"
         meta = extract.read_clip(folder)
         frames, actions = open_arrays(str(folder), self.file)
-        self.n, self.fps, self.game, self.hole = len(actions), meta["fps"], game_of(meta), meta.get("hole")
+        self.n = len(actions)
+        self.fps = meta["fps"]
+        self.game = game_of(meta)
+        self.hole = meta.get("hole")
         extract.check_actions(self.folder / self.file, actions, frames.n)
         self.ratio = self.fps / config.hz                                    # rows of the clip for one action
         self.shift, self.horizon = config.action_shift, config.horizon
@@ -273,11 +275,9 @@ class Clip:
         self.kept = np.flatnonzero(keep & counts[:, 0]).astype(np.int32)      # frames that may start a chunk,
         self.rows = frames.numbers[self.kept]                                  # their rows, int64,
         self.lengths = counts.sum(1, dtype=np.int32)[self.kept]            # and how many of its actions count
-        self.cumulative = None                                        # of the frames' weights, if they differ
-        if human_weight != 1:
-            human = self.flags("human.npy", False)[self.rows]
-            self.cumulative = np.cumsum(np.where(human, human_weight, 1.0))
-        self.weight = float(len(self.kept) if self.cumulative is None else self.cumulative[-1:].sum())
+        human = self.flags("human.npy", False)[self.rows]
+        self.cumulative = np.cumsum(np.where(human, human_weight, 1.0))        # of the frames' weights
+        self.weight = float(self.cumulative[-1:].sum())
         self.sum = actions.sum(0, dtype=np.float64)
 
     def flags(self, name, default):
@@ -301,7 +301,8 @@ class Clip:
         A faster clip: a button counts as pressed when it was at any of the action's rows. A slower one: a row
         is held. Sticks: the first row.
         """
-        actions, end = open_arrays(str(self.folder), self.file)[1], int(self.end(row))
+        actions = open_arrays(str(self.folder), self.file)[1]
+        end = int(self.end(row))
         edges = np.minimum(self.edges(row), end)
         begin = np.minimum(edges[:-1], end - 1)
         rows = actions[begin[0]:max(edges[-1], begin[-1] + 1)]
@@ -316,7 +317,8 @@ class Clip:
     def pictures(self, j, config):
         """Kept frame j and what was before it -> uint8 (F, 256, 256, 3), oldest first, and bool (F,): which
         of them the clip has."""
-        frames, row = open_arrays(str(self.folder), self.file)[0], self.rows[j]
+        frames = open_arrays(str(self.folder), self.file)[0]
+        row = self.rows[j]
         out = np.zeros((config.frames, config.image, config.image, 3), np.uint8)
         keep = np.zeros(config.frames, bool)
         for back in range(config.frames):
@@ -378,7 +380,11 @@ class Sampler:
     begin, end] -> a batch, or the text of a UserError, which crosses processes in one line."""
 
     def __init__(self, clips, config, batch, draws=1, seed=0, balance=False, augment=True, drop_games=0.0):
-        self.clips, self.config, self.batch, self.draws, self.seed = clips, config, batch, draws, seed
+        self.clips = clips
+        self.config = config
+        self.batch = batch
+        self.draws = draws
+        self.seed = seed
         self.augment, self.drop_games = augment, drop_games
         weights = np.array([c.weight for c in clips])
         if balance:
@@ -397,10 +403,7 @@ class Sampler:
         frame = np.empty(self.batch, np.int64)
         for i, (k, x) in enumerate(zip(clip, np.clip(inside, 0, 1 - 1e-12))):
             c = self.clips[k]
-            if c.cumulative is None:
-                j = int(x * len(c.kept))
-            else:
-                j = int(np.searchsorted(c.cumulative, x * c.weight, "right"))
+            j = np.searchsorted(c.cumulative, x * c.weight, "right")
             frame[i] = min(j, len(c.kept) - 1)
         return clip, frame
 
@@ -450,7 +453,8 @@ def augmentation(rng, side):
     colour = grey + math.cos(turn) * (one - grey) + math.sin(turn) * axis
     colour = contrast * brightness * (saturation * one + (1 - saturation) * grey) @ colour
     offset = np.full((3, 1), (1 - contrast) * 127.5)
-    angle, size = math.radians(rng.uniform(-ROTATION, ROTATION)), rng.uniform(CROP, 1)
+    angle = math.radians(rng.uniform(-ROTATION, ROTATION))
+    size = rng.uniform(CROP, 1)
     turned = size * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     middle = np.full(2, (side - 1) / 2)
     corner = middle + rng.uniform(-1, 1, 2) * (1 - size) * side / 2 - turned @ middle
@@ -498,7 +502,8 @@ def score_chunks(chunks, truth, mask):
     """Chunks (n, T, 25) against the truth, in file convention, where mask (n, T) -> (stick R2 over all four
     axes, button F1); NaN: nothing to find."""
     chunks, truth = chunks[mask], truth[mask]                                                  # (actions, 25)
-    sticks, error = truth[:, -4:], chunks[:, -4:] - truth[:, -4:]
+    sticks = truth[:, -4:]
+    error = chunks[:, -4:] - truth[:, -4:]
     spread = ((sticks - sticks.mean(0)) ** 2).sum()
     r2 = float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan
     pressed, true = chunks[:, :-4] > 0.5, truth[:, :-4] > 0.5
@@ -532,12 +537,13 @@ def validate(model, sampler, means, device, args):
     clips = [(sampler.clips[k], j) for k, j in zip(*sampler.picks(0))]
     last = np.stack([clip.before(clip.rows[j]) for clip, j in clips])
     played, games = np.array([clip.game for clip, _ in clips]), {}                             # (n,) names
+    rest = extract.neutral()
+    usual = np.stack([means.get(game, rest) for game in played])
+    policies = {"model": chunks, "rest": rest, "repeat": last[:, None], "mean": usual[:, None]}
     for game in sorted(set(played)):
         here = played == game
-        policies = {"model": chunks[here], "rest": np.zeros_like(truth[here]),
-                    "repeat": np.repeat(last[here, None], truth.shape[1], 1),
-                    "mean": np.broadcast_to(means.get(game, extract.neutral()), truth[here].shape)}
-        games[game] = {name: score_chunks(p, truth[here], mask[here]) for name, p in policies.items()}
+        games[game] = {name: score_chunks(np.broadcast_to(p, truth.shape)[here], truth[here], mask[here])
+                       for name, p in policies.items()}
     overall = {}
     for name in policies:
         columns = np.array([g[name] for g in games.values()]).T                          # R2, F1 of each game
@@ -720,53 +726,42 @@ def read_log(path, step):
 def write_row(path, row):
     """Append a step's row to log.csv, what was not measured left empty -> the row as texts."""
     row = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
-    try:
-        with open(path, "a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, COLUMNS, restval="", lineterminator="\n").writerow(row)
-    except OSError as e:
-        raise UserError(f"can't write {path}: {e.strerror or e}: make room or close what holds it, "
-                        f"then --resume {path.parent}") from None
+    with open(path, "a", newline="", encoding="utf-8") as f:
+        csv.DictWriter(f, COLUMNS, restval="", lineterminator="\n").writerow(row)
     return row
 
 
-def draw_curve(path, rows, policies):
-    """curve.png: losses on the left; on the right R2 and F1 with the best policy that does not look in
-    grey."""
+def draw_curve(path, rows):
+    """curve.png: losses on the left, R2 and F1 on the right."""
     def column(name):
         points = [(float(r["step"]), float(r[name])) for r in rows if r.get(name)]
         return np.array([p for p in points if math.isfinite(p[1])]).reshape(-1, 2).T    # NaN: nothing to find
     steps, loss = column("loss")
     half = len(loss) // 100 + 1                                # a running mean over 2 % of the run
     smooth = np.convolve(np.pad(loss, half, "edge"), np.ones(2 * half + 1) / (2 * half + 1), "valid")
-    scores = {"stick R2": (*column("r2"), "green"), "button F1": (*column("f1"), "darkorange")}
-    for i, name in enumerate(("blind R2", "blind F1")):
-        blind = [figures[i] for policy, figures in policies.items() if policy != "model" and figures[i] >= 0]
-        if blind:
-            scores[name] = steps[[0, -1]], np.full(2, max(blind)), "grey"
-    page = Image.new("RGB", (1200, 400), "white")
+    page = Image.new("RGB", (1200, 400))
     page.paste(plot({"train": (steps, smooth, "royalblue"), "held out": (*column("val"), "darkorange")}))
-    page.paste(plot(scores), (600, 0))
+    page.paste(plot({"R2": (*column("r2"), "green"), "F1": (*column("f1"), "darkorange")}), (600, 0))
     page.save(path)
 
 
 def plot(curves, size=(600, 400)):
     """{name: (x, y, colour)} -> a picture of the curves over one pair of axes, from 0 up."""
     page = Image.new("RGB", size, "white")
-    pen, (w, h) = ImageDraw.Draw(page), size
+    pen = ImageDraw.Draw(page)
+    w, h = size[0] - 70, size[1] - 70                          # of the axes
     xs, ys = (np.concatenate([curve[k] for curve in curves.values()]) for k in (0, 1))
     right, top = max([1, *xs]), max([1e-3, *ys])
-
-    def place(x, y):
-        return 50 + x / right * (w - 70), h - 40 - max(y, 0) / top * (h - 70)
-    for k in range(5):
-        left, row = place(0, top * k / 4)
-        pen.line([left, row, w - 20, row], "#ddd")
-        pen.text((5, row - 6), f"{top * k / 4:.2f}", "#555")
-        pen.text((place(right * k / 4, 0)[0] - 8, h - 35), f"{right * k / 4:.0f}", "#555")
+    for part in np.linspace(0, 1, 5):
+        y = 30 + h * (1 - part)
+        pen.line([50, y, 50 + w, y], "#ddd")
+        pen.text((5, y - 6), f"{top * part:.2f}", "#555")
+        pen.text((42 + w * part, h + 35), f"{right * part:.0f}", "#555")
     for i, (name, (x, y, colour)) in enumerate(curves.items()):
         if len(x):
-            pen.line([place(*point) for point in zip(x, y)], colour, 2)
-            pen.text((60 + 130 * i, h - 16), f"{name} {y[-1]:.3f}", colour)
+            points = np.stack([50 + w * x / right, 30 + h * (1 - np.maximum(y, 0) / top)], 1)
+            pen.line(points.ravel().tolist(), colour, 2)
+            pen.text((60 + 130 * i, h + 54), f"{name} {y[-1]:.3f}", colour)
     return page
 
 
@@ -804,9 +799,6 @@ def save_run(out, model, average, optimizer, step, args, data, metrics):
 def read_state(run):
     """state.safetensors of a run folder -> {"path", "step", "args", "metrics"}."""
     path = Path(run) / "state.safetensors"
-    if not path.is_file():
-        raise UserError(f"{run}: expected a run folder with state.safetensors, found none: "
-                        "give the --out of an earlier run")
     with M.opened(path) as f:
         meta = M.parse_json(f.metadata()["nitrogen"])
         args = dict(meta["args"], data=[*map(str, meta["args"]["data"])])
@@ -961,7 +953,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = extract.Parser(prog="train.py", description="Train the policy by conditional flow matching.",
                        allow_abbrev=False)
-    count, share = number(int, 1), number(float, 0, 0.9)
+    count = number(int, 1)
+    natural = number(int, 0)
+    share = number(float, 0, 1)
     p.add_argument("data", nargs="*",
                    help="folders of clips with actions (of parse.py, play.py --record, bench.py record)")
     p.add_argument("--out", metavar="RUN", help="folder of the run")
@@ -979,17 +973,17 @@ def main(argv=None):
                    help="frames of a process's forward pass; the rest is accumulated (default: its share)")
     p.add_argument("--draws", type=count, default=4, metavar="r",
                    help="noises and times for each encoded frame (default 4: best at equal time for toy)")
-    p.add_argument("--lr", type=number(float, 0, 1),
+    p.add_argument("--lr", type=share,
                    help="constant phase of AdamW's rate (default 1e-4 [paper] at width 1024, narrower: more)")
-    p.add_argument("--warmup", type=number(int, 0),
+    p.add_argument("--warmup", type=natural,
                    help="steps of rising rate (default a twentieth of the steps, at most 500)")
-    p.add_argument("--decay", type=number(int, 0),
+    p.add_argument("--decay", type=natural,
                    help="steps of falling rate at the end (default a fifth of the steps)")
-    p.add_argument("--ema", type=number(float, 0, 1), default=EMA,
+    p.add_argument("--ema", type=share, default=EMA,
                    help=f"decay of the weights' average (default {EMA} [paper], warmed up)")
     p.add_argument("--ema-device", choices=("same", "cpu"), default="same",
                    help="where the average lives; cpu saves 4 bytes a weight of GPU memory")
-    p.add_argument("--dropout", type=share,
+    p.add_argument("--dropout", type=number(float, 0, 0.9),
                    help="replace the dropout of mixing and DiT (default: the preset's or the checkpoint's)")
     p.add_argument("--no-augment", action="store_true", help="no change of colour, rotation and crop")
     p.add_argument("--balance", action="store_true",
@@ -1000,15 +994,15 @@ def main(argv=None):
                    help="learn from truth.npy instead of actions.npy, to see what the labels cost")
     p.add_argument("--game-ids", action="store_true",
                    help="tell the model which game it plays (clip.json's \"game\")")
-    p.add_argument("--game-dropout", type=number(float, 0, 1), default=0.2, metavar="P",
+    p.add_argument("--game-dropout", type=share, default=0.2, metavar="P",
                    help="share of samples without their game, which sample.py --cfg needs (default 0.2)")
     p.add_argument("--hz", type=number(float, 1, 1000),
                    help="actions a second (default: the preset's or the checkpoint's)")
     p.add_argument("--horizon", type=count,
                    help="actions of a chunk (default: the preset's or the checkpoint's)")
-    p.add_argument("--action-shift", type=number(int, 0),
+    p.add_argument("--action-shift", type=natural,
                    help="actions between frame and chunk (default: the preset's or the checkpoint's)")
-    p.add_argument("--val", type=share, default=0.1,
+    p.add_argument("--val", type=number(float, 0, 0.9), default=0.1,
                    help="share of the clips held out (default 0.1; 0 = none)")
     p.add_argument("--val-frames", type=count, default=256,
                    help="frames of a validation, every game alike (default 256)")
@@ -1019,10 +1013,10 @@ def main(argv=None):
     p.add_argument("--compile", action="store_true", help="torch.compile the model: a minute at the start")
     p.add_argument("--checkpointing", action="store_true",
                    help="recompute activations in the backward pass: less memory, a third more time")
-    p.add_argument("--workers", type=number(int, 0),
+    p.add_argument("--workers", type=natural,
                    help="processes that load frames; 0: this one does (default: 4 at most; GPU on Linux: 16)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of everything drawn (default 0)")
+    p.add_argument("--seed", type=natural, default=0, help="of everything drawn (default 0)")
     p.add_argument("--dry-run", action="store_true",
                    help="check the data, take two steps, say how much memory they held, write nothing")
     p.set_defaults(run=lambda _: start(p, argv))

@@ -18,6 +18,7 @@ button's into one logit. The answers are then smoothed over the whole video.
 Letters: n frames, k sticks, m buttons, S pixels a side of a close-up; B batch, N tokens, D width.
 """
 import copy
+import itertools
 import json
 import math
 import time
@@ -50,8 +51,11 @@ CKPT = Path(__file__).parent / "weights" / "parser.safetensors"
 # --------------------------------------------------------------------------------------------- reading a clip
 def read_clip(model, folder, clip, pads):
     """Read one clip's crops and write its three files -> one line that says what came out."""
-    n, began, closeups = len(pads), time.time(), Closeups(clip["geometry"], clip["pad"])
-    actions, confidence = np.zeros((n, extract.A), np.float32), np.zeros(n, np.float32)
+    n = len(pads)
+    began = time.time()
+    closeups = Closeups(clip["geometry"], clip["pad"])
+    actions = np.zeros((n, extract.A), np.float32)
+    confidence = np.zeros(n, np.float32)
     shown = bool(closeups.sticks or closeups.buttons)
     if shown:
         pad = Pad(model, closeups, pads, read_template(folder, clip))
@@ -62,14 +66,17 @@ def read_clip(model, folder, clip, pads):
     if not shown:
         return (f"template {clip.get('template')} has no geometry: confidence 0, nothing kept; "
                 "give NAME.json with boxes and centres beside its PNG")
-    speed, pressed = n / (time.time() - began), actions[:, :len(BUTTONS)].any(1).mean()
+    speed = n / (time.time() - began)
+    pressed = actions[:, :len(BUTTONS)].any(1).mean()
     return (f"{n} frames | confidence {confidence.mean():.2f} | kept {keep.mean():.0%} | "
             f"pressed {pressed:.0%} | {speed:.0f} frames/s, {speed / clip['fps']:.1f} x real time")
 
 
 def settle(pad, places, spread, reads):
     """What Pad.read_all says of a whole video -> actions float32 (n, 25), confidence float32 (n,)."""
-    closeups, logits, sure = pad.closeups, reads.buttons.copy(), []
+    closeups = pad.closeups
+    logits = reads.buttons.copy()
+    sure = []
     actions = np.zeros((len(logits), extract.A), np.float32)
     for i, side in enumerate(closeups.sticks):
         actions[:, STICKS[side]] = normalise(places[:, i], closeups.known[side])
@@ -103,7 +110,8 @@ class Pad:
         self.model, self.closeups = model, closeups
         at = np.unique(np.linspace(0, len(pads) - 1, SAMPLES).astype(int))
         crops = [pads[i] for i in at]
-        before, now = closeups.all(pads[max(i - 1, 0)] for i in at), closeups.all(crops)
+        before = closeups.all(pads[max(i - 1, 0)] for i in at)
+        now = closeups.all(crops)
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)  # the video's median picture of the pad
         drawn = None if template is None else closeups(in_the_videos_light(template, picture))
         self.rest = rest_pictures(model, before, now, closeups(picture), drawn)
@@ -115,9 +123,8 @@ class Pad:
         covered."""
         return likeness(edges(crop), self.outline, centre=False)
 
-    def read(self, pads, begin=0, end=None):
-        """Frames begin .. end, by default all -> Reads."""
-        end = len(pads) if end is None else end
+    def read(self, pads, begin, end):
+        """Frames begin .. end -> Reads."""
         reads, alike = [], []
         last = self.closeups.all([pads[max(begin - 1, 0)]])    # the first frame is its own previous one
         for start in range(begin, end, 32):
@@ -129,21 +136,22 @@ class Pad:
             last = [c[-1:] for c in now]
         grids, clicks, buttons = map(np.concatenate, zip(*reads))
         n = end - begin
-        return Reads(grids.reshape(n, -1, GRID, GRID), clicks.reshape(n, -1), buttons.reshape(n, -1),
-                     np.array(alike))
+        grids = grids.reshape(n, -1, GRID, GRID)
+        return Reads(grids, clicks.reshape(n, -1), buttons.reshape(n, -1), np.array(alike))
 
     def read_all(self, pads):
         """All n frames -> places of the sticks float32 (n, k, 2), smoothed; their spread (n, k); Reads
         without grids, which are 100 times as large: only a piece of them is held."""
         k, reads, done, pads = len(self.closeups.sticks), [], 0, copy.copy(pads)
-        places, spread = np.zeros((len(pads), k, 2), np.float32), np.zeros((len(pads), k))
+        places = np.zeros((len(pads), k, 2), np.float32)
+        spread = np.zeros((len(pads), k))
         grids = np.zeros((0, k, GRID, GRID), np.float32)
         for low, begin, end, high in pieces(len(pads)):
             if done < high:
                 pads.data = extract.read_npy(pads.path, np.uint8, 1)   # mapped anew: frees what was read
                 more = self.read(pads, done, high)
                 grids, done = np.concatenate([grids, more.grids]), high
-                reads.append(more._replace(grids=grids[:0]))
+                reads.append(more._replace(grids=grids[:0].copy()))         # a view would hold them all
             grids = grids[low - done:]
             smoothed = smooth_grids(grids) if k else grids
             for i in range(k):
@@ -170,24 +178,24 @@ def rest_pictures(model, before, now, median, drawn):
     if drawn is None:
         rest, _ = at_rest(model, before, now, median)
         return at_rest(model, before, now, rest)[0]
-    rest, doubted = beside_template(model, median, drawn)
+    alike = [np.array([likeness(a, b) for a, b in zip(d, m)]) for d, m in zip(drawn, median)]
+    rest, doubted = beside_template(model, median, drawn, alike)
     rest, few = at_rest(model, before, now, rest)
     for picture, old, wrong in zip(rest, median, map(np.logical_and, doubted, few)):
         picture[wrong] = old[wrong]                       # seen at rest too seldom beside a template in doubt
     rest, _ = at_rest(model, before, now, rest)
-    if np.median([likeness(a, b) for d, m in zip(drawn, median) for a, b in zip(d, m)]) > ONE_SKIN:
+    if np.median(np.concatenate(alike)) > ONE_SKIN:
         rest[0] = drawn[0]                                    # its caps are at rest; the video's may never be
     return rest
 
 
-def beside_template(model, median, drawn):
+def beside_template(model, median, drawn, alike):
     """A control that the net, given the template as rest, sees deflected or pressed in the median picture
     seldom rests: its rest picture is the template's. -> rest pictures; bool (k,), (m,): replaced, but the
     template may be wrong, as it hardly differs there from the median picture, or is unlike the pad also where
     controls do rest."""
     grids, clicks, logits = net_reads(model, [montages(m[None], m[None], d) for m, d in zip(median, drawn)])
     away = (np.hypot(*decode(np.exp(grids)).T) > 0.5) & (grids.max((1, 2)) > math.log(0.15))
-    alike = [np.array([likeness(a, b) for a, b in zip(d, m)]) for d, m in zip(drawn, median)]
     seldom = [away | (clicks > 3), logits > 3]
     if len(logits):                                    # far less alike than the others: the net need say less
         seldom[1] |= (alike[1] < np.median(alike[1]) - 0.25) & (logits > 2)
@@ -218,7 +226,8 @@ def decode(p):
     Better than argmax (steps of 0.2) and than the mean over all cells (drawn to 0 by diffuse mass)."""
     y, x = np.divmod(p.reshape(len(p), GRID ** 2).argmax(1), GRID)             # the peak
     cells = np.arange(GRID)
-    rows, columns = abs(cells - y[:, None]) <= 1, abs(cells - x[:, None]) <= 1
+    rows = abs(cells - y[:, None]) <= 1
+    columns = abs(cells - x[:, None]) <= 1
     w = (p + 1e-9) * rows[:, :, None] * columns[:, None, :]                # zero beyond the peak's neighbours
     w /= w.sum((1, 2), keepdims=True)
     xy = np.stack([w.sum(1) @ cells, w.sum(2) @ cells], 1)                     # in cells
@@ -229,8 +238,8 @@ def labels(values):
     """Stick values (B, 2) -> the grid's label (B, 11, 11): a normal bump around the true place, summing to
     1."""
     cells = torch.linspace(-1, 1, GRID)
-    x, y = (torch.exp(-0.5 * ((cells - values[:, i, None]) / LABEL_WIDTH) ** 2) for i in (0, 1))
-    grid = y[:, :, None] * x[:, None, :]
+    bumps = torch.exp(-0.5 * ((cells - values[:, :, None]) / LABEL_WIDTH) ** 2)              # (B, xy, 11)
+    grid = bumps[:, 1, :, None] * bumps[:, 0, None, :]
     return grid / grid.sum((1, 2), keepdim=True)
 
 
@@ -239,7 +248,8 @@ def expect(p):
     there are several peaks (what smooth_grids leaves is free of diffuse mass); and their spread (n,), 1
     standard deviation."""
     cells = np.linspace(-1, 1, GRID)
-    x, y = p.sum(1), p.sum(2)                                                  # (n, 11) each
+    x = p.sum(1)
+    y = p.sum(2)                                               # (n, 11) each
     mean = np.stack([x @ cells, y @ cells], 1)
     variance = (x + y) @ cells ** 2 - (mean ** 2).sum(1)
     return mean.astype(np.float32), np.sqrt(np.maximum(variance, 0))
@@ -302,10 +312,12 @@ def level(logits, fixed):
     Two groups are pressed and not where the net calls the upper one pressed and they are apart; or, whatever
     the net calls it, where they are tight, nothing lies between them and they come and go, as no scene behind
     a see-through pad does. Else a button stays as it is."""
-    out, n = logits.copy(), len(logits)
+    out = logits.copy()
+    n = len(logits)
     for j, x in enumerate(logits.T if n >= 8 else ()):         # fewer are too few for two groups of four
         low, high = two_groups(x)
-        middle, apart = (low.mean() + high.mean()) / 2, high.mean() - low.mean()
+        middle = (low.mean() + high.mean()) / 2
+        apart = high.mean() - low.mean()
         spread = math.sqrt((low.var() * len(low) + high.var() * len(high)) / n)
         fewer = min(len(low), len(high))
         between = (np.abs(x - middle) < apart / 6).sum()
@@ -322,7 +334,8 @@ def level(logits, fixed):
 def two_groups(x):
     """Values (n,) -> the lower and the upper group, sorted, at the split with the largest variance between
     (Otsu)."""
-    ranked, k = np.sort(x), np.arange(1, len(x))               # k values in the lower group
+    ranked = np.sort(x)
+    k = np.arange(1, len(x))                                   # values in the lower group
     total = np.cumsum(ranked)[:-1]
     gap = (ranked.sum() - total) / k[::-1] - total / k         # between the groups' means
     return np.split(ranked, [1 + (k * k[::-1] * gap ** 2).argmax()])
@@ -347,9 +360,8 @@ def normalise(values, known):
     """
     if known or len(values) < 30:
         return values
-    counts, xs, ys = np.histogram2d(values[:, 0], values[:, 1], bins=21, range=[[-1.05, 1.05]] * 2)
-    i, j = np.unravel_index(counts.argmax(), counts.shape)
-    centre = np.array([xs[i] + xs[i + 1], ys[j] + ys[j + 1]]) / 2
+    counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]  # bins 0.1 wide
+    centre = np.array(np.unravel_index(counts.argmax(), counts.shape)) / 10 - 1
     near = np.abs(values - centre).max(1) < 0.1
     if near.mean() < 0.1 or np.abs(centre).max() > 0.5:       # never at rest long enough to say where rest is
         return values
@@ -365,13 +377,17 @@ class Closeups:
 
     def __init__(self, geometry, pad):
         scale = np.divide(pad, geometry["size"])                               # template -> crop pixels
-        sticks, boxes = geometry["sticks"], geometry["buttons"]
+        sticks = geometry["sticks"]
+        boxes = geometry["buttons"]
         self.sticks = [s for s in STICKS if s in sticks]
         self.buttons = [b for b in BUTTONS if b in boxes and b not in LEGACY]
-        self.known = {s: bool(sticks[s].get("travel")) and not geometry.get("borrowed") for s in self.sticks}
-        self.clicks, centers, travels = {}, [], []     # clicks: number of a stick -> of the button on its cap
+        self.known = {}                                        # sticks whose travel the geometry tells
+        self.clicks = {}                                       # number of a stick -> of the button on its cap
+        centers, travels = [], []
         for i, side in enumerate(self.sticks):
-            stick, thumb = sticks[side], THUMB[side]
+            stick = sticks[side]
+            thumb = THUMB[side]
+            self.known[side] = bool(stick.get("travel")) and not geometry.get("borrowed")
             if thumb in boxes and on_stick(boxes[thumb], stick):
                 self.clicks[i] = self.buttons.index(thumb)
             half_cap = stick.get("radius", geometry["size"][0] / 16) / 2       # where the travel is not known
@@ -441,7 +457,9 @@ def net_reads(model, panels, batch=256):
 
 # ------------------------------------------------------------------------------------ the net: two SegFormers
 PANELS = 3                                 # previous, current, at rest: stacked as channels
-WIDTHS, HEADS, REDUCTION = (24, 48, 80, 112), (1, 2, 4, 4), (4, 2, 1, 1)  # of the four stages, one block each
+WIDTHS = (24, 48, 80, 112)
+HEADS = (1, 2, 4, 4)
+REDUCTION = (4, 2, 1, 1)                   # of keys and values; one block a stage
 MLP, JOINED = 3, 64                        # the feed-forward's hidden width in widths; the head's width
 
 
@@ -451,7 +469,8 @@ class Parser(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stick, self.button = SegFormer(SUB * SUB + 1), SegFormer(1)
+        self.stick = SegFormer(SUB * SUB + 1)
+        self.button = SegFormer(1)
         self.to(memory_format=torch.channels_last)
 
     def sticks(self, panels, mask=None):
@@ -461,7 +480,8 @@ class Parser(nn.Module):
         cells = F.pixel_shuffle(out[:, :-1], SUB)[:, 0]                        # one cell = 0.2 of the travel
         edge = (cells.shape[-1] - GRID) // 2
         grid = cells[:, edge:edge + GRID, edge:edge + GRID]
-        return F.log_softmax(grid.flatten(1), 1).view(-1, GRID, GRID), out[:, -1].mean((1, 2))
+        log_p = F.log_softmax(grid.flatten(1), 1).view(grid.shape)
+        return log_p, out[:, -1].mean((1, 2))
 
     def buttons(self, panels, mask=None):
         """uint8 (B, 3, S, S, 3) -> logit of "pressed" (B,)."""
@@ -533,8 +553,10 @@ class Stage(nn.Module):
 
     def __init__(self, d, heads, reduction):
         super().__init__()
-        self.layer_norm_1, self.attention = nn.LayerNorm(d), ReducedAttention(d, heads, reduction)
-        self.layer_norm_2, self.mlp = nn.LayerNorm(d), MixFFN(d, MLP * d)
+        self.layer_norm_1 = nn.LayerNorm(d)
+        self.attention = ReducedAttention(d, heads, reduction)
+        self.layer_norm_2 = nn.LayerNorm(d)
+        self.mlp = MixFFN(d, MLP * d)
 
     def forward(self, x, hw):                                                  # (B, N, D)
         x = x + self.attention(self.layer_norm_1(x), hw)
@@ -554,15 +576,14 @@ class ReducedAttention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(d, d)})
 
     def forward(self, x, hw):                                                  # (B, N, D)
-        B, N, D = x.shape
         kv = x
         if "sr" in self.self:
             kv = self.self["sr"](as_map(x, hw)).flatten(2).transpose(1, 2)
             kv = self.self["layer_norm"](kv)                                   # (B, N / reduction^2, D)
-        q, k, v = (self.self[name](t).view(B, -1, self.heads, D // self.heads).transpose(1, 2)
-                   for name, t in (("query", x), ("key", kv), ("value", kv)))
+        each = zip(self.self.values(), (x, kv, kv))
+        q, k, v = (layer(t).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer, t in each)
         x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, N, D / heads)
-        return self.output["dense"](x.transpose(1, 2).reshape(B, N, D))
+        return self.output["dense"](x.transpose(1, 2).flatten(2))
 
 
 class MixFFN(nn.Module):
@@ -571,7 +592,8 @@ class MixFFN(nn.Module):
 
     def __init__(self, d, hidden):
         super().__init__()
-        self.dense1, self.dense2 = nn.Linear(d, hidden), nn.Linear(hidden, d)
+        self.dense1 = nn.Linear(d, hidden)
+        self.dense2 = nn.Linear(hidden, d)
         self.dwconv = nn.ModuleDict({"dwconv": nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)})
 
     def forward(self, x, hw):                                                  # (B, N, D)
@@ -615,24 +637,29 @@ def train_reader(args):
     steps = args.steps or (600 if args.skins else STEPS)
     peak = (5e-4 if args.skins else 2e-3) if args.lr is None else args.lr
     extract.writable(args.out)
-    skins = own_skins(args.skins) if args.skins else []
+    skins = extract.load_skins(args.skins, 480) if args.skins else []          # larger is slower to draw
+    skins = [s for s in skins if s.buttons or s.sticks]
+    if args.skins and not skins:
+        raise UserError(f"--skins {args.skins}: expected OBS input-overlay presets or NAME.png with NAME.json"
+                        ", found bare pictures: say in NAME.json where their controls are")
     torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))      # a core renders the scenes
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = load_parser(args.ckpt) if args.ckpt else Parser()
     mean = copy.deepcopy(model)
-    held = iter(Teacher(args.seed + 1000, skins, fresh=0))
-    held = [next(held) for _ in range(16)]
+    held = [*itertools.islice(Teacher(args.seed + 1000, skins, fresh=0), 16)]
     curve = []
 
     def record(step, **losses):
-        curve.append({"step": step, **losses, **check(mean, held), "cpu_s": round(time.process_time())})
+        curve.append({"step": step, **losses, **check(mean, held)})
         tqdm.write(" | ".join(f"{k} {v}" for k, v in curve[-1].items()))
     if args.ckpt:
         record(0)                                              # before, to compare the last one with
-    workers = dict(num_workers=1, prefetch_factor=8) if args.workers else {}
-    scenes = iter(torch.utils.data.DataLoader(Teacher(args.seed, skins), batch_size=None, **workers))
-    stick_pool, button_pool = Pool(args.pool), Pool(8 * args.pool)
+    loader = torch.utils.data.DataLoader(Teacher(args.seed, skins), batch_size=None, num_workers=args.workers,
+                                         prefetch_factor=8 if args.workers else None)
+    scenes = iter(loader)
+    stick_pool = Pool(args.pool)
+    button_pool = Pool(8 * args.pool)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.02, betas=(0.9, 0.98))
     warmup = min(200, steps // 10 + 1)
     bar = tqdm(range(1, steps + 1), desc="train", mininterval=10)
@@ -644,7 +671,8 @@ def train_reader(args):
         lr = peak * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / (steps + 1)))
         # --- one step: everything below the next line is book-keeping
         model.train()
-        sticks, buttons = stick_pool.draw(generator, args.batch), button_pool.draw(generator, 3 * args.batch)
+        sticks = stick_pool.draw(generator, args.batch)
+        buttons = button_pool.draw(generator, 3 * args.batch)
         loss = parser_loss(model, generator, sticks, buttons)
         total = sum(loss.values())
         if not math.isfinite(total.item()):                    # or it would spoil the mean and the file
@@ -710,7 +738,10 @@ class Pool:
     serves often."""
 
     def __init__(self, size):
-        self.size, self.n, self.at, self.data = size, 0, 0, None
+        self.size = size
+        self.n = 0
+        self.at = 0
+        self.data = None
 
     def add(self, *tensors):
         """Store these rows over the oldest."""
@@ -729,7 +760,7 @@ class Pool:
 
 # ------------------------------------------------------------------------------------------------ the teacher
 # A scene = one skin over one moving background, some frames of play, through one video codec: what a clip
-# folder would hold, with the truth. What differs between channels is drawn per scene: skin, size, opacity, pose.
+# folder would hold, with the truth. What differs between channels is drawn per scene: skin, size, opacity ...
 FRAMES, RESTS = 8, 5                       # frames of a scene; pictures that its pad at rest is the median of
 STEPS = 5000                               # of the default training
 
@@ -739,7 +770,9 @@ class Teacher(torch.utils.data.IterableDataset):
     prevents forgetting."""
 
     def __init__(self, seed, skins=None, fresh=0.25):
-        self.seed, self.skins, self.fresh = seed, skins, fresh
+        self.seed = seed
+        self.skins = skins
+        self.fresh = fresh
 
     def __iter__(self):
         cv2.setNumThreads(1)
@@ -759,14 +792,18 @@ def scene(rng, skin, backdrops):
     """One scene -> panels with truth: sticks uint8 (8 k, 3, 57, 57, 3), values (8 k, 2), click (8 k,) (nan:
     not shown on this pad); buttons uint8 (8 m, 3, 33, 33, 3), pressed (8 m,). The panels are previous,
     current, rest."""
-    overlay, actions = Overlay(rng, skin), random_play(rng, FRAMES)
+    overlay = Overlay(rng, skin)
+    actions = random_play(rng, FRAMES)
     film = Film(rng, backdrops, overlay.w, overlay.h)
     closeups = Closeups({"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}, overlay.pad)
     sprites = [overlay.sprite(a) for a in actions]
     views = [film.step() for _ in actions]
-    now = closeups.all(overlay.crops([overlay.over(s, v) for s, v in zip(sprites, views)]))
+    frames = [*map(overlay.over, sprites, views)]
+    now = closeups.all(overlay.crops(frames))
     # the pad at rest: a median over frames that mostly are at rest, over the same background or over others
-    asleep, idle, same = overlay.sprite(None), rng.choice([0.3, 0.75, 0.95, 1, 1]), rng.random() < 0.4
+    asleep = overlay.sprite(None)
+    idle = rng.choice([0.3, 0.75, 0.95, 1, 1])
+    same = rng.random() < 0.4
     rests = []
     for _ in range(RESTS):
         if not same:
@@ -775,7 +812,8 @@ def scene(rng, skin, backdrops):
         rests.append(overlay.over(sprite, views[rng.integers(FRAMES)] if same else film.window()))
     overlay.passes = overlay.passes * (rng.random() < 0.3)     # a median over a video hardly shows its codec
     rest = [np.sort(cuts, 0)[RESTS // 2] for cuts in closeups.all(overlay.crops(rests))]    # a fast np.median
-    sticks, buttons = (montages(np.concatenate([c[:1], c[:-1]]), c, r) for c, r in zip(now, rest))
+    before = [np.concatenate([cuts[:1], cuts[:-1]]) for cuts in now]
+    sticks, buttons = map(montages, before, now, rest)
     values = np.zeros((FRAMES, len(closeups.sticks), 2), np.float32)
     clicks = np.full((FRAMES, len(closeups.sticks)), np.nan, np.float32)
     pressed = actions[:, [BUTTON[b] for b in closeups.buttons]]
@@ -790,15 +828,20 @@ def random_play(rng, n):
     """Inputs with a person's dynamics, float32 (n, 25): taps, held buttons, chords; sticks that rest, ramp,
     stay tilted, tremble."""
     actions = np.zeros((n, extract.A), np.float32)
-    share, dwell = rng.uniform(0.08, 0.45), rng.choice([2, 4, 10, 30], size=21)
+    share = rng.uniform(0.08, 0.45)
+    dwell = rng.choice([2, 4, 10, 30], size=21)
     on = rng.random(21) < share
     for t in range(n):
         on = on ^ (rng.random(21) < np.where(on, 1, share / (1 - share)) / dwell)
         actions[t, :21] = on
     actions[:, [BUTTON[b] for b in LEGACY]] = 0
     for s in STICKS.values():
-        idle, square, noise = rng.choice([0.1, 0.35, 0.8]), rng.random() < 0.3, rng.choice([0, 0, 0.03])
-        at, goal, speed = np.zeros(2), np.zeros(2), 1.0
+        idle = rng.choice([0.1, 0.35, 0.8])
+        square = rng.random() < 0.3
+        noise = rng.choice([0, 0, 0.03])
+        at = np.zeros(2)
+        goal = np.zeros(2)
+        speed = 1.0
         if rng.random() > idle:
             at = goal = tilt(rng, square)
         for t in range(n):
@@ -825,14 +868,17 @@ class Film:
     cut."""
 
     def __init__(self, rng, backdrops, w, h):
-        self.rng, self.backdrops, self.size = rng, backdrops, (w, h)
+        self.rng = rng
+        self.backdrops = backdrops
+        self.size = (w, h)
         self.mode = rng.choice(["still", "still", "scroll", "shake", "zoom", "cut"])
         self.cut()
         self.velocity = rng.normal(0, 1, 2) * rng.choice([1, 4, 12])
         self.growth = rng.normal(0, 0.03)
         self.sprites = []                                      # pieces of other backdrops that move over it
         for _ in range(rng.integers(0, 4)):
-            source, at = rng.integers(len(backdrops)), rng.uniform(0, 1, 2) * (w, h)
+            source = rng.integers(len(backdrops))
+            at = rng.uniform(0, 1, 2) * (w, h)
             self.sprites.append([source, at, rng.normal(0, 6, 2), rng.integers(6, max(7, h // 3))])
 
     def cut(self):
@@ -840,11 +886,12 @@ class Film:
         self.image = self.backdrops[self.rng.integers(len(self.backdrops))]
         self.zoom = self.rng.choice([0.6, 1, 1, 2, 3])
         H, W = self.image.shape[:2]
-        self.at = self.rng.uniform(0, 1, 2) * np.maximum((W, H) - np.array(self.size) / self.zoom, 1)
+        room = (W, H) - np.array(self.size) / self.zoom
+        self.at = self.rng.uniform(0, 1, 2) * np.maximum(room, 1)
 
     def window(self):
         """uint8 (h, w, 3): what is behind the overlay now."""
-        m = np.float64([[1 / self.zoom, 0, self.at[0]], [0, 1 / self.zoom, self.at[1]]])
+        m = np.c_[np.eye(2) / self.zoom, self.at]
         flags = cv2.INTER_LINEAR if self.zoom == 1 or self.rng.random() < 0.5 else cv2.INTER_NEAREST
         return cv2.warpAffine(self.image, m, self.size, flags=flags | cv2.WARP_INVERSE_MAP,
                               borderMode=cv2.BORDER_REFLECT)
@@ -861,8 +908,8 @@ class Film:
             source, at, velocity, side = sprite
             sprite[1] = at = at + velocity
             x, y = at.astype(int) % self.size
-            patch = self.backdrops[source][:min(side, self.size[1] - y), :min(side, self.size[0] - x)]
-            view[y:y + patch.shape[0], x:x + patch.shape[1]] = patch
+            hidden = view[y:y + side, x:x + side]
+            hidden[:] = self.backdrops[source][:hidden.shape[0], :hidden.shape[1]]
         return view
 
 
@@ -870,20 +917,26 @@ class Overlay:
     """How one video shows one skin: size, opacity, quality, and where the crop lies a little wrong."""
 
     def __init__(self, rng, skin):
-        self.rng, self.skin, (W, H) = rng, skin, skin.size
-        self.w = int(np.exp(rng.uniform(np.log(96), np.log(380))))
+        self.rng = rng
+        self.skin = skin
+        (W, H) = skin.size
+        self.w = int(np.exp(rng.uniform(*np.log([96, 380]))))
         self.h = max(16, round(self.w * H / W))
         self.opacity = 1.0 if rng.random() < 0.25 else rng.uniform(0.5, 1)
         self.pad = (320, max(16, round(320 * H / W)))
         wrong = rng.choice([0.2, 1])                           # most poses are better than the worst allowed
-        k, shift = 1 + rng.uniform(-0.02, 0.02) * wrong, rng.uniform(-1.5, 1.5, 2) * wrong
-        size, pad = np.array([self.w, self.h]), np.array(self.pad)
+        k = 1 + rng.uniform(-0.02, 0.02) * wrong
+        shift = rng.uniform(-1.5, 1.5, 2) * wrong
+        size = np.array([self.w, self.h])
+        pad = np.array(self.pad)
         s = size / pad * k
         offset = size / 2 + shift - s * pad / 2 + s / 2 - 0.5
-        self.warp = np.float64([[s[0], 0, offset[0]], [0, s[1], offset[1]]])   # crop -> video pixels
+        self.warp = np.c_[np.diag(s), offset]                  # crop -> video pixels
         self.passes = rng.choice([0, 1, 1, 2])                 # through a codec
         self.blur = rng.uniform(0.4, 1.2) if rng.random() < 0.2 else 0
-        gamma, gain, lift = np.exp(rng.normal(0, 0.2)), rng.uniform(0.75, 1.1), rng.uniform(0, 20)
+        gamma = np.exp(rng.normal(0, 0.2))
+        gain = rng.uniform(0.75, 1.1)
+        lift = rng.uniform(0, 20)
         lut = np.clip(255 * gain * (np.arange(256) / 255) ** gamma + lift, 0, 255).astype(np.uint8)
         self.lut = lut if rng.random() < 0.4 else None
         self.jpeg = 90 if rng.random() < 0.6 else None
@@ -915,7 +968,9 @@ class Overlay:
 def codec(rng, frames):
     """Frames as a video codec leaves them: a JPEG, then JPEGs of what changed; blocks with little change are
     kept."""
-    quality, inter, keep = rng.integers(45, 95), rng.integers(30, 92), rng.choice([0, 1, 3, 6])
+    quality = rng.integers(45, 95)
+    inter = rng.integers(30, 92)
+    keep = rng.choice([0, 1, 3, 6])
     out = [jpeg(frames[0], quality)]
     for frame in frames[1:]:
         last = out[-1]
@@ -924,8 +979,7 @@ def codec(rng, frames):
         still = (blocks.max(2) < keep).astype(np.uint8)
         still = cv2.resize(still, frame.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         change[still > 0] = 128
-        change = 2 * (jpeg(change, inter).astype(np.int16) - 128)
-        out.append(np.clip(last.astype(np.int16) + change, 0, 255).astype(np.uint8))
+        out.append(cv2.addWeighted(last, 1, jpeg(change, inter), 2, -256))
     return out
 
 
@@ -952,16 +1006,19 @@ def in_the_videos_light(template, picture):
     """The template, uint8 (h, w, 4), as it would look in the video whose median picture (h, w, 3) is given:
     by a line fitted where it is opaque; where little is, as a share (the overlay's opacity) of it over the
     mean colour beside it."""
-    alpha, rgb = template[..., 3:] / 255.0, template[..., :3].astype(float)
-    solid, beside = template[..., 3] > 200, template[..., 3] < 25
+    alpha = template[..., 3:] / 255.0
+    rgb = template[..., :3].astype(float)
+    solid = template[..., 3] > 200
+    beside = template[..., 3] < 25
     if solid.sum() >= 200 and rgb[solid].std() >= 8:
         gain, lift = np.polyfit(rgb[solid].ravel(), picture[solid].ravel(), 1)
         drawn = alpha * np.clip(np.clip(gain, 0.3, 1.1) * rgb + lift, 0, 255) + (1 - alpha) * picture
     else:
         ground = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
         full = alpha * (rgb - ground)
-        opacity = np.clip(((picture - ground) * full).sum() / max((full ** 2).sum(), 1), 0.3, 1)
-        drawn = np.where(beside[..., None], picture, np.clip(ground + opacity * full, 0, 255))
+        opacity = ((picture - ground) * full).sum() / max((full ** 2).sum(), 1)
+        drawn = np.clip(ground + np.clip(opacity, 0.3, 1) * full, 0, 255)
+        drawn[beside] = picture[beside]
     return np.rint(drawn).astype(np.uint8)
 
 
@@ -970,7 +1027,8 @@ def likeness(a, b, centre=True):
     average 0."""
     if centre:
         a, b = (x - x.mean((0, 1), dtype=np.float32) for x in (a, b))
-    return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-6))
+    scale = np.linalg.norm(a) * np.linalg.norm(b)
+    return float((a * b).sum() / (scale + 1e-6))
 
 
 def edges(crop):
@@ -978,7 +1036,8 @@ def edges(crop):
     that no single one decides."""
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    return np.clip(np.stack([cv2.Sobel(small, cv2.CV_32F, *axis) for axis in ((1, 0), (0, 1))]), -80, 80)
+    slopes = cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)
+    return np.clip(np.stack(slopes), -80, 80)
 
 
 def run(args):
@@ -994,8 +1053,7 @@ def run(args):
         except UserError as e:                                 # the other clips are read all the same
             wrong.append(str(e))
     if wrong:
-        more = f" (and {len(wrong) - 1} more clips could not be read)" if len(wrong) > 1 else ""
-        raise UserError(wrong[0] + more)
+        raise UserError(f"{wrong[0]} (clips that could not be read: {len(wrong)})")
 
 
 def run_clip(model, folder):
@@ -1049,12 +1107,13 @@ def read_template(folder, clip):
 def unread(folder, n):
     """Is anything missing of what a reading writes? (A clip is whole when its three files are, with n rows
     each.)"""
-    files = ("actions", np.float32, 2), ("confidence", np.float32, 1), ("keep", np.bool_, 1)
+    files = ("actions", np.float32, (n, extract.A)), ("confidence", np.float32, (n,)), ("keep", bool, (n,))
     try:
-        rows = [len(extract.read_npy(folder / f"{name}.npy", dtype, dims)) for name, dtype, dims in files]
+        for name, dtype, shape in files:
+            extract.read_npy(folder / f"{name}.npy", dtype, shape)
     except UserError:
         return True
-    return rows != [n] * 3
+    return False
 
 
 def r2(got, true):
@@ -1071,7 +1130,8 @@ def score(actions, truth, geometry):
     """Actions (n, 25) against the truth -> {figure: value} of the controls that the skin shows; F1 is the
     mean over the buttons that are pressed at all."""
     shown = [BUTTON[b] for b in geometry["buttons"] if b not in LEGACY]
-    got, true = actions[:, shown] > 0.5, truth[:, shown] > 0.5
+    got = actions[:, shown] > 0.5
+    true = truth[:, shown] > 0.5
     occurs = true.any(0)
     f1 = 2 * (got & true).sum(0) / np.maximum(got.sum(0) + true.sum(0), 1)
     sticks = {f"{s} R2": r2(actions[:, STICKS[s]], truth[:, STICKS[s]]) for s in geometry["sticks"]}
@@ -1088,7 +1148,9 @@ def mean_of(rows):
 def evaluate(args):
     """Score every clip that has truth.npy, reading those not read yet; a line a clip, then the means per
     family and over all."""
-    model, rows, families = None, {}, {}
+    model = None
+    rows = {}
+    families = {}
     for folder in extract.clips_in(args.data):
         clip, pads = open_pads(folder) if (folder / "truth.npy").is_file() else (None, None)
         if pads is None:
@@ -1113,32 +1175,21 @@ def evaluate(args):
         print(f"{name:{width}}" + "".join(f"{row.get(k, math.nan):10.4f}" for k in FIGURES))
 
 
-@torch.no_grad()
 def check(model, scenes):
     """Single-frame score on drawn scenes: R2 of the sticks, F1 of clicks and buttons together."""
-    model.eval()
-    sticks, values, clicks, buttons, pressed = map(torch.cat, zip(*scenes))
-    places, click = zip(*map(model.sticks, sticks.split(256))) if len(sticks) else ((), ())
-    fit = r2(decode(torch.cat(places).exp().numpy()), values.numpy()) if places else math.nan
-    logits = torch.cat([*click, *map(model.buttons, buttons.split(256) if len(buttons) else ())])
-    true = torch.cat([clicks, pressed])                        # a click that the pad does not show: nan
-    read, held = (logits > 0) & ~true.isnan(), true == 1
-    f1 = 2 * (read & held).sum() / (read.sum() + held.sum()).clamp(min=1)
+    sticks, values, clicks, buttons, pressed = (torch.cat(part).numpy() for part in zip(*scenes))
+    grids, *logits = net_reads(model.eval(), [sticks, buttons])
+    fit = r2(decode(np.exp(grids)), values) if len(grids) else math.nan
+    true = np.concatenate([clicks, pressed])                   # a click that the pad does not show: nan
+    read = (np.concatenate(logits) > 0) & ~np.isnan(true)
+    held = true == 1
+    f1 = 2 * (read & held).sum() / max(read.sum() + held.sum(), 1)
     return {"stick R2": round(fit, 4), "button F1": round(float(f1), 4)}
-
-
-def own_skins(folder):
-    """The skins of a folder that have geometry; a bare picture teaches nothing."""
-    skins = [s for s in extract.load_skins(folder, 480) if s.buttons or s.sticks]   # larger is slower to draw
-    if not skins:
-        raise UserError(f"--skins {folder}: expected OBS input-overlay presets (layout .json + atlas .png) "
-                        "or NAME.png with NAME.json, found bare pictures: say there where their controls are")
-    return skins
 
 
 def save_parser(path, model, **about):
     """One safetensors file; its header holds what is told about it as one JSON string."""
-    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
     extract.write_atomic(path, lambda tmp: tmp.write_bytes(save(tensors, {"parser": json.dumps(about)})))
 
 

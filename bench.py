@@ -88,6 +88,14 @@ def pick_tasks(names):
     return [t for t in TASKS if not names or t in names or t.split("/")[0] in names]
 
 
+def by_game(tasks):
+    """Names of tasks -> {game: its tasks among them}."""
+    groups = {}
+    for task in tasks:
+        groups.setdefault(task.split("/")[0], []).append(task)
+    return groups
+
+
 def chosen(args, names):
     """The tasks that --games or --tasks name, or the one of --env."""
     if args.env and not names:
@@ -115,10 +123,8 @@ def record(args):
     if args.ckpt:
         learned(args.ckpt, args.euler)                                   # names a wrong file now, in one line
     count = max(round(args.minutes * 60 * game.fps / n), 1)
-    out, groups = folder(args.out), {}
-    for task in tasks:
-        groups.setdefault(PLAYABLE[task].game, []).append(task)
-    jobs = [(out, group, i, args.seed, n) for group in groups.values() for i in range(count)]
+    out = folder(args.out)
+    jobs = [(out, group, i, args.seed, n) for group in by_game(tasks).values() for i in range(count)]
     work = record_video if args.video else functools.partial(record_folder, ckpt=args.ckpt, euler=args.euler)
     for i, line in enumerate(in_processes(work, jobs, 1 if args.env else args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line}", flush=True)
@@ -382,11 +388,11 @@ def demo(args):
     runs = {"model": out / "model", "true labels": out / "model-truth"}
 
     with stage(out, "play on video") as say:
-        games = list(dict.fromkeys(task.split("/")[0] for task in tasks))
+        games = by_game(tasks)
         steps = round(args.minutes * 60 * FPS / args.videos)
         low_left = False, True                         # one channel keeps its pad in one place
-        jobs = [(videos, [t for t in tasks if t.startswith(f"{game}/")], i, args.seed, steps, low_left)
-                for game in games for i in range(args.videos)]
+        jobs = [(videos, group, i, args.seed, steps, low_left)
+                for group in games.values() for i in range(args.videos)]
         for line in in_processes(record_video, jobs, extract.cores()):
             print(line)
         say(f"{len(jobs)} mp4 of {', '.join(games)}, {len(jobs) * steps / FPS / 60:.1f} minutes at 640 x 360")
@@ -500,8 +506,7 @@ def story(video, clip, films, rows, finding, reading):
     read = slice(start, start + 150)
     presses = truth[read, :21].sum(0)
     often = [b for b in np.argsort(-presses)[:3] if presses[b]]
-    columns = {f"{side} {axis}": 21 + 2 * i + j for i, side in enumerate(("left", "right"))
-               for j, axis in enumerate("xy")}
+    columns = dict(zip(("left x", "left y", "right x", "right y"), range(21, 25)))
     columns |= {extract.BUTTONS[b].lower(): b for b in often}
     for k, (label, column) in enumerate(columns.items()):
         write(700, 330 + 28 * k, label, 13)
@@ -525,7 +530,7 @@ def story(video, clip, films, rows, finding, reading):
 def transfer(args):
     """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on
     so many minutes of it, against a fresh model with the same minutes and steps."""
-    games = list(dict.fromkeys(task.split("/")[0] for task in pick_tasks(args.games)))
+    games = list(by_game(pick_tasks(args.games)))
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
@@ -1350,12 +1355,6 @@ def sprites(frame, things, size, corner=0j):
         sprite(frame, thing.kind, thing.at - corner, size)
 
 
-def discs(frame, things, radius, ink, corner):
-    """Draw things as filled circles, seen from the camera's corner."""
-    for thing in things:
-        disc(frame, thing.at - corner, radius, ink)
-
-
 def dot(p):
     """A place as OpenCV wants it."""
     return round(p.real), round(p.imag)
@@ -1576,9 +1575,9 @@ class Walled(Game):
             self.known[cell] = distances(self.grid, cell)
         return self.known[cell]
 
-    def on_the_way(self, far, p):
-        """Where to walk next from p; far: ways_to() the goal."""
-        return waypoint(far, p / self.cell) * self.cell
+    def on_the_way(self, goal, p):
+        """Where to walk next from p to get to the goal."""
+        return waypoint(self.ways_to(goal), p / self.cell) * self.cell
 
 
 class FirstPerson(Walled):
@@ -1624,7 +1623,7 @@ class FirstPerson(Walled):
         """A new goal to fight, take or reach. kinds: kind -> least and most steps away, lift, size."""
         low, high, lift, size = self.kinds[kind]
         self.goal = Thing(kind, self.place(low, high), hp=2, wind=0, lift=lift, size=size)
-        self.things, self.far = [self.goal], self.ways_to(self.goal.at)
+        self.things, self.goes_to = [self.goal], self.goal.at
 
     def draw(self):
         p, rays = self.pos, rect(1, self.face) * (1 + 1j * LENS)                        # (128,)
@@ -1672,7 +1671,7 @@ class FirstPerson(Walled):
         """Where to go now: the goal itself where the way there is wide enough."""
         side = 0.2j * unit(self.goal.at - self.pos)
         clear = all(self.sees(self.pos + s, self.goal.at + s) for s in (side, -side))
-        return self.goal.at if clear else self.on_the_way(self.far, self.pos)
+        return self.goal.at if clear else self.on_the_way(self.goes_to, self.pos)
 
     def steer(self, target, near=0.0):
         """Both sticks of a walk: turn to the target, walk once it is about ahead, stop when nearer than
@@ -1707,9 +1706,9 @@ class Crypt(FirstPerson):
     def fight(self, ghoul, reach):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
         shield, off = "LEFT_TRIGGER" in self.held, lambda: abs(self.angle(ghoul.at))
-        self.far = self.ways_to(ghoul.at)
+        self.goes_to = ghoul.at
         if reach > 0.8:
-            to = self.on_the_way(self.ways_to(self.pos), ghoul.at) if reach > 1.5 else self.pos
+            to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
             ghoul.at = self.move(ghoul.at, 0.025 * unit(to - ghoul.at), 0.2)
         if ghoul.wind:
             ghoul.wind -= 1
@@ -1959,13 +1958,13 @@ class TopDown(Walled):
 
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
-        self.grid, self.known, h, w = grid, {}, len(grid) * self.cell, len(grid[0]) * self.cell
-        dark = np.uint8(colour(self.block[1])) // 2
-        self.ground = np.full((h + 256, w + 256, 3), dark)
-        inner = self.ground[128:-128, 128:-128]
-        inner[:] = pattern(self.floor[0], h, w, *self.floor[1:])
+        self.grid, self.known = grid, {}
         wall = np.kron(np.uint8(grid), np.ones((self.cell, self.cell), np.uint8))
-        cv2.copyTo(pattern(self.block[0], h, w, *self.block[1:]), wall, inner)
+        (floor, *floor_inks), (block, dark, light), (h, w) = self.floor, self.block, wall.shape
+        self.ground = np.full((h + 256, w + 256, 3), np.uint8(colour(dark)) // 2)
+        inner = self.ground[128:-128, 128:-128]
+        inner[:] = pattern(floor, h, w, *floor_inks)
+        cv2.copyTo(pattern(block, h, w, dark, light), wall, inner)
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
@@ -2079,7 +2078,8 @@ class Swarm(TopDown):
             sprite(frame, f.kind, f.at - corner, self.size, phase(self.pos - f.at))
             self.pointer(frame, f.at, "ff3ca0")
         sprites(frame, self.things, 44, corner)
-        discs(frame, self.bolts, 5, "ffff78", corner)
+        for bolt in self.bolts:
+            disc(frame, bolt.at - corner, 5, "ffff78")
         if not self.count:
             self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
             sprite(frame, "gem", self.gem.at - corner, 52)
@@ -2141,8 +2141,8 @@ class Vault(TopDown):
         self.aim()
 
     def aim(self):
-        """Shortest ways to what comes next."""
-        self.far = self.ways_to(self.things[0].at if self.things else self.pos)
+        """To what comes next, or for slimes to the player."""
+        self.goes_to = self.things[0].at if self.things else self.pos
 
     def done(self):
         """One more point; the next room, if there is one to come and nothing left here to fight."""
@@ -2175,7 +2175,7 @@ class Vault(TopDown):
                 s.at = self.move(s.at, 30 * unit(d), 11)
                 if not struck:
                     self.hurt()
-            to = self.on_the_way(self.far, s.at) if abs(d) > 44 else self.pos
+            to = self.on_the_way(self.goes_to, s.at) if abs(d) > 44 else self.pos
             s.at = self.move(s.at, 1.1 * unit(to - s.at), 11)
             if s.hp <= 0:
                 self.foes.remove(s)
@@ -2185,7 +2185,7 @@ class Vault(TopDown):
         frame = self.ground[128:384, 128:384].copy()
         way, p = [], self.pos
         while self.things and len(way) < 12 and abs(p - self.things[0].at) > 20:
-            p = self.on_the_way(self.far, (cell_of(p / 32) + MIDDLE) * 32)
+            p = self.on_the_way(self.goes_to, (cell_of(p / 32) + MIDDLE) * 32)
             way.append(p)
         self.trail(frame, way, self.pos, "4682ff")
         sprites(frame, self.things + self.foes, 36)
@@ -2206,10 +2206,10 @@ class Vault(TopDown):
         if self.foes:
             if far < 48 and self.rests("WEST"):
                 return -unit(d), 0j, ""
-            way = self.on_the_way(self.ways_to(goal.at), self.pos) - self.pos if far > 60 else d
+            way = self.on_the_way(goal.at, self.pos) - self.pos if far > 60 else d
             strike = far < 48 and between(d, self.face) < 0.5
             return unit(way) * (0.5 if far < 50 else 1), 0j, "WEST" if strike else ""
-        way = unit((self.on_the_way(self.far, self.pos) if far > 32 else goal.at) - self.pos)
+        way = unit((self.on_the_way(goal.at, self.pos) if far > 32 else goal.at) - self.pos)
         if goal.kind == "chest" and far < 40:
             return way, 0j, "SOUTH"
         return way, 0j, "RIGHT_TRIGGER" if far > 80 else ""
@@ -2295,7 +2295,7 @@ class Shade(TopDown):
             target = goal.at
         way = target - self.pos
         if abs(way) >= 60 or not self.sees(self.pos, target):
-            way = self.on_the_way(self.ways_to(target), self.pos) - self.pos
+            way = self.on_the_way(target, self.pos) - self.pos
         if self.knife and self.distance(goal) < 110 and self.lit(self.pos, goal, 60, 0.9):
             side = 1j * goal.way                                         # around the light, on our side of it
             way = target + copysign(70, ahead_and_right(self.pos - goal.at, side).real) * side - self.pos
@@ -2517,7 +2517,8 @@ class Commando(Side):
         gun = complex(128, self.pos.imag - 22)
         sprite(frame, "trooper", gun, 52, flip=self.way < 0)
         line(frame, gun, gun + rect(30, self.aim), "141414", 8)
-        discs(frame, self.bolts, 5, "ffffa0", corner)
+        for bolt in self.bolts:
+            disc(frame, bolt.at - corner, 5, "ffffa0")
         for shot in self.shots:
             disc(frame, shot.at - corner, 9, "0a0a0a")
             disc(frame, shot.at - corner, 7, "ff28dc")

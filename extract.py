@@ -467,8 +467,7 @@ def cut_clip(video, folder, matcher, find, places, every, key):
             "affine": rounded(affine, 6), "inliers": find.inliers, "matcher": matcher.kind, "every": every,
             "lag": 0, "edges": round(find.edges, 3), "seen": round(find.there.mean(), 3),
             "places": places, "hole": cutter.hole, "pad": cutter.pad, "run": key}
-    if skin.buttons or skin.sticks:                # a bare picture has no geometry
-        clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
+    clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
         clip["n"] = cutter.run(video, tmp)
         how = cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR
@@ -1553,6 +1552,13 @@ def random_skin(rng):
         far = BLACK if sum(ground) > 380 else WHITE
         return color if abs(sum(color[:3]) - sum(ground)) > least else mix(color, far, 0.7)
 
+    def darker(low, high):
+        """The ground, moved towards black by a random share."""
+        return mix(ground, BLACK, rng.uniform(low, high))
+
+    def lighter(low, high):
+        return mix(ground, WHITE, rng.uniform(low, high))
+
     family = choose(*LAYOUTS)
     body = choose(None, tone(), tone(), tone(0, 70), tone(190, 256))
     if body and rng.random() < 0.2:
@@ -1562,8 +1568,7 @@ def random_skin(rng):
         line = choose(None, away(tone(), 200), away(WHITE, 200))
     else:
         line = choose(None, tone(150, 256), WHITE, tone(0, 60))
-    button = choose(None, away(tone(), 60), mix(ground, BLACK, rng.uniform(0.2, 0.7)),
-                    mix(ground, WHITE, rng.uniform(0.1, 0.5)))
+    button = choose(None, away(tone(), 60), darker(0.2, 0.7), lighter(0.1, 0.5))
     label = choose(None, away(WHITE, 150), away(tone(), 200)) if button or line else away(WHITE, 150)
     lit = choose(WHITE, tone(120, 256), (255, 240, 80), (90, 255, 120), (255, 70, 70), (80, 190, 255), tone())
     lit = away(lit, 150)
@@ -1574,9 +1579,8 @@ def random_skin(rng):
     if button is None and line is None:
         effects = "light white fill ring blob".split()
     calm = [e for e in effects if e not in ("move", "grow", "show", "white", "blob")]
-    cap = choose(mix(ground, BLACK, rng.uniform(0.3, 0.9)), away(tone(), 60), away(tone(), 120),
-                 None if line else WHITE)
-    well = choose(None, mix(ground, BLACK, rng.uniform(0.1, 0.6)), mix(ground, WHITE, rng.uniform(0.05, 0.3)))
+    cap = choose(darker(0.3, 0.9), away(tone(), 60), away(tone(), 120), None if line else WHITE)
+    well = choose(None, darker(0.1, 0.6), lighter(0.05, 0.3))
     if cap and rng.random() < 0.18:                # dark on dark: cap and well nearly alike, no line
         well, line = mix(cap, choose(BLACK, WHITE), rng.uniform(0.05, 0.12)), None
     look = Look(

@@ -404,7 +404,8 @@ def demo(args):
                  if (clips / name / "clip.json").is_file()}
         if not found:
             raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
-        ious = {name: iou(clip["box"], known[name]["box"]) for name, clip in found.items()}
+        ious = {name: extract.overlap(box_corners(clip["box"]), box_corners(known[name]["box"]))
+                for name, clip in found.items()}
         finding = f"{len(found)} of {len(known)}, IoU {np.mean([*ious.values()]):.3f}"
         say(finding)
         for name in found:
@@ -465,12 +466,10 @@ def actions_and_truth(clip):
     return [np.load(clip / f"{name}.npy") for name in ("actions", "truth")]
 
 
-def iou(a, b):
-    """Intersection over union of two boxes [x, y, w, h]."""
-    a, b = np.array(a), np.array(b)
-    ends = np.minimum(a[:2] + a[2:], b[:2] + b[2:])
-    shared = np.maximum(ends - np.maximum(a[:2], b[:2]), 0).prod()
-    return float(shared / (a[2:].prod() + b[2:].prod() - shared))
+def box_corners(box):
+    """[x, y, w, h] -> x0, y0, x1, y1."""
+    x, y, w, h = box
+    return x, y, x + w, y + h
 
 
 def story(video, clip, films, rows, finding, reading):
@@ -493,8 +492,8 @@ def story(video, clip, films, rows, finding, reading):
     write(20, 36, f"1  a video with one of our pads; extract.py finds it among them: {finding}", 16)
     frame = next(rgb for i, rgb in extract.read_video(video) if i == now)
     show(frame, 20, 50, 640)
-    x, y, w, h = (v * 640 / frame.shape[1] for v in meta["box"])
-    pen.rectangle((20 + x, 50 + y, 20 + x + w, 50 + y + h), outline="#00ff00", width=3)
+    box = np.multiply(box_corners(meta["box"]), 640 / frame.shape[1]) + (20, 50, 20, 50)
+    pen.rectangle([*box], outline="#00ff00", width=3)
     write(700, 36, "2  the crop")
     show(extract.Frames(clip, "pads")[now], 700, 60, 300)
     write(1020, 36, f"3  parse.py reads it: {reading}", 16)
@@ -1013,10 +1012,10 @@ SCRIPTS = {"aims": aims, "walks": walks}
 # ---- what a game is
 
 class Game:
-    """One task of one game, the same for the same seed. A subclass has begin(), play(), draw()
-    and wish(): the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks,
-    keys (what each control does), attack (what a masher holds) and look: health (lives), where it and the
-    score stand (hud)."""
+    """One task of one game, the same for the same seed. A subclass has begin(), play(), draw() and wish():
+    the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
+    control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
+    What "look" holds are attributes of all its tasks, what a task's "start" holds is of this one."""
     fps, late = FPS, (2, 4)                # steps a second; by how many of them a person is late
 
     def __init__(self, task, seed=0):
@@ -1081,10 +1080,9 @@ class Game:
         if self.ready("hurt", 25):
             self.health -= 1
 
-    def around(self, low, high, angle=None):
+    def around(self, low, high):
         """A vector of random length and direction."""
-        length = self.rng.uniform(low, high)
-        return rect(length, self.rng.uniform(0, tau) if angle is None else angle)
+        return rect(self.rng.uniform(low, high), self.rng.uniform(0, tau))
 
     def distance(self, thing):
         """How far a thing is from the player."""
@@ -1838,10 +1836,10 @@ class Rally(Game):
 
     def build(self, path):
         """The road, the trees beside it, its gates and the other cars."""
-        self.stroke(path, True, "ebebeb", 112)
-        self.stroke(path, True, "54545c", 100)
+        self.stroke(path, "ebebeb", 112)
+        self.stroke(path, "54545c", 100)
         for i in range(0, 256, 4):
-            self.stroke(path[i:i + 2], False, "fadc5a", 5)
+            self.stroke(path[i:i + 2], "fadc5a", 5)
         self.pos, self.face = self.path[0], phase(self.path[2] - self.path[0])
         pairs = lambda kind, first, step, aside, size: [
             Thing(kind, self.beside(i, side), size=size)
@@ -1852,9 +1850,9 @@ class Rally(Game):
             self.foes.append(Thing("rival", 0j, size=46, along=14.0 + 16 * i, side=side, passed=False))
         self.ahead()
 
-    def stroke(self, places, closed, ink, thick):
-        """A line of paint on the ground."""
-        cv2.polylines(self.ground, [whole(places)], closed, colour(ink), thick)
+    def stroke(self, places, ink, thick):
+        """A closed line of paint on the ground."""
+        cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
 
     def beside(self, place, far):
         """So many pixels to the right of a place on the path, in points of it from its start."""
@@ -1865,7 +1863,7 @@ class Rally(Game):
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
         turn = self.rng.choice((-1, 1)) * self.rng.uniform(0.2, 0.9)
-        self.bay = fence(self.pos + self.around(170, 260, self.face + turn), 90, 934)
+        self.bay = fence(self.pos + rect(self.rng.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
         self.things = [Thing("bay", self.bay, size=60)]
@@ -2225,18 +2223,18 @@ class Shade(TopDown):
             for x in (2, 6, 10):
                 grid[y][x] = self.plan.random() < 0.8                      # most of the pillars
         self.lay(grid)
-        rows, columns = (1, 3, 5, 7, 9), (3, 4, 5, 7, 8, 9)
-        spot = lambda column, rows: complex(column + 0.5, self.rng.choice(rows) + 0.5) * 48
+        rows, columns = [1, 3, 5, 7, 9], (3, 4, 5, 7, 8, 9)
+        spot = lambda column: (complex(column, self.rng.choice(rows)) + MIDDLE) * 48
         start, end = self.rng.choice(((1, 11), (11, 1)))
-        self.pos = spot(start, rows)
+        self.pos = spot(start)
         for column in self.plan.sample(columns, self.guards):
             at = complex((column + 0.5) * 48, self.rng.uniform(100, 420))
             self.foes.append(Thing("guard", at, way=self.rng.choice((-1j, 1j))))
         if self.want == "exit":
-            others = [row for row in rows if row != self.pos.imag // 48]
-            self.things = [Thing("exit", spot(end, others))]
+            rows.remove(self.pos.imag // 48)                               # not straight across
+            self.things = [Thing("exit", spot(end))]
         if self.want == "gem":
-            self.things = [Thing("gem", spot(column, rows)) for column in self.rng.sample(columns, 3)]
+            self.things = [Thing("gem", spot(column)) for column in self.rng.sample(columns, 3)]
 
     def light(self):
         """How far the guards' lights reach, in pixels."""
@@ -2301,10 +2299,9 @@ class Shade(TopDown):
             way = target + copysign(70, ahead_and_right(self.pos - goal.at, side).real) * side - self.pos
         best, most, margin = 0j, -99.0, (14, 0.2) if self.knife else (30, 0.35)
         for d in (0j, *(rect(1, k * tau / 16) for k in range(16))):
-            q, danger = self.move(self.pos, 24 * d), 0
-            for g in self.foes:
-                close = abs(q - g.at) < margin[0] + 14
-                danger += sum(self.lit(q + step * d, g, *margin) or close for step in (0, 12))
+            q = self.move(self.pos, 24 * d)
+            danger = sum(abs(q - g.at) < margin[0] + 14 or self.lit(q + step * d, g, *margin)
+                         for g in self.foes for step in (0, 12))
             gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
                 best, most = d, gain

@@ -2359,7 +2359,6 @@ class Cliffs(Side):
     sprints."""
 
     def begin(self):
-        self.tower, coins = self.want == "tower", self.want == "coin"
         s, x, y = self.rng.choice((-1, 1)), 0, 0
         self.islands = [(-90, 90, 0)] if self.tower else []
         for _ in range(8 if self.tower else 7):
@@ -2372,9 +2371,9 @@ class Cliffs(Side):
                 self.islands.append((*sorted((s * x, s * end)), y))
                 x = end + self.plan.uniform(50, 68)
                 y += self.plan.choice((-20, 0, 20))
-        self.on = self.last = 3 if coins else 0                # the island stood on, and to come back to
+        self.on = self.last = 3 if self.coins else 0           # the island stood on, and to come back to
         self.stand(self.top(self.on))
-        for x0, x1, y in self.islands[1:3] + self.islands[4:6] if coins else ():
+        for x0, x1, y in self.islands[1:3] + self.islands[4:6] if self.coins else ():
             x = self.rng.uniform(x0 + 15, x1 - 15)
             self.things.append(Thing("coin", complex(x, y - self.rng.choice((16, 70)))))
         self.things = self.things or [Thing("flag", self.top(-1) - 20j)]

@@ -112,7 +112,7 @@ class Pad:
         crops = [pads[i] for i in at]
         before = closeups.all(pads[max(i - 1, 0)] for i in at)
         now = closeups.all(crops)
-        picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)  # the video's median picture of the pad
+        picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # of the whole video
         drawn = None if template is None else closeups(in_the_videos_light(template, picture))
         self.rest = rest_pictures(model, before, now, closeups(picture), drawn)
         self.outline = edges(picture)
@@ -360,7 +360,7 @@ def normalise(values, known):
     """
     if known or len(values) < 30:
         return values
-    counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]  # bins 0.1 wide
+    counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]      # bins 0.1 wide
     centre = np.array(np.unravel_index(counts.argmax(), counts.shape)) / 10 - 1
     near = np.abs(values - centre).max(1) < 0.1
     if near.mean() < 0.1 or np.abs(centre).max() > 0.5:       # never at rest long enough to say where rest is

@@ -21,7 +21,6 @@ augmentations.
 Letters as in model.py: B batch, F frames, T actions of a chunk, A values of an action; r draws are r pairs of
 noise and time for each encoded frame; n rows of a clip, m frames of it.
 """
-import argparse
 import contextlib
 import csv
 import functools

@@ -420,9 +420,8 @@ def demo(args):
         say(reading)
 
     with stage(out, "train two toy models (train.py)") as say:
-        flags = ["--preset", "toy", "--seed", args.seed, *quick(args, args.steps)]
-        run_scripts(*unless_trained(runs["model"], args.steps, clips, *flags),
-                    *unless_trained(runs["true labels"], args.steps, clips, "--truth", *flags))
+        words = [clips, "--preset", "toy", "--seed", args.seed]
+        train_runs(args, args.steps, {runs["model"]: words, runs["true labels"]: [*words, "--truth"]})
         say(f"{args.steps} steps of {args.batch} frames each, from parsed and from true labels")
 
     with stage(out, "play the tasks") as say:
@@ -446,19 +445,18 @@ def demo(args):
     extract.write_json(out / "demo.json", asked | {"n": args.n} | figures)
 
 
-def quick(args, steps):
-    """The flags of train.py that a small model learns the games with in minutes."""
-    return ["--hz", FPS, "--steps", steps, "--batch", args.batch, "--lr", args.lr, "--workers", 1, "--val", 0,
-            "--every", steps, "--no-augment", "--dropout", 0, "--ema", 0.999]
-
-
-def unless_trained(run, steps, *words):
-    """The command that trains a run from these data and flags, or goes on with it, in a list: none where it
-    is whole."""
-    if (run / "model.safetensors").is_file() and M.read_meta(run)[0]["step"] >= steps:
-        return []
-    resumed = (run / "state.safetensors").is_file()
-    return [["train.py", *(["--resume", run] if resumed else [*words, "--out", run])]]
+def train_runs(args, steps, runs):
+    """Train small models side by side, quickly: {run: its data and flags for train.py}. What was begun goes
+    on, what is done stays."""
+    quick = ["--hz", FPS, "--steps", steps, "--batch", args.batch, "--lr", args.lr, "--workers", 1,
+             "--val", 0, "--every", steps, "--no-augment", "--dropout", 0, "--ema", 0.999]
+    commands = []
+    for run, words in runs.items():
+        done = (run / "model.safetensors").is_file() and M.read_meta(run)[0]["step"] >= steps
+        begun = (run / "state.safetensors").is_file()
+        if not done:
+            commands.append(["train.py", *(["--resume", run] if begun else [*words, *quick, "--out", run])])
+    run_scripts(*commands)
 
 
 def actions_and_truth(clip):
@@ -548,21 +546,18 @@ def transfer(args):
         ended = play_model(sample.Policy(run, "cpu", steps=args.euler), pick_tasks([game]), args.n, 8, seed)
         return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
 
-    def train(run, steps, *words):
-        return unless_trained(run, steps, *words, *quick(args, steps))
-
     for game in games:
         with stage(out, f"{game}: pre-train on the others") as say:
             others, first = [out / "data" / name for name in GAMES if name != game], out / f"pre-{game}"
-            run_scripts(*train(first, args.pretrain, *others, "--preset", args.preset, "--balance"))
+            train_runs(args, args.pretrain, {first: [*others, "--preset", args.preset, "--balance"]})
             say(f"without any of its own data {np.mean([*completed(first, game, 0).values()]):.0%}")
         starts = {"post-trained": ["--ckpt", first], "scratch": ["--preset", args.preset]}
         for minutes, seed in itertools.product(args.minutes, args.seeds):
             with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
                 data = own(game, minutes, seed)
                 runs = {who: out / f"{who}-{data.name}" for who in starts}
-                run_scripts(*(command for who, run in runs.items()
-                              for command in train(run, args.steps, data, "--seed", seed, *starts[who])))
+                words = {run: [data, "--seed", seed, *starts[who]] for who, run in runs.items()}
+                train_runs(args, args.steps, words)
                 rates = {who: completed(run, game, seed) for who, run in runs.items()}
                 results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
                 say(", ".join(f"{who} {np.mean([*rate.values()]):.0%}" for who, rate in rates.items()))

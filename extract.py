@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -237,16 +237,11 @@ class Matcher:
         self.flats = [flat_template(s) for s in skins]
         weights = [] if net is None else [p.detach().numpy() for p in net.parameters()]
         self.key = fingerprint(*(flat for flat, _ in self.flats), *weights)
-        arrays = cached(cache, self.key, self._templates)
-        self.features = list(zip(arrays[::2], arrays[1::2]))
-
-    def _templates(self):
-        """[points in template pixels, descriptors] of each template in turn."""
-        arrays = []
-        for flat, scale in self.flats:
-            points, descriptors = self.describe(flat, ((flat.shape[1], TEMPLATE_FEATURES),))
-            arrays += [points / scale, descriptors]
-        return arrays
+        view = ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),)
+        make = lambda: sum((self.describe(flat, view) for flat, _ in self.flats), ())
+        arrays = cached(cache, self.key, make)
+        points = [p / scale for p, (_, scale) in zip(arrays[::2], self.flats)]
+        self.features = list(zip(points, arrays[1::2]))                  # in template pixels
 
     def describe(self, gray, views=VIEWS):
         """Features of a grey picture brought to each width of views -> points (k, 2) in its own pixels,
@@ -256,7 +251,7 @@ class Matcher:
             scale = width / gray.shape[1]
             size = width, max(round(gray.shape[0] * scale), 32)
             how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
-            big = gray if scale == 1 else cv2.resize(gray, size, interpolation=how)
+            big = cv2.resize(gray, size, interpolation=how)
             found, d = xfeat(self.net, big, limit)[::2] if self.net else root_sift(big, limit)
             points.append((found + 0.5) / np.float32([scale, size[1] / gray.shape[0]]) - 0.5)
             descriptors.append(d)
@@ -297,9 +292,9 @@ class Matcher:
         return Find(i, affine, distinct(ours[inside], theirs[inside], tolerance))
 
 
-def flat_template(skin, width=TEMPLATE_WIDTH):
-    """A skin at rest over mid-grey -> (uint8 (h, width) grey, scale from template pixels)."""
-    rgba = draw(skin)
+def flat_template(skin):
+    """A skin at rest over mid-grey -> (uint8 (h, TEMPLATE_WIDTH) grey, scale from template pixels)."""
+    rgba, width = draw(skin), TEMPLATE_WIDTH
     scale = width / rgba.shape[1]
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     rgba = cv2.resize(rgba, (width, max(round(rgba.shape[0] * scale), 1)), interpolation=how)
@@ -465,8 +460,8 @@ def cut_clip(video, folder, matcher, find, places, every, key):
     clip = {"video": video.name, "game": video.stem, "fps": info["fps"], "size": info["size"],
             "box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name, "controller": skin.family,
             "affine": rounded(affine, 6), "inliers": find.inliers, "matcher": matcher.kind, "every": every,
-            "lag": 0, "edges": round(find.edges, 3), "seen": round(find.there.mean(), 3),
-            "places": places, "hole": cutter.hole, "pad": cutter.pad, "run": key}
+            "lag": 0, "edges": round(find.edges, 3), "places": places,
+            "hole": cutter.hole, "pad": cutter.pad, "run": key}
     clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
         clip["n"] = cutter.run(video, tmp)
@@ -732,8 +727,9 @@ def xfeat_net():
     def basic(i, o, kernel=3, stride=1):
         """Convolution, batch norm without affine, ReLU; named .layer.0, .layer.1 as in the release."""
         conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
-        layer = nn.Sequential(conv, nn.BatchNorm2d(o, affine=False), nn.ReLU(inplace=True))
-        return nn.Sequential(OrderedDict(layer=layer))
+        block = nn.Sequential()
+        block.layer = nn.Sequential(conv, nn.BatchNorm2d(o, affine=False), nn.ReLU(inplace=True))
+        return block
 
     class XFeat(nn.Module):
         def __init__(self):
@@ -887,7 +883,6 @@ def write_npy(path, array):
 
 def read_npy(path, dtype, shape):
     """A memory-mapped .npy of this dtype and shape (None: any length); UserError names the file."""
-    shape = (None,) * shape if isinstance(shape, int) else shape         # a number of dimensions
     lengths = str(shape).replace("None", "any")
     with reading(path, f"a whole .npy file, {np.dtype(dtype)} {lengths} ({REDO})"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -940,9 +935,10 @@ def whole_clip(folder, key):
             pads, _ = Frames(folder, "pads"), read_rgba(folder / "template.png")
             rows += [pads.n, len(pads)]
         else:
-            rows += [len(read_npy(folder / "actions.npy", np.float32, (None, A))),
-                     len(read_npy(folder / "confidence.npy", np.float32, (None,))),
-                     len(read_npy(folder / "keep.npy", bool, (None,)))]
+            n = rows[0]
+            read_npy(folder / "actions.npy", np.float32, (n, A))
+            read_npy(folder / "confidence.npy", np.float32, (n,))
+            read_npy(folder / "keep.npy", bool, (n,))
     except UserError:
         return None
     return clip if clip.get("run") == key and set(rows) == {clip.get("n")} else None
@@ -1112,9 +1108,8 @@ class VideoWriter:
         """Finish the file and give it its name; UserError where not all frames are in it: OpenCV's writer is
         silent on a full disk."""
         self.writer.release()
-        capture, found = cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG), 0
-        while capture.grab():
-            found += 1
+        capture = cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG)
+        found = sum(1 for _ in presented(capture))
         capture.release()
         if found != self.n:
             remove(self.tmp)
@@ -1217,7 +1212,6 @@ def unpack_message(message):
 # A skin is a list of parts, each with small premultiplied RGBA pictures ("sprites") of its states. Our own
 # pads, OBS presets and plain PNG templates all become this one form, so there is one draw() for templates,
 # parser training and pictures of predictions.
-DPAD_STATES = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, -1), (-1, 1), (1, 1)]  # (x, y)
 
 
 @dataclass
@@ -1227,7 +1221,7 @@ class Part:
     control: str
     at: tuple                                      # top-left corner of the sprites on the canvas, pixels
     sprites: list                          # uint8 (h, w, 4) premultiplied or None: [at rest, pressed]; sticks
-                                                   # [.., .., moved]; DPAD_STATES
+                                                   # [.., .., moved]; DPAD: pads.json's dpad_states
     travel: tuple = (0.0, 0.0)                     # sticks: displacement in pixels at full deflection
     grow: str = ""                               # analog triggers: uncovered towards up / down / left / right
 
@@ -1282,8 +1276,8 @@ def draw_part(canvas, part, action):
             sprite = cv2.warpAffine(sprite, shift, (w + 1, h + 1), flags=cv2.INTER_LINEAR)
         x, y = math.floor(x), math.floor(y)
     elif part.control == "DPAD":
-        state = pressed("DPAD_RIGHT") - pressed("DPAD_LEFT"), pressed("DPAD_DOWN") - pressed("DPAD_UP")
-        sprite = part.sprites[DPAD_STATES.index(state)]
+        state = [pressed("DPAD_RIGHT") - pressed("DPAD_LEFT"), pressed("DPAD_DOWN") - pressed("DPAD_UP")]
+        sprite = part.sprites[PADS["dpad_states"].index(state)]
     elif part.grow:
         if part.sprites[0] is not None:
             blend(canvas, part.sprites[0], x, y)
@@ -1434,8 +1428,8 @@ def preset_part(element, atlas):
 
 def family_of(name):
     """The controller family that a skin's name speaks of, else "generic"."""
-    families = PADS["families"].items()
-    return next((family for family, words in families if any(w in name.lower() for w in words)), "generic")
+    words = PADS["families"]
+    return next((family for family in words if any(w in name.lower() for w in words[family])), "generic")
 
 
 def measured(name, family, size, parts, width=None):
@@ -1474,18 +1468,16 @@ def scaled(part, scale):
     shift = np.float32([[scale, 0, dx + (scale - 1) / 2], [0, scale, dy + (scale - 1) / 2]])
 
     def resize(sprite):
-        if sprite is None:
-            return None
         h, w = sprite.shape[:2]
         blur = cv2.GaussianBlur(sprite, (0, 0), 0.4 / scale) if scale < 0.8 else sprite
         size = math.ceil(w * scale) + 2, math.ceil(h * scale) + 2
         return cv2.warpAffine(blur, shift, size, flags=cv2.INTER_LINEAR)
 
-    return Part(part.control, (int(left), int(top)), [resize(s) for s in part.sprites],
+    return Part(part.control, (int(left), int(top)), [s if s is None else resize(s) for s in part.sprites],
                 (part.travel[0] * scale, part.travel[1] * scale), part.grow)
 
 
-# ---- skins of our own drawing: weights/pads.json has the layouts, labels, shapes and looks
+# ---- skins of our own drawing: weights/pads.json has their layouts, labels, shapes, looks
 PAD_SIZE = (400, 290)                              # layouts are places [x, y] on this canvas
 PADS = json.loads((Path(__file__).parent / "weights" / "pads.json").read_text(encoding="utf-8"))
 LAYOUTS, POLYGONS = PADS["layouts"], PADS["polygons"]                   # corners from (-1, -1) to (1, 1)
@@ -1631,17 +1623,17 @@ def pad_skin(name, family, look):
     mirrored = {"left": "right", "right": "left"}.get(grow, grow)
     for control, x, grows in (("LEFT_TRIGGER", 92, grow), ("RIGHT_TRIGGER", 308, mirrored)):
         button(control, x, top - 27, 24, 13, look.trigger_shape, how=look.press_top, grow=grows)
-    for control, x in (("LEFT_SHOULDER", 96), ("RIGHT_SHOULDER", 304)):
-        button(control, x, top - 2, 32, 8, "rect", how=look.press_top)
+    button("LEFT_SHOULDER", 96, top - 2, 32, 8, "rect", how=look.press_top)
+    button("RIGHT_SHOULDER", 304, top - 2, 32, 8, "rect", how=look.press_top)
     body = Part("", (0, 0), [pad_body(family, look, place["half"])])
     parts.insert(len(parts) if look.press_top == "show" else 0, body)   # under shoulders that are always seen
     x, y = jittered("face", *place["face"])
     for control, (dx, dy) in FACES.items():
         button(control, x + dx * look.spread, y + dy * look.spread, look.size, look.size, look.shape,
                words["inks"][control] if look.colored else look.label)
-    small = (5, 9) if brand == "ps" else (8, 7)
+    small = {"ps": (5, 9, "rect"), "generic": (8, 7, "rect")}.get(brand, (8, 7, "ellipse"))
     for control in ("BACK", "START"):
-        button(control, *place[control.lower()], *small, "rect" if brand in ("ps", "generic") else "ellipse")
+        button(control, *place[control.lower()], *small)
     button("GUIDE", *place["guide"], 11, 11, "ellipse")
     dpad_parts(parts, button, look, *jittered("dpad", *place["dpad"]))
     for side in STICKS:
@@ -1673,10 +1665,8 @@ def pad_body(family, look, half):
     ink(canvas, edge, look.line)
     if family in ("ps4", "ps5"):                   # the touch pad
         touch = (156, 62, 244, 122)
-        if look.body:
-            paint(canvas, mix(look.body, BLACK if family == "ps4" else WHITE, 0.5), "rect", touch)
-        else:
-            paint(canvas, look.line, "rect", touch, look.width)
+        shade = look.body and mix(look.body, BLACK if family == "ps4" else WHITE, 0.5)
+        paint(canvas, shade or look.line, "rect", touch, 0 if shade else look.width)
     return canvas
 
 
@@ -2113,10 +2103,10 @@ def find_videos(paths):
                         "found none in there")
     videos = list(dict.fromkeys(unicode(p).absolute() for p in videos))
     places = {p: [name.casefold() for name in place_names(p.stem)] for p in videos}  # some disks mind no case
-    wanted = Counter(name for names in places.values() for name in names)
+    wanted = Counter(sum(places.values(), []))
     unique = {p: all(wanted[name] == 1 for name in names) for p, names in places.items()}
-    longer = {p: f"{p.parent.name}_{p.stem}_{fingerprint(str(p))[:6]}" for p in videos}
-    return [(p, p.stem if unique[p] else longer[p]) for p in videos]
+    longer = lambda p: f"{p.parent.name}_{p.stem}_{fingerprint(str(p))[:6]}"
+    return [(p, p.stem if unique[p] else longer(p)) for p in videos]
 
 
 def place_names(name):
@@ -2292,7 +2282,7 @@ def contact_sheet(path, videos, out):
             frame = middle_frame(video)
             pictures = [(0, 320, frame)]
         if line["status"] == "found":
-            cv2.rectangle(frame, list(map(int, line["box"])), (0, 255, 0), max(2, frame.shape[1] // 400))
+            cv2.rectangle(frame, list(map(int, line["box"])), (0, 255, 0), 1 + frame.shape[1] // 400)
             pads, rest = Frames(folder, "pads"), read_rgba(folder / "template.png")
             pictures += [(320, 160, pads[len(pads) // 2]), (480, 160, over(96, rest))]
         for left, width, picture in pictures:
@@ -2300,16 +2290,16 @@ def contact_sheet(path, videos, out):
             picture.thumbnail((width, 176))
             page.paste(picture, (x + left, y))
         text = f"{folder.name}: {line['status']} {line['template'] or ''} {line['inliers']} inliers"
-        ImageDraw.Draw(page).text((x + 6, y + 182), text.encode("ascii", "replace").decode())
+        ImageDraw.Draw(page).text((x + 6, y + 182), text)
     save_png(path, np.asarray(page))
 
 
 def middle_frame(video):
-    """uint8 (h, w, 3) RGB, one frame from the middle of a video; grey where it can't be sought."""
+    """uint8 (h, w, 3) RGB, one frame from the middle of a video; black where it can't be sought."""
     capture = open_video(video)
     capture.set(cv2.CAP_PROP_POS_FRAMES, describe(capture)["n"] // 2)
     ok, bgr = capture.read()
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB) if ok else np.full((176, 320, 3), 64, np.uint8)
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB) if ok else np.zeros((176, 320, 3), np.uint8)
 
 
 def run_templates(args):

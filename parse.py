@@ -148,7 +148,7 @@ class Pad:
         grids = np.zeros((0, k, GRID, GRID), np.float32)
         for low, begin, end, high in pieces(len(pads)):
             if done < high:
-                pads.data = extract.read_npy(pads.path, np.uint8, 1)   # mapped anew: frees what was read
+                pads.data = extract.read_npy(pads.path, np.uint8, (None,))     # frees what was read
                 more = self.read(pads, done, high)
                 grids, done = np.concatenate([grids, more.grids]), high
                 reads.append(more._replace(grids=grids[:0].copy()))         # a view would hold them all
@@ -1158,7 +1158,8 @@ def evaluate(args):
         if unread(folder, len(pads)):
             model = model or load_parser(args.ckpt)
             run_clip(model, folder)
-        arrays = [extract.read_npy(folder / f"{name}.npy", np.float32, 2) for name in ("actions", "truth")]
+        arrays = [extract.read_npy(folder / f"{name}.npy", np.float32, (None, None))
+                  for name in ("actions", "truth")]
         for name, array in zip(("actions", "truth"), arrays):
             extract.check_actions(folder / f"{name}.npy", array, len(pads))
         rows[folder.name] = score(*arrays, clip["geometry"])

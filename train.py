@@ -250,7 +250,7 @@ def groups(model):
 @functools.lru_cache(OPEN_CLIPS)
 def open_arrays(folder, actions):
     """A clip's extract.Frames and the actions of its file `actions`, float32 (n, 25); both memory-mapped."""
-    return extract.Frames(folder), extract.read_npy(Path(folder) / actions, np.float32, 2)
+    return extract.Frames(folder), extract.read_npy(Path(folder) / actions, np.float32, (None, None))
 
 
 class Clip:

@@ -2799,7 +2799,7 @@ FLAGS = {
 
 def main(argv=None):
     """Parse the command line and measure."""
-    parser = extract.Parser(prog="bench.py", description=__doc__, allow_abbrev=False,
+    parser = extract.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(required=True, metavar="COMMAND")
     cv2.setNumThreads(1)

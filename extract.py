@@ -532,7 +532,7 @@ class Cutter:
                     writer.add_bytes(row, jpeg)
 
         with ThreadPoolExecutor(2) as pool:
-            for row, bgr, count in decode(video, first):
+            for row, bgr, count in decode_video(video, first):
                 if row >= end:
                     break
                 waiting.append(pool.submit(encode, row - first, count, bgr))
@@ -1041,13 +1041,13 @@ def describe(capture):
 
 def read_video(path):
     """Yields (row number, uint8 (h, w, 3) RGB) at the constant rate video_info(path)["fps"]."""
-    for row, bgr, count in decode(path):
+    for row, bgr, count in decode_video(path):
         rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
         for k in range(count):
             yield row + k, rgb
 
 
-def decode(path, first=0):
+def decode_video(path, first=0):
     """Decode once, in order: yields (row number, from `first` on, uint8 (h, w, 3) BGR, number of rows it
     fills)."""
     capture, row = open_video(path), 0
@@ -1162,6 +1162,8 @@ def read_rgba(path):
     with reading(path, f"a PNG or JPEG picture of at most {MOST_PIXELS} pixels"):
         data = np.fromfile(path, np.uint8)         # imread can't open non-ASCII names on Windows
         image = decode_picture(data, cv2.IMREAD_UNCHANGED)
+        if image is None:
+            raise ValueError("something else")
         image = image if image.dtype == np.uint8 else (image / 257).astype(np.uint8)
     code = {2: cv2.COLOR_GRAY2RGBA, 3: cv2.COLOR_BGR2RGBA, 4: cv2.COLOR_BGRA2RGBA}
     return cv2.cvtColor(image, code[image.shape[2] if image.ndim == 3 else 2])
@@ -2501,7 +2503,7 @@ def number(kind, low=-1e18, high=1e18):
     return parse
 
 
-class Parser(argparse.ArgumentParser):
+class ArgumentParser(argparse.ArgumentParser):
     """argparse with its mistakes as one error line."""
 
     def error(self, message):
@@ -2549,12 +2551,12 @@ def main(argv=None):
     if argv[:1] == [WORKER]:
         return worker()
     if argv[:1] == ["templates"]:
-        parser = Parser(prog="extract.py templates", allow_abbrev=False,
+        parser = ArgumentParser(prog="extract.py templates", allow_abbrev=False,
                         description="Write our own templates as PNG + JSON.")
         parser.add_argument("--out", required=True, help="folder to write to")
         parser.set_defaults(run=run_templates)
         return cli(parser, argv[1:])
-    parser = Parser(prog="extract.py", description=__doc__, allow_abbrev=False,
+    parser = ArgumentParser(prog="extract.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them")
     parser.add_argument("--out", required=True, help="the data folder: a folder a video, and extract.jsonl")

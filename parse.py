@@ -49,7 +49,7 @@ CKPT = Path(__file__).parent / "weights" / "parser.safetensors"
 
 
 # --------------------------------------------------------------------------------------------- reading a clip
-def read_clip(model, folder, clip, pads):
+def label_clip(model, folder, clip, pads):
     """Read one clip's crops and write its three files -> one line that says what came out."""
     n = len(pads)
     began = time.time()
@@ -705,18 +705,18 @@ def parser_loss(model, generator, sticks, buttons):
     in a tenth to a half of the frames and only shows buttons that the skin has, so a head of all zeros can't
     win."""
     panels, values, clicks = sticks
-    panels, grid, mask = augment(generator, panels, labels(values))
+    panels, grid, mask = turn_and_mask(generator, panels, labels(values))
     log_p, click = model.sticks(panels, mask)
     loss = {"grid": -(grid * log_p).sum((1, 2)).mean()}
     seen = ~clicks.isnan()
     if seen.any():
         loss["click"] = F.binary_cross_entropy_with_logits(click[seen], clicks[seen])
-    panels, _, mask = augment(generator, buttons[0])
+    panels, _, mask = turn_and_mask(generator, buttons[0])
     loss["button"] = F.binary_cross_entropy_with_logits(model.buttons(panels, mask), buttons[1])
     return loss
 
 
-def augment(generator, panels, grid=None):
+def turn_and_mask(generator, panels, grid=None):
     """Each eighth of the batch turned and mirrored its own way, colours sometimes inverted -> panels, grid,
     mask (B, 3): now and then no previous frame, no pad at rest."""
     def turned(part, i, axes):
@@ -1065,7 +1065,7 @@ def run_clip(model, folder):
     if not unread(folder, len(pads)):
         return "read already: delete its actions.npy to read it again"
     with extract.lock(folder / ".lock"):
-        return read_clip(model, folder, clip, pads)
+        return label_clip(model, folder, clip, pads)
 
 
 def open_pads(folder):
@@ -1211,8 +1211,8 @@ def load_parser(path):
 
 def main(argv=None):
     """Parse the command line."""
-    parser = extract.Parser(prog="parse.py", description="Read buttons and sticks from the overlay crops.",
-                            allow_abbrev=False)
+    parser = extract.ArgumentParser(prog="parse.py", allow_abbrev=False,
+                                    description="Read buttons and sticks from the overlay crops.")
     verbs = parser.add_subparsers(required=True, metavar="run | train | eval")
     p = verbs.add_parser("run", help="read every clip folder of DATA", allow_abbrev=False)
     p.add_argument("data", help="folder of clip folders (or one of them), as extract.py leaves it")

@@ -454,7 +454,7 @@ def run_serve(args):
 
 def main(argv=None):
     """Parse the command line."""
-    parser = extract.Parser(prog="sample.py", description="Sample actions from a policy.", allow_abbrev=False)
+    parser = extract.ArgumentParser(prog="sample.py", description="Sample actions from a policy.", allow_abbrev=False)
     sub = parser.add_subparsers(required=True, metavar="image | video | serve")
 
     def command(name, run, text):

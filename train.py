@@ -950,7 +950,7 @@ def start(parser, argv):
 def main(argv=None):
     """Parse the command line and train."""
     argv = sys.argv[1:] if argv is None else argv
-    p = extract.Parser(prog="train.py", description="Train the policy by conditional flow matching.",
+    p = extract.ArgumentParser(prog="train.py", description="Train the policy by conditional flow matching.",
                        allow_abbrev=False)
     count = number(int, 1)
     natural = number(int, 0)

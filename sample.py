@@ -454,7 +454,8 @@ def run_serve(args):
 
 def main(argv=None):
     """Parse the command line."""
-    parser = extract.ArgumentParser(prog="sample.py", description="Sample actions from a policy.", allow_abbrev=False)
+    parser = extract.ArgumentParser(prog="sample.py", allow_abbrev=False,
+                                    description="Sample actions from a policy.")
     sub = parser.add_subparsers(required=True, metavar="image | video | serve")
 
     def command(name, run, text):

@@ -1134,7 +1134,8 @@ class Game:
         return hits
 
 
-# ---- machinery: processes, pictures
+# ---- machinery
+# ---- processes, pictures
 
 INKS = {"random": "#a0a0aa", "scripted": "#5aa05a", "model": "#dc3c28", "true labels": "#3c6edc",
         "best of mashing": "#c89628", "post-trained": "#dc3c28", "scratch": "#3c6edc"}
@@ -1281,7 +1282,7 @@ def games(args):
     print(path)
 
 
-# ---- machinery: the engine of the games
+# ---- the engine of the games
 
 # Places are complex numbers, x right and y down: in cells of a map (first person) or in pixels. A step is
 # 1/30 s of game time. A frame shows all that a player needs: nothing is hidden but what others will do next.

@@ -863,6 +863,8 @@ def tilt(rng, square):
     return v * (1 if rng.random() < 0.5 else rng.uniform(0.1, 1))
 
 
+# -------------------------------------------------------------------------------------------------- machinery
+# ------------------------------------------------------------------------------ what a drawn video is made of
 class Film:
     """A moving picture behind the overlay: windows into backdrops that stand still, scroll, shake, zoom or
     cut."""
@@ -989,7 +991,7 @@ def jpeg(image, quality):
     return cv2.imdecode(code, cv2.IMREAD_COLOR)
 
 
-# -------------------------------------------------------------------------------------------------- machinery
+# ------------------------------------------------------------------------------------ pictures, files, scores
 def as_wide_as(template, width):
     """The template, uint8 (h, w, 4), no sharper than a video that shows it so many pixels wide."""
     h, w = template.shape[:2]

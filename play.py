@@ -1688,7 +1688,7 @@ def run_play(args):
 
 def flags():
     """The parser of the command line."""
-    p = extract.ArgumentParser(description="Play games with a policy, or record a person.", allow_abbrev=False)
+    p = extract.ArgumentParser(description="Play with a policy, or record a person.", allow_abbrev=False)
     p.set_defaults(run=run_play)
     positive = number(float, 0)
     add = p.add_argument_group("the game").add_argument

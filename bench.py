@@ -1268,7 +1268,7 @@ def games(args):
     """OUT/games.png: two games a row, the three tasks of each side by side, after two seconds of scripted
     play."""
     page = Image.new("RGB", (1560, 280 * 5), "#181818")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
     for i, task in enumerate(TASKS.values()):
         game = task.game(task, args.seed)
         player = Scripted(game, args.seed)
@@ -1276,7 +1276,7 @@ def games(args):
             game.advance(player.act())
         x, y = i % 6 * 260 + 2, i // 6 * 280 + 2
         page.paste(Image.fromarray(game.render()), (x, y))
-        pen.text((x, y + 272), f"{task.name}: {task.text}"[:44], "white", font, "ls")
+        pen.text((x, y + 272), f"{task.name}: {task.text}", "white", font, "ls")
     path = folder(args.out) / "games.png"
     page.save(path)
     print(path)

@@ -279,11 +279,6 @@ def rollouts(task, who, n, seed):
     return np.array(ended, float)
 
 
-def play_alone(task, who, n, seed):
-    """How many of n rollouts by a player that is no model are won."""
-    return int(rollouts(task, who, n, seed)[:, 0].sum())
-
-
 def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None):
     """n rollouts of each task, `envs` games at a time, one batch of chunks for all of them.
 

@@ -2400,6 +2400,7 @@ def sync(path):
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
+
 HOST = re.sub("[^A-Za-z0-9-]", "-", platform.node())
 
 

@@ -1264,6 +1264,19 @@ def draw(skin, action=None):
     return cv2.merge([*cv2.split(cv2.divide(canvas[..., :3], cv2.merge([alpha] * 3), scale=255)), alpha])
 
 
+def draw_pressed(skin):
+    """The skin with every control pressed, as draw(): left and right can't be shown at once, so two arms of
+    the d-pad are taken from a second drawing."""
+    first, second = np.ones((2, A), np.float32)
+    first[21:] = second[21:] = 0
+    late, early = ["DPAD_DOWN", "DPAD_RIGHT"], ["DPAD_UP", "DPAD_LEFT"]
+    first[[BUTTON[b] for b in late]] = second[[BUTTON[b] for b in early]] = 0
+    first, second = draw(skin, first), draw(skin, second)
+    for x0, y0, x1, y1 in (np.int32(skin.buttons[b]).clip(0) for b in late if b in skin.buttons):
+        first[y0:y1, x0:x1] = second[y0:y1, x0:x1]
+    return first
+
+
 def draw_part(canvas, part, action):
     """Draw one part in the state that `action` gives it."""
     x, y = part.at

@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -430,16 +431,16 @@ def on_stick(box, stick):
     return np.hypot(*np.reshape(box, (2, 2)).mean(0) - stick["center"]) < stick["radius"]
 
 
-def montages(previous, current, rest):
-    """Close-ups of n frames, (n, k, S, S, 3) each, and those at rest (k, S, S, 3) -> panels (n k, 3, S, S,
-    3)."""
-    panels = [previous, current, np.broadcast_to(rest, current.shape)]
+def montages(previous, current, rest, pressed=np.uint8(0)):
+    """Close-ups of n frames, (n, k, S, S, 3) each, and those of the pad at rest and pressed (k, S, S, 3) ->
+    panels (n k, 4, S, S, 3). A panel of zeros is one that is not known."""
+    panels = [np.broadcast_to(panel, current.shape) for panel in (previous, current, rest, pressed)]
     return np.stack(panels, 2).reshape(-1, PANELS, *current.shape[2:])
 
 
 @torch.inference_mode()
 def net_reads(model, panels, batch=256):
-    """Panels of sticks (k, 3, 57, 57, 3) and of buttons (m, 3, 33, 33, 3), uint8 -> log grids (k, 11, 11),
+    """Panels of sticks (k, 4, 57, 57, 3) and of buttons (m, 4, 33, 33, 3), uint8 -> log grids (k, 11, 11),
     click logits (k,), button logits (m,), float32. UserError where one is no number."""
     device = next(model.parameters()).device
     sticks, buttons = ([t.to(device) for t in torch.from_numpy(p).split(batch) if len(t)] for p in panels)
@@ -456,7 +457,7 @@ def net_reads(model, panels, batch=256):
 
 
 # ------------------------------------------------------------------------------------ the net: two SegFormers
-PANELS = 3                                 # previous, current, at rest: stacked as channels
+PANELS = 4                                 # previous, current, at rest, pressed: stacked as channels
 WIDTHS = (24, 48, 80, 112)
 HEADS = (1, 2, 4, 4)
 REDUCTION = (4, 2, 1, 1)                   # of keys and values; one block a stage
@@ -464,7 +465,7 @@ MLP, JOINED = 3, 64                        # the feed-forward's hidden width in 
 
 
 class Parser(nn.Module):
-    """Two SegFormers, each over montages of three panels: one reads sticks (grid and click), one reads
+    """Two SegFormers, each over montages of four panels: one reads sticks (grid and click), one reads
     buttons."""
 
     def __init__(self):
@@ -473,29 +474,28 @@ class Parser(nn.Module):
         self.button = SegFormer(1)
         self.to(memory_format=torch.channels_last)
 
-    def sticks(self, panels, mask=None):
-        """uint8 (B, 3, S, S, 3) -> log of the grid (B, 11, 11) [row = y, column = x], logit of the click
+    def sticks(self, panels):
+        """uint8 (B, 4, S, S, 3) -> log of the grid (B, 11, 11) [row = y, column = x], logit of the click
         (B,)."""
-        out = self.stick(montage(panels, mask))                                # (B, 9 + 1, S / 4, S / 4)
+        out = self.stick(montage(panels))                                # (B, 9 + 1, S / 4, S / 4)
         cells = F.pixel_shuffle(out[:, :-1], SUB)[:, 0]                        # one cell = 0.2 of the travel
         edge = (cells.shape[-1] - GRID) // 2
         grid = cells[:, edge:edge + GRID, edge:edge + GRID]
         log_p = F.log_softmax(grid.flatten(1), 1).view(grid.shape)
         return log_p, out[:, -1].mean((1, 2))
 
-    def buttons(self, panels, mask=None):
-        """uint8 (B, 3, S, S, 3) -> logit of "pressed" (B,)."""
-        out = self.button(montage(panels, mask))                               # (B, 1, S / 4, S / 4)
+    def buttons(self, panels):
+        """uint8 (B, 4, S, S, 3) -> logit of "pressed" (B,)."""
+        out = self.button(montage(panels))                               # (B, 1, S / 4, S / 4)
         return out[:, 0, 2:-2, 2:-2].mean((1, 2))                             # of the box, not its neighbours
 
 
-def montage(panels, mask=None):
-    """Panels uint8 (B, 3, S, S, 3), mask (B, 3) -> float (B, 9, S, S): contrast is stretched over all panels
-    together, so the same picture elements meet in the first convolution at one scale; masked panels are 0."""
+def montage(panels):
+    """Panels uint8 (B, 4, S, S, 3) -> float (B, 12, S, S): contrast is stretched over all panels together,
+    so the same picture elements meet in the first convolution at one scale; what is not known stays 0."""
+    mask = panels.flatten(2).any(2)[:, :, None, None, None].float()
     x = panels.float()
-    mask = x.new_ones(x.shape[:2]) if mask is None else mask
-    mask = mask[:, :, None, None, None]
-    weight = mask / mask.sum(1, keepdim=True)
+    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
     var, mean = torch.var_mean(x[:, :, ::2, ::2], (2, 3), correction=0, keepdim=True)    # (B, panel, 1, 1, C)
     center = (mean * weight).sum(1, keepdim=True)          # each colour's mean over the panels that are there
     var = ((var + (mean - center).square()) * weight).sum(1, keepdim=True).mean(-1, keepdim=True)
@@ -638,7 +638,7 @@ def train_reader(args):
     peak = (5e-4 if args.skins else 2e-3) if args.lr is None else args.lr
     extract.writable(args.out)
     skins = extract.load_skins(args.skins, 480) if args.skins else []          # larger is slower to draw
-    skins = [s for s in skins if s.buttons or s.sticks]
+    skins = [s for s in skins if any(p.control for p in s.parts)]
     if args.skins and not skins:
         raise UserError(f"--skins {args.skins}: expected OBS input-overlay presets or NAME.png with NAME.json"
                         ", found bare pictures: say in NAME.json where their controls are")
@@ -705,20 +705,22 @@ def parser_loss(model, generator, sticks, buttons):
     in a tenth to a half of the frames and only shows buttons that the skin has, so a head of all zeros can't
     win."""
     panels, values, clicks = sticks
-    panels, grid, mask = turn_and_mask(generator, panels, labels(values))
-    log_p, click = model.sticks(panels, mask)
+    panels, grid = turn_and_mask(generator, panels, labels(values))
+    log_p, click = model.sticks(panels)
     loss = {"grid": -(grid * log_p).sum((1, 2)).mean()}
     seen = ~clicks.isnan()
     if seen.any():
         loss["click"] = F.binary_cross_entropy_with_logits(click[seen], clicks[seen])
-    panels, _, mask = turn_and_mask(generator, buttons[0])
-    loss["button"] = F.binary_cross_entropy_with_logits(model.buttons(panels, mask), buttons[1])
+    panels, _ = turn_and_mask(generator, buttons[0])
+    loss["button"] = F.binary_cross_entropy_with_logits(model.buttons(panels), buttons[1])
     return loss
 
 
 def turn_and_mask(generator, panels, grid=None):
-    """Each eighth of the batch turned and mirrored its own way, colours sometimes inverted -> panels, grid,
-    mask (B, 3): now and then no previous frame, no pad at rest."""
+    """Each eighth of the batch turned and mirrored its own way, colours sometimes inverted; now and then no
+    previous frame, no pad at rest -> panels, grid."""
+    known = panels.flatten(2).any(2)
+    known[:, ::2] &= torch.rand(len(panels), 2, generator=generator) > 0.12
     def turned(part, i, axes):
         part = torch.rot90(part, i % 4, axes)
         return part.flip(axes[1]) if i >= 4 else part
@@ -728,9 +730,7 @@ def turn_and_mask(generator, panels, grid=None):
             grid[rows] = turned(grid[rows], i, (1, 2))
         if torch.rand((), generator=generator) < 0.15:
             panels[rows] = 255 - panels[rows]
-    mask = torch.ones(len(panels), PANELS)
-    mask[:, ::2] = (torch.rand(len(panels), 2, generator=generator) > 0.12).float()
-    return panels, grid, mask
+    return panels * known[:, :, None, None, None], grid
 
 
 class Pool:
@@ -769,7 +769,7 @@ class Teacher(torch.utils.data.IterableDataset):
     """Endless scenes as tensors, each of a skin drawn anew or of one of `skins`; a share `fresh` of new ones
     prevents forgetting."""
 
-    def __init__(self, seed, skins=None, fresh=0.25):
+    def __init__(self, seed, skins=None, fresh=0.35):
         self.seed = seed
         self.skins = skins
         self.fresh = fresh
@@ -785,23 +785,28 @@ class Teacher(torch.utils.data.IterableDataset):
                 skin = extract.random_skin(rng)
             else:
                 skin = self.skins[rng.integers(len(self.skins))]
+            if rng.random() < 0.6:
+                skin = restyle(rng, skin)
             yield [torch.from_numpy(a) for a in scene(rng, skin, backdrops)]
 
 
 def scene(rng, skin, backdrops):
-    """One scene -> panels with truth: sticks uint8 (8 k, 3, 57, 57, 3), values (8 k, 2), click (8 k,) (nan:
-    not shown on this pad); buttons uint8 (8 m, 3, 33, 33, 3), pressed (8 m,). The panels are previous,
-    current, rest."""
+    """One scene -> panels with truth: sticks uint8 (8 k, 4, 57, 57, 3), values (8 k, 2), click (8 k,) (nan:
+    not shown on this pad); buttons uint8 (8 m, 4, 33, 33, 3), pressed (8 m,). The panels are previous,
+    current, rest, pressed: in half of the scenes the reader knows the very skin, so how it looks pressed, and
+    its geometry is right; in the others it has a foreign one or the locator's."""
     overlay = Overlay(rng, skin)
     actions = random_play(rng, FRAMES)
     film = Film(rng, backdrops, overlay.w, overlay.h)
-    closeups = Closeups({"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}, overlay.pad)
-    sprites = [overlay.sprite(a) for a in actions]
+    known = rng.random() < 0.5
+    geometry = misplaced(rng, skin, rng.choice([0, 0.15]) if known else rng.choice([0.1, 0.5, 1, 1]))
+    closeups = Closeups(geometry, overlay.pad)
+    sprites = [overlay.sprite(extract.draw(skin, a)) for a in actions]
     views = [film.step() for _ in actions]
     frames = [*map(overlay.over, sprites, views)]
     now = closeups.all(overlay.crops(frames))
     # the pad at rest: a median over frames that mostly are at rest, over the same background or over others
-    asleep = overlay.sprite(None)
+    asleep = overlay.sprite(extract.draw(skin))
     idle = rng.choice([0.3, 0.75, 0.95, 1, 1])
     same = rng.random() < 0.4
     rests = []
@@ -810,17 +815,23 @@ def scene(rng, skin, backdrops):
             film.cut()
         sprite = asleep if rng.random() < idle else sprites[rng.integers(FRAMES)]
         rests.append(overlay.over(sprite, views[rng.integers(FRAMES)] if same else film.window()))
+    ground = np.median(views if same else [film.window()], 0)
+    down = overlay.over(overlay.sprite(extract.draw_pressed(skin)), ground)
     overlay.passes = overlay.passes * (rng.random() < 0.3)     # a median over a video hardly shows its codec
     rest = [np.sort(cuts, 0)[RESTS // 2] for cuts in closeups.all(overlay.crops(rests))]    # a fast np.median
+    [down] = overlay.crops([down])
+    down = cv2.convertScaleAbs(down, alpha=rng.uniform(0.85, 1.1), beta=rng.uniform(-12, 12))
+    down = closeups(down) if known else np.uint8([0, 0])       # it is drawn, not seen: its light is a little off
     before = [np.concatenate([cuts[:1], cuts[:-1]]) for cuts in now]
-    sticks, buttons = map(montages, before, now, rest)
+    sticks, buttons = map(montages, before, now, rest, down)
     values = np.zeros((FRAMES, len(closeups.sticks), 2), np.float32)
     clicks = np.full((FRAMES, len(closeups.sticks)), np.nan, np.float32)
     pressed = actions[:, [BUTTON[b] for b in closeups.buttons]]
     for i, side in enumerate(closeups.sticks):
-        values[:, i] = actions[:, STICKS[side]]
-    for i, j in closeups.clicks.items():
-        clicks[:, i] = pressed[:, j]
+        true = np.divide(skin.sticks[side]["travel"], geometry["sticks"][side]["travel"])
+        values[:, i] = np.clip(actions[:, STICKS[side]] * true, -1, 1)
+        if THUMB[side] in skin.buttons and on_stick(skin.buttons[THUMB[side]], skin.sticks[side]):
+            clicks[:, i] = actions[:, BUTTON[THUMB[side]]]
     return sticks, values.reshape(-1, 2), clicks.ravel(), buttons, pressed.ravel()
 
 
@@ -865,6 +876,91 @@ def tilt(rng, square):
 
 # -------------------------------------------------------------------------------------------------- machinery
 # ------------------------------------------------------------------------------ what a drawn video is made of
+def restyle(rng, skin):
+    """A skin as another author might have made it: other colours, a thinner body, other pressed looks, darker
+    caps, other travels."""
+    order, gain = np.arange(3), np.full(3, rng.uniform(0.6, 1.1))
+    if rng.random() < 0.5:
+        order, gain = rng.permutation(3), rng.uniform(0.5, 1.2, 3)
+    recoloured, inverted = rng.random(2) < (0.7, 0.15)
+    thin = rng.uniform(0.15, 0.8) if rng.random() < 0.3 else 1
+    dark = rng.uniform(0.2, 0.6) if rng.random() < 0.15 else 1
+    longer = rng.uniform(0.6, 1.4) if rng.random() < 0.5 else 1
+    relit, moved = rng.random(2) < (0.35, 0.2)
+
+    def paint(sprite, share=1.0):
+        rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)
+        if recoloured:
+            rgb = (alpha - rgb if inverted else rgb)[..., order] * gain
+        return np.dstack([np.minimum(rgb * share, alpha), alpha]).astype(np.uint8)
+
+    parts, sticks = [], dict(skin.sticks)
+    for p in skin.parts:
+        on_cap = p.control in STICKS
+        sprites = [s if s is None else paint(s, dark if on_cap else 1) for s in p.sprites]
+        travel = np.multiply(p.travel, longer)
+        if not p.control and thin < 1:
+            sprites = [s if s is None else np.uint8(s * thin) for s in sprites]
+        elif on_cap and sprites[0] is not None:
+            if rng.random() < 0.3 and THUMB[p.control] in skin.buttons:
+                sprites[1] = relight(rng, sprites[0])
+            if moved:
+                sprites[2:] = [relight(rng, sprites[0])]
+            if p.control in sticks:
+                sticks[p.control] = {**sticks[p.control], "travel": travel.tolist()}
+        elif relit and len(sprites) == 2 and sprites[0] is not None:
+            sprites[1] = relight(rng, sprites[0])
+        parts.append(replace(p, sprites=sprites, travel=travel))
+    return replace(skin, parts=parts, sticks=sticks)
+
+
+def relight(rng, sprite):
+    """A sprite, premultiplied, as another skin would show it pressed: turned to its opposite colours, smaller
+    or larger, with a ring, a spot or a see-through disc on it, or tinted."""
+    h, w = sprite.shape[:2]
+    rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)
+    ink = rng.uniform(0, 255, 3) if rng.random() < 0.6 else rng.choice([0, 255]) * np.ones(3)
+    share = rng.uniform(0.35, 1)
+    how = rng.integers(5)
+    if how == 0:
+        rgb = alpha - rgb
+    elif how == 1:
+        larger = cv2.getRotationMatrix2D(((w - 1) / 2, (h - 1) / 2), 0, rng.choice([0.8, 0.88, 1.12]))
+        return cv2.warpAffine(sprite, larger, (w, h), flags=cv2.INTER_LINEAR)
+    elif how < 4:
+        inked = cv2.boundingRect(np.uint8(sprite[..., 3] > 24))
+        size = rng.uniform(0.3, 0.9) if how == 2 else rng.uniform(0.8, 1)
+        rx, ry = (max(int(side / 2 * size), 1) for side in inked[2:])
+        stroke = -1 if how == 3 or rng.random() < 0.4 else max(int(min(rx, ry) * rng.uniform(0.15, 0.5)), 1)
+        spot = np.zeros((h, w), np.uint8)
+        middle = inked[0] + inked[2] // 2, inked[1] + inked[3] // 2
+        cv2.ellipse(spot, middle, (rx, ry), 0, 0, 360, 255, stroke, cv2.LINE_AA)
+        cover = spot[..., None] / 255 * (share if how == 2 else rng.uniform(0.25, 0.7))
+        rgb = rgb * (1 - cover) + ink * cover
+        alpha = alpha * (1 - cover) + 255 * cover
+    else:
+        rgb = rgb * (1 - share) + ink * alpha / 255 * share
+    return np.dstack([np.minimum(rgb, alpha), alpha]).clip(0, 255).astype(np.uint8)
+
+
+def misplaced(rng, skin, much):
+    """The skin's geometry as a foreign template or the locator would tell it: boxes, centres and travels a
+    little (much = 0.1) or far (1) off."""
+    geometry = {"size": skin.size, "buttons": {}, "sticks": {}}
+    for name, box in skin.buttons.items():
+        corners = np.reshape(box, (2, 2))
+        side = corners[1] - corners[0]
+        middle = corners.mean(0) + rng.uniform(-0.15, 0.15, 2) * much * side
+        half = side / 2 * np.exp(rng.uniform(-0.2, 0.2, 2) * much)
+        geometry["buttons"][name] = [*(middle - half), *(middle + half)]
+    for side, stick in skin.sticks.items():
+        travel = np.maximum(stick["travel"], 1)
+        center = stick["center"] + rng.uniform(-0.5, 0.5, 2) * much * travel
+        longer = math.exp(rng.uniform(math.log(0.85), math.log(1.4)) * much)
+        geometry["sticks"][side] = {**stick, "center": center, "travel": [*(travel * longer)]}
+    return geometry
+
+
 class Film:
     """A moving picture behind the overlay: windows into backdrops that stand still, scroll, shake, zoom or
     cut."""
@@ -943,10 +1039,9 @@ class Overlay:
         self.lut = lut if rng.random() < 0.4 else None
         self.jpeg = 90 if rng.random() < 0.6 else None
 
-    def sprite(self, action):
-        """The skin at the video's size, premultiplied by its alpha and the opacity: float32 (h, w, 4)."""
-        rgba = extract.premultiply(extract.draw(self.skin, action))
-        rgba = cv2.resize(rgba, (self.w, self.h), interpolation=cv2.INTER_AREA)
+    def sprite(self, rgba):
+        """A drawn skin at the video's size, premultiplied by its alpha and the opacity: float32 (h, w, 4)."""
+        rgba = cv2.resize(extract.premultiply(rgba), (self.w, self.h), interpolation=cv2.INTER_AREA)
         return rgba.astype(np.float32) * np.float32(self.opacity)
 
     def over(self, sprite, view):

@@ -9,7 +9,8 @@ where the overlay moves; one per chunk with --labels), written whole or not at a
     clip.json                      where the overlay is, which template it is, and that template's geometry
     frames.npy + frames_index.npy  uint8 (bytes,) + int64 (m+1, 2): 256 x 256 policy frames, overlay masked
     pads.npy + pads_index.npy      the same layout: the overlay in its template's frame, one a video frame
-    template.png                   uint8 (h, w, 4): the template at rest, at the size of the crops
+    template.png, pressed.png      uint8 (h, w, 4): the template at rest and, where it is known, with every
+                                   control pressed, at the size of the crops
 (with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in
 DATA/extract.jsonl, an empty DATA/.lock-HASH a clip, and the templates' features in DATA/templates-RANK.npz.
 This file is also the home of what every stage shares: the 25-dim action, the clip folder, video in and out,
@@ -69,7 +70,7 @@ TEMPLATE_WIDTH, TEMPLATE_FEATURES = 400, 600       # templates are described at 
 VIEWS = ((2560, 4096), (1280, 2048))               # the picture too: (width, strongest features kept), twice
 COARSE_FEATURES, FINALISTS = 96, 10                # many templates: few features first, then all
 MIN_COSINE, PIXELS = 0.7, 3.0           # of matched features; RANSAC's tolerance in pixels of the larger view
-MIN_EDGES = 0.30                           # edge agreement: true poses measure 0.5-0.95, false ones below 0.2
+MIN_EDGES, SAME_SKIN = 0.30, 0.65   # edge agreement: the very skin measures 0.69-0.98, other pads 0.37-0.60
 PAD_WIDTH = 320                                 # of the crops: as fine as the overlay is in most 1080p videos
 AHEAD = 8                                   # frames decoded ahead of the threads that shrink, warp and encode
 
@@ -130,16 +131,24 @@ def localise_all(frames, pictures, matcher):
     of any pose).
 
     Localise, then again in the frames where it was absent. frames, pictures: sample_frames()'s. A video
-    without an overlay in most of its frames still has one place.
+    without an overlay in most of its frames still has one place. What is no template's very skin has to be
+    seen by the locator too, and has its geometry.
     """
     places, most, numbers = [], 0, np.arange(len(frames))
     while len(places) < 3 and len(numbers) >= (MIN_PLACE if places else 1):
-        find, inliers = localise([frames[i] for i in numbers], matcher)
+        grey, colour = ([every[i] for i in numbers] for every in (frames, pictures))
+        find, inliers = localise(grey, matcher)
         most = max(most, inliers)
-        if not find or any(overlap(matcher.box(find), matcher.box(p)) > 0.5 for p in places):
+        if find and find.edges >= SAME_SKIN:
+            present = [p for p, there in zip(colour, find.there) if there]
+            find = replace(find, skin=recolour(find, present, frames[0].shape[1], matcher.skins))
+            if not find.skin.buttons and not find.skin.sticks:
+                find = with_geometry(find, locate(matcher.locator, grey, colour))
+        else:
+            find = locate(matcher.locator, grey, colour) if matcher.locator else find
+        if not find or any(overlap(find.box, p.box) > 0.5 for p in places):
             break
-        present = [pictures[i] for i in numbers[find.there]]
-        places.append(replace(find, skin=recolour(find, present, frames[0].shape[1], matcher.skins)))
+        places.append(find)
         numbers = numbers[~find.there]
     return places, most
 
@@ -157,11 +166,10 @@ def localise(frames, matcher):
         most = max(most, finds[0].inliers)
         enough = max(MIN_INLIERS, finds[0].inliers / 2, best.inliers + 1 if best else 0)
         close = [f for f in finds if f.inliers >= enough][:4]
-        close = [refine(picture, matcher.flats[f.skin], f) for f in close]
+        close = [refine(picture, f) for f in close]
         find = max(close, key=lambda f: f.edges, default=None)   # siblings share corners, but not edges
         if find:
-            flat = matcher.flats[find.skin]
-            there = np.array([edge_agreement(f, flat, find.affine) > find.edges / 2 for f in frames])
+            there = np.array([edge_agreement(f, find.flat, find.affine) > find.edges / 2 for f in frames])
             if find.edges >= MIN_EDGES and there.mean() >= 0.2:          # stands in at least 5 of 25 frames
                 best = replace(find, there=there)
         if best and best.inliers >= 1.5 * MIN_INLIERS:
@@ -172,16 +180,23 @@ def localise(frames, matcher):
 @dataclass(frozen=True)
 class Find:
     """One template at one pose."""
-    skin: int                                      # number of the template
+    skin: "Skin"
+    flat: tuple                                    # flat_template() of it
     affine: np.ndarray                         # (2, 3) template pixels -> video pixels, between pixel centres
-    inliers: int                                   # distinct matches that agree on the pose
+    inliers: int                          # distinct matches that agree on the pose; of the locator: controls
     edges: float = 0.0                             # edge_agreement() in the picture it was found in
     there: np.ndarray | None = None                # bool (n,): the sampled frames in which it stands
+    by: str = "template"                           # or "locator"
+
+    @property
+    def box(self):
+        """[x0, y0, x1, y1] in video pixels."""
+        return pose_box(self.affine, self.skin.size)
 
 
 def sample_frames(path, n=SAMPLES):
     """At most n frames spread over a video -> (list of uint8 (h, w) grey, the same as uint8 (h', w', 3) RGB,
-    640 wide at most)."""
+    1280 wide at most)."""
     capture, kept = open_video(path), []
     total = describe(capture)["n"]
     if total > 100 * n:                            # a seek costs the decoding of some 100 frames
@@ -211,8 +226,8 @@ def read_through(capture, n, stride):
 
 
 def grey_and_small(bgr):
-    """A frame as localise() wants it, and in colour for recolour()."""
-    scale = min(640 / bgr.shape[1], 1)
+    """A frame as localise() wants it, and in colour for recolour() and locate()."""
+    scale = min(1280 / bgr.shape[1], 1)
     small = cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
 
@@ -231,9 +246,10 @@ class Matcher:
     """Finds templates in pictures by local features: XFeat's where a net is given, else SIFT's, without
     torch."""
 
-    def __init__(self, skins, net=None, cache=None):
-        """net: load_xfeat()'s. The templates' features are kept in the file `cache`."""
-        self.skins, self.net, self.kind = skins, net, "xfeat" if net else "sift"
+    def __init__(self, skins, net=None, cache=None, locator=None):
+        """net: load_xfeat()'s. locator: load_locator()'s. The templates' features are kept in the file
+        `cache`."""
+        self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
         self.flats = [flat_template(s) for s in skins]
         weights = [] if net is None else [p.detach().numpy() for p in net.parameters()]
         self.key = fingerprint(*(flat for flat, _ in self.flats), *weights)
@@ -263,10 +279,6 @@ class Matcher:
         finds = [self.pose(gray.shape, points, descriptors, i) for i in self.shortlist(points, descriptors)]
         return sorted(filter(None, finds), key=lambda f: -f.inliers)
 
-    def box(self, find):
-        """A find's [x0, y0, x1, y1] in video pixels."""
-        return pose_box(find.affine, self.skins[find.skin].size)
-
     def shortlist(self, points, descriptors):
         """Which templates are worth a full look: those whose strongest features' nearest neighbours agree
         best."""
@@ -289,7 +301,8 @@ class Matcher:
         affine, inside = consensus(ours, theirs, 3000, tolerance)
         if affine is None or not plausible(affine, size, shape) or spread(ours[inside], size) < 4:
             return None
-        return Find(i, affine, distinct(ours[inside], theirs[inside], tolerance))
+        inliers = distinct(ours[inside], theirs[inside], tolerance)
+        return Find(self.skins[i], self.flats[i], affine, inliers)
 
 
 def flat_template(skin):
@@ -349,10 +362,10 @@ def spread(points, size):
     return len(np.unique(cells, axis=0))
 
 
-def refine(gray, flat, find):
+def refine(gray, find):
     """Sub-pixel pose: hill-climb edge agreement over shift, then scale of both axes, in steps down to 1/8
     pixel at the pad's edge -> Find."""
-    affine = np.array(find.affine, np.float64)
+    affine, flat = np.array(find.affine, np.float64), find.flat
     affine[0, 1] = affine[1, 0] = 0                                      # overlays stand upright
     w, h = flat[0].shape[1] / flat[1], flat[0].shape[0] / flat[1]
     best = edge_agreement(gray, flat, affine)
@@ -402,19 +415,19 @@ def edge_agreement(gray, flat, affine):
 
 
 def recolour(find, pictures, width, skins):
-    """Features are grey, so templates of one shape find each other's overlays in any colour -> the number of
-    the skin, of all that share the found one's geometry, whose colours explain the median picture best.
+    """Features are grey, so templates of one shape find each other's overlays in any colour -> the skin, of
+    all that share the found one's geometry, whose colours explain the median picture best.
 
     pictures: where it stands, small, uint8 (h, w, 3) RGB; width of the video. A pixel is taken for a mix of
     template and background: the same share of the template, the overlay's opacity, wherever the template is
     opaque, and for background the mean colour of a frame around the box.
     """
-    shapes = [repr((s.family, s.size, s.buttons, s.sticks)) for s in skins]
-    siblings = [i for i, shape in enumerate(shapes) if shape == shapes[find.skin]]
+    shape = lambda s: (s.family, s.size, s.buttons, s.sticks)
+    siblings = [s for s in skins if shape(s) == shape(find.skin)]
     if len(siblings) == 1:
         return find.skin
     picture = median_image(pictures).astype(np.float32)
-    box = np.array(pose_box(find.affine, skins[find.skin].size)) * picture.shape[1] / width
+    box = np.array(find.box) * picture.shape[1] / width
     x0, y0, x1, y1 = whole_pixels(box, picture.shape, 0)
     around = np.zeros(picture.shape[:2], bool)
     around[max(y0 - 12, 0):y1 + 12, max(x0 - 12, 0):x1 + 12] = True
@@ -422,12 +435,208 @@ def recolour(find, pictures, width, skins):
     ground = picture[around].mean(0) if around.any() else np.full(3, 127.0)
     seen = picture[y0:y1, x0:x1] - ground
 
-    def unlike(i):
-        rgba = cv2.resize(draw(skins[i]), (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA).astype(np.float32)
+    def unlike(skin):
+        rgba = cv2.resize(draw(skin), (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA).astype(np.float32)
         full = (rgba[..., :3] - ground) * rgba[..., 3:] / 255  # at full opacity, less the background
         share = np.clip((seen * full).sum() / max((full * full).sum(), 1), 0.3, 1)
         return ((seen - share * full) ** 2).mean()
     return min(siblings, key=unlike)
+
+
+# ---- the locator: where a pad that no template knows has its controls [ours]
+PLACES = (*(b for b in BUTTONS if b not in LEGACY), *STICKS, "pad")      # 20 things that it looks for
+WINDOW, CELL = 192, 4               # pixels a side of the windows that it sees, and of a cell of its heat maps
+MIN_CONTROLS, MIN_PRESENCE = 8, 0.9        # for a find: of 19, and how surely they are there on average
+LAST_WINDOWS = ((1.25, 0.02, 0), (1.4, -0.03, 0.03), (1.5, 0, 0), (1.65, 0.05, -0.05), (1.5, 0.04, 0.04))
+
+
+def locate(net, frames, pictures):
+    """The pad in sampled frames by load_locator()'s net -> Find with the video's own median picture as its
+    template, or None. It looks through windows of four sizes all over the picture, then twice more closely
+    where it saw most; the result is the median of the last looks."""
+    picture = motion_picture(np.stack(pictures))
+    h, w = picture.shape[:2]
+    there, places = see_windows(net, picture, list(windows_over(w, h)))
+    for _ in range(2):
+        seen = there[:, -1] * there[:, :-1].sum(1)
+        best = places[np.argsort(-seen)[:4], -1]
+        there, places = see_windows(net, picture, [closer(pad, zoom) for pad in best for zoom in (1.3, 1.7)])
+    pad = places[(there[:, -1] * there[:, :-1].sum(1)).argmax(), -1]
+    there, places = (np.median(part, 0) for part in see_windows(net, picture, [closer(pad, *how) for how in LAST_WINDOWS]))
+    sure = there > 0.5
+    if not sure[-1] or sure.sum() - 1 < MIN_CONTROLS or there[sure].mean() < MIN_PRESENCE:
+        return None
+    skin, corner = located_skin(picture[..., :3], places, sure, frames[0].shape[1] / w)
+    find = Find(skin, flat_template(skin), np.c_[np.eye(2), corner], int(sure.sum()) - 1, by="locator")
+    edges = np.array([edge_agreement(f, find.flat, find.affine) for f in frames])
+    return replace(find, edges=float(np.median(edges)), there=edges > np.median(edges) / 2)
+
+
+def located_skin(picture, places, sure, scale):
+    """What locate() saw in its median picture uint8 (h, w, 3), the video's but for this scale -> Skin at the
+    video's size, its corner (x, y) in video pixels. Around the controls a margin is left for the reader."""
+    low, high = places[:, :2] - places[:, 2:] / 2, places[:, :2] + places[:, 2:] / 2
+    margin = 0.06 * places[-1, 2]
+    shape = picture.shape[:2]
+    x0, y0, x1, y1 = whole_pixels([*(low[sure].min(0) - margin), *(high[sure].max(0) + margin)], shape, 0)
+    size = round((x1 - x0) * scale), round((y1 - y0) * scale)
+    rgb = cv2.resize(picture[y0:y1, x0:x1], size, interpolation=cv2.INTER_LINEAR)
+    boxes = np.hstack([low - (x0, y0), high - (x0, y0)]) * scale
+    named = {name: box.tolist() for name, box, seen in zip(PLACES, boxes, sure) if seen}
+    sticks = {}
+    for name, (x, y, travel, radius) in zip(PLACES, (places - (x0, y0, 0, 0)) * scale):
+        if name in STICKS and named.pop(name, None):
+            sticks[name] = {"center": [x, y], "travel": [travel, travel], "radius": radius}
+    opaque = np.full((*rgb.shape[:2], 1), 255, np.uint8)
+    part = Part("", (0, 0), [np.dstack([rgb, opaque])])
+    pad = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]               # what shows a control is part of it
+    named.pop("pad")
+    return Skin("located", "generic", size, [part], named, sticks, pad), np.array([x0, y0]) * scale
+
+
+def with_geometry(find, located):
+    """The find of a bare picture, with the controls that locate() saw in its place, if it did."""
+    if not located or overlap(find.box, located.box) < 0.5:
+        return find
+    k = np.diag(find.affine)                                             # it stands upright
+    shift = (located.affine[:, 2] - find.affine[:, 2]) / k
+    boxes = {b: [*(np.reshape(box, (2, 2)) / k + shift).ravel()] for b, box in located.skin.buttons.items()}
+    sticks = {side: {"center": [*(s["center"] / k + shift)], "travel": [*(s["travel"] / k)],
+                     "radius": s["radius"] / k.mean()} for side, s in located.skin.sticks.items()}
+    return replace(find, skin=replace(find.skin, buttons=boxes, sticks=sticks))
+
+
+def motion_picture(pictures):
+    """Sampled frames uint8 (n, h, w, 3) -> uint8 (h, w, 5): their median, and how far they are from it, on
+    average and at most: an overlay stands still, its caps move in small discs, its buttons blink."""
+    median = median_image(pictures)
+    mean, most = np.zeros(median.shape[:2], np.float32), np.zeros(median.shape[:2], np.uint8)
+    for picture in pictures:
+        away = cv2.absdiff(picture, median).max(2)
+        mean += away
+        np.maximum(most, away, out=most)
+    return np.dstack([median, np.uint8(mean / len(pictures)), most])
+
+
+def windows_over(w, h):
+    """Square windows (x, y, side) that overlap by half, in four sizes, all over a picture of (w, h)."""
+    for side in w * np.array([0.2, 0.4, 0.8, 1.2]):
+        steps = [max(math.ceil((length - side) / (side / 2)) + 1, 1) for length in (w, h)]
+        spans = [np.linspace(0, length - side, n) if n > 1 else [(length - side) / 2]
+                 for length, n in zip((w, h), steps)]
+        yield from ((x, y, side) for y in spans[1] for x in spans[0])
+
+
+def closer(pad, zoom, dx=0, dy=0):
+    """The window zoom times as large as a pad (x, y, w, h), moved by shares of its side."""
+    side = zoom * max(pad[2:])
+    return pad[0] + (dx - 0.5) * side, pad[1] + (dy - 0.5) * side, side
+
+
+def see_windows(net, picture, windows):
+    """What the net sees in windows (x, y, side) of a motion_picture() -> there (k, 20) in 0..1, places (k,
+    20, 4): x, y, width, height in the picture's pixels; of a stick x, y, travel, radius."""
+    import torch
+    small, cuts = {1: picture}, []
+    for x, y, side in windows:
+        share = max(1, int(side / WINDOW / 1.4))                         # shrink large ones first
+        if share not in small:
+            size = picture.shape[1] // share, picture.shape[0] // share
+            small[share] = in_halves(picture, cv2.resize, size, interpolation=cv2.INTER_AREA)
+        cuts.append(window(small[share], x / share, y / share, side / share))
+    with torch.inference_mode():
+        seen = [net.decode(torch.from_numpy(cut)[None]) for cut in cuts]
+    there, places = (torch.cat(part).numpy() for part in zip(*seen))
+    x, y, side = np.transpose(windows)[..., None]
+    places *= side[..., None] / WINDOW
+    places[..., 0] += x
+    places[..., 1] += y
+    return there, places
+
+
+def window(picture, x, y, side):
+    """A square of a picture uint8 (h, w, 5), beyond its edge as at it -> uint8 (192, 192, 5)."""
+    k = WINDOW / side
+    to_window = np.array([[k, 0, (0.5 - x) * k - 0.5], [0, k, (0.5 - y) * k - 0.5]])
+    return in_halves(picture, cv2.warpAffine, to_window, (WINDOW, WINDOW), flags=cv2.INTER_LINEAR,
+                     borderMode=cv2.BORDER_REPLICATE)
+
+
+def in_halves(picture, change, *how, **more):
+    """What an OpenCV function, which takes 4 channels at most, makes of a picture of 5."""
+    halves = picture[..., :3], picture[..., 3:]
+    return np.dstack([change(np.ascontiguousarray(half), *how, **more) for half in halves])
+
+
+def locator_net():
+    """The locator: convolutions down to stride 32 and up again to a heat map of 48 x 48 cells for each of
+    PLACES; untrained."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    def conv(i, o, stride=1):
+        return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(True))
+
+    class Locator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            n = len(PLACES)
+            self.down = nn.ModuleList([nn.Sequential(conv(5, 16, 2), conv(16, 32, 2), conv(32, 32)),
+                                       nn.Sequential(conv(32, 64, 2), conv(64, 64)),
+                                       nn.Sequential(conv(64, 96, 2), conv(96, 96)),
+                                       nn.Sequential(conv(96, 128, 2), conv(128, 128), conv(128, 128))])
+            widths = ((32, 48), (64, 64), (96, 64), (128, 64))
+            self.side = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in widths)
+            self.up = nn.ModuleList([conv(48, 48), conv(64, 48), conv(64, 64)])
+            self.heat, self.size = nn.Conv2d(48, n, 1), nn.Conv2d(48, 2 * n, 1)
+            self.absent = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, n))
+
+        def forward(self, windows):
+            """uint8 (B, 192, 192, 5) -> log probability (B, 20, 2305) of each place's 2304 cells and "not
+            here"; log sizes (B, 20, 2, 48, 48)."""
+            x = windows.permute(0, 3, 1, 2).float()
+            rgb, away = x[:, :3], x[:, 3:]
+            mean = rgb.mean((2, 3), keepdim=True)
+            contrast = (rgb - mean).square().mean((1, 2, 3), keepdim=True).sqrt() + 6
+            x = torch.cat([(rgb - mean) / contrast, (away / 24).clamp(max=3)], 1)
+            x = x.contiguous(memory_format=torch.channels_last)
+            maps = []
+            for block in self.down:                                      # strides 4, 8, 16, 32
+                x = block(x)
+                maps.append(x)
+            absent = self.absent(x.mean((2, 3)))
+            y = self.side[3](x)
+            for i in (2, 1, 0):
+                y = F.interpolate(y, maps[i].shape[2:], mode="bilinear", align_corners=False)
+                y = self.up[i](self.side[i](maps[i]) + y)
+            heat = torch.cat([self.heat(y).flatten(2), absent[:, :, None]], 2)
+            return F.log_softmax(heat, 2), self.size(y).unflatten(1, (-1, 2))
+
+        def decode(self, windows):
+            """-> there (B, 20), places (B, 20, 4) in window pixels, by the 3 x 3 cells at each peak."""
+            log_p, sizes = self(windows)
+            p = log_p.exp()
+            cells = torch.arange(WINDOW // CELL)
+            peak = p[..., :-1].argmax(2)[..., None]
+            rows, columns = (abs(cells - peak // len(cells)) <= 1), (abs(cells - peak % len(cells)) <= 1)
+            near = p[..., :-1].unflatten(2, (len(cells), -1)) * rows[..., None] * columns[:, :, None]
+            near = near / near.sum((2, 3), keepdim=True).clamp(min=1e-9)
+            middles = (cells + 0.5) * CELL
+            xy = torch.stack([near.sum(2) @ middles, near.sum(3) @ middles], 2)
+            sizes = (sizes * near[:, :, None]).sum((3, 4)).exp()
+            return 1 - p[..., -1], torch.cat([xy, sizes], 2)
+
+    return Locator().to(memory_format=torch.channels_last)
+
+
+def load_locator(path=None):
+    """The trained locator (default: weights/locator.safetensors beside this script)."""
+    from safetensors.torch import load_file
+    path, net = Path(path or Path(__file__).parent / "weights" / "locator.safetensors"), locator_net().eval()
+    with reading(path, "weights of the locator (parse.py train --locator makes them)"):
+        net.load_state_dict(load_file(path))
+    return net
 
 
 def pose_box(affine, size):
@@ -453,20 +662,22 @@ def overlap(a, b):
 # ---- cutting the clip
 def cut_clip(video, folder, matcher, find, places, every, key):
     """Write the clip folder of a found overlay, the first of so many places -> clip.json's dict."""
-    info, skin = video_info(video), matcher.skins[find.skin]
+    info, skin = video_info(video), find.skin
     affine, (x0, y0, x1, y1) = corners_convention(find.affine), visible_box(skin)
     (ax, ay), (bx, by) = affine @ (x0, y0, 1), affine @ (x1, y1, 1)
     cutter = Cutter(info["size"], every, [ax - 1, ay - 1, bx + 1, by + 1], skin, find.affine)
     clip = {"video": video.name, "game": video.stem, "fps": info["fps"], "size": info["size"],
             "box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name, "controller": skin.family,
-            "affine": rounded(affine, 6), "inliers": find.inliers, "matcher": matcher.kind, "every": every,
-            "lag": 0, "edges": round(find.edges, 3), "places": places,
+            "affine": rounded(affine, 6), "inliers": find.inliers, "every": every,
+            "matcher": matcher.kind if find.by == "template" else find.by, "lag": 0, "edges": round(find.edges, 3), "places": places,
             "hole": cutter.hole, "pad": cutter.pad, "run": key}
     clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
         clip["n"] = cutter.run(video, tmp)
         how = cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR
-        save_png(tmp / "template.png", cv2.resize(draw(skin), cutter.pad, interpolation=how))
+        for name, drawn in (("template", draw(skin)), ("pressed", draw_pressed(skin))):
+            if name == "template" or any(p.control for p in skin.parts):
+                save_png(tmp / f"{name}.png", cv2.resize(drawn, cutter.pad, interpolation=how))
         write_json(tmp / "clip.json", clip)
     return clip
 
@@ -798,7 +1009,7 @@ def root_sift(gray, limit):
 # ---- the clip folder
 QUALITY = 90                         # JPEG: 1-2 GB an hour of frames
 MOST_PIXELS = 1 << 26                              # of one picture: 8192 x 8192
-CLIP_FILES = set("clip.json template.png frames.npy frames_index.npy pads.npy pads_index.npy actions.npy "
+CLIP_FILES = set("clip.json template.png pressed.png frames.npy frames_index.npy pads.npy pads_index.npy actions.npy "
                  "confidence.npy keep.npy truth.npy human.npy cuts.npy .lock .DS_Store Thumbs.db".split())
 REDO = "delete the clip folder and run its stage again"
 
@@ -1449,18 +1660,23 @@ def family_of(name):
 
 def measured(name, family, size, parts, width=None):
     """Parts -> Skin at `width`, its geometry read off the parts: a button's box is where its sprites have
-    ink."""
+    ink; where only a small part of that changes when it is pressed (one arm of a d-pad), it is that part. The
+    canvas has room for the sticks' whole travel."""
     scale = width / size[0] if width else 1
     size = (width, max(1, round(size[1] * scale))) if width else size
     parts = [p for p in parts if any(s is not None for s in p.sprites)]
     skin = Skin(name, family, size, [scaled(p, scale) for p in parts])
     for part in skin.parts:
-        inked = [cv2.boundingRect(np.uint8(s[..., 3] > 24)) for s in part.sprites if s is not None]
-        inked = np.array([(x, y, x + w, y + h) for x, y, w, h in inked if w])
-        if not part.control or not len(inked):
+        seen = [s for s in part.sprites if s is not None]
+        h, w = np.max([s.shape[:2] for s in seen], 0)
+        seen = np.stack([np.pad(s, ((0, h - s.shape[0]), (0, w - s.shape[1]), (0, 0))) for s in seen])
+        x, y, w, h = cv2.boundingRect(np.uint8(seen[..., 3].max(0) > 24))
+        if not part.control or not w:
             continue
-        box = [*(inked.min(0)[:2] + part.at).tolist(), *(inked.max(0)[2:] + part.at).tolist()]
-        x0, y0, x1, y1 = box
+        change = cv2.boundingRect(np.uint8(np.ptp(seen, 0).max(2) > 24))
+        if part.control not in (*STICKS, "DPAD") and 0.05 < change[2] * change[3] / (w * h) < 0.5:
+            x, y, w, h = change
+        x0, y0, x1, y1 = box = [x + part.at[0], y + part.at[1], x + w + part.at[0], y + h + part.at[1]]
         center, w, h = [(x0 + x1) / 2, (y0 + y1) / 2], x1 - x0, y1 - y0
         if part.control in STICKS:
             skin.sticks[part.control] = {"center": center, "travel": list(part.travel), "radius": (w + h) / 4}
@@ -1472,7 +1688,23 @@ def measured(name, family, size, parts, width=None):
                 skin.buttons["DPAD_" + direction.upper()] = list(around(cx, cy, w / 6, h / 6))
         else:
             skin.buttons[part.control] = box
-    return skin
+    return with_room(skin)
+
+
+def with_room(skin):
+    """The skin on a canvas that its sticks do not leave at full travel."""
+    reach = [np.add(s["travel"], s["radius"]) for s in skin.sticks.values()]
+    centers = [s["center"] for s in skin.sticks.values()]
+    low = np.floor(np.min([(0, 0), *np.subtract(centers, reach)], 0)).astype(int)
+    high = np.ceil(np.max([skin.size, *np.add(centers, reach)], 0)).astype(int)
+    if not low.any() and tuple(high) == tuple(skin.size):
+        return skin
+    move = lambda box: [*(np.reshape(box, (-1, 2)) - low).ravel().tolist()]
+    parts = [replace(p, at=tuple(move(p.at))) for p in skin.parts]
+    sticks = {side: {**s, "center": move(s["center"])} for side, s in skin.sticks.items()}
+    boxes = {name: move(box) for name, box in skin.buttons.items()}
+    return replace(skin, size=tuple((high - low).tolist()), parts=parts, buttons=boxes, sticks=sticks,
+                   bbox=skin.bbox and move(skin.bbox))
 
 
 def scaled(part, scale):
@@ -2278,7 +2510,8 @@ def work_for(args):
         return lambda video, folder, meta: label_one(Path(video), Path(folder), meta, args)
     skins = load_skins(args.templates) if args.templates else our_skins()
     net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
-    matcher = Matcher(skins, net, Path(args.out) / f"templates-{rank_and_world()[0]}.npz")
+    locator = load_locator() if net else None
+    matcher = Matcher(skins, net, Path(args.out) / f"templates-{rank_and_world()[0]}.npz", locator)
     settings = fingerprint(matcher.key, [(s.name, s.family, s.buttons, s.sticks) for s in skins], args.every)
     return lambda video, name, old: extract_one(Path(video), name, old, matcher, args, settings)
 

@@ -54,12 +54,15 @@ def label_clip(model, folder, clip, pads):
     """Read one clip's crops and write its three files -> one line that says what came out."""
     n = len(pads)
     began = time.time()
-    closeups = Closeups(clip["geometry"], clip["pad"])
+    geometry, drawn = clip["geometry"], read_templates(folder, clip)
     actions = np.zeros((n, extract.A), np.float32)
     confidence = np.zeros(n, np.float32)
-    shown = bool(closeups.sticks or closeups.buttons)
+    shown = bool(geometry["sticks"] or geometry["buttons"])
     if shown:
-        pad = Pad(model, closeups, pads, read_template(folder, clip))
+        pad = Pad(model, geometry, pads, drawn)
+        for _ in range(2):                                     # where a stick rests far from the given centre
+            if moved := pad.better_geometry():
+                pad = Pad(model, moved, pads, drawn)
         actions, confidence = settle(pad, *pad.read_all(pads))
     keep = extract.dense(actions, confidence)
     for name, array in (("keep", keep), ("confidence", confidence), ("actions", actions)):
@@ -80,7 +83,7 @@ def settle(pad, places, spread, reads):
     sure = []
     actions = np.zeros((len(logits), extract.A), np.float32)
     for i, side in enumerate(closeups.sticks):
-        actions[:, STICKS[side]] = normalise(places[:, i], closeups.known[side])
+        actions[:, STICKS[side]] = normalise(places[:, i])
         sure.append(np.clip(1.2 - spread[:, i], 0, 1))
     for i, j in closeups.clicks.items():                       # the stick's net follows the moving cap
         logits[:, j] = (logits[:, j] + reads.clicks[:, i]) / 2
@@ -89,7 +92,7 @@ def settle(pad, places, spread, reads):
         logits = level(logits, fixed=~on_caps)
         p = np.concatenate([smooth_buttons(logits[low:high])[begin - low:end - low]
                             for low, begin, end, high in pieces(len(logits))])
-        actions[:, [BUTTON[b] for b in closeups.buttons]] = decisive(p > 0.5, logits)
+        actions[:, [BUTTON[b] for b in closeups.buttons]] = p > 0.5
         sure.append(np.abs(2 * p - 1).mean(1))
     there = np.clip((reads.likeness / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
     return actions, (there * np.mean(sure, 0)).astype(np.float32)
@@ -107,15 +110,23 @@ class Pad:
     """One clip's pad: its controls, what they look like at rest in this video, and what tells a crop from one
     without it."""
 
-    def __init__(self, model, closeups, pads, template=None):
-        self.model, self.closeups = model, closeups
+    def __init__(self, model, geometry, pads, templates=()):
+        """templates: read_templates()'s of the clip."""
+        self.model, self.geometry = model, geometry
         at = np.unique(np.linspace(0, len(pads) - 1, SAMPLES).astype(int))
         crops = [pads[i] for i in at]
+        self.closeups = closeups = Closeups(geometry, crops[0].shape[1::-1])
         before = closeups.all(pads[max(i - 1, 0)] for i in at)
         now = closeups.all(crops)
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # of the whole video
-        drawn = None if template is None else closeups(in_the_videos_light(template, picture))
-        self.rest = rest_pictures(model, before, now, closeups(picture), drawn)
+        median = closeups(picture)
+        drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
+        self.rest = rest_pictures(model, before, now, median, drawn)
+        self.pressed = np.uint8([0, 0])                        # not known
+        if pressed and one_skin(drawn, median):
+            self.pressed = [changed(*pictures) for pictures in zip(self.rest, drawn, *pressed)]
+        grids, *_ = net_reads(model, map(montages, before, now, self.rest, self.pressed))
+        self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
@@ -123,6 +134,22 @@ class Pad:
         """Of the crop's edges to those of the pad at rest: falls towards 0 where the overlay is gone or
         covered."""
         return likeness(edges(crop), self.outline, centre=False)
+
+    def better_geometry(self):
+        """The geometry with each stick moved to where it rests in the sampled frames, and its travel as long
+        as it goes; None where no stick is far from what the geometry says."""
+        sticks = dict(self.geometry["sticks"])
+        for values, side in zip(self.sampled.transpose(1, 0, 2), self.closeups.sticks):
+            center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
+            rest = resting_place(values)
+            if rest is None:
+                continue
+            reach = np.percentile(np.hypot(*(values - rest).T), 97)
+            longer = reach / 0.9 if reach > 1.15 or 0.3 < reach < 0.6 else 1
+            if np.hypot(*rest) > 0.25 or longer != 1:
+                sticks[side] = {**sticks[side], "center": [*(center + rest * travel)],
+                                "travel": [*(travel * longer)]}
+        return None if sticks == self.geometry["sticks"] else {**self.geometry, "sticks": sticks}
 
     def read(self, pads, begin, end):
         """Frames begin .. end -> Reads."""
@@ -133,7 +160,7 @@ class Pad:
             alike += [self.likeness(c) for c in crops]
             now = self.closeups.all(crops)
             before = [np.concatenate([b, c[:-1]]) for b, c in zip(last, now)]
-            reads.append(net_reads(self.model, map(montages, before, now, self.rest)))
+            reads.append(net_reads(self.model, map(montages, before, now, self.rest, self.pressed)))
             last = [c[-1:] for c in now]
         grids, clicks, buttons = map(np.concatenate, zip(*reads))
         n = end - begin
@@ -185,9 +212,19 @@ def rest_pictures(model, before, now, median, drawn):
     for picture, old, wrong in zip(rest, median, map(np.logical_and, doubted, few)):
         picture[wrong] = old[wrong]                       # seen at rest too seldom beside a template in doubt
     rest, _ = at_rest(model, before, now, rest)
-    if np.median(np.concatenate(alike)) > ONE_SKIN:
+    if one_skin(drawn, median):
         rest[0] = drawn[0]                                    # its caps are at rest; the video's may never be
     return rest
+
+
+def one_skin(drawn, median):
+    """Do template and video show one skin? By the close-ups of both."""
+    return np.median([likeness(a, b) for d, m in zip(drawn, median) for a, b in zip(d, m)]) > ONE_SKIN
+
+
+def changed(rest, drawn, pressed):
+    """The pad at rest as the video shows it, changed as the template changes when it is pressed, uint8."""
+    return np.clip(rest.astype(int) + pressed - drawn.astype(int), 0, 255).astype(np.uint8)
 
 
 def beside_template(model, median, drawn, alike):
@@ -342,33 +379,28 @@ def two_groups(x):
     return np.split(ranked, [1 + (k * k[::-1] * gap ** 2).argmax()])
 
 
-def decisive(pressed, logits):
-    """Reads bool (n, m) and their logits -> the reads without buttons whose plainest press is not plain: a
-    scene that shines through a thin-lined button looks a little like a press for as long as it is there, and
-    the longer a button was really held, the plainer is its best frame."""
-    held = pressed.sum(0)
-    plain = np.minimum(1 + 0.2 * np.log2(np.maximum(held, 1)), 2.5)
-    return pressed & (np.where(pressed, logits, -np.inf).max(0) >= plain)
-
-
-def normalise(values, known):
+def normalise(values):
     """Per video [paper: centre at rest, 99th percentile as scale], guarded: values float32 (n, 2) of one
-    stick -> the same, in [-1, 1].
-
-    Known travel: trusted as it is. Unknown: the centre is the mode (a mean is wrong when a stick is pushed
-    one way only); one scale for both axes (an axis that is never used must not be blown up); a stick that
-    hardly moves keeps its scale.
-    """
-    if known or len(values) < 30:
+    stick -> the same, in [-1, 1]. One scale for both axes (an axis that is never used must not be blown up);
+    a stick that hardly moves keeps its scale, one that never rests its centre too."""
+    rest = resting_place(values)
+    if rest is None:
         return values
-    counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]      # bins 0.1 wide
-    centre = np.array(np.unravel_index(counts.argmax(), counts.shape)) / 10 - 1
-    near = np.abs(values - centre).max(1) < 0.1
-    if near.mean() < 0.1 or np.abs(centre).max() > 0.5:       # never at rest long enough to say where rest is
-        return values
-    values = values - values[near].mean(0)
+    values = values - rest
     reach = np.percentile(np.hypot(*values.T), 99)
-    return np.clip(values / reach, -1, 1).astype(np.float32) if reach > 0.3 else values.astype(np.float32)
+    return np.clip(values / (reach if reach > 0.3 else 1), -1, 1).astype(np.float32)
+
+
+def resting_place(values):
+    """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), in which places
+    near the given centre count more, as a game may be played with a stick held to one side; None where it is
+    not often enough there to say."""
+    bins = np.linspace(-1, 1, 21)                              # their middles
+    counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]
+    counts *= np.exp(-0.5 * (np.hypot(bins[:, None], bins) / 0.35) ** 2)
+    mode = bins[list(np.unravel_index(counts.argmax(), counts.shape))]
+    near = np.abs(values - mode).max(1) < 0.1
+    return values[near].mean(0) if len(values) >= 30 and near.mean() >= 0.05 else None
 
 
 # ---------------------------------------------------------------------------------------------- the close-ups
@@ -382,13 +414,11 @@ class Closeups:
         boxes = geometry["buttons"]
         self.sticks = [s for s in STICKS if s in sticks]
         self.buttons = [b for b in BUTTONS if b in boxes and b not in LEGACY]
-        self.known = {}                                        # sticks whose travel the geometry tells
         self.clicks = {}                                       # number of a stick -> of the button on its cap
         centers, travels = [], []
         for i, side in enumerate(self.sticks):
             stick = sticks[side]
             thumb = THUMB[side]
-            self.known[side] = bool(stick.get("travel")) and not geometry.get("borrowed")
             if thumb in boxes and on_stick(boxes[thumb], stick):
                 self.clicks[i] = self.buttons.index(thumb)
             half_cap = stick.get("radius", geometry["size"][0] / 16) / 2       # where the travel is not known
@@ -631,49 +661,47 @@ def as_map(x, hw):
 
 
 # --------------------------------------------------------------------------------------------------- training
-def train_reader(args):
-    """Train on drawn scenes; what is checked and written every --every steps is the running mean of the
-    weights."""
-    steps = args.steps or (600 if args.skins else STEPS)
-    peak = (5e-4 if args.skins else 2e-3) if args.lr is None else args.lr
+def train_net(args):
+    """Train the reader, or with --locator the locator, on drawn scenes; what is checked and written every
+    --every steps is the running mean of the weights."""
+    kind = KINDS["locator" if args.locator else "reader"]
+    steps = args.steps or (600 if args.skins and args.ckpt else kind.steps)
+    peak = (5e-4 if args.ckpt else 2e-3) if args.lr is None else args.lr
     extract.writable(args.out)
-    skins = extract.load_skins(args.skins, 480) if args.skins else []          # larger is slower to draw
+    skins = extract.load_skins(args.skins, kind.width) if args.skins else []
     skins = [s for s in skins if any(p.control for p in s.parts)]
     if args.skins and not skins:
-        raise UserError(f"--skins {args.skins}: expected OBS input-overlay presets or NAME.png with NAME.json"
-                        ", found bare pictures: say in NAME.json where their controls are")
+        raise UserError(f"--skins {args.skins}: expected OBS input-overlay presets, "
+                        "found pictures only: they do not show what is pressed")
     torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))      # a core renders the scenes
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    model = load_parser(args.ckpt) if args.ckpt else Parser()
+    model = kind.load(args.ckpt) if args.ckpt else kind.net()
     mean = copy.deepcopy(model)
-    held = [*itertools.islice(Teacher(args.seed + 1000, skins, fresh=0), 16)]
+    held = [*itertools.islice(Teacher(args.seed + 1000, skins, kind.scene, fresh=0), 16)]
     curve = []
 
     def record(step, **losses):
-        curve.append({"step": step, **losses, **check(mean, held)})
+        curve.append({"step": step, **losses, **kind.check(mean.eval(), held)})
         tqdm.write(" | ".join(f"{k} {v}" for k, v in curve[-1].items()))
     if args.ckpt:
         record(0)                                              # before, to compare the last one with
-    loader = torch.utils.data.DataLoader(Teacher(args.seed, skins), batch_size=None, num_workers=args.workers,
-                                         prefetch_factor=8 if args.workers else None)
+    loader = torch.utils.data.DataLoader(Teacher(args.seed, skins, kind.scene), batch_size=None,
+                                         num_workers=args.workers, prefetch_factor=8 if args.workers else None)
     scenes = iter(loader)
-    stick_pool = Pool(args.pool)
-    button_pool = Pool(8 * args.pool)
+    pools = [Pool(int(args.pool * share)) for share in kind.pools]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.02, betas=(0.9, 0.98))
     warmup = min(200, steps // 10 + 1)
     bar = tqdm(range(1, steps + 1), desc="train", mininterval=10)
     for step in bar:
-        for _ in range(1 if stick_pool.n else 40):             # one new scene a step, forty before the first
-            rendered = next(scenes)
-            stick_pool.add(*rendered[:3])
-            button_pool.add(*rendered[3:])
+        for _ in range(kind.scenes if pools[0].n else 40):                     # forty before the first step
+            for pool, rendered in zip(pools, next(scenes)):
+                pool.add(*rendered)
         lr = peak * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / (steps + 1)))
         # --- one step: everything below the next line is book-keeping
         model.train()
-        sticks = stick_pool.draw(generator, args.batch)
-        buttons = button_pool.draw(generator, 3 * args.batch)
-        loss = parser_loss(model, generator, sticks, buttons)
+        batches = [pool.draw(generator, int(args.batch * share)) for pool, share in zip(pools, kind.batches)]
+        loss = kind.loss(model, generator, *batches)
         total = sum(loss.values())
         if not math.isfinite(total.item()):                    # or it would spoil the mean and the file
             raise UserError(f"expected a falling loss, found {total.item()} at step {step}: "
@@ -714,6 +742,49 @@ def parser_loss(model, generator, sticks, buttons):
     panels, _ = turn_and_mask(generator, buttons[0])
     loss["button"] = F.binary_cross_entropy_with_logits(model.buttons(panels), buttons[1])
     return loss
+
+
+def locator_loss(model, generator, batch):
+    """Cross-entropy of each place's heat map, in which "not here" is one more cell, and the log error of the
+    sizes at the true place."""
+    rng = np.random.default_rng(torch.randint(1 << 31, (), generator=generator).item())
+    pairs = (a_window(rng, *(part.numpy() for part in pair)) for pair in zip(*batch))
+    windows, places = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))           # (B, 20, 4)
+    log_p, sizes = model(windows)
+    here = ~places[..., 0].isnan()
+    cells = (torch.arange(extract.WINDOW // extract.CELL) + 0.5) * extract.CELL
+    away = (cells - torch.nan_to_num(places[..., :2, None])) / (0.6 * extract.CELL)
+    bumps = torch.exp(-0.5 * away ** 2)                                        # (B, 20, xy, 48)
+    grid = bumps[:, :, 1, :, None] * bumps[:, :, 0, None, :]
+    grid = grid / grid.sum((2, 3), keepdim=True).clamp(min=1e-6) * here[..., None, None]
+    label = torch.cat([grid.flatten(2), (~here).float()[..., None]], 2)
+    got = (sizes * grid[:, :, None]).sum((3, 4))
+    wrong = (got - places[..., 2:].clamp(min=1).log().nan_to_num()).abs().mean(2) * here
+    return {"heat": -(label * log_p).sum(2).mean(), "size": wrong.sum() / here.sum().clamp(min=1),
+            "pad": wrong[:, -1].sum() / here[:, -1].sum().clamp(min=1)}        # its box is the overlay's: again
+
+
+def a_window(rng, picture, places):
+    """One square out of a scene of the locator's, its colours sometimes inverted or exchanged -> uint8 (192,
+    192, 5), places (20, 4) in it. In most cases the whole pad is in it."""
+    whole, pad = len(picture), places[-1]
+    first, last, smallest = np.zeros(2), np.full(2, whole), 130
+    if not np.isnan(pad[0]) and rng.random() < 0.85:
+        first, last = pad[:2] + pad[2:] / 2, pad[:2] - pad[2:] / 2             # it ends after, begins before
+        smallest = min(max(1.05 * pad[2:].max(), smallest), whole - 2)
+    side = rng.uniform(smallest, whole)
+    first, last = np.clip(first - side, 0, whole - side), np.clip(last, 0, whole - side)
+    corner = first + rng.random(2) * (last - first)
+    cut = extract.window(picture, *corner, side)
+    if rng.random() < 0.15:
+        cut[..., :3] = 255 - cut[..., :3]
+    if rng.random() < 0.3:
+        cut[..., :3] = cut[..., rng.permutation(3)]
+    if rng.random() < 0.1:
+        cut[..., 3:] = 0                                                       # as if the game stood still
+    places = np.hstack([places[:, :2] - corner, places[:, 2:]]) * (extract.WINDOW / side)
+    places[((places[:, :2] < 0) | (places[:, :2] >= extract.WINDOW)).any(1)] = np.nan
+    return cut, places
 
 
 def turn_and_mask(generator, panels, grid=None):
@@ -762,16 +833,17 @@ class Pool:
 # A scene = one skin over one moving background, some frames of play, through one video codec: what a clip
 # folder would hold, with the truth. What differs between channels is drawn per scene: skin, size, opacity ...
 FRAMES, RESTS = 8, 5                       # frames of a scene; pictures that its pad at rest is the median of
-STEPS = 5000                               # of the default training
+SCENE, SAMPLED = 288, 10                   # pixels a side of the locator's scenes, and their frames
 
 
 class Teacher(torch.utils.data.IterableDataset):
     """Endless scenes as tensors, each of a skin drawn anew or of one of `skins`; a share `fresh` of new ones
     prevents forgetting."""
 
-    def __init__(self, seed, skins=None, fresh=0.35):
+    def __init__(self, seed, skins, scene, fresh=0.35):
         self.seed = seed
         self.skins = skins
+        self.scene = scene
         self.fresh = fresh
 
     def __iter__(self):
@@ -787,12 +859,12 @@ class Teacher(torch.utils.data.IterableDataset):
                 skin = self.skins[rng.integers(len(self.skins))]
             if rng.random() < 0.6:
                 skin = restyle(rng, skin)
-            yield [torch.from_numpy(a) for a in scene(rng, skin, backdrops)]
+            yield [[torch.from_numpy(a) for a in part] for part in self.scene(rng, skin, backdrops)]
 
 
 def scene(rng, skin, backdrops):
-    """One scene -> panels with truth: sticks uint8 (8 k, 4, 57, 57, 3), values (8 k, 2), click (8 k,) (nan:
-    not shown on this pad); buttons uint8 (8 m, 4, 33, 33, 3), pressed (8 m,). The panels are previous,
+    """One scene -> panels with truth: (sticks uint8 (8 k, 4, 57, 57, 3), values (8 k, 2), click (8 k,) (nan:
+    not shown on this pad)), (buttons uint8 (8 m, 4, 33, 33, 3), pressed (8 m,)). The panels are previous,
     current, rest, pressed: in half of the scenes the reader knows the very skin, so how it looks pressed, and
     its geometry is right; in the others it has a foreign one or the locator's."""
     overlay = Overlay(rng, skin)
@@ -832,7 +904,107 @@ def scene(rng, skin, backdrops):
         values[:, i] = np.clip(actions[:, STICKS[side]] * true, -1, 1)
         if THUMB[side] in skin.buttons and on_stick(skin.buttons[THUMB[side]], skin.sticks[side]):
             clicks[:, i] = actions[:, BUTTON[THUMB[side]]]
-    return sticks, values.reshape(-1, 2), clicks.ravel(), buttons, pressed.ravel()
+    return (sticks, values.reshape(-1, 2), clicks.ravel()), (buttons, pressed.ravel())
+
+
+def located_scene(rng, skin, backdrops):
+    """One scene for the locator -> ((picture uint8 (1, 288, 288, 5), places float32 (1, 20, 4)),): what
+    extract.motion_picture() makes of ten frames; each place's x, y and two sizes, nan where it isn't seen."""
+    film = Film(rng, backdrops, SCENE, SCENE)
+    views = [film.step() for _ in range(SAMPLED)]
+    if rng.random() < 0.4:                                     # sampled so far apart that nothing stays
+        views = [film.cut() or film.window() for _ in range(SAMPLED)]
+    frames = [view.copy() for view in views]
+    places = np.full((len(extract.PLACES), 4), np.nan, np.float32)
+    if rng.random() < 0.5:
+        for _ in range(rng.integers(1, 6)):
+            distract(rng, frames, views)
+    if rng.random() < 0.86:
+        put_pad(rng, skin, frames, places)
+    if rng.random() < 0.3:
+        distract(rng, frames, views)
+    if rng.random() < 0.6:
+        quality = rng.integers(40, 92)
+        frames = [jpeg(frame, quality) for frame in frames]
+    if rng.random() < 0.3:
+        light = rng.uniform(0.7, 1.1), rng.uniform(-10, 20)
+        frames = [cv2.convertScaleAbs(frame, alpha=light[0], beta=light[1]) for frame in frames]
+    return (extract.motion_picture(np.stack(frames))[None], places[None]),
+
+
+def put_pad(rng, skin, frames, places):
+    """Draw a skin into the frames, in place, at one place and size in some states, and fill in its places."""
+    bounds = np.reshape(extract.visible_box(skin), (2, 2))
+    side = bounds[1] - bounds[0]
+    wide = np.exp(rng.uniform(*np.log([60, 230])))
+    size = np.multiply(skin.size, wide / max(side[0], 0.8 * side[1]) * np.array([1, rng.uniform(0.85, 1.18)]))
+    size = np.maximum(size, 20).astype(int)
+    k = size / skin.size
+    room = SCENE - side * k                                    # a tenth of it may be cut off
+    corner = (rng.uniform(-0.1 * side * k, np.maximum(room, 1) + 0.1 * side * k) - bounds[0] * k).astype(int)
+    opacity = 1.0 if rng.random() < 0.3 else rng.uniform(0.45, 1)
+    lazy = rng.choice([1, 3, 12])                              # frames between two samples
+    actions = random_play(rng, len(frames) * lazy)[::lazy]
+    actions[:, 21:] *= rng.choice([1, 1, 1, 0.3, 0])
+    actions[:, :21] *= rng.random(21) < rng.uniform(0.2, 1.5)  # some are never pressed
+    shown = rng.choice([1, 1, 1, 0.8, 0.6])
+    blur = rng.uniform(0.3, 0.8) if rng.random() < 0.3 else 0
+    x, y = np.maximum(corner, 0)
+    left, top = np.maximum(-corner, 0)
+    for frame, action in zip(frames, actions):
+        if rng.random() < shown:                               # else the overlay is not there yet
+            sprite = cv2.resize(extract.premultiply(extract.draw(skin, action)), size.tolist(),
+                                interpolation=cv2.INTER_AREA) * np.float32(opacity)
+            sprite = cv2.GaussianBlur(sprite, (0, 0), blur) if blur else sprite
+            sprite = sprite[top:, left:][:SCENE - y, :SCENE - x]
+            behind = frame[y:y + len(sprite), x:x + sprite.shape[1]]
+            behind[:] = np.rint(sprite[..., :3] + behind * (1 - sprite[..., 3:] / 255))
+    seen = {name: np.reshape(box, (2, 2)) for name, box in skin.buttons.items()} | {"pad": bounds}
+    for i, name in enumerate(extract.PLACES):
+        if name in seen:
+            places[i] = *(seen[name].mean(0) * k + corner), *((seen[name][1] - seen[name][0]) * k)
+        elif name in skin.sticks:
+            stick = skin.sticks[name]
+            travel = max(np.mean(stick["travel"]), 0.25 * stick["radius"])
+            places[i] = *(stick["center"] * k + corner), travel * k.mean(), stick["radius"] * k.mean()
+    places[((places[:, :2] < 0) | (places[:, :2] >= SCENE)).any(1)] = np.nan
+
+
+def distract(rng, frames, views):
+    """Draw something into the frames, in place, that stands still as an overlay does: a piece of another
+    scene, a panel, a word, keys that light up, a disc."""
+    x, y = rng.integers(-20, SCENE, 2).tolist()
+    w, h = rng.integers(8, 120), rng.integers(6, 70)
+    kind = rng.choice(["piece", "panel", "word", "keys", "disc"])
+    inks = rng.integers(0, 256, (2, 3)).tolist()
+    opacity = rng.uniform(0.3, 1)
+    piece = views[rng.integers(len(views))][:h, :w]
+    letters = "".join(rng.choice([*"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"], rng.integers(1, 18)))
+    columns, step = rng.integers(1, 6), int(rng.integers(10, 34))
+    size = rng.uniform(0.25, 1.2)
+    often = rng.uniform(0, 0.4)
+    write = lambda where, text, at, ink, size: cv2.putText(where, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, ink,
+                                                           max(1, int(size * 2)), cv2.LINE_AA)
+    for frame in frames:
+        layer = frame.copy()
+        ink, other = inks if rng.random() < often else inks[::-1]
+        if kind == "piece":
+            hidden = layer[max(y, 0):, max(x, 0):][:h, :w]
+            hidden[:] = piece[:len(hidden), :hidden.shape[1]]
+        elif kind == "panel":
+            cv2.rectangle(layer, (x, y), (x + w, y + h), inks[0], -1)
+            cv2.rectangle(layer, (x, y), (x + w, y + h), inks[1], 2)
+        elif kind == "word":
+            write(layer, letters[:8], (x, y + 10), ink, size)
+        elif kind == "keys":
+            for i, letter in enumerate(letters):
+                left, top = x + i % columns * step, y + i // columns * step
+                key, label = inks if rng.random() < often else inks[::-1]
+                cv2.rectangle(layer, (left, top), (left + step - 3, top + step - 3), key, -1)
+                write(layer, letter, (left + 2, top + step - 6), label, step / 40)
+        else:
+            cv2.circle(layer, (x, y), int(h) // 2, ink, -1 if opacity > 0.6 else 2, cv2.LINE_AA)
+        frame[:] = cv2.addWeighted(layer, opacity, frame, 1 - opacity, 0)
 
 
 def random_play(rng, n):
@@ -1099,24 +1271,29 @@ def as_wide_as(template, width):
     return np.dstack([straight.astype(np.uint8), blurred[..., 3:]])
 
 
-def in_the_videos_light(template, picture):
-    """The template, uint8 (h, w, 4), as it would look in the video whose median picture (h, w, 3) is given:
-    by a line fitted where it is opaque; where little is, as a share (the overlay's opacity) of it over the
-    mean colour beside it."""
-    alpha = template[..., 3:] / 255.0
-    rgb = template[..., :3].astype(float)
-    solid = template[..., 3] > 200
-    beside = template[..., 3] < 25
-    if solid.sum() >= 200 and rgb[solid].std() >= 8:
-        gain, lift = np.polyfit(rgb[solid].ravel(), picture[solid].ravel(), 1)
-        drawn = alpha * np.clip(np.clip(gain, 0.3, 1.1) * rgb + lift, 0, 255) + (1 - alpha) * picture
-    else:
-        ground = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
-        full = alpha * (rgb - ground)
-        opacity = ((picture - ground) * full).sum() / max((full ** 2).sum(), 1)
-        drawn = np.clip(ground + np.clip(opacity, 0.3, 1) * full, 0, 255)
-        drawn[beside] = picture[beside]
-    return np.rint(drawn).astype(np.uint8)
+def in_the_videos_light(templates, picture):
+    """Templates, uint8 (h, w, 4), the first at rest, as they would look in the video whose median picture (h,
+    w, 3) is given: by a line fitted where the first is opaque; where little is, as a share (the overlay's
+    opacity) of it over the mean colour beside it -> list of uint8 (h, w, 3)."""
+    drawn = []
+    for template in templates:
+        alpha = template[..., 3:] / 255.0
+        rgb = template[..., :3].astype(float)
+        if not drawn:
+            solid = template[..., 3] > 200
+            beside = template[..., 3] < 25
+            ground = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
+            full = alpha * (rgb - ground)
+            opacity = ((picture - ground) * full).sum() / max((full ** 2).sum(), 1)
+            fitted = solid.sum() >= 200 and rgb[solid].std() >= 8
+            gain, lift = np.polyfit(rgb[solid].ravel(), picture[solid].ravel(), 1) if fitted else (1, 0)
+        if fitted:
+            seen = alpha * np.clip(np.clip(gain, 0.3, 1.1) * rgb + lift, 0, 255) + (1 - alpha) * picture
+        else:
+            seen = np.clip(ground + np.clip(opacity, 0.3, 1) * alpha * (rgb - ground), 0, 255)
+            seen[template[..., 3] < 25] = picture[template[..., 3] < 25]
+        drawn.append(np.rint(seen).astype(np.uint8))
+    return drawn
 
 
 def likeness(a, b, centre=True):
@@ -1189,16 +1366,18 @@ def width_in_video(clip):
     return np.hypot(a, b) * clip["geometry"]["size"][0]
 
 
-def read_template(folder, clip):
-    """template.png of a clip, uint8 (h, w, 4), as sharp as the video shows it; None where there is none."""
-    path = folder / "template.png"
-    if not path.is_file():
-        return None
-    template = extract.read_rgba(path)
-    size = list(template.shape[1::-1])
-    if size != clip["pad"]:
-        raise UserError(f"{path}: expected a picture of {clip['pad']}, found {size}: cut the clip again")
-    return as_wide_as(template, width_in_video(clip))
+def read_templates(folder, clip):
+    """template.png of a clip and, where it has one, pressed.png, uint8 (h, w, 4), as sharp as the video shows
+    them; none for a pad that the locator found: its template is the video's own picture."""
+    pictures = []
+    for path in (folder / "template.png", folder / "pressed.png"):
+        if path.is_file() and clip.get("matcher") != "locator":
+            picture = extract.read_rgba(path)
+            size = list(picture.shape[1::-1])
+            if size != clip["pad"]:
+                raise UserError(f"{path}: expected a picture of {clip['pad']}, found {size}: cut the clip again")
+            pictures.append(as_wide_as(picture, width_in_video(clip)))
+    return pictures
 
 
 def unread(folder, n):
@@ -1273,10 +1452,26 @@ def evaluate(args):
         print(f"{name:{width}}" + "".join(f"{row.get(k, math.nan):10.4f}" for k in FIGURES))
 
 
+def check_locator(net, scenes):
+    """Of what drawn scenes hold: how much is found within a twentieth of the pad's width; of what they don't
+    hold: how much is seen all the same."""
+    pictures, places = (torch.cat(part) for part in zip(*(scene for scene, in scenes)))
+    all_of_it = [(0, 0, SCENE)]
+    looks = [extract.see_windows(net, picture.numpy(), all_of_it) for picture in pictures]
+    there, seen = (np.concatenate(part) for part in zip(*looks))
+    places = places.numpy()
+    here = ~np.isnan(places[..., 0])
+    near = np.hypot(*(seen - places)[..., :2].transpose(2, 0, 1)) < 0.05 * places[:, -1:, 2]
+    return {"recall": round(float((near & (there > 0.5))[here].mean()), 4),
+            "false": round(float((there > 0.5)[~here].mean()), 4)}
+
+
 def check(model, scenes):
     """Single-frame score on drawn scenes: R2 of the sticks, F1 of clicks and buttons together."""
-    sticks, values, clicks, buttons, pressed = (torch.cat(part).numpy() for part in zip(*scenes))
-    grids, *logits = net_reads(model.eval(), [sticks, buttons])
+    sticks, buttons = zip(*scenes)
+    sticks, values, clicks = (torch.cat(part).numpy() for part in zip(*sticks))
+    buttons, pressed = (torch.cat(part).numpy() for part in zip(*buttons))
+    grids, *logits = net_reads(model, [sticks, buttons])
     fit = r2(decode(np.exp(grids)), values) if len(grids) else math.nan
     true = np.concatenate([clicks, pressed])                   # a click that the pad does not show: nan
     read = (np.concatenate(logits) > 0) & ~np.isnan(true)
@@ -1306,6 +1501,26 @@ def load_parser(path):
     return model.eval()
 
 
+class Kind(NamedTuple):
+    """What differs between training the reader and the locator. pools, batches: in shares of --pool and
+    --batch; width: of the skins, as larger ones are slower to draw; scenes: new ones a step."""
+    net: object
+    load: object
+    scene: object
+    loss: object
+    check: object
+    pools: tuple
+    batches: tuple
+    width: int
+    scenes: int
+    steps: int
+
+
+KINDS = {"reader": Kind(Parser, load_parser, scene, parser_loss, check, (1, 8), (1, 3), 480, 1, 5000),
+         "locator": Kind(extract.locator_net, extract.load_locator, located_scene, locator_loss, check_locator,
+                         (0.3,), (0.25,), 300, 2, 5000)}
+
+
 def main(argv=None):
     """Parse the command line."""
     parser = extract.ArgumentParser(prog="parse.py", allow_abbrev=False,
@@ -1322,16 +1537,18 @@ def main(argv=None):
     p.add_argument("--ckpt", default=CKPT, help="weights for clips not read yet (default: those that ship)")
     p.set_defaults(run=evaluate)
     p = verbs.add_parser("train", help="train the reader on drawn skins, or on yours", allow_abbrev=False)
+    p.add_argument("--locator", action="store_true",
+                   help="train extract.py's locator of unknown pads, not the reader")
     p.add_argument("--out", required=True, help="where the weights go (.safetensors)")
     p.add_argument("--skins", metavar="DIR",
-                   help="OBS input-overlay presets, or NAME.png with NAME.json (default: random skins)")
+                   help="OBS input-overlay presets (default: random skins only)")
     p.add_argument("--ckpt", help="weights to start from (default: none, from scratch)")
     p.add_argument("--steps", type=number(int, 1),
-                   help=f"optimiser steps (default: {STEPS}; with --skins 600)")
+                   help="optimiser steps (default: 5000; to fit --ckpt to --skins 600)")
     p.add_argument("--batch", type=number(int, 8), default=64,
-                   help="sticks a step, and three times as many buttons (default: 64)")
+                   help="sticks a step, three times as many buttons, a quarter of the windows (default: 64)")
     p.add_argument("--lr", type=number(float, 0, 1),
-                   help="peak learning rate of AdamW (default: 2e-3; with --skins 5e-4)")
+                   help="peak learning rate of AdamW (default: 2e-3; with --ckpt 5e-4)")
     p.add_argument("--pool", type=number(int, 1, 1e6), default=12000,
                    help="stick close-ups kept to draw from, 8 x as many buttons: about 1.3 GB by default")
     p.add_argument("--every", type=number(int, 1), default=250,
@@ -1340,7 +1557,7 @@ def main(argv=None):
                    help="1: scenes are rendered by a process of their own (default)")
     p.add_argument("--seed", type=number(int, 0), default=0,
                    help="seed of scenes, initial weights and batches")
-    p.set_defaults(run=train_reader)
+    p.set_defaults(run=train_net)
     return extract.cli(parser, argv)
 
 

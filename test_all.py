@@ -196,6 +196,7 @@ def fails_in_one_line(capfd, main, *argv, says=""):
 COMMANDS = [tuple(line.split(".py")) for line in """extract.py
 extract.py templates
 parse.py run
+parse.py show
 parse.py eval
 parse.py train
 model.py convert
@@ -1522,6 +1523,9 @@ def drawn_clip(folder, skin, n=150, seed=0, opacity=0.9, held=None):
         frame = np.rint(opacity * rgba[..., :3] + view * (1 - opacity * rgba[..., 3:] / 255)).astype(np.uint8)
         writer.add(t, cv2.resize(frame, pad))
     writer.close(n)
+    frames = extract.FramesWriter(folder, "frames")
+    frames.add(0, extract.shrink(back))
+    frames.close(n)
     extract.save_png(folder / "template.png", cv2.resize(extract.draw(skin), pad))
     np.save(folder / "truth.npy", truth * visible(skin))
     clip = dict(
@@ -1562,23 +1566,14 @@ def test_reads_a_pad_it_never_saw(tmp_path, capsys):
     assert parse.main(["run", str(tmp_path)]) == 0
     capsys.readouterr()
     assert parse.main(["eval", str(tmp_path)]) == 0
-    names, clip, family, every = (line.split() for line in capsys.readouterr().out.splitlines())
-    left, right, accuracy, f1 = map(float, clip[1:])
-    assert left > 0.85 and right > 0.85 and f1 > 0.9 and accuracy > 0.95
-    assert clip[1:] == family[3:] == every[3:] and family[1] == skin.family
-    actions, confidence, keep = (
-        np.load(tmp_path / "clip" / f"{n}.npy") for n in ("actions", "confidence", "keep")
-    )
-    assert (
-        actions.shape == (150, 25)
-        and actions.dtype == np.float32
-        and confidence.dtype == np.float32
-        and keep.dtype == bool
-    )
-    assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any() and set(np.unique(actions[:, :21])) <= {
-        0,
-        1,
-    }
+    names, clip, every, family, band = (line.split() for line in capsys.readouterr().out.splitlines())
+    left, right, _, accuracy, f1, false, confidence, good = map(float, clip[1:])
+    assert left > 0.85 and right > 0.85 and f1 > 0.9 and accuracy > 0.95 and false == 0 and good == 1
+    assert clip[1:] == family[3:] == every[3:] == band[5:] and family[1] == skin.family
+    assert float(band[1]) <= confidence <= float(band[3])
+    [actions] = parse.read_rows(tmp_path / "clip", 150, "actions")
+    assert not parse.unread(tmp_path / "clip", 150) and np.isin(actions[:, :21], (0, 1)).all()
+    assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any()
 
 
 def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(tmp_path):
@@ -1593,18 +1588,66 @@ def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(tmp_path):
 
 
 def test_run_resumes_and_redoes_what_is_broken(tmp_path, capsys, skin):
-    """A whole clip is skipped; half a file is redone; the result is the same."""
-    weights = tiny_weights(tmp_path)
-    drawn_clip(tmp_path / "data" / "a", skin, n=12)
-    assert parse.main(["run", str(tmp_path / "data"), "--ckpt", weights]) == 0
-    first = (tmp_path / "data" / "a" / "actions.npy").read_bytes()
+    """A whole clip is skipped unless --again; half a file is redone; the result is the same."""
+    weights, file = tiny_weights(tmp_path), tmp_path / "data" / "a" / "actions.npy"
+    drawn_clip(file.parent, skin, n=12)
+
+    def read(*flags):
+        assert run(parse.main, "run", tmp_path / "data", "--ckpt", weights, *flags) == 0
+        return file.read_bytes()
+    first = read()
     capsys.readouterr()
-    assert parse.main(["run", str(tmp_path / "data"), "--ckpt", weights]) == 0
-    assert "read already" in capsys.readouterr().out
-    (tmp_path / "data" / "a" / "actions.npy").write_bytes(first[:200])
-    assert parse.main(["run", str(tmp_path / "data"), "--ckpt", weights]) == 0
-    assert (tmp_path / "data" / "a" / "actions.npy").read_bytes() == first
+    assert read() == first and "read already" in capsys.readouterr().out
+    file.write_bytes(first[:200])
+    assert read() == first
+    np.save(file, np.zeros((12, 25), np.float32))
+    assert read() != first == read("--again")
     assert not list((tmp_path / "data").rglob("*.tmp"))
+
+
+def test_false_presses_count_where_the_truth_never_presses():
+    """F1 leaves such buttons out: 3 frames of EAST would go unseen."""
+    truth, read = np.zeros((2, 9, 25), np.float32)
+    truth[:5, BUTTON["SOUTH"]] = read[:6, BUTTON["SOUTH"]] = read[:3, BUTTON["EAST"]] = 1
+    figures = parse.score(read, truth, {"buttons": ["EAST", "SOUTH"], "sticks": []})
+    assert figures["false"] == 3 and figures["F1"] == 10 / 11
+
+
+def test_a_clip_needs_its_pads_no_more_once_it_is_read(tmp_path, capfd, skin):
+    drawn_clip(tmp_path / "a", skin, n=24)
+    weights, said = tiny_weights(tmp_path), []
+    for words in "eval", "run --drop-pads", "run --again", "eval":
+        assert run(parse.main, *words.split(), tmp_path, "--ckpt", weights) == 0
+        said.append(capfd.readouterr().out)
+    assert not list(tmp_path.rglob("pads*")) and "pads dropped" in said[1] and said[0] == said[3]
+    assert "its pads were dropped: to read it anew" in said[2]
+    assert run(parse.main, "show", tmp_path, "--out", tmp_path / "page.png") == 0
+    (tmp_path / "a" / "actions.npy").unlink()
+    fails_in_one_line(capfd, parse.main, "run", tmp_path, "--ckpt", weights, says="pads.npy: expected a whole")
+
+
+def test_what_was_read_can_be_seen(tmp_path, capfd, skin):
+    """EAST is pressed by mistake, START missed, the left stick points right; a film has a frame a row."""
+    clip, out = tmp_path / "a", tmp_path / "a.png"
+    drawn_clip(clip, skin, n=7)
+    fails_in_one_line(capfd, parse.main, "show", clip, "--out", out, says="read by parse.py run")
+    truth, read = np.zeros((2, 25))
+    truth[BUTTON["START"]] = read[BUTTON["EAST"]] = read[STICKS["left"].start] = 1
+    pad = np.asarray(parse.redrawn(parse.Image.new("RGB", skin.size), vars(skin), read, truth))
+    x, y = np.int32(skin.sticks["left"]["center"])
+    assert tuple(pad[y, x + skin.size[0] // 11]) == (255, 215, 0)
+    for button, middle, red in ("EAST", 255, True), ("START", 0, True), ("BACK", 0, False):
+        x0, y0, x1, y1 = np.int32(skin.buttons[button])
+        assert tuple(pad[(y0 + y1) // 2, (x0 + x1) // 2]) == (middle, 0, 0)
+        assert (pad[y0:y1, x0:x1] == (255, 0, 0)).all(2).any() == red
+    shutil.copytree(clip, tmp_path / "b")
+    assert run(parse.main, "run", tmp_path, "--ckpt", tiny_weights(tmp_path)) == 0
+    for folder, size in (clip, (6 * 240, 960)), (tmp_path, (2 * 240, 3 * 960)):
+        assert run(parse.main, "show", folder, "--out", out) == 0
+        assert extract.read_rgba(out).shape[:2] == size
+    film = tmp_path / "a.avi"
+    fails_in_one_line(capfd, parse.main, "show", tmp_path, "--out", film, says="one clip")
+    assert run(parse.main, "show", clip, "--out", film) == 0 and len([*extract.read_video(film)]) == 7
 
 
 def tiny_weights(folder):

@@ -1143,9 +1143,11 @@ def whole_clip(folder, key):
         clip = read_clip(folder)
         rows = [Frames(folder).n]
         if "pad" in clip:
-            pads, _ = Frames(folder, "pads"), read_rgba(folder / "template.png")
+            read_rgba(folder / "template.png")
+        if (folder / "pads.npy").exists():
+            pads = Frames(folder, "pads")
             rows += [pads.n, len(pads)]
-        else:
+        else:                                      # of released labels, or dropped when it was read
             n = rows[0]
             read_npy(folder / "actions.npy", np.float32, (n, A))
             read_npy(folder / "confidence.npy", np.float32, (n,))
@@ -2531,8 +2533,10 @@ def contact_sheet(path, videos, out):
             pictures = [(0, 320, frame)]
         if line["status"] == "found":
             cv2.rectangle(frame, list(map(int, line["box"])), (0, 255, 0), 1 + frame.shape[1] // 400)
-            pads, rest = Frames(folder, "pads"), read_rgba(folder / "template.png")
-            pictures += [(320, 160, pads[len(pads) // 2]), (480, 160, over(96, rest))]
+            pictures.append((480, 160, over(96, read_rgba(folder / "template.png"))))
+            if (folder / "pads.npy").exists():     # else dropped when they were read
+                pads = Frames(folder, "pads")
+                pictures.append((320, 160, pads[len(pads) // 2]))
         for left, width, picture in pictures:
             picture = Image.fromarray(picture)
             picture.thumbnail((width, 176))

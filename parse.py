@@ -1,6 +1,7 @@
 """parse.py: read buttons and sticks from the overlay crops (NitroGen, arXiv 2601.02427, section 3.1).
 
     python parse.py run DATA [--ckpt weights/parser.safetensors]   read every clip folder of DATA
+    python parse.py show CLIP --out FILE.mp4|FILE.png              look at what was read
     python parse.py eval DATA                                      score the clips that have truth.npy
     python parse.py train --out FILE [--skins DIR --ckpt FILE]     train the reader, or fit it to your skin
 
@@ -21,6 +22,7 @@ import copy
 import itertools
 import json
 import math
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
@@ -174,7 +177,7 @@ class Pad:
         places = np.zeros((len(pads), k, 2), np.float32)
         spread = np.zeros((len(pads), k))
         grids = np.zeros((0, k, GRID, GRID), np.float32)
-        for low, begin, end, high in pieces(len(pads)):
+        for low, begin, end, high in tqdm([*pieces(len(pads))], "read", disable=None):
             if done < high:
                 pads.data = extract.read_npy(pads.path, np.uint8, (None,))     # frees what was read
                 more = self.read(pads, done, high)
@@ -1319,40 +1322,57 @@ def run(args):
     with extract.reading(f"--device {args.device}", "a device of this machine, such as cpu"):
         model = load_parser(args.ckpt).to(args.device)
     wrong = []
-    for folder in extract.shard(extract.clips_in(args.data)):
+    folders = extract.shard(extract.clips_in(args.data))
+    for i, folder in enumerate(folders, 1):
         try:
-            print(f"{folder.name}: {run_clip(model, folder)}", flush=True)
+            line = run_clip(model, folder, args.again, args.drop_pads)
         except Busy:
-            print(f"{folder.name}: passed over, another process reads it", flush=True)
+            line = "passed over, another process reads it"
         except UserError as e:                                 # the other clips are read all the same
-            wrong.append(str(e))
+            wrong.append(line := str(e))
+        print(f"clip {i}/{len(folders)} | {folder.name} | {line}", flush=True)
+    if not folders:
+        print("nothing to do: there are more processes than clips")
     if wrong:
         raise UserError(f"{wrong[0]} (clips that could not be read: {len(wrong)})")
 
 
-def run_clip(model, folder):
-    """Read one clip folder, unless it was read before -> one line that says what came out. Busy where another
-    process is at it."""
+def run_clip(model, folder, again=False, drop=False):
+    """Read one clip folder -> one line that says what came out. again: also where it was read before; drop:
+    then remove its crops. Busy where another process is at it."""
     clip, pads = open_pads(folder)
-    if pads is None:
+    if not clip.get("box"):
         return "recorded play, no overlay to read: left as it is"
-    if not unread(folder, len(pads)):
-        return "read already: delete its actions.npy to read it again"
-    with extract.lock(folder / ".lock"):
-        return label_clip(model, folder, clip, pads)
+    if not pads:
+        return "read already, its pads were dropped: to read it anew, delete the clip and cut it again"
+    line = "read already: --again reads it anew"
+    again = again or unread(folder, clip["n"])
+    if again or drop:
+        with extract.lock(folder / ".lock"):
+            if again:
+                line = label_clip(model, folder, clip, pads)
+            if drop:
+                pads.data = None                               # Windows removes no file that is open
+                for path in folder.glob("pads*.npy"):
+                    path.unlink()
+                line += " | pads dropped"
+    return line
 
 
 def open_pads(folder):
-    """A clip folder -> clip.json as a dict, its crops (extract.Frames), checked against each other; a
-    recorder's clip has no overlay: None for its crops."""
+    """A clip folder -> clip.json as a dict, its crops (extract.Frames), checked against each other; None for
+    the crops of a recorder's clip, which has no overlay, and of one that was read and whose pads were
+    dropped."""
     clip = extract.read_clip(folder)
     if not clip.get("box"):
         return clip, None
-    pads = extract.Frames(folder, "pads")
-    expected = f"crops of {clip.get('pad')}, a geometry and an affine in clip.json (cut the clip again)"
+    dropped = not (folder / "pads.npy").exists() and not unread(folder, clip.get("n"))
+    pads = None if dropped else extract.Frames(folder, "pads")
+    expected = (f"{clip.get('n')} crops of {clip.get('pad')}, a geometry and an affine in clip.json "
+                "(cut the clip again)")
     with extract.reading(folder, expected), np.errstate(all="ignore"):
-        if list(pads[0].shape[1::-1]) != list(clip["pad"]):
-            raise ValueError(f"{pads[0].shape[1::-1]} in pads.npy")
+        if pads and [len(pads), *pads[0].shape[1::-1]] != [clip["n"], *clip["pad"]]:
+            raise ValueError(f"{len(pads)} of {pads[0].shape[1::-1]} in pads.npy")
         closeups = Closeups(clip["geometry"], clip["pad"])   # all that reading asks of a geometry, tried once
         numbers = [*closeups.stick_map, *closeups.button_map, width_in_video(clip)]
         if not all(np.isfinite(x).all() for x in numbers):
@@ -1362,8 +1382,7 @@ def open_pads(folder):
 
 def width_in_video(clip):
     """How many pixels of the video the template is wide."""
-    (a, _, _), (b, _, _) = clip["affine"]
-    return np.hypot(a, b) * clip["geometry"]["size"][0]
+    return np.hypot(*np.array(clip["affine"])[:, 0]) * clip["geometry"]["size"][0]
 
 
 def read_templates(folder, clip):
@@ -1383,13 +1402,23 @@ def read_templates(folder, clip):
 def unread(folder, n):
     """Is anything missing of what a reading writes? (A clip is whole when its three files are, with n rows
     each.)"""
-    files = ("actions", np.float32, (n, extract.A)), ("confidence", np.float32, (n,)), ("keep", bool, (n,))
     try:
-        for name, dtype, shape in files:
-            extract.read_npy(folder / f"{name}.npy", dtype, shape)
+        read_rows(folder, n, "actions", "confidence", "keep")
     except UserError:
         return True
     return False
+
+
+def read_rows(folder, n, *names):
+    """Files of a clip of n rows, by name: actions and truth float32 (n, 25), confidence (n,), keep bool."""
+    arrays = []
+    for name in names:
+        path, wide = folder / f"{name}.npy", name in ("actions", "truth")
+        dtype, shape = bool if name == "keep" else np.float32, (n, extract.A) if wide else (n,)
+        arrays.append(extract.read_npy(path, dtype, shape))
+        if wide:
+            extract.check_actions(path, arrays[-1], n)
+    return arrays
 
 
 def r2(got, true):
@@ -1399,57 +1428,130 @@ def r2(got, true):
     return float(1 - ((got - true) ** 2).sum() / varies) if varies > 4e-4 * len(true) else math.nan
 
 
-FIGURES = ("left R2", "right R2", "accuracy", "F1")            # of one clip, as a table's columns
+FIGURES = ("left R2", "right R2", "stick R2", "accuracy", "F1", "false", "confidence", "right")
+BANDS = ("0 - 0.5", "0.5 - 0.8", "0.8 - 0.9", "0.9 - 1")       # of confidence
 
 
 def score(actions, truth, geometry):
     """Actions (n, 25) against the truth -> {figure: value} of the controls that the skin shows; F1 is the
-    mean over the buttons that are pressed at all."""
+    mean over the buttons that are pressed at all, "false" counts the frames in which others are read as
+    pressed."""
     shown = [BUTTON[b] for b in geometry["buttons"] if b not in LEGACY]
     got = actions[:, shown] > 0.5
     true = truth[:, shown] > 0.5
     occurs = true.any(0)
     f1 = 2 * (got & true).sum(0) / np.maximum(got.sum(0) + true.sum(0), 1)
     sticks = {f"{s} R2": r2(actions[:, STICKS[s]], truth[:, STICKS[s]]) for s in geometry["sticks"]}
-    return {**sticks, "accuracy": float((got == true).mean()) if got.size else math.nan,
-            "F1": float(f1[occurs].mean()) if occurs.any() else math.nan}
+    return {**sticks, "stick R2": mean(sticks.values()), "accuracy": mean((got == true).mean(0)),
+            "F1": mean(f1[occurs]), "false": got[:, ~occurs].sum()}
+
+
+def mean(values):
+    """The mean of the values that are not nan; nan where there is none."""
+    present = [v for v in values if not math.isnan(v)]
+    return np.mean(present) if present else math.nan
 
 
 def mean_of(rows):
-    """The mean over clips of every figure that any of them has."""
-    present = {k: [r[k] for r in rows if not math.isnan(r.get(k, math.nan))] for k in FIGURES}
-    return {k: float(np.mean(v)) for k, v in present.items() if v}
+    """The mean over clips of every figure."""
+    return {k: mean(r.get(k, math.nan) for r in rows) for k in FIGURES}
 
 
 def evaluate(args):
-    """Score every clip that has truth.npy, reading those not read yet; a line a clip, then the means per
-    family and over all."""
+    """Score every clip that has truth.npy, reading those not read yet; a line a clip, then the means over
+    all, per family and per band of confidence. A clip is "right" from F1 .9 and stick R2 .85 on."""
     model = None
-    rows = {}
-    families = {}
+    table, groups = {}, {}
     for folder in extract.clips_in(args.data):
-        clip, pads = open_pads(folder) if (folder / "truth.npy").is_file() else (None, None)
-        if pads is None:
+        clip = open_pads(folder)[0] if (folder / "truth.npy").is_file() else {}
+        if not clip.get("box"):
             continue
-        if unread(folder, len(pads)):
+        if unread(folder, clip["n"]):
             model = model or load_parser(args.ckpt)
             run_clip(model, folder)
-        arrays = [extract.read_npy(folder / f"{name}.npy", np.float32, (None, None))
-                  for name in ("actions", "truth")]
-        for name, array in zip(("actions", "truth"), arrays):
-            extract.check_actions(folder / f"{name}.npy", array, len(pads))
-        rows[folder.name] = score(*arrays, clip["geometry"])
-        families.setdefault(str(clip.get("controller") or "generic"), []).append(rows[folder.name])
-    if not rows:
+        actions, truth, confidence = read_rows(folder, clip["n"], "actions", "truth", "confidence")
+        row = score(actions, truth, clip["geometry"]) | {"confidence": confidence.mean()}
+        row["right"] = not (row["F1"] < 0.9 or row["stick R2"] < 0.85)         # nan: nothing to get wrong
+        table[folder.name] = row
+        band = BANDS[np.searchsorted((0.5, 0.8, 0.9), row["confidence"], "right")]
+        for group in "= all", f"= {clip.get('controller') or 'generic'}", f"confidence {band}":
+            groups.setdefault(group, []).append(row)
+    if not table:
         raise UserError(f"{args.data}: expected clips of extract.py with truth.npy, found none: "
                         "only rendered or recorded videos can be scored")
-    table = dict(rows)
-    for family, chosen in [*sorted(families.items()), ("all", [*rows.values()])]:
-        table[f"= {family} ({len(chosen)})"] = mean_of(chosen)
+    table |= {f"{group} ({len(groups[group])})": mean_of(groups[group]) for group in sorted(groups)}
     width = max(map(len, table)) + 2
-    print(" " * width + "".join(f"{name:>10}" for name in FIGURES))
+    print(" " * width + "".join(f"{name:>12}" for name in FIGURES))
     for name, row in table.items():
-        print(f"{name:{width}}" + "".join(f"{row.get(k, math.nan):10.4f}" for k in FIGURES))
+        print(f"{name:{width}}" + "".join(
+            f"{row.get(k, math.nan):12.{0 if k == 'false' else 4}f}" for k in FIGURES))
+
+
+# ----------------------------------------------------------------------------------- labels that can be seen
+def show(args):
+    """Write a film of one clip that was read, or a page (.png) of its busiest moments; of a folder of clips a
+    page with three moments a clip, of 40 clips at most."""
+    clips = {folder: extract.read_clip(folder) for folder in extract.clips_in(args.data)}
+    read = [f for f, clip in clips.items() if clip.get("box") and not unread(f, clip.get("n"))]
+    if not read:
+        raise UserError(f"{args.data}: expected clips with an overlay, read by parse.py run; found none")
+    if args.out.lower().endswith(".png"):
+        axis = int(len(read) > 1)                              # moments of one clip stand below each other
+        rows = [np.concatenate([*pictures(folder, 180, 3 if axis else 6)], axis)
+                for folder in read[::len(read) // 40 + 1]]
+        return extract.save_png(args.out, np.concatenate(rows))
+    with extract.reading(args.data, "one clip that was read, for a film (of many: --out NAME.png)"):
+        [folder] = read
+    with extract.VideoWriter(args.out, clips[folder]["fps"], (1600, 400)) as film:
+        for rgb in tqdm(pictures(folder, 300), "film", clips[folder]["n"], disable=None):
+            film.add(rgb)
+
+
+def pictures(folder, high, k=None):
+    """A clip that was read -> yields uint8 (4 high / 3, 16 high / 3, 3) of every row, or of the row of each
+    k-th of the clip in which most was read: the policy's frame, the crop, the pad as read and as it truly
+    was, with pressed buttons in words."""
+    clip, pads = open_pads(folder)
+    n, geometry, frames = clip["n"], clip["geometry"], extract.Frames(folder)
+    names = ["confidence", "actions"] + ["truth"] * (folder / "truth.npy").is_file()
+    confidence, *labels = read_rows(folder, n, *names)
+    ground = extract.over(32, extract.read_rgba(folder / "template.png"), 0.6)
+    ground = Image.fromarray(ground).resize(geometry["size"])
+    rows, busy, w = np.arange(n), np.abs(labels[0]).sum(1), high * 4 // 3
+    if k:
+        rows = [part[busy[part].argmax()] for part in np.array_split(rows, min(k, n))]
+    for i in rows:
+        now = np.searchsorted(frames.numbers[1:], i, "right")                  # --every K keeps each Kth
+        panels = [(f"{folder.name}   {i / clip['fps']:.2f} s   confidence {confidence[i]:.2f}",
+                   Image.fromarray(frames[now]))]
+        if pads:
+            panels.append(("the pad in the video", Image.fromarray(pads[i])))
+        for title, actions in zip(("read", "truth"), labels):
+            names = ", ".join(b for b in geometry["buttons"] if actions[i, BUTTON[b]] > 0.5)
+            picture = redrawn(ground.copy(), geometry, actions[i], labels[-1][i])
+            panels.append((textwrap.fill(f"{title}: {names}", 30), picture))
+        page = Image.new("RGB", (4 * w, w))
+        for x, (text, picture) in enumerate(panels):
+            page.paste(ImageOps.contain(picture, (w, high)), (x * w, 0))
+            ImageDraw.Draw(page).text((x * w, high), text, font_size=high * 0.07)
+        yield np.asarray(page)
+
+
+def redrawn(picture, geometry, action, truth):
+    """Draw an action over the pad's picture, a PIL image: pressed buttons filled, sticks as pins; a button is
+    red where the truth differs."""
+    pen, reach = ImageDraw.Draw(picture), picture.width // 11
+    thin = reach // 25 + 1
+    for button, box in sorted(geometry["buttons"].items()):                    # triggers over bumpers
+        pressed, true = (row[BUTTON[button]] > 0.5 for row in (action, truth))
+        ink = "red" if pressed != true else "lime" if pressed else "gray"
+        pen.rectangle(box, ink if pressed else None, ink, thin)
+    for side, stick in geometry["sticks"].items():
+        tip = stick["center"] + reach * action[STICKS[side]]
+        pen.circle(stick["center"], reach, None, "gold", thin)
+        pen.line([*stick["center"], *tip], "gold", 4 * thin)
+        pen.circle(tip, reach / 5, "gold")
+    return picture
 
 
 def check_locator(net, scenes):
@@ -1525,18 +1627,29 @@ def main(argv=None):
     """Parse the command line."""
     parser = extract.ArgumentParser(prog="parse.py", allow_abbrev=False,
                                     description="Read buttons and sticks from the overlay crops.")
-    verbs = parser.add_subparsers(required=True, metavar="run | train | eval")
-    p = verbs.add_parser("run", help="read every clip folder of DATA", allow_abbrev=False)
-    p.add_argument("data", help="folder of clip folders (or one of them), as extract.py leaves it")
+    verbs = parser.add_subparsers(required=True, metavar="run | show | eval | train")
+
+    def verb(name, action, about, data=None):
+        p = verbs.add_parser(name, help=about, allow_abbrev=False)
+        p.set_defaults(run=action)
+        if data:
+            p.add_argument("data", help=data)
+        return p
+    p = verb("run", run, "read every clip folder of DATA",
+             "folder of clip folders (or one of them), as extract.py leaves it")
     p.add_argument("--ckpt", default=CKPT, help="the reader's weights (default: those that ship)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="torch device (default: cuda where there is one)")
-    p.set_defaults(run=run)
-    p = verbs.add_parser("eval", help="score the clips that have truth.npy", allow_abbrev=False)
-    p.add_argument("data", help="folder of clip folders; those not read yet are read first")
+    p.add_argument("--again", action="store_true", help="also read clips that were read already")
+    p.add_argument("--drop-pads", action="store_true",
+                   help="remove a clip's crops once it is read: half of its size, and it can't be read again")
+    p = verb("show", show, "a film or a page of what was read",
+             "a clip folder that was read; for a page also a folder of such")
+    p.add_argument("--out", required=True, help="NAME.mp4 or .webm: a film of the clip; NAME.png: a page")
+    p = verb("eval", evaluate, "score the clips that have truth.npy",
+             "folder of clip folders; those not read yet are read first")
     p.add_argument("--ckpt", default=CKPT, help="weights for clips not read yet (default: those that ship)")
-    p.set_defaults(run=evaluate)
-    p = verbs.add_parser("train", help="train the reader on drawn skins, or on yours", allow_abbrev=False)
+    p = verb("train", train_net, "train the reader on drawn skins, or on yours")
     p.add_argument("--locator", action="store_true",
                    help="train extract.py's locator of unknown pads, not the reader")
     p.add_argument("--out", required=True, help="where the weights go (.safetensors)")
@@ -1557,7 +1670,6 @@ def main(argv=None):
                    help="1: scenes are rendered by a process of their own (default)")
     p.add_argument("--seed", type=number(int, 0), default=0,
                    help="seed of scenes, initial weights and batches")
-    p.set_defaults(run=train_net)
     return extract.cli(parser, argv)
 
 

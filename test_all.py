@@ -196,6 +196,7 @@ def fails_in_one_line(capfd, main, *argv, says=""):
 COMMANDS = [tuple(line.split(".py")) for line in """extract.py
 extract.py templates
 parse.py run
+parse.py show
 parse.py eval
 parse.py train
 model.py convert
@@ -1522,22 +1523,19 @@ def drawn_clip(folder, skin, n=150, seed=0, opacity=0.9, held=None):
         frame = np.rint(opacity * rgba[..., :3] + view * (1 - opacity * rgba[..., 3:] / 255)).astype(np.uint8)
         writer.add(t, cv2.resize(frame, pad))
     writer.close(n)
+    frames = extract.FramesWriter(folder, "frames")
+    frames.add(0, extract.shrink(back))
+    frames.close(n)
     extract.save_png(folder / "template.png", cv2.resize(extract.draw(skin), pad))
     np.save(folder / "truth.npy", truth * visible(skin))
     clip = dict(
         video="drawn.mp4",
-        game="",
         fps=30,
         n=n,
-        size=[1280, 720],
         box=[0, 0, 200, 150],
         template=skin.name,
         controller=skin.family,
         affine=[[1, 0, 0], [0, 1, 0]],
-        inliers=99,
-        matcher="drawn",
-        every=1,
-        lag=0,
         pad=pad,
         geometry=dict(size=skin.size, buttons=skin.buttons, sticks=skin.sticks),
     )
@@ -1562,23 +1560,15 @@ def test_reads_a_pad_it_never_saw(tmp_path, capsys):
     assert parse.main(["run", str(tmp_path)]) == 0
     capsys.readouterr()
     assert parse.main(["eval", str(tmp_path)]) == 0
-    names, clip, family, every = (line.split() for line in capsys.readouterr().out.splitlines())
-    left, right, accuracy, f1 = map(float, clip[1:])
+    names, clip, every, family, band = (line.split() for line in capsys.readouterr().out.splitlines())
+    left, right, _, accuracy, f1, false, confidence, good = map(float, clip[1:])
     assert left > 0.85 and right > 0.85 and f1 > 0.9 and accuracy > 0.95
-    assert clip[1:] == family[3:] == every[3:] and family[1] == skin.family
-    actions, confidence, keep = (
-        np.load(tmp_path / "clip" / f"{n}.npy") for n in ("actions", "confidence", "keep")
-    )
-    assert (
-        actions.shape == (150, 25)
-        and actions.dtype == np.float32
-        and confidence.dtype == np.float32
-        and keep.dtype == bool
-    )
-    assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any() and set(np.unique(actions[:, :21])) <= {
-        0,
-        1,
-    }
+    assert false == 0 and good == 1
+    assert clip[1:] == family[3:] == every[3:] == band[5:] and family[1] == skin.family
+    assert float(band[1]) <= confidence <= float(band[3])
+    [actions] = parse.read_rows(tmp_path / "clip", 150, "actions")
+    assert np.isin(actions[:, :21], (0, 1)).all() and not parse.unread(tmp_path / "clip", 150)
+    assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any()
 
 
 def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(tmp_path):
@@ -1586,25 +1576,78 @@ def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(tmp_path):
     skin = {s.name: s for s in extract.our_skins()}["ps4_blue_flat"]
     drawn_clip(tmp_path / "clip", skin, held="RIGHT_TRIGGER")
     parse.run_clip(parse.load_parser(parse.CKPT), tmp_path / "clip")
-    got, true = (
-        np.load(tmp_path / "clip" / f"{n}.npy")[:, BUTTON["RIGHT_TRIGGER"]] for n in ("actions", "truth")
-    )
+    rows = parse.read_rows(tmp_path / "clip", 150, "actions", "truth")
+    got, true = (actions[:, BUTTON["RIGHT_TRIGGER"]] for actions in rows)
     assert true.mean() == 0.9 and (got == true).mean() > 0.95
 
 
 def test_run_resumes_and_redoes_what_is_broken(tmp_path, capsys, skin):
-    """A whole clip is skipped; half a file is redone; the result is the same."""
+    """A whole clip is skipped unless --again; half a file is redone; the result is the same."""
     weights = tiny_weights(tmp_path)
-    drawn_clip(tmp_path / "data" / "a", skin, n=12)
-    assert parse.main(["run", str(tmp_path / "data"), "--ckpt", weights]) == 0
-    first = (tmp_path / "data" / "a" / "actions.npy").read_bytes()
+    file = tmp_path / "data" / "a" / "actions.npy"
+    drawn_clip(file.parent, skin, n=12)
+
+    def read(*flags):
+        assert run(parse.main, "run", tmp_path / "data", "--ckpt", weights, *flags) == 0
+        return file.read_bytes()
+    first = read()
     capsys.readouterr()
-    assert parse.main(["run", str(tmp_path / "data"), "--ckpt", weights]) == 0
-    assert "read already" in capsys.readouterr().out
-    (tmp_path / "data" / "a" / "actions.npy").write_bytes(first[:200])
-    assert parse.main(["run", str(tmp_path / "data"), "--ckpt", weights]) == 0
-    assert (tmp_path / "data" / "a" / "actions.npy").read_bytes() == first
+    assert read() == first and "read already" in capsys.readouterr().out
+    file.write_bytes(first[:200])
+    assert read() == first
+    np.save(file, np.zeros((12, 25), np.float32))
+    assert read() != first == read("--again")
     assert not list((tmp_path / "data").rglob("*.tmp"))
+
+
+def test_false_presses_count_where_the_truth_never_presses():
+    """F1 leaves such buttons out: 3 frames of EAST would go unseen."""
+    truth, read = np.zeros((2, 9, 25), np.float32)
+    truth[:5, BUTTON["SOUTH"]] = read[:6, BUTTON["SOUTH"]] = read[:3, BUTTON["EAST"]] = 1
+    figures = parse.score(read, truth, {"buttons": ["EAST", "SOUTH"], "sticks": []})
+    assert figures["false"] == 3 and figures["F1"] == 10 / 11
+
+
+def test_a_clip_needs_its_pads_no_more_once_it_is_read(tmp_path, capfd, skin):
+    drawn_clip(tmp_path / "a", skin, n=24)
+    weights = tiny_weights(tmp_path)
+    said = []
+    for words in "eval", "run --drop-pads", "run --again", "eval":
+        assert run(parse.main, *words.split(), tmp_path, "--ckpt", weights) == 0
+        said.append(capfd.readouterr().out)
+    assert not list(tmp_path.rglob("pads*"))
+    assert said[0] == said[3]
+    assert "pads dropped" in said[1]
+    assert "its pads were dropped: to read it anew" in said[2]
+    assert run(parse.main, "show", tmp_path, "--out", tmp_path / "page.png") == 0
+    (tmp_path / "a" / "actions.npy").unlink()
+    fails_in_one_line(capfd, parse.main, "run", tmp_path, "--ckpt", weights, says="pads.npy: expected a")
+
+
+def test_what_was_read_can_be_seen(tmp_path, capfd, skin):
+    """EAST is pressed by mistake, START missed, the left stick points right; a film has a frame a row."""
+    clip = tmp_path / "a"
+    out = tmp_path / "a.png"
+    drawn_clip(clip, skin, n=7)
+    fails_in_one_line(capfd, parse.main, "show", clip, "--out", out, says="read by parse.py run")
+    truth, read = np.zeros((2, 25))
+    truth[BUTTON["START"]] = read[BUTTON["EAST"]] = read[STICKS["left"].start] = 1
+    pad = np.asarray(parse.redrawn(parse.Image.new("RGB", skin.size), vars(skin), read, truth))
+    x, y = np.int32(skin.sticks["left"]["center"])
+    assert tuple(pad[y, x + skin.size[0] // 11]) == (255, 215, 0)
+    for button, middle, red in ("EAST", 255, True), ("START", 0, True), ("BACK", 0, False):
+        x0, y0, x1, y1 = np.int32(skin.buttons[button])
+        assert tuple(pad[(y0 + y1) // 2, (x0 + x1) // 2]) == (middle, 0, 0)
+        assert (pad[y0:y1, x0:x1] == (255, 0, 0)).all(2).any() == red
+    assert run(parse.main, "run", clip, "--ckpt", tiny_weights(tmp_path)) == 0
+    shutil.copytree(clip, tmp_path / "b")
+    for folder, size in (clip, (6 * 240, 960)), (tmp_path, (2 * 240, 3 * 960)):
+        assert run(parse.main, "show", folder, "--out", out) == 0
+        assert extract.read_rgba(out).shape[:2] == size
+    film = tmp_path / "a.avi"
+    fails_in_one_line(capfd, parse.main, "show", tmp_path, "--out", film, says="one clip")
+    assert run(parse.main, "show", clip, "--out", film) == 0
+    assert len([*extract.read_video(film)]) == 7
 
 
 def tiny_weights(folder):
@@ -1706,21 +1749,20 @@ def test_parse_mistakes_are_one_line(says, words, unread_clip, tmp_path, capfd, 
 
 def test_recorded_and_unknown_pads_are_said_in_one_line(tmp_path, capsys, skin):
     """A recorder's clip is left alone; a template without geometry gives confidence 0 and nothing kept."""
+    data = tmp_path / "data"
     weights = tiny_weights(tmp_path)
-    (tmp_path / "data" / "rec").mkdir(parents=True)
-    (tmp_path / "data" / "rec" / "clip.json").write_text(json.dumps({"video": "", "n": 10, "fps": 30}))
-    drawn_clip(tmp_path / "data" / "unknown", skin, n=12)
-    clip = json.loads((tmp_path / "data" / "unknown" / "clip.json").read_text())
+    drawn_clip(data / "unknown", skin, n=12)
+    clip = json.loads((data / "unknown" / "clip.json").read_text())
     clip["geometry"].update(buttons={}, sticks={})
-    (tmp_path / "data" / "unknown" / "clip.json").write_text(json.dumps(clip))
-    assert parse.main(["run", str(tmp_path / "data"), "--ckpt", weights]) == 0
+    (data / "rec").mkdir()
+    for name, meta in ("rec", {"video": "", "n": 10, "fps": 30}), ("unknown", clip):
+        (data / name / "clip.json").write_text(json.dumps(meta))
+    assert run(parse.main, "run", data, "--ckpt", weights) == 0
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 2 and "no overlay" in out[0] and "no geometry" in out[1]
-    assert not np.load(tmp_path / "data" / "unknown" / "confidence.npy").any()
-    np.save(tmp_path / "data" / "rec" / "truth.npy", np.zeros((10, 25), np.float32))
-    fails_in_one_line(
-        capsys, parse.main, "eval", tmp_path / "data" / "rec", says="only rendered or recorded videos"
-    )
+    assert not np.load(data / "unknown" / "confidence.npy").any()
+    np.save(data / "rec" / "truth.npy", np.zeros((10, 25), np.float32))
+    fails_in_one_line(capsys, parse.main, "eval", data / "rec", says="only rendered or recorded videos")
 
 
 def test_confidence_falls_where_the_overlay_is_gone(tmp_path):
@@ -3190,10 +3232,8 @@ def test_a_clip_longer_than_a_piece_reads_as_in_one(tmp_path, monkeypatch, skin)
     monkeypatch.setattr(parse, "OVERLAP", 32)
     for piece in (4096, 32):
         monkeypatch.setattr(parse, "PIECE", piece)
-        parse.run_clip(weights, clip)
-        read = [np.load(clip / f"{name}.npy") for name in ("actions", "confidence", "keep")]
-        answers.append(np.column_stack(read))
-        (clip / "actions.npy").unlink()
+        parse.run_clip(weights, clip, again=True)
+        answers.append(np.column_stack(parse.read_rows(clip, 80, "actions", "confidence", "keep")))
     assert np.ptp(answers, 0).max() < 1e-6
 
 

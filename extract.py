@@ -36,12 +36,14 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)    # we report errors ourselves, in one line
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -72,6 +74,7 @@ COARSE_FEATURES, FINALISTS = 96, 10                # many templates: few feature
 MIN_COSINE, PIXELS = 0.7, 3.0           # of matched features; RANSAC's tolerance in pixels of the larger view
 MIN_EDGES, SAME_SKIN = 0.30, 0.65   # edge agreement: the very skin measures 0.69-0.98, other pads 0.37-0.60
 PAD_WIDTH = 320                                 # of the crops: as fine as the overlay is in most 1080p videos
+PAUSE, BACK = 2000, 100       # a clock that leaps or runs back by so many milliseconds breaks: a cut
 AHEAD = 8                                   # frames decoded ahead of the threads that shrink, warp and encode
 
 
@@ -89,7 +92,10 @@ def run_extract(args):
         jobs = [({"video": str(video)}, (name, done.get(str(video), {}))) for video, name in videos]
         folders = [place for _, name in videos for place in place_names(name)]
     keep_apart(videos, out, folders)
-    failed = work_through(shard(jobs), args)
+    jobs = shard(jobs)
+    told, failed = work_through(jobs, args) if jobs else (0, 0)
+    if not told:
+        print(f"nothing to do: all {len(jobs)} of this share are done")
     if args.sheet:
         contact_sheet(args.sheet, shard(videos), out)
     if failed and failed == len(jobs):             # torchrun ends all processes when one fails: a share may
@@ -122,6 +128,9 @@ def extract_one(video, name, old, matcher, args, settings):
                 clip = cut_clip(video, folder, matcher, find, len(places), args.every, key)
     if clip:
         line |= {"status": "found", **{k: clip[k] for k in ("template", "box", "inliers", "edges", "places")}}
+        truth = video.with_suffix(".truth.npy")
+        if os.path.isfile(truth) and not (folders[0] / "truth.npy").exists():
+            line["reason"] = f"{truth.name} left out: expected float32 ({clip['n']}, {A})"
     return line
 
 
@@ -673,7 +682,10 @@ def cut_clip(video, folder, matcher, find, places, every, key):
             "hole": cutter.hole, "pad": cutter.pad, "run": key}
     clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
-        clip["n"] = cutter.run(video, tmp)
+        clip["n"] = cutter.run(video, tmp, info)
+        with suppress(UserError):
+            truth = read_npy(video.with_suffix(".truth.npy"), np.float32, (clip["n"], A))
+            write_npy(tmp / "truth.npy", truth)
         how = cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR
         for name, drawn in (("template", draw(skin)), ("pressed", draw_pressed(skin))):
             if name == "template" or any(p.control for p in skin.parts):
@@ -719,11 +731,11 @@ class Cutter:
         return cv2.warpAffine(frame, self.to_video, self.pad, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                               borderMode=cv2.BORDER_REPLICATE)
 
-    def run(self, video, folder, first=0, end=math.inf):
-        """Decode `video` once and write frames (and pads) of its rows [first, end) into `folder` -> how many
-        rows."""
+    def run(self, video, folder, info, first=0, end=math.inf, pause=PAUSE):
+        """Decode `video`, of this video_info(), once and write frames (and pads) of its rows [first, end),
+        and cuts.npy where its clock breaks (pause: slots()'s), into `folder` -> how many rows."""
         frames, pads = FramesWriter(folder, "frames"), FramesWriter(folder, "pads") if self.pad else None
-        waiting, n = deque(), 0
+        waiting, n, cuts = deque(), 0, []
 
         def encode(row, count, bgr):
             """In a thread: a decoded frame that fills rows -> its JPEGs, a list of (writer, row, JPEG)."""
@@ -743,15 +755,21 @@ class Cutter:
                     writer.add_bytes(row, jpeg)
 
         with ThreadPoolExecutor(2) as pool:
-            for row, bgr, count in decode_video(video, first):
+            decoded = decode_video(video, info["fps"], first, pause)
+            bar = tqdm(decoded, video.name, min(info["n"], end) - first, unit=" frames", position=1, **BAR)
+            for row, bgr, count, cut in bar:
                 if row >= end:
                     break
+                count = min(count, end - row)
+                cuts += [row - first] if cut else []
                 waiting.append(pool.submit(encode, row - first, count, bgr))
                 n = row - first + count
                 write(AHEAD)
             write(0)
         for writer in filter(None, (frames, pads)):
             writer.close(n)
+        if cuts:
+            write_npy(folder / "cuts.npy", np.isin(np.arange(n), cuts))
         return n
 
 
@@ -847,7 +865,7 @@ def cut_labelled(folder, meta, video, out, every, key):
                         "download this shard again")
     cutter = Cutter(info["size"], every, [x * sx, y * sy, (x + w) * sx, (y + h) * sy], window=window)
     with new_folder(out) as tmp:
-        n = cutter.run(video, tmp, first, last)
+        n = cutter.run(video, tmp, info, first, last, math.inf)          # labels count a pause's seconds too
         if n < 0.5 * (last - first):
             raise UserError(f"{video}: expected frames {first}-{last} of chunk {folder.name}, found {n}: "
                             "download the whole video")
@@ -1207,11 +1225,17 @@ def clip_lock(folder):
 
 def rank_and_world():
     """(number of this process, how many there are) under torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID,
-    SLURM_NTASKS); (0, 1) alone."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world])
-    return 0, 1
+    SLURM_NTASKS), in each task of a Slurm array; (0, 1) alone."""
+    env, rank, world = os.environ, 0, 1
+    for name, count in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
+        if name in env and count in env:
+            rank, world = int(env[name]), int(env[count])
+    words = "ID MIN MAX STEP COUNT".split()
+    task, low, high, step, tasks = (int(env.get(f"SLURM_ARRAY_TASK_{word}", 1)) for word in words)
+    if low + (tasks - 1) * step != high:
+        raise UserError(f"SLURM_ARRAY_TASK_*: expected one range, found {tasks} tasks in {low}-{high}: give "
+                        "--array=0-99 or the like")
+    return (task - low) // step * world + rank, world * tasks
 
 
 def shard(items):
@@ -1226,6 +1250,7 @@ def cores():
 
 
 # ---- video and pictures in and out
+PROBED = 300                                       # frames that tell a video's rate
 VIDEO_ENDINGS = set(".mp4 .mkv .webm .avi .mov .m4v .flv .ts .mpg .mpeg .wmv .ogv .gif".split())
 
 
@@ -1239,37 +1264,50 @@ def open_video(path):
 
 
 def video_info(path):
-    """A video's describe()."""
-    return describe(open_video(path))
+    """A video's describe(), with the rate at which its first frames are shown."""
+    capture = open_video(path)
+    info = describe(capture)
+    return info | {"fps": usual_rate(list(islice(presented(capture), PROBED)), info["fps"])}
 
 
 def describe(capture):
-    """What an open capture's container says: {"fps" (30 where it says none), "size": (w, h), "n": frames,
-    which may be wrong or 0}."""
+    """What an open capture's container says: {"fps" (the mean; 30 where it says none), "size": (w, h), "n":
+    frames, which may be wrong or 0}."""
     fps, n = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     size = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
     fps, n = float(fps) if 1 <= fps <= 1000 else 30.0, int(n) if 0 < n < 1e9 else 0
     return {"fps": fps, "size": size, "n": n}
 
 
+def usual_rate(times, fps):
+    """Frames a second by the commonest interval between presentation times in milliseconds, which containers
+    round; `fps`, the container's mean, where that says the same or no interval is common."""
+    gaps = np.diff(times)
+    gaps = gaps[(gaps >= 1) & (gaps <= 1000)]
+    near = max((gaps[abs(gaps - gap) <= 1] for gap in gaps), key=len, default=gaps)
+    if len(near) < 30 or abs(fps * near.mean() / 1000 - 1) < 0.002 + 1 / near.sum():
+        return fps
+    return round(1000 / float(near.mean()), 3)
+
+
 def read_video(path):
     """Yields (row number, uint8 (h, w, 3) RGB) at the constant rate video_info(path)["fps"]."""
-    for row, bgr, count in decode_video(path):
+    for row, bgr, count, _ in decode_video(path, video_info(path)["fps"]):
         rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
         for k in range(count):
             yield row + k, rgb
 
 
-def decode_video(path, first=0):
+def decode_video(path, fps, first=0, pause=PAUSE):
     """Decode once, in order: yields (row number, from `first` on, uint8 (h, w, 3) BGR, number of rows it
-    fills)."""
+    fills, whether the clock breaks before it); fps, pause: slots()'s."""
     capture, row = open_video(path), 0
-    for count in slots(presented(capture), describe(capture)["fps"]):
+    for count, cut in slots(presented(capture), fps, pause):
         if count and row >= first:
             ok, bgr = capture.retrieve()
             if not ok:
                 return
-            yield row, bgr, count
+            yield row, bgr, count, cut
         row += count
 
 
@@ -1280,18 +1318,22 @@ def presented(capture):
         yield capture.get(cv2.CAP_PROP_POS_MSEC)
 
 
-def slots(times, fps):
-    """Constant rate from presentation times in milliseconds: yields, for each of them, how many rows of the
-    clip its frame fills: 1 for every frame of a constant-rate video; 0 drops a frame, 2 or more repeat it, so
-    that row i is what was seen at i / fps."""
-    start, filled = None, 0
-    for time_ms in times:
-        start = time_ms if start is None else start
-        due = int(np.floor((time_ms - start) * fps / 1000 + 0.5)) + 1 if time_ms > start else filled + 1
-        broken = abs(due - filled) >= fps * 10     # a jump of 10 s is a broken clock, not a pause
-        count = 1 if broken else max(due - filled, 0)
-        filled += count
-        yield count
+def slots(times, fps, pause=PAUSE):
+    """Constant rate from presentation times in milliseconds: yields, for each of them, (how many rows of the
+    clip its frame fills, whether the clock breaks before it).
+
+    1 for every frame of a constant-rate video; 0 drops a frame, 2 or more repeat it, so that row i is what
+    was seen at i / fps. Where the clock runs back or leaps by `pause` (joined segments, a recording that was
+    paused), it breaks: one frame, one row, and time counts from there.
+    """
+    start, last, begin, filled = None, None, 0, 0
+    for now in times:
+        cut = last is not None and not -BACK <= now - last < pause
+        if cut or last is None or now == start:    # a clock that has not begun to run gives each frame a row
+            start, begin = now, filled
+        count = max(begin + int(np.floor((now - start) * fps / 1000 + 0.5)) + 1 - filled, 0)
+        filled, last = filled + count, now
+        yield count, cut
 
 
 class VideoWriter:
@@ -1555,16 +1597,19 @@ OBS_GAP = 3                                        # pixels between related spri
 
 
 def load_skins(path, width=None):
-    """Every skin under `path`: an OBS layout .json, a .png, or a folder (searched one level deep) of either
+    """Every skin under `path`: an OBS layout .json, a .png, or a folder (searched at any depth) of either
     -> list of Skins, presets `width` pixels wide (None: their own size)."""
     path, skins = Path(path), []
-    folders = [path, *sorted(p for p in path.iterdir() if p.is_dir())] if path.is_dir() else []
+    folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
     for folder in folders:
         layouts = [p for p in sorted(folder.glob("*.json")) if b'"elements"' in p.read_bytes()]
         skins += [load_preset(p, width) for p in layouts]
         skins += [load_picture(p) for p in sorted(folder.glob("*.png")) if not layouts]
     if path.is_file():
         skins = [load_preset(path, width) if path.suffix == ".json" else load_picture(path)]
+    if others := skins.count(None):
+        print(f"{path}: layouts without a pad's control, passed over: {others}", file=sys.stderr)
+    skins = list(filter(None, skins))
     if not skins:
         raise UserError(f"{path}: expected NAME.png templates or OBS preset folders, found none: "
                         "check --templates / --skins")
@@ -1602,12 +1647,22 @@ def numbers(values, n):
 
 
 def load_preset(layout, width=None):
-    """An OBS input-overlay preset: layout JSON + the atlas PNG beside it -> Skin."""
+    """An OBS input-overlay preset: layout JSON + the atlas PNG beside it, of its name, or of its size, or the
+    smallest that holds its sprites -> Skin; None for a layout without a pad's control (a keyboard)."""
     with reading(layout, "an OBS input-overlay layout with its atlas PNG beside it"):
         preset = read_json(layout, dict)
-        atlas, *_ = sorted(layout.parent.glob("*.png"), key=lambda p: (p.stem != layout.stem, p))
-        atlas = premultiply(read_rgba(atlas))
         elements = [e for e in preset["elements"] if e["type"] in (0, 2, 5, 6, 7, 8)]
+        if not any(e["type"] for e in elements):
+            return None
+        ends = np.max([np.add(e["mapping"][:2], e["mapping"][2:]) for e in elements], 0)
+
+        def misfit(png):
+            with Image.open(png) as picture:
+                size = picture.size
+            own = preset.get("default_width"), preset.get("default_height")
+            return png.stem != layout.stem, size != own, (size < ends).any(), size, png
+
+        atlas = premultiply(read_rgba(min(layout.parent.glob("*.png"), key=misfit)))
         right, below = np.max([np.add(e["pos"], e["mapping"][2:]) for e in elements], 0)
         size = int(preset.get("overlay_width") or right), int(preset.get("overlay_height") or below)
         parts = [p for e in elements if (p := preset_part(e, atlas)) and p.sprites[0] is not None]
@@ -2354,8 +2409,9 @@ def find_videos(paths):
     places = {p: [name.casefold() for name in place_names(p.stem)] for p in videos}  # some disks mind no case
     wanted = Counter(sum(places.values(), []))
     unique = {p: all(wanted[name] == 1 for name in names) for p, names in places.items()}
-    longer = lambda p: f"{p.parent.name}_{p.stem}_{fingerprint(str(p))[:6]}"
-    return [(p, p.stem if unique[p] else longer(p)) for p in videos]
+    named = lambda p: f"{p.parent.name}_{p.stem}".encode()[:230].decode(errors="ignore")
+    return [(p, p.stem if unique[p] and len(p.stem.encode()) <= 248      # of 255 bytes, _place2 takes 7
+             else f"{named(p)}_{fingerprint(str(p))[:6]}") for p in videos]
 
 
 def place_names(name):
@@ -2396,16 +2452,23 @@ def log_line(out, line):
         f.write(text.encode())
 
 
+BAR = {"mininterval": 1, "leave": False, "disable": None}            # tqdm's, on a terminal only
+
+
 def work_through(jobs, args):
-    """Do all jobs, each (what its line begins with, words for the worker), and report -> how many failed."""
-    failed, out = 0, Path(args.out)
-    with Worker(args) as work:
-        for i, (line, job) in enumerate(jobs, 1):
+    """Do all jobs, each (what its line begins with, words for the worker), and report -> how many were not
+    done before, and how many failed."""
+    told, failed, out = 0, 0, Path(args.out)
+    if not args.labels:
+        print("preparing the templates", flush=True)
+    with Worker(args) as work, tqdm(jobs, unit=" videos", **BAR) as bar:
+        for i, (line, job) in enumerate(bar, 1):
             start = time.time()
             answer = work(line["video"], *job)
             answer = answer.get("line", answer)
             if answer is None:
                 continue
+            told += 1
             line |= {"status": "", "template": None, "box": None, "inliers": 0, "reason": "", **answer}
             line["seconds"] = round(time.time() - start, 2)
             failed += line["status"] == "error"
@@ -2416,10 +2479,12 @@ def work_through(jobs, args):
                 box, places = [round(v) for v in line["box"]], line.get("places", 1)
                 what = f"{line['template']} | box {box} | {line['inliers']} inliers"
                 what += f" | {places} places in turn" if places > 1 else ""
+                what += f" | {line['reason']}" if line["reason"] else ""
             what += f" | {line['seconds']:.1f} s"
+            bar.clear()
             name = Path(line["video"]).name
             print(f"video {i}/{len(jobs)} | {name} | {line['status']} | {what}", flush=True)
-    return failed
+    return told, failed
 
 
 class Worker:

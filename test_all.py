@@ -397,6 +397,34 @@ def test_obs_preset_draws_each_element_type_by_its_rules(tmp_path):
     assert {at: out[at][0] for at in shown} == shown
 
 
+def test_a_folder_of_presets_gives_its_pads(tmp_path, capfd):
+    """Layouts at any depth take, of the pictures beside them, that of their name, of their size, the smallest
+    that holds them, in this order; keyboards are passed over, and their pictures too."""
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    for side, name in ((30, "small"), (60, "large"), (90, "named")):
+        extract.save_png(folder / f"{name}.png", np.full((side, side, 4), [side, side, side, 255], np.uint8))
+    layouts = {                                                          # name: default size, a sprite's x
+        "named": (30, 0),
+        "own": (60, 0),
+        "tight": (0, 5),
+        "wide": (0, 20)}
+    for name, (side, x) in layouts.items():
+        stick = {"type": 5, "pos": [0, 0], "mapping": [x, 0, 20, 20], "side": 0, "stick_radius": 5}
+        layout = {"default_width": side, "default_height": side, "elements": [stick]}
+        extract.write_json(folder / f"{name}.json", layout)
+    keyboard = tmp_path / "wasd"
+    keyboard.mkdir()
+    shutil.copy(folder / "small.png", keyboard)
+    keys = [{"type": kind, "pos": [0, 0], "mapping": [0, 0, 5, 5]} for kind in (0, 1, 9)]
+    extract.write_json(keyboard / "wasd.json", {"elements": keys})
+    skins = extract.load_skins(tmp_path)
+    assert [extract.draw(skin)[9, 9, 0] for skin in skins] == [90, 60, 30, 60]
+    assert capfd.readouterr().err == f"{tmp_path}: layouts without a pad's control, passed over: 1\n"
+    with pytest.raises(UserError, match="wasd: expected"):
+        extract.load_skins(keyboard)
+
+
 @needs_shared
 def test_real_presets_and_templates_load():
     load = lambda folder: {s.name: s for s in extract.load_skins(SHARED / "skins" / folder)}
@@ -436,13 +464,43 @@ def test_video_round_trip_keeps_number_and_order(tmp_path):
     assert i == 39
 
 
-@pytest.mark.parametrize("times, fps, fills", [
-    (np.round(np.arange(50) * 1000 / 60), 60, [1] * 50),                 # containers round to milliseconds
-    ([0, 100, 200, 233, 267], 30, [1, 3, 3, 1, 1]),                      # a slow stretch is repeated
-    ([0, 10, 20, 33, 67], 30, [1, 0, 1, 0, 1]),                          # a fast one is thinned
-    ([0, 0, 0], 30, [1, 1, 1])])                                         # no clock in the file
-def test_slots_turn_variable_rate_into_constant_rate(times, fps, fills):
-    assert list(extract.slots(iter(times), fps)) == fills
+@pytest.mark.parametrize("times, fps, fills, cuts", [
+    (np.round(np.arange(50) * 1000 / 60), 60, [1] * 50, []),             # containers round to milliseconds
+    ([0, 100, 200, 233, 267], 30, [1, 3, 3, 1, 1], []),                  # a slow stretch is repeated
+    ([0, 10, 20, 33, 67], 30, [1, 0, 1, 0, 1], []),                      # a fast one is thinned
+    ([0, 33, 67, 33, 67, 100], 30, [1, 1, 1, 0, 0, 1], []),              # a stamp out of order
+    ([0, 0, 0], 30, [1, 1, 1], []),                                      # no clock in the file
+    ([0, 0, 0, -167, -133, -100], 30, [1] * 6, [3]),                     # ... before it has begun
+    ([900, 933, 967, 0, 100], 30, [1, 1, 1, 1, 3], [3]),                 # joined segments
+    ([0, 33, 1967, 2000], 30, [1, 1, 58, 1], []),                        # a stall
+    ([0, 33, 2067, 2100, 9e9], 30, [1] * 5, [2, 4])])                    # a pause; a stamp that is nonsense
+def test_slots_turn_variable_rate_into_constant_rate(times, fps, fills, cuts):
+    found = list(extract.slots(iter(times), fps))
+    assert [count for count, _ in found] == fills
+    assert [i for i, (_, cut) in enumerate(found) if cut] == cuts
+
+
+@pytest.mark.parametrize("rate", [15, 24000 / 1001, 25, 30000 / 1001, 30, 50, 60000 / 1001, 60, 120, 240])
+@pytest.mark.parametrize("digits", [0, 3])                               # of the milliseconds in a container
+def test_the_rate_is_that_of_the_commonest_interval(rate, digits):
+    times = np.round(np.arange(300) * 1000 / rate, digits)
+    assert extract.usual_rate(times, rate) == rate                       # exactly, of a constant one
+    stalls = np.cumsum(np.arange(300) % 20 == 7) * 400
+    assert abs(extract.usual_rate(times + stalls, 0.6 * rate) / rate - 1) < 3e-3
+    assert extract.usual_rate(times * 0, 30.0) == extract.usual_rate(times[:9], 30.0) == 30       # unknown
+
+
+@needs_shared
+@pytest.mark.parametrize("name, n, cuts", [
+    ("ts_clock_starts_again/segments.ts", 300, [60, 120, 180, 240]),     # each of its frames once
+    ("mkv_begins_before_zero/cut.mkv", 300, [99]),
+    ("vfr_recording_with_pause/paused.mp4", 600, [240])])                # 20 s beside the pause
+def test_a_clock_that_breaks_is_a_cut(tmp_path, name, n, cuts):
+    video = SHARED / "cases" / name
+    info = extract.video_info(video)
+    assert info["fps"] == 30 and extract.Cutter(info["size"], 1, [0] * 4).run(video, tmp_path, info) == n
+    assert extract.Frames(tmp_path).n == len(extract.Frames(tmp_path)) == n
+    assert np.flatnonzero(extract.read_npy(tmp_path / "cuts.npy", bool, (n,))).tolist() == cuts
 
 
 def test_a_full_disk_or_an_odd_letter_is_no_traceback(monkeypatch, capfd):
@@ -735,32 +793,75 @@ def test_extract_again_mends_what_is_not_whole_and_skips_what_is(extracted, tmp_
     assert half[0].exists() and not (out / "with").exists()
     for process in [start(), start()]:
         _, err = process.communicate()
-        assert process.returncode == 0 and b"Traceback" not in err, err
-    assert tree(out) == whole
+        assert process.returncode == 0 and err == b"", err               # no progress in a log
+    assert tree(out) == whole and "cuts.npy" not in {Path(name).name for name in whole}
     (out / "with" / "frames.npy").unlink()
     assert run(extract.main, *argv) == 0
     assert tree(out) == whole
     capfd.readouterr()
-    assert run(extract.main, *argv) == 0 and capfd.readouterr().out == ""
+    assert run(extract.main, *argv) == 0 and "nothing to do: all 2" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("names, share", [
-    ({"RANK": "1", "WORLD_SIZE": "3"}, [1, 4]),
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, [0, 2, 4]),
-    ({"SLURM_PROCID": "1"}, [0, 1, 2, 3, 4])])                        # a number without a count loses nothing
-def test_processes_share_the_work(monkeypatch, names, share):
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    assert extract.shard(range(5)) == share
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_progress_is_seen_on_a_terminal(extracted, tmp_path):
+    """Of the videos by the command itself, of one video's frames by its child; lines stay whole."""
+    import fcntl
+    import termios
+    folder, flags, _ = extracted
+    screen, side = os.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    argv = [sys.executable, HERE / "extract.py", folder / "with.mp4", "--out", tmp_path, *flags]
+    process, shown = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=side), b""
+    os.close(side)
+    with contextlib.suppress(OSError):                                   # once nobody holds the other side
+        while part := os.read(screen, 4096):
+            shown += part
+    said = process.communicate()[0].decode().splitlines()
+    assert b" 0/1 [" in shown and re.search(rb"with.mp4: .* \d+/75 \[", shown), shown
+    assert said[0] == "preparing the templates" and said[1].startswith("video 1/1 | with.mp4 | found")
+
+
+SRUN = [{"SLURM_PROCID": i, "SLURM_NTASKS": 3} for i in range(3)]
+RANGE = {                                          # --array=2-14:4
+    "SLURM_ARRAY_TASK_MIN": 2,
+    "SLURM_ARRAY_TASK_MAX": 14,
+    "SLURM_ARRAY_TASK_STEP": 4,
+    "SLURM_ARRAY_TASK_COUNT": 4}
+ARRAY = [RANGE | {"SLURM_ARRAY_TASK_ID": i} for i in (2, 6, 10, 14)]
+
+
+@pytest.mark.parametrize("processes", {
+    "alone": [{"SLURM_PROCID": 1}],                                  # a number without a count loses nothing
+    "torchrun": [{"RANK": i, "WORLD_SIZE": 7} for i in range(7)],
+    "srun": SRUN,
+    "array": ARRAY,
+    "array x srun": [task | step for task in ARRAY for step in SRUN],
+    "array x torchrun": [task | SRUN[0] | {"RANK": i, "WORLD_SIZE": 2} for task in ARRAY for i in range(2)],
+}.items(), ids=lambda launcher: launcher[0])
+def test_processes_share_the_work(processes):
+    shares = []
+    for names in processes[1]:
+        with mock.patch.dict(os.environ, {name: str(value) for name, value in names.items()}):
+            shares.append(extract.shard(range(1000)))
+    assert sorted(sum(shares, [])) == list(range(1000))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_an_array_that_is_no_range_is_one_line():
+    names = ARRAY[1] | {"SLURM_ARRAY_TASK_COUNT": 3}                     # --array=2,6,14
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in names.items()}):
+        with pytest.raises(UserError, match="3 tasks in 2-14"):
+            extract.shard(range(5))
 
 
 def test_clips_of_different_videos_do_not_share_a_folder(tmp_path):
-    for name in ("a.mp4", "a_place2.mp4", "b.mp4", "C.mp4", "c.mkv"):
+    long = "ü" * 125
+    for name in ("a.mp4", "a_place2.mp4", "b.mp4", "C.mp4", "c.mkv", f"{long}.mp4", f"{long}!.ts"):
         (tmp_path / name).touch()
     names = {video.name: name for video, name in extract.find_videos([tmp_path])}
     assert [video for video, name in names.items() if name == Path(video).stem] == ["b.mp4"]
     places = {place.lower() for name in names.values() for place in extract.place_names(name)}
-    assert len(places) == 15
+    assert len(places) == 21 and max(len(place.encode()) for place in places) <= 255
 
 
 def test_the_journal_outlives_a_kill_and_odd_names(tmp_path):
@@ -1082,13 +1183,31 @@ def test_a_new_file_has_the_usual_rights(tmp_path):
     assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
+def anywhere():
+    """A matcher and what it might find in any video."""
+    skins = [extract.random_skin(np.random.default_rng(0))]
+    return types.SimpleNamespace(skins=skins, kind="sift"), extract.Find(0, pose(0.3, 20, 20), 50)
+
+
+def test_truth_beside_a_video_goes_into_its_clip(tmp_path, monkeypatch):
+    """Or its report line says why not."""
+    matcher, find = anywhere()
+    monkeypatch.setattr(extract, "localise_all", lambda *_: ([find], 50))
+    video, truth = film(tmp_path / "v.mp4", 6), np.full((7, 25), 0.5, np.float32)
+    for n in (6, 7):
+        np.save(tmp_path / "v.truth.npy", truth[:n])
+        args = argparse.Namespace(out=tmp_path / str(n), every=1)
+        line, carried = extract.extract_one(video, "v", {}, matcher, args, ()), args.out / "v" / "truth.npy"
+        assert line["status"] == "found" and carried.exists() == (n == 6)
+        assert ("v.truth.npy left out: expected float32 (6, 25)" in line.get("reason", "")) == (n == 7)
+    assert np.array_equal(np.load(tmp_path / "6" / "v" / "truth.npy"), truth[:6])
+
+
 def test_a_cut_that_fails_leaves_the_clip_before_and_no_half(tmp_path, monkeypatch):
     """A clip has its name only once it is whole: not while frames are written, not when the last file can't
     be."""
     video, clip = film(tmp_path / "v.mp4", 6), tmp_path / "clip"
-    matcher = types.SimpleNamespace(skins=[extract.random_skin(np.random.default_rng(0))], kind="sift")
-    find = extract.Find(0, pose(0.3, 20, 20), 50)
-    cut = lambda key: extract.cut_clip(video, clip, matcher, find, 1, 1, key)
+    cut = lambda key: extract.cut_clip(video, clip, *anywhere(), 1, 1, key)
     seen, write = [], extract.write_json
 
     def last(path, value):

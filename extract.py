@@ -190,7 +190,6 @@ def localise(frames, matcher):
 class Find:
     """One template at one pose."""
     skin: "Skin"
-    flat: tuple                                    # flat_template() of it
     affine: np.ndarray                         # (2, 3) template pixels -> video pixels, between pixel centres
     inliers: int                          # distinct matches that agree on the pose; of the locator: controls
     edges: float = 0.0                             # edge_agreement() in the picture it was found in
@@ -201,6 +200,11 @@ class Find:
     def box(self):
         """[x0, y0, x1, y1] in video pixels."""
         return pose_box(self.affine, self.skin.size)
+
+    @functools.cached_property
+    def flat(self):
+        """flat_template() of the skin."""
+        return flat_template(self.skin)
 
 
 def sample_frames(path, n=SAMPLES):
@@ -259,13 +263,13 @@ class Matcher:
         """net: load_xfeat()'s. locator: load_locator()'s. The templates' features are kept in the file
         `cache`."""
         self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
-        self.flats = [flat_template(s) for s in skins]
+        flats = [flat_template(s) for s in skins]
         weights = [] if net is None else [p.detach().numpy() for p in net.parameters()]
-        self.key = fingerprint(*(flat for flat, _ in self.flats), *weights)
+        self.key = fingerprint(*(flat for flat, _ in flats), *weights)
         view = ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),)
-        make = lambda: sum((self.describe(flat, view) for flat, _ in self.flats), ())
+        make = lambda: sum((self.describe(flat, view) for flat, _ in flats), ())
         arrays = cached(cache, self.key, make)
-        points = [p / scale for p, (_, scale) in zip(arrays[::2], self.flats)]
+        points = [p / scale for p, (_, scale) in zip(arrays[::2], flats)]
         self.features = list(zip(points, arrays[1::2]))                  # in template pixels
 
     def describe(self, gray, views=VIEWS):
@@ -311,7 +315,7 @@ class Matcher:
         if affine is None or not plausible(affine, size, shape) or spread(ours[inside], size) < 4:
             return None
         inliers = distinct(ours[inside], theirs[inside], tolerance)
-        return Find(self.skins[i], self.flats[i], affine, inliers)
+        return Find(self.skins[i], affine, inliers)
 
 
 def flat_template(skin):
@@ -476,7 +480,7 @@ def locate(net, frames, pictures):
     if not sure[-1] or sure.sum() - 1 < MIN_CONTROLS or there[sure].mean() < MIN_PRESENCE:
         return None
     skin, corner = located_skin(picture[..., :3], places, sure, frames[0].shape[1] / w)
-    find = Find(skin, flat_template(skin), np.c_[np.eye(2), corner], int(sure.sum()) - 1, by="locator")
+    find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1, by="locator")
     edges = np.array([edge_agreement(f, find.flat, find.affine) for f in frames])
     return replace(find, edges=float(np.median(edges)), there=edges > np.median(edges) / 2)
 

@@ -87,7 +87,7 @@ def settle(pad, places, spread, reads):
     actions = np.zeros((len(logits), extract.A), np.float32)
     for i, side in enumerate(closeups.sticks):
         actions[:, STICKS[side]] = normalise(places[:, i], pad.trust)
-        sure.append(np.clip(1.2 - spread[:, i], 0, 1))
+        sure.append(1.6 - 3 * spread[:, i])
     for i, j in closeups.clicks.items():                       # the stick's net follows the moving cap
         logits[:, j] = (logits[:, j] + reads.clicks[:, i]) / 2
     if closeups.buttons:
@@ -96,9 +96,9 @@ def settle(pad, places, spread, reads):
         p = np.concatenate([smooth_buttons(logits[low:high])[begin - low:end - low]
                             for low, begin, end, high in pieces(len(logits))])
         actions[:, [BUTTON[b] for b in closeups.buttons]] = p > 0.5
-        sure.append(np.abs(2 * p - 1).mean(1))
+        sure.append(1.1 * np.abs(np.tanh(reads.buttons / 2)).mean(1))
     there = np.clip((reads.likeness / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
-    return actions, (there * np.mean(sure, 0)).astype(np.float32)
+    return actions, (there * np.clip(np.min(sure, 0), 0, 1)).astype(np.float32)
 
 
 class Reads(NamedTuple):

@@ -86,7 +86,7 @@ def settle(pad, places, spread, reads):
     sure = []
     actions = np.zeros((len(logits), extract.A), np.float32)
     for i, side in enumerate(closeups.sticks):
-        actions[:, STICKS[side]] = normalise(places[:, i], pad.trust)
+        actions[:, STICKS[side]] = normalise(places[:, i])
         sure.append(1.6 - 3 * spread[:, i])
     for i, j in closeups.clicks.items():                       # the stick's net follows the moving cap
         logits[:, j] = (logits[:, j] + reads.clicks[:, i]) / 2
@@ -126,7 +126,6 @@ class Pad:
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         self.rest = rest_pictures(model, before, now, median, drawn)
         known = drawn is not None and one_skin(drawn, median)
-        self.trust = 0.35 if known else 0.7
         self.pressed = np.uint8([0, 0])                        # not known
         if pressed and known:
             self.pressed = [changed(*pictures) for pictures in zip(self.rest, drawn, *pressed)]
@@ -146,7 +145,7 @@ class Pad:
         sticks = dict(self.geometry["sticks"])
         for values, side in zip(self.sampled.transpose(1, 0, 2), self.closeups.sticks):
             center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
-            rest = resting_place(values, self.trust)
+            rest = resting_place(values)
             if rest is None:
                 continue
             reach = np.percentile(np.hypot(*(values - rest).T), 97)
@@ -384,11 +383,11 @@ def two_groups(x):
     return np.split(ranked, [1 + (k * k[::-1] * gap ** 2).argmax()])
 
 
-def normalise(values, trust=0.35):
+def normalise(values):
     """Per video [paper: centre at rest, 99th percentile as scale], guarded: values float32 (n, 2) of one
     stick -> the same, in [-1, 1]. One scale for both axes (an axis that is never used must not be blown up);
     a stick that hardly moves keeps its scale, one that never rests its centre too."""
-    rest = resting_place(values, trust)
+    rest = resting_place(values)
     if rest is None:
         return values
     values = values - rest
@@ -396,13 +395,14 @@ def normalise(values, trust=0.35):
     return np.clip(values / (reach if reach > 0.3 else 1), -1, 1).astype(np.float32)
 
 
-def resting_place(values, trust):
+def resting_place(values):
     """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), in which places
-    near the given centre count more, as a game may be played with a stick held to one side: by a normal curve
-    whose sd is `trust`. None where it is not often enough there to say."""
+    near the middle of where it goes count more, as a game may be played with a stick held to one side; None
+    where it is not often enough there to say."""
     bins = np.linspace(-1, 1, 21)                              # their middles
     counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]
-    counts *= np.exp(-0.5 * (np.hypot(bins[:, None], bins) / trust) ** 2)
+    x, y = np.percentile(values, (2, 98), 0).mean(0)
+    counts *= np.exp(-0.5 * (np.hypot(bins[:, None] - x, bins - y) / 0.3) ** 2)
     mode = bins[list(np.unravel_index(counts.argmax(), counts.shape))]
     near = np.abs(values - mode).max(1) < 0.1
     return values[near].mean(0) if len(values) >= 30 and near.mean() >= 0.05 else None

@@ -75,8 +75,10 @@ def label_clip(model, folder, clip, pads):
                 "give NAME.json with boxes and centres beside its PNG")
     speed = n / (time.time() - began)
     pressed = actions[:, :len(BUTTONS)].any(1).mean()
+    advice = ("" if confidence.mean() >= 0.9 else " | unsure: give the overlay's skin with extract.py "
+              "--templates, or fit the reader to it with parse.py train --skins")
     return (f"{n} frames | confidence {confidence.mean():.2f} | kept {keep.mean():.0%} | "
-            f"pressed {pressed:.0%} | {speed:.0f} frames/s, {speed / clip['fps']:.1f} x real time")
+            f"pressed {pressed:.0%} | {speed:.0f} frames/s, {speed / clip['fps']:.1f} x real time{advice}")
 
 
 def settle(pad, places, spread, reads):
@@ -691,8 +693,9 @@ def train_net(args):
         tqdm.write(" | ".join(f"{k} {v}" for k, v in curve[-1].items()))
     if args.ckpt:
         record(0)                                              # before, to compare the last one with
-    loader = torch.utils.data.DataLoader(Teacher(args.seed, skins, kind.scene), batch_size=None,
-                                         num_workers=args.workers, prefetch_factor=8 if args.workers else None)
+    loader = torch.utils.data.DataLoader(
+        Teacher(args.seed, skins, kind.scene), batch_size=None, num_workers=args.workers,
+        prefetch_factor=8 if args.workers else None)
     scenes = iter(loader)
     pools = [Pool(int(args.pool * share)) for share in kind.pools]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.02, betas=(0.9, 0.98))
@@ -766,7 +769,7 @@ def locator_loss(model, generator, batch):
     got = (sizes * grid[:, :, None]).sum((3, 4))
     wrong = (got - places[..., 2:].clamp(min=1).log().nan_to_num()).abs().mean(2) * here
     return {"heat": -(label * log_p).sum(2).mean(), "size": wrong.sum() / here.sum().clamp(min=1),
-            "pad": wrong[:, -1].sum() / here[:, -1].sum().clamp(min=1)}        # its box is the overlay's: again
+            "pad": wrong[:, -1].sum() / here[:, -1].sum().clamp(min=1)}        # once more: the overlay's box
 
 
 def a_window(rng, picture, places):
@@ -898,7 +901,7 @@ def scene(rng, skin, backdrops):
     rest = [np.sort(cuts, 0)[RESTS // 2] for cuts in closeups.all(overlay.crops(rests))]    # a fast np.median
     [down] = overlay.crops([down])
     down = cv2.convertScaleAbs(down, alpha=rng.uniform(0.85, 1.1), beta=rng.uniform(-12, 12))
-    down = closeups(down) if known else np.uint8([0, 0])       # it is drawn, not seen: its light is a little off
+    down = closeups(down) if known else np.uint8([0, 0])       # drawn, not seen: its light is a little off
     before = [np.concatenate([cuts[:1], cuts[:-1]]) for cuts in now]
     sticks, buttons = map(montages, before, now, rest, down)
     values = np.zeros((FRAMES, len(closeups.sticks), 2), np.float32)
@@ -940,13 +943,14 @@ def located_scene(rng, skin, backdrops):
 def put_pad(rng, skin, frames, places):
     """Draw a skin into the frames, in place, at one place and size in some states, and fill in its places."""
     bounds = np.reshape(extract.visible_box(skin), (2, 2))
-    side = bounds[1] - bounds[0]
-    wide = np.exp(rng.uniform(*np.log([60, 230])))
-    size = np.multiply(skin.size, wide / max(side[0], 0.8 * side[1]) * np.array([1, rng.uniform(0.85, 1.18)]))
+    w, h = bounds[1] - bounds[0]
+    scale = np.exp(rng.uniform(*np.log([60, 230]))) / max(w, 0.8 * h)
+    size = np.multiply(skin.size, (scale, scale * rng.uniform(0.85, 1.18)))
     size = np.maximum(size, 20).astype(int)
-    k = size / skin.size
-    room = SCENE - side * k                                    # a tenth of it may be cut off
-    corner = (rng.uniform(-0.1 * side * k, np.maximum(room, 1) + 0.1 * side * k) - bounds[0] * k).astype(int)
+    k = size / skin.size                                       # template -> scene pixels
+    room = np.maximum(SCENE - (w, h) * k, 1)
+    spare = 0.1 * k * (w, h)                                   # so much of it may be cut off
+    corner = rng.uniform(-spare, room + spare) - bounds[0] * k
     opacity = 1.0 if rng.random() < 0.3 else rng.uniform(0.45, 1)
     lazy = rng.choice([1, 3, 12])                              # frames between two samples
     actions = random_play(rng, len(frames) * lazy)[::lazy]
@@ -954,20 +958,20 @@ def put_pad(rng, skin, frames, places):
     actions[:, :21] *= rng.random(21) < rng.uniform(0.2, 1.5)  # some are never pressed
     shown = rng.choice([1, 1, 1, 0.8, 0.6])
     blur = rng.uniform(0.3, 0.8) if rng.random() < 0.3 else 0
-    x, y = np.maximum(corner, 0)
-    left, top = np.maximum(-corner, 0)
     for frame, action in zip(frames, actions):
-        if rng.random() < shown:                               # else the overlay is not there yet
-            sprite = cv2.resize(extract.premultiply(extract.draw(skin, action)), size.tolist(),
-                                interpolation=cv2.INTER_AREA) * np.float32(opacity)
-            sprite = cv2.GaussianBlur(sprite, (0, 0), blur) if blur else sprite
-            sprite = sprite[top:, left:][:SCENE - y, :SCENE - x]
-            behind = frame[y:y + len(sprite), x:x + sprite.shape[1]]
-            behind[:] = np.rint(sprite[..., :3] + behind * (1 - sprite[..., 3:] / 255))
-    seen = {name: np.reshape(box, (2, 2)) for name, box in skin.buttons.items()} | {"pad": bounds}
+        if rng.random() > shown:                               # the overlay is not there yet
+            continue
+        sprite = extract.premultiply(extract.draw(skin, action))
+        sprite = cv2.resize(sprite, size.tolist(), interpolation=cv2.INTER_AREA)
+        sprite = cv2.GaussianBlur(sprite, (0, 0), blur) if blur else sprite
+        sprite = cv2.warpAffine(sprite, np.c_[np.eye(2), corner], (SCENE, SCENE)) * np.float32(opacity)
+        frame[:] = np.rint(sprite[..., :3] + frame * (1 - sprite[..., 3:] / 255))
+    boxes = {name: np.reshape(box, (2, 2)) for name, box in skin.buttons.items()}
+    boxes["pad"] = bounds
     for i, name in enumerate(extract.PLACES):
-        if name in seen:
-            places[i] = *(seen[name].mean(0) * k + corner), *((seen[name][1] - seen[name][0]) * k)
+        if name in boxes:
+            low, high = boxes[name]
+            places[i] = *((low + high) / 2 * k + corner), *((high - low) * k)
         elif name in skin.sticks:
             stick = skin.sticks[name]
             travel = max(np.mean(stick["travel"]), 0.25 * stick["radius"])
@@ -988,8 +992,8 @@ def distract(rng, frames, views):
     columns, step = rng.integers(1, 6), int(rng.integers(10, 34))
     size = rng.uniform(0.25, 1.2)
     often = rng.uniform(0, 0.4)
-    write = lambda where, text, at, ink, size: cv2.putText(where, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, ink,
-                                                           max(1, int(size * 2)), cv2.LINE_AA)
+    write = lambda where, text, at, ink, size: cv2.putText(
+        where, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, ink, max(1, int(size * 2)), cv2.LINE_AA)
     for frame in frames:
         layer = frame.copy()
         ink, other = inks if rng.random() < often else inks[::-1]
@@ -1396,7 +1400,8 @@ def read_templates(folder, clip):
             picture = extract.read_rgba(path)
             size = list(picture.shape[1::-1])
             if size != clip["pad"]:
-                raise UserError(f"{path}: expected a picture of {clip['pad']}, found {size}: cut the clip again")
+                raise UserError(f"{path}: expected a picture of {clip['pad']}, found {size}: "
+                                "cut the clip again")
             pictures.append(as_wide_as(picture, width_in_video(clip)))
     return pictures
 
@@ -1620,9 +1625,11 @@ class Kind(NamedTuple):
     steps: int
 
 
-KINDS = {"reader": Kind(Parser, load_parser, scene, parser_loss, check, (1, 8), (1, 3), 480, 1, 5000),
-         "locator": Kind(extract.locator_net, extract.load_locator, located_scene, locator_loss, check_locator,
-                         (0.3,), (0.25,), 300, 2, 5000)}
+KINDS = {
+    "reader": Kind(Parser, load_parser, scene, parser_loss, check,
+                   pools=(1, 8), batches=(1, 3), width=480, scenes=1, steps=5000),
+    "locator": Kind(extract.locator_net, extract.load_locator, located_scene, locator_loss, check_locator,
+                    pools=(0.3,), batches=(0.25,), width=300, scenes=2, steps=5000)}
 
 
 def main(argv=None):

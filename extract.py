@@ -1485,6 +1485,7 @@ class Part:
                                                    # [.., .., moved]; DPAD: pads.json's dpad_states
     travel: tuple = (0.0, 0.0)                     # sticks: displacement in pixels at full deflection
     grow: str = ""                               # analog triggers: uncovered towards up / down / left / right
+    tilt: float = 0.0                              # sticks: how much flatter the cap looks at full deflection
 
 
 @dataclass
@@ -1544,6 +1545,7 @@ def draw_part(canvas, part, action):
         dx, dy = map(float, action[STICKS[part.control]])
         free = 2 if len(part.sprites) > 2 and max(abs(dx), abs(dy)) > 0.1 else 0
         sprite = part.sprites[1 if pressed(THUMB[part.control]) else free]
+        sprite = tilted(sprite, dx, dy, part.tilt) if part.tilt and (dx or dy) else sprite
         x, y = x + dx * part.travel[0], y + dy * part.travel[1]
         if x % 1 or y % 1:                         # sticks move by parts of a pixel
             (h, w), shift = sprite.shape[:2], np.float32([[1, 0, x % 1], [0, 1, y % 1]])
@@ -1561,6 +1563,14 @@ def draw_part(canvas, part, action):
         sprite = part.sprites[pressed(part.control) if part.control else 0]
     if sprite is not None:
         blend(canvas, sprite, x, y)
+
+
+def tilted(sprite, dx, dy, tilt):
+    """A cap that turns away from the viewer as it is pushed: flatter along the way that it goes."""
+    way, middle = np.array([[dx, dy]]), np.array(sprite.shape[1::-1]) / 2 - 0.5
+    flat = np.eye(2) - tilt * way.T @ way / max(np.hypot(dx, dy), 1e-6)
+    to_flat = np.c_[flat, middle - flat @ middle]
+    return cv2.warpAffine(sprite, to_flat, sprite.shape[1::-1], flags=cv2.INTER_LINEAR)
 
 
 def uncover(sprite, value, grow, x, y):

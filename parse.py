@@ -1059,7 +1059,7 @@ def tilt(rng, square):
 # ------------------------------------------------------------------------------ what a drawn video is made of
 def restyle(rng, skin):
     """A skin as another author might have made it: other colours, a thinner body, other pressed looks, darker
-    caps, other travels."""
+    caps that go further or tilt."""
     order, gain = np.arange(3), np.full(3, rng.uniform(0.6, 1.1))
     if rng.random() < 0.5:
         order, gain = rng.permutation(3), rng.uniform(0.5, 1.2, 3)
@@ -1068,6 +1068,7 @@ def restyle(rng, skin):
     dark = rng.uniform(0.2, 0.6) if rng.random() < 0.15 else 1
     longer = rng.uniform(0.6, 1.4) if rng.random() < 0.5 else 1
     relit, moved = rng.random(2) < (0.35, 0.2)
+    tilt = rng.uniform(0.15, 0.5) if rng.random() < 0.3 else 0
 
     def paint(sprite, share=1.0):
         rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)
@@ -1091,7 +1092,7 @@ def restyle(rng, skin):
                 sticks[p.control] = {**sticks[p.control], "travel": travel.tolist()}
         elif relit and len(sprites) == 2 and sprites[0] is not None:
             sprites[1] = relight(rng, sprites[0])
-        parts.append(replace(p, sprites=sprites, travel=travel))
+        parts.append(replace(p, sprites=sprites, travel=travel, tilt=tilt))
     return replace(skin, parts=parts, sticks=sticks)
 
 

@@ -1,9 +1,10 @@
 """play.py: any game as an environment, real-time play, and a recorder (NitroGen, arXiv 2601.02427, §3.2).
 
-    python play.py --exe game.exe --ckpt RUN                        a checkpoint of train.py plays
+    python play.py --exe game.exe --ckpt RUN                        a checkpoint of train.py plays, from F8 on
     python play.py --exe game.exe --server 192.168.1.20:5555        the model on another machine (sample.py
                                                                     serve); no torch here
     python play.py --exe game.exe --human --record DATA             record your own play
+    python play.py --exe game.exe --try-map FILE.json             press and name each control of a mapping
     python play.py --list                                           the windows that can be played
 
 In: the picture of a game's window, found by its process. Out: a virtual gamepad, or keys and mouse.
@@ -12,14 +13,14 @@ keep, truth, and human.npy, bool (n,): the rows in which a person played, to wei
 --video OUT.mp4: what the model saw and pressed.
 
     from play import Client, GameEnv
-    env = GameEnv("game.exe", pad="keyboard")       # Gymnasium's API; a gymnasium.Env where that is installed
+    env = GameEnv("game.exe", pad="keyboard")       # or gymnasium.make("Game-v0", exe="game.exe", ...)
     policy = Client("192.168.1.20", 5555)           # sample.Session's methods: predict, reset, info
     obs, info = env.reset()                         # uint8 (256, 256, 3)
     obs, reward, terminated, truncated, info = env.step(policy.predict(obs)[0])
     env.close()
 
-The method: the loop that plays in real time, the environment, actions as keys. The machinery: recorder,
-picture, client, the two desktops (X11, Windows), pads, people, pausing, the guard, the command line.
+The method: the loop that plays in real time, the environment, actions as keys. The machinery: the two
+desktops (X11, Windows), pads, people, pausing, the guard, recorder, picture, client, the command line.
 """
 import argparse
 import ctypes
@@ -55,10 +56,17 @@ import extract
 from extract import (A, BUTTON, BUTTONS, LEGACY, MESSAGE_LIMIT, SIDE, STICKS, UserError, neutral, number,
                      pack_message, reading, shrink, unpack_message)
 
+try:
+    import gymnasium
+except ImportError:
+    gymnasium = None
+
 WINDOWS = sys.platform == "win32"
-APART = {"creationflags": 0x200} if WINDOWS else {"start_new_session": True}   # our Ctrl-C is not a child's
+# Neither our Ctrl-C (a group of its own) nor the end of our terminal (no window of it) is a child's.
+APART = {"creationflags": 0x08000200} if WINDOWS else {"start_new_session": True}
 MENU_BUTTONS = ("BACK", "START", "GUIDE")          # never pressed without --allow-menu: they end a game
 STANDS = 5.0                       # seconds a game stands for a prediction, or 3 x the first's
+MARKED = 0.1                       # seconds after a touch that still count as a person's play
 
 # The names of buttons and keys in each API; "mapping" is what --pad keyboard presses. KEYS: X keysym,
 # Windows virtual key, whether its scan code has a prefix. MOUSE: X button, virtual key, MOUSEEVENTF of
@@ -70,7 +78,7 @@ SIDES = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}      #
 
 
 # ---------------------------------------------------------------------- playing in real time
-def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback=1.0, allow_menu=False,
+def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback=1.0, hotkey=None,
          recorder=None, view=None):
     """Play until the game ends, `seconds` have passed or Ctrl-C -> Score. Without a policy a person plays,
     and nothing is pressed.
@@ -80,24 +88,27 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
     than the slowest of the last ten predictions. With a pausing environment the game stands while the model
     thinks, and `per_chunk` actions (default: all) are played of each chunk.
 
-    A touched pad of `people` takes over at once, until none was touched for `handback` seconds."""
+    A touched pad of `people` takes over at once, until none was touched for `handback` seconds. With a
+    `hotkey` the model waits for its press, and the next press stops it: meanwhile people play."""
     thinker = Thinker(policy, env, per_chunk) if policy else None
+    switch = Switch(env.desktop, hotkey)
     beat = Beat(env.hz)
     score = Score(beat)
-    theirs_until = 0.0
+    touched = -math.inf
     try:
         while time.perf_counter() - score.began < seconds:
-            tick = beat.wait()
+            tick, now = beat.wait(), time.monotonic()
 
             # 1. Plan: what the model wants at this tick.
-            seen = thinker.think(tick, score) if thinker else None
-            action = playable(thinker.plan.at(tick), allow_menu) if thinker else neutral()
+            plays = thinker and switch.is_on()
+            seen = thinker.think(tick, score) if plays else None
+            action = playable(thinker.plan.at(tick), env.allow_menu) if plays else neutral()
 
             # 2. Press: the model's action, unless a person plays.
             person, theirs = hands_on(people)
             if person:
-                theirs_until = time.monotonic() + handback
-            by_hand = not thinker or time.monotonic() < theirs_until
+                touched = now
+            by_hand = not plays or now - touched < handback
             if by_hand:
                 action = theirs
                 env.pad.press(theirs if thinker and person and person.forward else neutral())
@@ -106,17 +117,18 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
             if seen:
                 score.press_ms.append((time.perf_counter() - seen) * 1e3)
 
-            # 3. Look: for the next prediction, the recording and the person.
-            frame = env.look()
-            if thinker:
-                thinker.ask_in_time(tick)
+            # 3. Look, where the picture is used: for the next prediction, the recording, the person.
+            if plays and thinker.is_due(tick):
+                thinker.ask(tick)
+            elif recorder or view and view.is_due(tick):
+                env.look()
             score.ticks += 1
             score.human += by_hand
             if recorder:
-                recorder.add(tick, frame, neutral() if env.pad.away else action, by_hand)
+                human = not thinker or now - touched < MARKED
+                recorder.add(tick, env.frame, neutral() if env.pad.away else action, human)
             if view:
-                who = "a person" if by_hand else "the model"
-                view.show(tick, frame, action, f"{who} plays {env.name}", score)
+                view.show(tick, env, action, "a person" if by_hand else "the model", score)
             score.tell(env)
     except GameGone as e:
         print(f"\n{e}; the pad is at rest", file=sys.stderr)
@@ -129,69 +141,85 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
     return score
 
 
+class Switch:
+    """Whether the model plays: `key` turns it on and off, whatever window has the keyboard; without a key it
+    is on."""
+
+    def __init__(self, desktop, key):
+        self.desktop, self.key, self.on, self.down = desktop, key, not key, False
+        if key:
+            desktop.prepare_keys([key])
+            print(f"press {key} to let the model play, and again to stop it", flush=True)
+
+    def is_on(self):
+        """To be asked once a tick."""
+        before, self.down = self.down, bool(self.key) and self.key in self.desktop.held()
+        if self.down and not before:
+            self.on = not self.on
+            print(f"\n{self.key}: the model {'plays' if self.on else 'rests'}", flush=True)
+        return self.on
+
+
 class Thinker:
     """The policy in threads of its own, so that a late prediction never stalls the pad, and the plan that its
     chunks make. `answer`: the prediction that is under way, one at a time."""
 
     def __init__(self, policy, env, per_chunk=None):
         config = policy.info()["config"]
-        horizon, self.shift = config["horizon"], config["action_shift"]
+        horizon, self.shift = config["horizon"], 0 if env.pause.stops else config["action_shift"]
         usual = horizon if env.pause.stops else max(horizon // 2, 1)
         self.per_chunk = min(per_chunk or usual, horizon)
         self.policy, self.env, self.plan, self.answer = policy, env, Plan(env.hz / 4), None
         self.asked, self.delays = -horizon, deque([0], 10)   # tick of the last question, ticks to answers
-        began = time.perf_counter()
-        policy.predict(env.look())                         # the first takes longest: not while the pad waits
-        self.patience = max(STANDS, 3 * (time.perf_counter() - began))
+        first = self._predict(env.look(), Future())        # it takes longest: not while the pad waits
+        self.patience = max(STANDS, 3 * first.result()[1])
         policy.reset()
 
-    def _ask(self, tick):
-        """Predict from the newest frame; row 0 of the chunk belongs to tick `tick`."""
-        self.asked, self.seen, self.answer = tick, self.env.seen, Future()
-        threading.Thread(target=self._predict, args=(self.env.frame, self.answer), daemon=True).start()
+    def ask(self, tick):
+        """Predict from a new frame; row 0 of the chunk belongs to tick `tick`."""
+        self.asked, self.answer, frame = tick, Future(), self.env.look()
+        self.seen = self.env.seen
+        threading.Thread(target=self._predict, args=(frame, self.answer), daemon=True).start()
 
     def _predict(self, frame, answer):
+        """Give `answer` (the chunk, the seconds that it took)."""
+        began = time.perf_counter()
         try:
-            answer.set_result(self.policy.predict(frame))
+            answer.set_result((self.policy.predict(frame), time.perf_counter() - began))
         except Exception as e:                             # whatever breaks it, the pad's thread must know
             answer.set_exception(e)
+        return answer
 
     def think(self, tick, score):
         """Bring the plan up to date -> the time at which a new chunk's frame was seen, None without a
         chunk. Raises what the policy raised."""
-        if self.env.pause.stops:
-            return self._think_while_it_stands(tick, score)
+        if self.env.pause.stops and tick - self.asked >= self.per_chunk:
+            self._ask_while_it_stands(tick, score.beat)
         if not (self.answer and self.answer.done()):
             return None
-        chunk, self.answer = self.answer.result(), None
+        (chunk, seconds), self.answer = self.answer.result(), None
         self.delays.append(tick - self.asked)
+        score.predict_ms.append(seconds * 1e3)
         score.chunks += 1
-        if not self.plan.lay(self.asked + self.shift, chunk, tick):
-            score.late += 1
-            return None
-        return self.seen
+        in_time = self.plan.lay(self.asked + self.shift, chunk, tick)
+        score.late += not in_time
+        return self.seen if in_time else None
 
-    def _think_while_it_stands(self, tick, score):
-        if tick - self.asked < self.per_chunk:
-            return
+    def _ask_while_it_stands(self, tick, beat):
         began = time.perf_counter()
         self.env.pause.stop()
-        self.env.look()
-        self._ask(tick)
+        self.ask(tick)
         if not wait([self.answer], self.patience).done:
             raise UserError(f"expected a prediction within {self.patience:.0f} s, found none: the game runs "
                             "on; see what holds the model up, or use --pause none")
         self.plan.rows = {}                                # the game has not moved on: nothing is committed
-        self.plan.lay(tick, self.answer.result(), tick)
         self.env.pause.go()
-        score.chunks += 1
-        score.beat.start += time.perf_counter() - began    # this time does not count
+        beat.start += time.perf_counter() - began          # this time does not count
 
-    def ask_in_time(self, tick):
-        """In real time: ask for the next chunk when it is due."""
+    def is_due(self, tick):
+        """In real time: is the next chunk to be asked for?"""
         due = tick - self.asked >= self.per_chunk or self.plan.left(tick) <= max(self.delays) + 1
-        if due and not self.answer and not self.env.pause.stops:
-            self._ask(tick)
+        return due and not self.answer and not self.env.pause.stops
 
 
 class Plan:
@@ -259,19 +287,22 @@ class Score:
     """What is worth knowing of a session, and the progress line that says it."""
 
     def __init__(self, beat):
-        self.beat, self.began, self.press_ms = beat, time.perf_counter(), deque(maxlen=36000)
+        self.beat, self.began = beat, time.perf_counter()
+        self.press_ms, self.predict_ms = deque(maxlen=36000), deque(maxlen=36000)
         self.ticks = self.chunks = self.late = self.human = 0
         self.told, self.checked = "", time.monotonic()
         self.bar = tqdm(bar_format="{desc}", mininterval=1 if sys.stdout.isatty() else 10, leave=False,
                         dynamic_ncols=True, file=sys.stdout)
 
     def line(self, env):
-        """One line: rate, latency from capture to press, jitter of the action clock, cost of looking."""
+        """One line: rate, time of a prediction, latency from capture to press, jitter of the clock, cost of
+        looking."""
         def ms(values):
             return f"{np.median(values):.1f} ms (p95 {np.percentile(values, 95):.1f})" if values else "-"
         seconds, skipped = time.perf_counter() - self.began, self.beat.skipped
         return (f"{seconds:.0f} s | {self.ticks / max(seconds, 1e-9):.1f} actions/s | "
-                f"{self.chunks} predictions, {self.late} late | capture to press {ms(self.press_ms)} | "
+                f"{self.chunks} predictions of {ms(self.predict_ms)}, {self.late} late | "
+                f"capture to press {ms(self.press_ms)} | "
                 f"clock late {ms(self.beat.late_ms)}, {skipped} skipped | look {ms(env.look_ms)} | "
                 f"by hand {self.human / max(self.ticks, 1):.0%}")
 
@@ -296,39 +327,31 @@ class GameGone(UserError):
     """The game has ended or closed its window; the message says which."""
 
 
-def gym_base():
-    """gymnasium.Env where that package is installed, else object: GameEnv has the same methods on both."""
-    try:
-        import gymnasium
-    except ImportError:
-        return object
-    return gymnasium.Env
-
-
-class GameEnv(gym_base()):
+class GameEnv(gymnasium.Env if gymnasium else object):
     """A game that was made for people, as an environment. Observation: uint8 (256, 256, 3); action: float32
     (25,), extract.py's; reward 0 and terminated False, unless judge() is overridden; truncated when the
     game has gone. A step holds the action for 1 / hz seconds of the game's time; between steps the game
     runs on (pause "none") or stands ("suspend", "clock"). close() leaves the pad at rest and the game
-    running."""
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 60}
+    running. With Gymnasium installed it is a gymnasium.Env, and "Game-v0" for gymnasium.make()."""
+    metadata = {"render_modes": ["rgb_array"]}             # and "render_fps", which is hz
     PATIENCE = 3.0                                         # seconds for a game to open its window anew
 
     def __init__(self, exe=None, window=None, region=None, launch=None, wait=60.0, pad="vgamepad",
-                 mapping=None, pause="none", hz=60.0, wake=None, render_mode=None, desktop=None,
+                 mapping=None, pause="none", hz=60.0, allow_menu=False, render_mode=None, desktop=None,
                  capture=None):
         """exe: name of the game's program; window: part of its title, or its id; region: (left, top, width,
         height) inside of it, or of the desktop where neither is given; launch: a command that starts it,
         waited for `wait` seconds; pad: vgamepad, dualshock, keyboard or none; mapping: a file for keyboard;
-        wake: a button to press at the start, for games that look for pads only then."""
+        allow_menu: whether step() presses START, BACK and GUIDE."""
         if not (exe or window or region or launch):
             raise UserError("expected the game's --exe, found none: --list shows what runs here; --launch, "
                             "--window and --region are other ways")
-        self.region, self.hz, self.render_mode = region, hz, render_mode
-        if gym_base() is not object:
-            from gymnasium.spaces import Box
-            self.observation_space = Box(0, 255, (SIDE, SIDE, 3), np.uint8)
-            self.action_space = Box(np.float32([0] * len(BUTTONS) + [-1] * 4), np.ones(A, np.float32))
+        self.region, self.hz, self.allow_menu, self.render_mode = region, hz, allow_menu, render_mode
+        self.metadata = self.metadata | {"render_fps": hz}
+        if gymnasium:
+            box = gymnasium.spaces.Box
+            self.observation_space = box(0, 255, (SIDE, SIDE, 3), np.uint8)
+            self.action_space = box(np.float32([0] * len(BUTTONS) + [-1] * 4), np.ones(A, np.float32))
         self.frame, self.seen, self.look_ms = np.zeros((SIDE, SIDE, 3), np.uint8), 0.0, deque(maxlen=36000)
         self.still, self.still_since, self.owed = None, 0.0, 0.0       # owed: what steps lack of their time
         self.window = self.guard = None
@@ -338,42 +361,37 @@ class GameEnv(gym_base()):
             self.real_pads = real_pads()                   # before our own, which would look like one of them
             for real in self.real_pads:
                 undo.callback(real.close)
-            if pad == "keyboard":
-                self.pad = KeyboardPad(self.desktop, self.mapping, hz)
-            else:
-                self.pad = NoPad() if pad == "none" else VirtualPad(pad)
+            kind = NoPad if pad == "none" else KeyboardPad if pad == "keyboard" else VirtualPad
+            self.pad = kind(self, pad)
             undo.callback(self.pad.close)                  # before the game: some look for pads only then
             self.capture = capture or Capture()
             undo.callback(self.capture.close)
             self.launched, clock = start_game(launch, pause == "clock") if launch else (None, None)
+            pid, self.name = 0, exe or "game"
             if exe or window or launch:
                 process = exe or self.launched and self.launched.pid
                 self.window = await_window(self.desktop, process, window, wait)
+                pid, self.name = self.window.pid, exe or self.window.name
+                if self.pad.keys:
+                    self.desktop.check_input(pid)
                 self.desktop.focus(self.window.id)
-                self.pad.window = self.window.id
-            pid = self.window.pid if self.window else 0
-            self.name = exe or self.window and self.window.name or "game"
             kinds = {"none": Running, "suspend": Suspended, "clock": SpeedHack if WINDOWS else FakeTime}
             self.pause = kinds[pause](self.desktop, pid, clock)
             undo.callback(self.pause.go)
             if self.pad.keys or self.pause.stops:
                 self.guard = Guard(keys=sorted(self.pad.keys), pid=pid if self.pause.stops else 0,
                                    clock=pause == "clock")
-            if wake:
-                for action in np.eye(A, dtype=np.float32)[BUTTON[wake]], neutral():
-                    self.hold(action, 0.1)
             self.undo = undo.pop_all()
 
     def reset(self, *, seed=None, options=None):
         """Let go of the pad and look. A game starts no new round by itself: options={"actions": float (n,
-        25)} are played first, at hz, say to walk through its menu. The seed is Gymnasium's; no game hears
-        of it."""
-        if gym_base() is not object:
+        25)} are played first, at hz and with START, BACK and GUIDE, say to walk through its menu. The seed
+        is Gymnasium's; no game hears of it."""
+        if gymnasium:
             super().reset(seed=seed)
         self.pause.go()
-        for action in (options or {}).get("actions", ()):
-            self.hold(action, 1 / self.hz)
-        self.hold(neutral(), 1 / self.hz)
+        for action in (*(options or {}).get("actions", ()), neutral()):
+            self.hold(playable(action, allow_menu=True), 1 / self.hz)
         self.pause.stop()
         return self.look(), {"away": self.pad.away}
 
@@ -382,7 +400,7 @@ class GameEnv(gym_base()):
         period, began = 1 / self.hz, time.perf_counter()
         try:
             self.pause.go()
-            self.hold(np.asarray(action, np.float32), max(period + self.owed, 0))
+            self.hold(playable(action, self.allow_menu), max(period + self.owed, 0))
             self.pause.stop()
             if self.pause.stops:
                 self.owed = max(self.owed + period - (time.perf_counter() - began), -period)
@@ -415,6 +433,10 @@ class GameEnv(gym_base()):
         box = self.desktop.box(self.window.id) or self._open_anew()
         return (box[0] + self.region[0], box[1] + self.region[1], *self.region[2:]) if self.region else box
 
+    def in_front(self):
+        """Do keys go to the game?"""
+        return not self.window or self.desktop.focused(self.window.id)
+
     def _open_anew(self):
         """The window has gone: wait for the same process to open another -> its box."""
         self.pad.press(neutral())
@@ -422,7 +444,7 @@ class GameEnv(gym_base()):
         pid, ends = self.window.pid, time.monotonic() + self.PATIENCE
         while pid and time.monotonic() < ends:
             if found := find_window(self.desktop, pid):
-                self.window, self.pad.window = found, found.id
+                self.window = found
                 return found.box
             if self.launched:
                 self.launched.poll()                       # else an ended child counts as running
@@ -436,7 +458,7 @@ class GameEnv(gym_base()):
         second."""
         if self.window and (said := self.desktop.problem(self.window.id)):
             return f"the window of {self.name} {said}: bring it to the front"
-        if not np.array_equal(self.still, self.frame):
+        if not np.array_equal(self.still, self.look()):
             self.still, self.still_since = self.frame, time.monotonic()
         if self.pad.away:
             return f"the window of {self.name} is not in front: no key counts until it is"
@@ -455,6 +477,10 @@ class GameEnv(gym_base()):
     def close(self):
         """The pad at rest, the game running; each is done even where another fails. May be called twice."""
         self.undo.close()
+
+
+if gymnasium:
+    gymnasium.register("Game-v0", "play:GameEnv", nondeterministic=True)
 
 
 # -------------------------------------------------------------------------- actions and keys
@@ -484,6 +510,11 @@ def keys_in(mapping):
     return {key for _, _, key in bindings(mapping)}
 
 
+def mice(mapping):
+    """{stick: pixels a second at full tilt} of the sticks that move the mouse."""
+    return {stick: mapping[stick]["mouse"] for stick in STICKS if "mouse" in mapping.get(stick, ())}
+
+
 def keys_of(mapping, action, down=frozenset()):
     """The keys that an action holds; `down`: those held before it, which sticks let go later than they
     pressed them."""
@@ -508,334 +539,23 @@ def action_of(mapping, keys):
 
 def load_mapping(path=None):
     """A mapping file, or MAPPING without one; UserError names the first control that is wrong in it."""
-    if not path:
-        return MAPPING
-    with reading(path, "a pad's controls and their keys, as JSON"):
-        mapping = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    mapping = extract.read_json(path, dict) if path else MAPPING
     for control, key in mapping.items():
         with reading(f"{path}: {control}: {key}", 'a control and its key, or a stick with its keys and mouse '
                      'speed, as "mapping" in weights/keys.json'):
             if not keys_in({control: key}) <= KEYS.keys() | MOUSE.keys():
                 raise ValueError("a key of another name")
-            if control in STICKS and not abs(key.get("mouse", 0)) < 1e5:       # pixels a second
+            if not all(0 < abs(speed) < 1e5 for speed in mice({control: key}).values()):
                 raise ValueError("a speed beyond 100000")
     return mapping
 
 
 # ---- machinery ------------------------------------------------------------
-# The method ends here; what follows records it, shows it and ties it to real machines.
-# ------------------------------------------------------------------------------ the recorder
-ROW = np.dtype([("end", "<i8"), ("action", "<f4", A), ("human", "?")])       # end: of its JPEG in frames.npy
-
-
-class Recorder:
-    """A clip folder of what is seen and pressed, DATA/GAME_DATE_TIME/. Row i is tick i: the picture taken
-    right after the action was pressed, which can't show its effect yet, as in videos with an overlay.
-
-    Until close() the folder's name ends in .recording. Each row goes to the system as it comes, its JPEG to
-    the end of frames.npy and then a ROW to the end of rows.bin: a process that is killed loses the row it is
-    at, and pick_up() makes a clip of the others. A lock tells a dead process's folder from a living one's."""
-
-    def __init__(self, data, game, hz):
-        stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
-        self.tmp, self.files = Path(data) / f"{stem}.recording", ExitStack()
-        self.tick = self.last = None
-        with writing(self.tmp):
-            self.tmp.mkdir(parents=True)
-            self.files.enter_context(extract.lock(self.tmp / "lock"))
-            clip = {"video": None, "game": game, "fps": hz, "size": [SIDE, SIDE], "every": 1, "lag": 0}
-            extract.write_json(self.tmp / "recording.json", clip)
-            self.frames = self.files.enter_context(open(self.tmp / "frames.npy", "wb"))
-            self.rows = self.files.enter_context(open(self.tmp / "rows.bin", "wb"))
-            bytes_header(self.frames, 0)
-
-    def add(self, tick, rgb, action, human):
-        """Append tick `tick`; ticks that were skipped repeat the row before, so that the clip keeps time."""
-        quality = [cv2.IMWRITE_JPEG_QUALITY, extract.QUALITY]
-        jpeg = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
-        skipped = tick - self.tick - 1 if self.last else 0
-        rows = [self.last] * skipped + [(jpeg, playable(action, allow_menu=True), human)]
-        self.tick, self.last = tick, rows[-1]
-        with writing(self.tmp):
-            for jpeg, action, human in rows:
-                self.frames.write(jpeg)
-                self.frames.flush()
-                self.rows.write(np.array((self.frames.tell(), action, human), ROW).tobytes())
-                self.rows.flush()
-
-    def close(self):
-        """Give the folder its name -> a line about it."""
-        with suppress(OSError):                 # a full disk, which was said when it was
-            self.files.close()
-        return finish(self.tmp)
-
-
-def pick_up(data):
-    """Make clips of the recordings under DATA whose processes died, and say so."""
-    for tmp in sorted(Path(data).glob("*.recording")):
-        with suppress(extract.Busy):            # its process lives
-            print(f"picked up {finish(tmp)}", flush=True)
-
-
-def finish(tmp):
-    """Make a clip of a recording that nobody writes on -> a line about it. May be killed and done again."""
-    folder = tmp.with_suffix("")
-    with writing(tmp):
-        with extract.lock(tmp / "lock"):
-            for name in ("rows.bin", "frames.npy"):
-                (tmp / name).touch()                       # killed at once, it may have neither
-            rows = np.fromfile(tmp / "rows.bin", ROW)
-            rows = rows[rows["end"] <= (tmp / "frames.npy").stat().st_size]
-            keep = write_clip(tmp, rows) if len(rows) else None
-        if keep is None:
-            extract.remove(tmp)
-            return f"{folder}: nothing was played, nothing is kept"
-        os.replace(tmp, folder)                            # Windows renames no folder that holds an open lock
-    for name in ("rows.bin", "recording.json", "lock"):
-        extract.remove(folder / name)
-    return (f"{folder}: {len(rows)} rows at {extract.read_clip(folder)['fps']:g}/s, "
-            f"{rows['human'].mean():.0%} by hand, {keep.mean():.0%} kept")
-
-
-def write_clip(tmp, rows):
-    """The files of a clip, from its ROWs and the JPEGs in frames.npy -> its array keep, bool (n,)."""
-    actions, sure, n = rows["action"], np.ones(len(rows), np.float32), len(rows)
-    with open(tmp / "frames.npy", "rb+") as file:
-        start, end = bytes_header(file, 0), rows["end"][-1]
-        bytes_header(file, end - start)
-        file.truncate(end)
-        index = np.stack([np.arange(n + 1), np.append(start, rows["end"]) - start], 1)
-        os.fsync(file.fileno())
-    keep = extract.dense(actions, sure)
-    arrays = dict(frames_index=index, actions=actions, truth=actions, confidence=sure, keep=keep,
-                  human=rows["human"])
-    for name, array in arrays.items():
-        extract.write_npy(tmp / f"{name}.npy", array)
-    recording = json.loads((tmp / "recording.json").read_text(encoding="utf-8"))
-    extract.write_json(tmp / "clip.json", {**recording, "n": n})
-    return keep
-
-
-def bytes_header(file, n):
-    """Write the header of a .npy of n bytes at the start of a file -> where the bytes begin, for any n."""
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (int(n),)})
-    return file.tell()
-
-
-@contextmanager
-def writing(path):
-    """A disk that is full, or closed to us, in one line."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"can't write {path}: {e.strerror or e}: what is whole is kept; make room and start "
-                        "again with the same --record, or give another") from None
-
-
-# ------------------------------------------------------------------------- the picture of it
-class View:
-    """The picture that the model gets, the pad as it is pressed, and how the time goes, in a window (--show)
-    and in a video (--video), at most 30 times a second. A video repeats what could not be drawn in time."""
-    SIZE = (912, 512)
-
-    def __init__(self, hz, window=False, video=None, beside=(0, 0)):
-        self.every, self.window, self.written = math.ceil(hz / 30), window, 0
-        self.video = extract.VideoWriter(video, hz / self.every, self.SIZE) if video else None
-        self.skin = extract.pad_skin("xbox_360", "xbox_360", extract.Look(body=(150, 152, 160)))
-        if window:                                         # beside the game: over it, it would be captured
-            with reading("--show", "a screen for a window"):
-                cv2.namedWindow("play.py", cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
-                cv2.moveWindow("play.py", *beside)
-
-    def show(self, tick, frame, action, title, score):
-        """Draw one tick, and write it down."""
-        if tick % self.every:
-            return
-        canvas = self.draw(frame, action, f"{title}\n{score.late} of {score.chunks} predictions late\n"
-                                          f"{score.beat.skipped} ticks skipped")
-        if self.window:
-            cv2.imshow("play.py", cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR))
-            cv2.waitKey(1)
-        while self.video and self.written <= tick // self.every:
-            self.video.add(canvas)
-            self.written += 1
-
-    def draw(self, frame, action, text):
-        """The frame, the pad beside it, the text below -> uint8 (512, 912, 3) RGB."""
-        side = self.SIZE[1]
-        page = Image.new("RGB", self.SIZE, (24, 24, 24))
-        page.paste(Image.fromarray(frame).resize((side, side), Image.NEAREST))
-        pad = Image.fromarray(extract.draw(self.skin, action))
-        page.paste(pad, (side, 8), pad)
-        ImageDraw.Draw(page).text((side + 16, pad.height + 40), text, font_size=16)
-        return np.asarray(page)
-
-    def close(self):
-        """Finish the video."""
-        if self.video:
-            self.video.close()
-
-
-# ----------------------------------------------------------------------- the model elsewhere
-class Client:
-    """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: the
-    seconds that one question and its answer may take together. Whatever the server does wrong is one
-    UserError and ends the connection."""
-    connection = None
-
-    def __init__(self, host="127.0.0.1", port=5555, key=None, timeout=60.0):
-        self.where, self.timeout, self.lock = f"server {host}:{port}", timeout, threading.Lock()
-        try:
-            self.connection = mpc.Client((host, port), "AF_INET")
-        except (OSError, UnicodeError) as e:               # the last: a host that can't be a name
-            raise UserError(f"{self.where}: expected a server, found {e}: start one with "
-                            "python sample.py serve") from None
-        if key:                                            # each side shows the other that it knows the key
-            with self._exchange() as connection:
-                mpc.answer_challenge(connection, key.encode())
-                mpc.deliver_challenge(connection, key.encode())
-        try:
-            self.horizon = self.info()["config"]["horizon"]
-        except UserError:                                  # the server is full, say
-            self.close()
-            raise
-
-    @contextmanager
-    def _exchange(self):
-        """The connection, shut down under whoever waits on it once `timeout` seconds have passed."""
-        if self.connection is None:
-            raise UserError(f"{self.where}: the connection is closed: make a new Client")
-        timer = threading.Timer(self.timeout, hang_up, [self.connection])
-        timer.daemon, ends = True, time.monotonic() + self.timeout
-        timer.start()
-        try:
-            yield self.connection
-        except (OSError, EOFError, ValueError, AssertionError, mpc.AuthenticationError) as e:
-            self.close()
-            if isinstance(e, UserError):
-                raise
-            fault = (f"the connection broke ({printable(e) or 'closed by the server'}): check that sample.py "
-                     "serve runs there, and leave out --key if it has none")
-            if isinstance(e, mpc.AuthenticationError):
-                fault = "the key is wrong: give the server's --key"
-            if time.monotonic() >= ends:
-                fault = (f"expected an answer, found none in {self.timeout:g} s: is it busy, or something "
-                         "else on that port?")
-            raise UserError(f"{self.where}: {fault}") from None
-        finally:
-            timer.cancel()
-
-    def _ask(self, header, array=None):
-        with self.lock, self._exchange() as connection:
-            connection.send_bytes(pack_message(header, array))
-            message = connection.recv_bytes(MESSAGE_LIMIT)
-            if message.startswith(b"#CHALLENGE#"):
-                raise UserError(f"{self.where}: asks for a key: give its --key")
-            header, array = unpack_message(message)
-        if "error" in header:
-            raise UserError(f"{self.where}: {printable(header['error'])}")
-        return header, array
-
-    def _need(self, good, expected, found):
-        if not good:
-            self.close()
-            raise UserError(f"{self.where}: expected {expected}, found {printable(found)}: "
-                            "is its sample.py of another version?")
-
-    def predict(self, rgb):
-        """uint8 (h, w, 3) -> float32 (T, 25). The frame is shrunk here, so that 200 kB travel and not 6
-        MB."""
-        chunk = self._ask({"do": "predict"}, shrink(rgb))[1]
-        good = chunk is not None and chunk.dtype == np.float32 and chunk.shape == (self.horizon, A)
-        good = good and (np.abs(chunk) <= 1).all() and (chunk[:, :len(BUTTONS)] >= 0).all()    # NaN is not
-        self._need(good, f"actions, float32 ({self.horizon}, 25), buttons in 0..1 and sticks in -1..1",
-                   "none" if chunk is None else f"{chunk.dtype} {chunk.shape}, or values beyond that")
-        return chunk
-
-    def reset(self, **what):
-        """Forget the frames seen so far; seed= and game= as in sample.Session.reset."""
-        self._ask({"do": "reset", **what})
-
-    def info(self):
-        """What sample.Session.info gives; "config" holds the model's hz, horizon and action_shift."""
-        info = self._ask({"do": "info"})[0]
-        config = info.get("config")
-        config = config if isinstance(config, dict) else {}
-        hz, horizon, shift = (config.get(name) for name in ("hz", "horizon", "action_shift"))
-        self._need(type(hz) in (int, float) and 1 <= hz <= 1000 and type(horizon) is type(shift) is int
-                   and 1 <= horizon < 1 << 16 and 0 <= shift < 1 << 16,
-                   "a config with hz, horizon and action_shift", [hz, horizon, shift])
-        return info
-
-    def close(self):
-        """Leave the server. May be called twice."""
-        if self.connection is not None:
-            self.connection.close()
-            self.connection = None
-
-
-def hang_up(connection):
-    """Shut down the socket in a Connection: whoever waits on it wakes up with an error."""
-    with suppress(OSError):
-        s = socket.socket(fileno=connection.fileno())
-        try:
-            s.shutdown(socket.SHUT_RDWR)
-        finally:
-            s.detach()                                     # the number stays the Connection's
-
-
-def printable(said):
-    """What somebody else said, as a part of one line."""
-    return "".join(c if c.isprintable() else " " for c in str(said))[:300]
-
-
-class LocalModel(Client):
-    """The model on this machine, in a process of its own: torch's threads and Python's lock then never hold
-    up the action clock. A Client of a `sample.py serve` child on a free port; `flags` are that
-    command's."""
-
-    def __init__(self, flags):
-        with socket.create_server(("127.0.0.1", 0)) as s:
-            port = s.getsockname()[1]                      # a free one
-        script, self.log = str(Path(__file__).with_name("sample.py")), tempfile.TemporaryFile()
-        self.child = subprocess.Popen([sys.executable, script, "serve", "--port", str(port), *flags],
-                                      stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
-        self.guard = Guard(model=self.child.pid)           # ends the child, too, where what follows fails
-        while self.connection is None:
-            with suppress(UserError):           # it is not ready
-                super().__init__("127.0.0.1", port, timeout=600.0)
-            if self.child.poll() is not None:
-                self.close()
-                raise UserError(f"the model did not start: {self._ended()}")
-            time.sleep(0.1)
-
-    def _ended(self):
-        status, _ = self.child.wait(10), self.log.seek(0)
-        said = self.log.read().decode(errors="replace").strip().split("\n")
-        return f"status {status}; last words: {said[-1].removeprefix('error: ')}"
-
-    def _ask(self, header, array=None):
-        try:
-            return super()._ask(header, array)
-        except UserError:
-            time.sleep(0.1)                                # a killed process is not seen as ended at once
-            if self.child.poll() is None:
-                raise
-            raise UserError(f"the model stopped: {self._ended()}") from None
-
-    def close(self):
-        """End the child."""
-        super().close()
-        self.child.kill()
-        self.child.wait()
-        self.guard.dismiss()
-
-
+# The method ends here; what follows ties it to real machines, records it and shows it.
 # ------------------------------------------------------------------------------- the desktop
 # Two classes with the same methods, X11 and Win32: windows() and box(id) find and follow a window,
 # problem(id) says why its picture can't be trusted, focused(id) and focus(id) keep keys out of other
-# windows, key() / move() / held() are the keyboard and mouse, suspend() / resume() stop a process.
+# windows, key() / move() press, held() / moved() read, suspend() / resume() stop a process.
 @dataclass
 class Window:
     """A window that could be a game. The box is its client area (no title bar, no border) in pixels of the
@@ -909,6 +629,9 @@ def await_window(desktop, process=None, window=None, seconds=60.0):
 
 class Desktop:
     """What both systems share."""
+
+    def check_input(self, pid):
+        """UserError where keys would not reach a process."""
 
     def windows(self):
         """The windows on the screen that say whose they are. Found by process: titles may be empty or shared
@@ -1017,7 +740,7 @@ class X11(Desktop):
         focus = self._query("XGetInputFocus", n=2)[0]
         if focus == 1:                                     # PointerRoot
             focus = self._query("XQueryPointer", self.root, n=7)[1]
-        return focus == window or self._top(focus) == self._top(window)
+        return self._top(focus) == self._top(window)
 
     def focus(self, window):
         """Bring the window to the front and give it the keyboard."""
@@ -1057,6 +780,28 @@ class X11(Desktop):
         mask = self._query("XQueryPointer", self.root, n=7)[6]
         down = {name for name, code in self.codes.items() if state.raw[code // 8] >> code % 8 & 1}
         return down | {name for name, (button, *_) in MOUSE.items() if mask >> 7 + button & 1}
+
+    def watch_mouse(self):
+        """Before moved(). Games put the pointer back, so that only raw motion tells what a hand did."""
+        with reading("libXi.so.6", "this library (sudo apt-get install libxi6)"):
+            xi = ctypes.CDLL("libXi.so.6")
+        xi.XIQueryVersion(self.display, byref(c_int(2)), byref(c_int(2)))
+        raw_motion = create_string_buffer(b"\0\0\2")      # bit 17
+        mask = struct.pack("iiP", 1, len(raw_motion), ctypes.addressof(raw_motion))       # 1: every pointer
+        xi.XISelectEvents(self.display, self.root, mask, 1)
+
+    def moved(self):
+        """The pixels by which the mouse was moved since the last call -> float (2,)."""
+        total, event = np.zeros(2), create_string_buffer(192)
+        while self.x.XPending(self.display):
+            self.x.XNextEvent(self.display, event)
+            if self.x.XGetEventData(self.display, event):
+                raw = c_void_p.from_buffer(event, 48).value             # XIRawEvent: the axes, their values
+                which, values = struct.unpack("PP", ctypes.string_at(raw + 72, 16))
+                axes = [axis for axis in (0, 1) if ctypes.string_at(which)[0] >> axis & 1]
+                total[axes] += np.frombuffer(ctypes.string_at(values, 8 * len(axes)))
+                self.x.XFreeEventData(self.display, event)
+        return total
 
     def family(self, pid):
         """[(pid, [its names])] of a process and those that started it; a program under Wine or an
@@ -1104,7 +849,7 @@ class Win32(Desktop):
 
     def __init__(self, dll=None):
         dll = dll or ctypes.WinDLL
-        self.user, self.kernel, self.nt = dll("user32"), dll("kernel32"), dll("ntdll")
+        self.user, self.kernel, self.nt, self.dwm = map(dll, ("user32", "kernel32", "ntdll", "dwmapi"))
         self.names = set(MOUSE)
         # Pixels, not scaled units, whatever the display's DPI: per monitor (v2, Windows 10), else for the
         # system.
@@ -1123,7 +868,10 @@ class Win32(Desktop):
         return self.family(pid.value)
 
     def _shown(self, window):
-        return self.user.IsWindowVisible(window) and not self.user.IsIconic(window)
+        cloaked = c_int()                                  # a suspended app, or on another virtual desktop
+        self.dwm.DwmGetWindowAttribute(window, 14, byref(cloaked), 4)
+        shown = self.user.IsWindowVisible(window) and not self.user.IsIconic(window)
+        return shown and not cloaked.value
 
     def _title(self, window):
         text = ctypes.create_unicode_buffer(256)
@@ -1151,6 +899,14 @@ class Win32(Desktop):
     def focus(self, window):
         """Bring the window to the front and give it the keyboard."""
         self.user.SetForegroundWindow(window)
+
+    def check_input(self, pid):
+        """UserError where Windows drops our keys without a word."""
+        with self._process(pid, 0x0010) as handle:         # PROCESS_VM_READ
+            if not handle:
+                raise UserError("expected a game that takes keys of ours, found one of more rights (run as "
+                                "administrator?), where Windows drops them without a word: start play.py "
+                                "as administrator, or use a virtual pad")
 
     def prepare_keys(self, names):
         """The keys that held() looks at."""
@@ -1181,6 +937,20 @@ class Win32(Desktop):
     def held(self):
         """The keys given to prepare_keys and the mouse buttons that are down now, whoever presses them."""
         return {n for n in self.names if self.user.GetAsyncKeyState((KEYS | MOUSE)[n][1]) & 0x8000}
+
+    def watch_mouse(self):
+        """Before moved(), and in its thread: raw input, to a window that exists for nothing else."""
+        window = self.user.CreateWindowExW(0, "Static", None, 0, 0, 0, 0, 0, c_void_p(-3), None, None, None)
+        mouse = struct.pack("<HHIQ", 1, 2, 0x100, window)  # RAWINPUTDEVICE, RIDEV_INPUTSINK
+        self.user.RegisterRawInputDevices(mouse, 1, 16)
+
+    def moved(self):
+        """The pixels by which the mouse was moved since the last call -> float (2,)."""
+        total, event, size = np.zeros(2), create_string_buffer(48), c_int(48)
+        while self.user.GetRawInputBuffer(event, byref(size), 24) == 1:
+            total += struct.unpack_from("<ii", event, 36)  # RAWMOUSE after the RAWINPUTHEADER: lLastX, lLastY
+            size.value = 48
+        return total
 
     @contextmanager
     def _process(self, pid, access):
@@ -1234,10 +1004,9 @@ class Capture:
         """Pixels (left, top, width, height) of the desktop -> uint8 (256, 256, 3) RGB, by training's
         shrink(). What lies outside of the screen is black."""
         left, top, width, height = box
-        screen = self.mss.monitors[0]                      # all monitors; its corner may be negative
-        x0, y0 = max(left, screen["left"]), max(top, screen["top"])
-        x1 = min(left + width, screen["left"] + screen["width"])
-        y1 = min(top + height, screen["top"] + screen["height"])
+        x, y, wide, high = self.screen()
+        x0, y0 = max(left, x), max(top, y)
+        x1, y1 = min(left + width, x + wide), min(top + height, y + high)
         if x1 <= x0 or y1 <= y0:
             return np.zeros((SIDE, SIDE, 3), np.uint8)
         with reading("screen capture", "a picture (was the screen locked or its size changed? Start again)"):
@@ -1252,6 +1021,10 @@ class Capture:
         small = shrink(rgb)
         return small.copy() if small is self.rgb else small        # a window of 256 x 256 needs no shrinking
 
+    def screen(self):
+        """(left, top, width, height) of all monitors together; its corner may be negative."""
+        return tuple(self.mss.monitors[0].values())[:4]
+
     def close(self):
         """Give the screen back."""
         self.mss.close()
@@ -1260,9 +1033,11 @@ class Capture:
 # -------------------------------------------------------------------------------------- pads
 class NoPad:
     """Presses nothing: a person plays, or one only wants to see what the model would do."""
-    away = False               # is the window not in front, so that nothing is pressed?
+    away = moved = False       # is the window not in front, so that nothing is pressed? Was the mouse moved?
     keys = down = frozenset()  # those that it can press, and holds now
-    window = 0
+
+    def __init__(self, env, kind):
+        """Nothing."""
 
     def press(self, action):
         """Nothing."""
@@ -1276,7 +1051,10 @@ class VirtualPad(NoPad):
     sticks the first's point up at +1, the second's down (0 is up in that report), on both systems; ours
     point down."""
 
-    def __init__(self, kind="vgamepad"):
+    def __init__(self, env, kind):
+        if env.real_pads:
+            print("warning: a real gamepad was here before ours: a game that listens to the first alone does "
+                  "not hear the model: unplug it, or choose ours in the game", file=sys.stderr)
         self.sony, self.names = kind == "dualshock", TABLES[kind]
         try:
             import vgamepad
@@ -1318,51 +1096,54 @@ class KeyboardPad(NoPad):
     """Keys and mouse in place of a pad, for games without one. Presses only while the game's window has the
     keyboard: anywhere else the model would type into whatever the person has turned to."""
 
-    def __init__(self, desktop, mapping, hz):
-        self.desktop, self.mapping, self.keys = desktop, mapping, keys_in(mapping)
-        self.speed = {s: self.mapping[s].get("mouse", 0) / hz for s in STICKS.keys() & self.mapping.keys()}
+    def __init__(self, env, kind):
+        self.env, self.keys = env, keys_in(env.mapping)
         self.rest = np.zeros(2)                            # parts of a pixel that the mouse has still to go
-        desktop.prepare_keys(self.keys)
+        env.desktop.prepare_keys(self.keys)
 
     def press(self, action):
         """Hold exactly this action; the mouse moves by one tick's worth."""
-        self.away = bool(self.window) and not self.desktop.focused(self.window)
-        self._hold(frozenset() if self.away else keys_of(self.mapping, action, self.down))
-        for stick, speed in self.speed.items():            # pixels a tick at full tilt
-            self.rest += action[STICKS[stick]] * (0 if self.away else speed)
+        env, desktop = self.env, self.env.desktop
+        self.away = not env.in_front()
+        self._hold(frozenset() if self.away else keys_of(env.mapping, action, self.down))
+        for stick, speed in mice(env.mapping).items():
+            self.rest += action[STICKS[stick]] * (0 if self.away else speed / env.hz)
         whole = np.trunc(self.rest).astype(int)
-        if whole.any():
-            self.desktop.move(*whole.tolist())
+        self.moved = whole.any()
+        if self.moved:
+            desktop.move(*whole.tolist())
             self.rest -= whole
-        self.desktop.flush()
+        desktop.flush()
 
     def _hold(self, keys):
         for key in self.down ^ keys:
-            self.desktop.key(key, int(key in keys))
+            self.env.desktop.key(key, int(key in keys))
         self.down = frozenset(keys)
 
     def close(self):
         """Let go of every key."""
         self._hold(frozenset())
-        self.desktop.flush()
+        self.env.desktop.flush()
 
 
 # ------------------------------------------------------------------------ the person's hands
-TOUCH = 0.25                       # a stick or trigger this far out is meant: worn sticks rest at half of it
-
-
 def hands_on(people):
     """(person, action) of the first whose pad is touched; (None, the pad at rest) where none is."""
     for person in people:
         action = person.read()
-        if (np.abs(action) > TOUCH).any():
+        if (np.abs(action) > person.touch).any():
             return person, action
     return None, neutral()
 
 
-class Joystick:
+class Person:
+    """What people's pads share."""
+    forward = True                 # the game looks at our pad: theirs is passed on
+    touch = 0.25                   # a stick or trigger this far out is meant: worn sticks rest at half of it
+
+
+class Joystick(Person):
     """A pad on Linux, /dev/input/js*: events of 8 bytes (time, value, kind, number)."""
-    forward = True                                         # the game looks at our pad: it is passed on
 
     def __init__(self, path):
         import fcntl
@@ -1400,9 +1181,8 @@ class Joystick:
         os.close(self.file)
 
 
-class XInput:
+class XInput(Person):
     """A pad on Windows, by xinput1_4.dll; `number` 0 to 3."""
-    forward = True
 
     def __init__(self, dll, number):
         self.dll, self.number = dll, number
@@ -1423,21 +1203,27 @@ class XInput:
         """Nothing to give back."""
 
 
-class Keys:
-    """A person at the keyboard of a game (a GameEnv) that is played by keys: what is down and not held by
-    us, while the game's window has the keyboard: what is typed elsewhere is no play. Mouse movement is not
-    read."""
-    forward = False                                        # the game has seen the keys already
+class Keys(Person):
+    """A person at the keyboard and mouse of a game (a GameEnv) that is played by them: what is down and not
+    held by us, and how the mouse moves while we don't move it, as long as the game's window has the
+    keyboard: what is typed elsewhere is no play."""
+    forward, touch = False, 0.0                            # the game has seen it already
 
     def __init__(self, env):
         self.env = env
         env.desktop.prepare_keys(keys_in(env.mapping))
+        if mice(env.mapping):
+            env.desktop.watch_mouse()
 
     def read(self):
-        """The keys now, as the action that they mean -> float32 (25,)."""
-        env = self.env
-        env.pad.away = bool(env.window) and not env.desktop.focused(env.window.id)
-        return neutral() if env.pad.away else action_of(env.mapping, env.desktop.held() - env.pad.down)
+        """The keys and the mouse now, as the action that they mean -> float32 (25,)."""
+        env, pad, desktop = self.env, self.env.pad, self.env.desktop
+        action = action_of(env.mapping, desktop.held() - pad.down)
+        for stick, speed in mice(env.mapping).items():
+            moved = desktop.moved() * (0 if pad.moved else env.hz / speed)
+            action[STICKS[stick]] = np.clip(action[STICKS[stick]] + moved, -1, 1)
+        pad.away = not env.in_front()
+        return neutral() if pad.away else action
 
 
 def real_pads():
@@ -1609,6 +1395,346 @@ def stand_guard(keys=(), pid=0, clock=False, model=0):
     print("play.py died: its keys are released, the game runs on", file=sys.stderr)
 
 
+# ------------------------------------------------------------------------------ the recorder
+ROW = np.dtype([("end", "<i8"), ("action", "<f4", A), ("human", "?")])       # end: of its JPEG in frames.npy
+
+
+class Recorder:
+    """A clip folder of what is seen and pressed, DATA/GAME_DATE_TIME/. Row i is tick i: the picture taken
+    right after the action was pressed, which can't show its effect yet, as in videos with an overlay.
+
+    Until close() the folder's name ends in .recording. Each row goes to the system as it comes, its JPEG to
+    the end of frames.npy and then a ROW to the end of rows.bin: a process that is killed loses the row it is
+    at, and pick_up() makes a clip of the others. A lock tells a dead process's folder from a living one's."""
+
+    def __init__(self, data, game, hz):
+        stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
+        self.tmp, self.files = Path(data) / f"{stem}.recording", ExitStack()
+        self.tick = self.last = None
+        with writing(self.tmp):
+            self.tmp.mkdir(parents=True)
+            self.files.enter_context(extract.lock(self.tmp / "lock"))
+            clip = {"video": None, "game": game, "fps": hz, "size": [SIDE, SIDE], "every": 1, "lag": 0}
+            extract.write_json(self.tmp / "recording.json", clip)
+            self.frames = self.files.enter_context(open(self.tmp / "frames.npy", "wb"))
+            self.rows = self.files.enter_context(open(self.tmp / "rows.bin", "wb"))
+            bytes_header(self.frames, 0)
+
+    def add(self, tick, rgb, action, human):
+        """Append tick `tick`; ticks that were skipped repeat the row before, so that the clip keeps time."""
+        quality = [cv2.IMWRITE_JPEG_QUALITY, extract.QUALITY]
+        jpeg = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
+        skipped = tick - self.tick - 1 if self.last else 0
+        rows = [self.last] * skipped + [(jpeg, playable(action, allow_menu=True), human)]
+        self.tick, self.last = tick, rows[-1]
+        with writing(self.tmp):
+            for jpeg, action, human in rows:
+                self.frames.write(jpeg)
+                self.frames.flush()
+                self.rows.write(np.array((self.frames.tell(), action, human), ROW).tobytes())
+                self.rows.flush()
+
+    def close(self):
+        """Give the folder its name -> a line about it."""
+        with suppress(OSError):                 # a full disk, which was said when it was
+            self.files.close()
+        return finish(self.tmp)
+
+
+def pick_up(data):
+    """Make clips of the recordings under DATA whose processes died, and say so."""
+    for tmp in sorted(Path(data).glob("*.recording")):
+        with suppress(extract.Busy):            # its process lives
+            print(f"picked up {finish(tmp)}", flush=True)
+
+
+def finish(tmp):
+    """Make a clip of a recording that nobody writes on -> a line about it. May be killed and done again."""
+    folder = tmp.with_suffix("")
+    with writing(tmp):
+        with extract.lock(tmp / "lock"):
+            for name in ("rows.bin", "frames.npy"):
+                (tmp / name).touch()                       # killed at once, it may have neither
+            rows = np.fromfile(tmp / "rows.bin", ROW)
+            rows = rows[rows["end"] <= (tmp / "frames.npy").stat().st_size]
+            keep = write_clip(tmp, rows) if len(rows) else None
+        if keep is None:
+            extract.remove(tmp)
+            return f"{folder}: nothing was played, nothing is kept"
+        os.replace(tmp, folder)                            # Windows renames no folder that holds an open lock
+    for name in ("rows.bin", "recording.json", "lock"):
+        extract.remove(folder / name)
+    return (f"{folder}: {len(rows)} rows at {extract.read_clip(folder)['fps']:g}/s, "
+            f"{rows['human'].mean():.0%} by hand, {keep.mean():.0%} kept")
+
+
+def write_clip(tmp, rows):
+    """The files of a clip, from its ROWs and the JPEGs in frames.npy -> its array keep, bool (n,)."""
+    actions, sure, n = rows["action"], np.ones(len(rows), np.float32), len(rows)
+    with open(tmp / "frames.npy", "rb+") as file:
+        start, end = bytes_header(file, 0), rows["end"][-1]
+        bytes_header(file, end - start)
+        file.truncate(end)
+        index = np.stack([np.arange(n + 1), np.append(start, rows["end"]) - start], 1)
+        os.fsync(file.fileno())
+    keep = extract.dense(actions, sure)
+    arrays = dict(frames_index=index, actions=actions, truth=actions, confidence=sure, keep=keep,
+                  human=rows["human"])
+    for name, array in arrays.items():
+        extract.write_npy(tmp / f"{name}.npy", array)
+    recording = json.loads((tmp / "recording.json").read_text(encoding="utf-8"))
+    extract.write_json(tmp / "clip.json", {**recording, "n": n})
+    return keep
+
+
+def bytes_header(file, n):
+    """Write the header of a .npy of n bytes at the start of a file -> where the bytes begin, for any n."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (int(n),)})
+    return file.tell()
+
+
+@contextmanager
+def writing(path):
+    """A disk that is full, or closed to us, in one line."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"can't write {path}: {e.strerror or e}: what is whole is kept; make room and start "
+                        "again with the same --record, or give another") from None
+
+
+# ------------------------------------------------------------------------- the picture of it
+class View:
+    """The picture that the model gets, the pad as it is pressed, and how the time goes, in a window (--show)
+    and in a video (--video), at most 30 times a second. A video repeats what could not be drawn in time."""
+    SIZE = (912, 512)
+
+    def __init__(self, env, window=False, video=None):
+        self.every, self.window, self.written = math.ceil(env.hz / 30), None, 0
+        look = extract.Look(body=(150, 152, 160), cap=(255, 240, 80))
+        self.skin = extract.pad_skin("xbox_360", "xbox_360", look)
+        if window:
+            self.window = f"play.py: what the model sees of {env.name}"
+            left, top, self.zoom = beside(env.box(), env.capture.screen(), self.SIZE)
+            with reading("--show", "a screen for a window"):
+                cv2.namedWindow(self.window, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
+                cv2.moveWindow(self.window, left, top)
+                self.to_screen(np.zeros((*self.SIZE[::-1], 3), np.uint8), 500)
+            if env.window:                                 # a new window takes the keyboard
+                env.desktop.focus(env.window.id)
+        self.video = extract.VideoWriter(video, env.hz / self.every, self.SIZE) if video else None
+
+    def is_due(self, tick):
+        """Is this tick drawn?"""
+        return tick % self.every == 0
+
+    def show(self, tick, env, action, who, score):
+        """Draw a tick that is due, and write it down."""
+        if not self.is_due(tick):
+            return
+        pressed = [b for b in BUTTONS if action[BUTTON[b]] > 0.5]
+        canvas = self.draw(env.frame, action, [
+            f"{who} plays {env.name}", f"{score.late} of {score.chunks} predictions late",
+            f"{score.beat.skipped} ticks skipped", " ".join(pressed), " ".join(sorted(env.pad.down))])
+        if self.window:
+            self.to_screen(canvas, 1)
+        while self.video and self.written <= tick // self.every:
+            self.video.add(canvas)
+            self.written += 1
+
+    def to_screen(self, canvas, ms):
+        """Show a picture in the window, and let that work for some milliseconds."""
+        small = cv2.resize(canvas, None, fx=self.zoom, fy=self.zoom, interpolation=cv2.INTER_AREA)
+        cv2.imshow(self.window, cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+        cv2.waitKey(ms)
+
+    def draw(self, frame, action, lines):
+        """The frame, the pad beside it, lines of text below -> uint8 (512, 912, 3) RGB."""
+        side = self.SIZE[1]
+        page = Image.new("RGB", self.SIZE, (24, 24, 24))
+        page.paste(Image.fromarray(frame).resize((side, side), Image.NEAREST))
+        pad = Image.fromarray(extract.draw(self.skin, action))
+        page.paste(pad, (side, 8), pad)
+        ImageDraw.Draw(page).text((side + 16, pad.height + 40), "\n".join(lines), font_size=16)
+        return np.asarray(page)
+
+    def close(self):
+        """Finish the video."""
+        if self.video:
+            self.video.close()
+
+
+def beside(box, screen, size):
+    """Where a window of `size` has the most room beside a game's box, over which it would be captured ->
+    (left, top, how much of its size fits); 40 pixels are for its frame."""
+    left, top, width, height = box
+    x, y, wide, high = screen
+    right, below = left + width + 40, top + height + 40
+    rooms = [(x, y, left - x, high), (right, y, x + wide - right, high),
+             (x, y, wide, top - y), (x, below, wide, y + high - below)]         # left, top, width, height
+    zoom, x, y = max((min(w / size[0], (h - 40) / size[1], 1), x, y + 40) for x, y, w, h in rooms)
+    if zoom < 0.2:
+        raise UserError("--show: expected room beside the game, found none: make its window smaller or move "
+                        "it, or use --video")
+    return x, y, zoom
+
+
+# ----------------------------------------------------------------------- the model elsewhere
+class Client:
+    """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: the
+    seconds that one question and its answer may take together. Whatever the server does wrong is one
+    UserError and ends the connection."""
+    connection = None
+
+    def __init__(self, host="127.0.0.1", port=5555, key=None, timeout=60.0):
+        self.where, self.timeout, self.lock = f"server {host}:{port}", timeout, threading.Lock()
+        try:
+            self.connection = mpc.Client((host, port), "AF_INET")
+        except (OSError, UnicodeError) as e:               # the last: a host that can't be a name
+            raise UserError(f"{self.where}: expected a server, found {e}: start one with "
+                            "python sample.py serve") from None
+        if key:                                            # each side shows the other that it knows the key
+            with self._exchange() as connection:
+                mpc.answer_challenge(connection, key.encode())
+                mpc.deliver_challenge(connection, key.encode())
+        try:
+            self.horizon = self.info()["config"]["horizon"]
+        except UserError:                                  # the server is full, say
+            self.close()
+            raise
+
+    @contextmanager
+    def _exchange(self):
+        """The connection, shut down under whoever waits on it once `timeout` seconds have passed."""
+        if self.connection is None:
+            raise UserError(f"{self.where}: the connection is closed: make a new Client")
+        timer = threading.Timer(self.timeout, hang_up, [self.connection])
+        timer.daemon, ends = True, time.monotonic() + self.timeout
+        timer.start()
+        try:
+            yield self.connection
+        except (OSError, EOFError, ValueError, AssertionError, mpc.AuthenticationError) as e:
+            self.close()
+            if isinstance(e, UserError):
+                raise
+            fault = (f"the connection broke ({printable(e) or 'closed by the server'}): check that sample.py "
+                     "serve runs there, and leave out --key if it has none")
+            if isinstance(e, mpc.AuthenticationError):
+                fault = "the key is wrong: give the server's --key"
+            if time.monotonic() >= ends:
+                fault = (f"expected an answer, found none in {self.timeout:g} s: is it busy, or something "
+                         "else on that port?")
+            raise UserError(f"{self.where}: {fault}") from None
+        finally:
+            timer.cancel()
+
+    def _ask(self, header, array=None):
+        with self.lock, self._exchange() as connection:
+            connection.send_bytes(pack_message(header, array))
+            message = connection.recv_bytes(MESSAGE_LIMIT)
+            if message.startswith(b"#CHALLENGE#"):
+                raise UserError(f"{self.where}: asks for a key: give its --key")
+            header, array = unpack_message(message)
+        if "error" in header:
+            raise UserError(f"{self.where}: {printable(header['error'])}")
+        return header, array
+
+    def _need(self, good, expected, found):
+        if not good:
+            self.close()
+            raise UserError(f"{self.where}: expected {expected}, found {printable(found)}: "
+                            "is its sample.py of another version?")
+
+    def predict(self, rgb):
+        """uint8 (h, w, 3) -> float32 (T, 25). The frame is shrunk here, so that 200 kB travel and not 6
+        MB."""
+        chunk = self._ask({"do": "predict"}, shrink(rgb))[1]
+        good = chunk is not None and chunk.dtype == np.float32 and chunk.shape == (self.horizon, A)
+        good = good and (np.abs(chunk) <= 1).all() and (chunk[:, :len(BUTTONS)] >= 0).all()    # NaN is not
+        self._need(good, f"actions, float32 ({self.horizon}, 25), buttons in 0..1 and sticks in -1..1",
+                   "none" if chunk is None else f"{chunk.dtype} {chunk.shape}, or values beyond that")
+        return chunk
+
+    def reset(self, **what):
+        """Forget the frames seen so far; seed= and game= as in sample.Session.reset."""
+        self._ask({"do": "reset", **what})
+
+    def info(self):
+        """What sample.Session.info gives; "config" holds the model's hz, horizon and action_shift."""
+        info = self._ask({"do": "info"})[0]
+        config = info.get("config")
+        config = config if isinstance(config, dict) else {}
+        hz, horizon, shift = (config.get(name) for name in ("hz", "horizon", "action_shift"))
+        self._need(type(hz) in (int, float) and 1 <= hz <= 1000 and type(horizon) is type(shift) is int
+                   and 1 <= horizon < 1 << 16 and 0 <= shift < 1 << 16,
+                   "a config with hz, horizon and action_shift", [hz, horizon, shift])
+        return info
+
+    def close(self):
+        """Leave the server. May be called twice."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+def hang_up(connection):
+    """Shut down the socket in a Connection: whoever waits on it wakes up with an error."""
+    with suppress(OSError):
+        s = socket.socket(fileno=connection.fileno())
+        try:
+            s.shutdown(socket.SHUT_RDWR)
+        finally:
+            s.detach()                                     # the number stays the Connection's
+
+
+def printable(said):
+    """What somebody else said, as a part of one line."""
+    return "".join(c if c.isprintable() else " " for c in str(said))[:300]
+
+
+class LocalModel(Client):
+    """The model on this machine, in a process of its own: torch's threads and Python's lock then never hold
+    up the action clock. A Client of a `sample.py serve` child on a free port; `flags` are that
+    command's."""
+
+    def __init__(self, flags):
+        with socket.create_server(("127.0.0.1", 0)) as s:
+            port = s.getsockname()[1]                      # a free one
+        script, self.log = str(Path(__file__).with_name("sample.py")), tempfile.TemporaryFile()
+        self.child = subprocess.Popen([sys.executable, script, "serve", "--port", str(port), *flags],
+                                      stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+        self.guard = Guard(model=self.child.pid)           # ends the child, too, where what follows fails
+        while self.connection is None:
+            with suppress(UserError):           # it is not ready
+                super().__init__("127.0.0.1", port, timeout=600.0)
+            if self.child.poll() is not None:
+                self.close()
+                raise UserError(f"the model did not start: {self._ended()}")
+            time.sleep(0.1)
+
+    def _ended(self):
+        status, _ = self.child.wait(10), self.log.seek(0)
+        said = self.log.read().decode(errors="replace").strip().split("\n")
+        return f"status {status}; last words: {said[-1].removeprefix('error: ')}"
+
+    def _ask(self, header, array=None):
+        try:
+            return super()._ask(header, array)
+        except UserError:
+            time.sleep(0.1)                                # a killed process is not seen as ended at once
+            if self.child.poll() is None:
+                raise
+            raise UserError(f"the model stopped: {self._ended()}") from None
+
+    def close(self):
+        """End the child."""
+        super().close()
+        self.child.kill()
+        self.child.wait()
+        self.guard.dismiss()
+
+
 # -------------------------------------------------------------------------- the command line
 def list_windows(args):
     """What could be named with --exe or --window."""
@@ -1648,27 +1774,47 @@ def rectangle(text):
     return tuple(map(int, found.groups()))
 
 
+def try_map(env):
+    """Press each control of the mapping for half a second, and name it."""
+    names = *BUTTONS, "left x", "left y", "right x", "right y"
+    mouse = [(STICKS[stick].start, 1, "mouse") for stick in mice(env.mapping)]
+    for place, sign, key in bindings(env.mapping) + mouse:
+        print(f"{names[place]} {sign:+d}: {key}", flush=True)
+        for value in np.repeat([sign, 0], math.ceil(env.hz / 2)):
+            action = neutral()
+            action[place] = value
+            env.hold(action, 1 / env.hz)
+
+
 def run_play(args):
     """Play, or let play, until the game ends, --seconds have passed or Ctrl-C."""
     if args.guard:
         return stand_guard(**args.guard)
-    if not (args.ckpt or args.server or args.human):
+    if not (args.ckpt or args.server or args.human or args.try_map):
         raise UserError("expected who plays, found nobody: give --ckpt FILE, --server HOST:PORT or --human")
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):       # a background job's Ctrl-C is ignored
-        if hasattr(signal, name):                          # each ends as by Ctrl-C, everything put right
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):       # each ends as by Ctrl-C, all put right
+        which = getattr(signal, name, None)
+        if which and (name == "SIGINT" or signal.getsignal(which) != signal.SIG_IGN):      # nohup's SIGHUP
+            signal.signal(which, signal.default_int_handler)
     if args.record:
         pick_up(args.record)
     with ExitStack() as last:
         policy = open_policy(args)
+        info = {"config": {"hz": 60.0}}
         if policy:
             last.callback(policy.close)
-        hz = args.hz or (policy.info()["config"]["hz"] if policy else 60.0)
-        pad = "none" if args.human else args.pad
-        env = GameEnv(args.exe, args.window, args.region, args.launch, args.wait, pad, args.map, args.pause,
-                      hz, args.wake)
+            info = policy.info()
+            model, device, dtype, steps = (info.get(k) for k in ("model", "device", "dtype", "steps"))
+            print(printable(f"{model} on {device}, {dtype}, {steps} Euler steps, chunks of "
+                            f"{info['config']['horizon']} actions"), flush=True)
+        hz = args.hz or info["config"]["hz"]
+        pad = "none" if args.human else "keyboard" if args.try_map else args.pad
+        env = GameEnv(args.exe, args.window, args.region, args.launch, args.wait, pad,
+                      args.try_map or args.map, args.pause, hz, args.allow_menu)
         last.callback(env.close)
+        if args.try_map:
+            return try_map(env)
         people = list(env.real_pads)
         if args.pad == "keyboard" or args.human and not people:
             people.append(Keys(env))
@@ -1677,13 +1823,12 @@ def run_play(args):
             recorder = Recorder(args.record, env.name, hz)
             last.callback(lambda: print(recorder.close()))
         if args.show or args.video:
-            left, top, width, _ = env.box()
-            view = View(hz, args.show, args.video, (left + width + 8, top))
+            view = View(env, args.show, args.video)
             last.callback(view.close)
         print(f"playing {env.name}: {env.window or f'region {env.region}'}, {hz:g} actions/s, pad {pad}, "
               f"pause {args.pause}; Ctrl-C ends it", flush=True)
-        play(env, policy, args.seconds, args.actions_per_chunk, people, args.handback, args.allow_menu,
-             recorder, view)
+        hotkey = args.hotkey if policy and args.hotkey != "none" else None
+        play(env, policy, args.seconds, args.actions_per_chunk, people, args.handback, hotkey, recorder, view)
 
 
 def flags():
@@ -1706,7 +1851,10 @@ def flags():
     add("--ckpt", help="a .safetensors, or a run folder of train.py: the model runs beside this process")
     add("--server", type=address, metavar="HOST:PORT",
         help="the model runs on another machine: python sample.py serve --ckpt F --host 0.0.0.0")
-    add("--human", action="store_true", help="a person plays and nothing is pressed; with --record")
+    add("--human", action="store_true",
+        help="a person plays and nothing is pressed; with --record. Recorded are pads, or the keys of --map "
+        "and, where it gives a stick the mouse, its motion; not the wheel, other keys, touch screens, or a "
+        "pad's motion sensors")
     add = who.add_argument
     add("--key", help="the server's secret")
     add("--euler", type=number(int, 1), help="Euler steps of --ckpt (default: the checkpoint's)")
@@ -1719,8 +1867,11 @@ def flags():
     add("--pad", choices=("vgamepad", "dualshock", "keyboard", "none"), default="vgamepad",
         help="virtual Xbox 360 or DualShock 4 pad, keys and mouse, or only watch (default vgamepad)")
     add("--map", metavar="FILE.json", help='keys of --pad keyboard (default: "mapping" in weights/keys.json)')
-    add("--wake", choices=BUTTONS,
-        help="press this button once at the start, for games that look for pads only then")
+    add("--try-map", metavar="FILE.json",
+        help="press each control of a mapping in the game, name it, and end")
+    add("--hotkey", choices=(*KEYS, "none"), default="f8", metavar="KEY",
+        help="the model waits until this key is pressed, and stops at its next press; none = at once "
+        "(default f8)")
     add("--allow-menu", action="store_true", help="let the model press START, BACK and GUIDE")
     add("--pause", choices=("none", "suspend", "clock"), default="none",
         help="while the model thinks: none = the game goes on, suspend = its process stands, clock = its "

@@ -3425,7 +3425,7 @@ def test_a_wrong_mapping_names_its_fault(tmp_path, bad):
 class Desktop:
     """A desktop that remembers: the methods of play.X11 and play.Win32."""
     def __init__(self, windows=()):
-        self.all, self.log, self.front, self.down = list(windows), [], None, set()
+        self.all, self.log, self.front, self.down, self.hand = list(windows), [], None, set(), (0, 0)
 
     def windows(self):
         return self.all
@@ -3452,8 +3452,13 @@ class Desktop:
     def move(self, dx, dy):
         self.log.append((dx, dy))
 
+    def moved(self):
+        return np.array(self.hand)
+
     def flush(self):
         pass
+
+    watch_mouse, check_input = flush, lambda self, pid: None
 
     def held(self):
         return set(self.down)
@@ -3475,6 +3480,9 @@ class Pictures:
     def look(self, box):
         self.n += 1
         return np.full((256, 256, 3), self.n % 200 + 20, np.uint8)
+
+    def screen(self):
+        return -100, 0, 2000, 1200
 
     def close(self):
         pass
@@ -3575,7 +3583,7 @@ def check_report(pad, *wanted):
 
 
 def test_the_virtual_pad_points_up_and_rests_at_the_end(vgamepad):
-    pad, tell, button = play.VirtualPad(), mock.call, vgamepad.XUSB_BUTTON
+    pad, tell, button = play.VirtualPad(mock.Mock(real_pads=[]), "vgamepad"), mock.call, vgamepad.XUSB_BUTTON
     pad.press(action(SOUTH=1, DPAD_LEFT=1, LEFT_TRIGGER=0.25, left=(0.5, -1), right=(0, 1)))
     check_report(vgamepad.VX360Gamepad(), tell.press_button(button.XUSB_GAMEPAD_A),
                  tell.press_button(button.XUSB_GAMEPAD_DPAD_LEFT),
@@ -3589,7 +3597,7 @@ def test_the_virtual_pad_points_up_and_rests_at_the_end(vgamepad):
 def test_the_dualshock_has_its_own_names_and_points_down(vgamepad):
     tell, button = mock.call, vgamepad.DS4_BUTTONS
     pressed = dict.fromkeys(("WEST", "GUIDE", "RIGHT_TRIGGER", "DPAD_UP", "DPAD_RIGHT"), 1)
-    play.VirtualPad("dualshock").press(action(**pressed, left=(0, -1)))
+    play.VirtualPad(mock.Mock(real_pads=[]), "dualshock").press(action(**pressed, left=(0, -1)))
     check_report(vgamepad.VDS4Gamepad(), tell.press_button(button.DS4_BUTTON_SQUARE),
                  tell.press_button(button.DS4_BUTTON_TRIGGER_RIGHT),
                  tell.press_special_button(vgamepad.DS4_SPECIAL_BUTTONS.DS4_SPECIAL_BUTTON_PS),
@@ -3613,17 +3621,16 @@ def test_our_names_are_vgamepads():
 def test_a_missing_driver_says_what_to_install_and_the_way_round(vgamepad, refuse):
     vgamepad.VX360Gamepad.side_effect = refuse
     with pytest.raises(UserError) as e:
-        play.VirtualPad()
+        play.VirtualPad(mock.Mock(real_pads=[]), "vgamepad")
     for said in (str(refuse), "install vgamepad", "libevdev2", "modprobe uinput", "chmod 0666", "ViGEmBus",
                  "--pad keyboard"):
         assert said in str(e.value)
     assert "\n" not in str(e.value)
 
 
-def test_the_keyboard_pad_presses_each_key_once_and_only_in_the_game():
-    d = Desktop([window()])
-    pad = play.KeyboardPad(d, play.MAPPING, hz=10)
-    pad.window = 7
+def test_the_keyboard_pad_presses_each_key_once_and_only_in_the_game(env):
+    e = env(hz=10.0)
+    d, pad = e.desktop, e.pad
 
     def log_of(front, *actions):
         d.front, d.log = front, []
@@ -3768,10 +3775,11 @@ def test_the_environment_has_gymnasiums_api(env, monkeypatch):
 def test_gymnasiums_own_checker_is_content(env):
     gymnasium = pytest.importorskip("gymnasium", reason="needs the package gymnasium")
     from gymnasium.utils.env_checker import check_env
-    e = env(render_mode="rgb_array")
-    assert isinstance(e, gymnasium.Env)
-    e.capture.look = lambda box: np.zeros((256, 256, 3), np.uint8)   # the checker compares two resets
-    check_env(e, skip_close_check=True)
+    env()                                                    # its fakes: no guard, no pads
+    made = gymnasium.make("Game-v0", exe="game", pad="keyboard", hz=500.0, desktop=Desktop([window()]),
+                          capture=Pictures())
+    assert made.metadata["render_fps"] == 500
+    check_env(made.unwrapped)
 
 
 def test_a_game_that_opens_its_window_anew_is_followed(env):
@@ -3780,7 +3788,7 @@ def test_a_game_that_opens_its_window_anew_is_followed(env):
     e.desktop.all, anew = [], window(8, box=(0, 0, 100, 100))
     e.desktop.resume = lambda pid: e.desktop.all.append(anew)        # it stands: it opens none before
     e.look()
-    assert e.window is anew and e.pad.window == 8 and e.box() == anew.box and not e.desktop.down
+    assert e.window is anew and e.box() == anew.box and not e.desktop.down
 
 
 def test_a_game_runs_on_even_where_its_clock_cannot_be_set(tmp_path):
@@ -3812,15 +3820,15 @@ def test_an_environment_that_cannot_be_is_refused(env, wrong, says):
 
 
 def test_black_frozen_and_covered_pictures_are_told_apart(env, monkeypatch):
-    e, now = env(), [100.0]
+    e, now, shown = env(), [100.0], np.full((256, 256, 3), 99, np.uint8)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    e.look()
+    e.capture.look = lambda box: shown.copy()
     assert e.problem() == ""
     now[0] += 6
     assert "has stood still" in e.problem()
-    e.look()
+    shown[0] = 1
     assert e.problem() == ""
-    e.frame = np.zeros_like(e.frame)
+    shown[:] = 0
     e.problem()
     now[0] += 3
     assert "is black" in e.problem() and "borderless" in e.problem()
@@ -3921,25 +3929,50 @@ def test_a_model_that_fails_lets_go_of_the_pad_and_the_game_at_once(env, pause):
 @pytest.mark.parametrize("forward", [True, False])
 def test_any_touch_takes_over_and_is_marked(env, recorder, forward):
     e, reads = env(hz=100.0), itertools.count()
-    person = mock.Mock(forward=forward, read=lambda: action(EAST=10 <= next(reads) < 20))
-    policy = fixed_policy(16)
-    play.play(e, policy, seconds=1, people=[person], handback=0.2, recorder=recorder)
+    person = mock.Mock(forward=forward, touch=0.25, read=lambda: action(EAST=10 <= next(reads) < 20))
+    play.play(e, fixed_policy(16), seconds=1.2, people=[person], handback=0.4, recorder=recorder)
     assert ("+ctrl" in e.desktop.log) == forward             # a real pad is passed on; keys are seen already
     recorder.close()
     [clip] = extract.clips_in(recorder.tmp.parent)
     human, actions = np.load(clip / "human.npy"), np.load(clip / "actions.npy")
-    assert human.dtype == bool and human.any() and not human.all() and not human[-1]  # and back after a pause
     assert not actions[human, 21].any() and not actions[~human, BUTTON["EAST"]].any()
-    assert actions[human, BUTTON["EAST"]].any()
+    assert 10 <= actions[human, BUTTON["EAST"]].sum() < human.sum() < 35   # not the 40 rows of waiting for more
+    assert human.dtype == bool and actions[-1, 21] == 1      # the model again
 
 
-def test_what_is_typed_elsewhere_is_no_play(env):
-    e = env(pad="none")
+def test_a_key_starts_and_stops_the_model(env):
+    e, reads = env(hz=200.0), itertools.count()
+    e.desktop.held = lambda: {"f8"} if next(reads) in (*range(20, 30), *range(60, 70)) else set()
+    policy = fixed_policy(16)
+    score = play.play(e, policy, seconds=0.6, hotkey="f8")
+    assert e.desktop.log == ["+d", "-d"] and 35 <= score.ticks - score.human <= 40
+
+
+def test_the_screen_is_read_only_when_its_picture_is_used(env):
+    e = env(hz=200.0)
+    assert play.play(e, seconds=0.5).ticks > 50 and e.capture.n <= 1
+    chunks = play.play(e, fixed_policy(40), seconds=0.5).chunks
+    assert chunks <= e.capture.n <= chunks + 5
+
+
+def test_what_is_typed_elsewhere_is_no_play_and_the_mouse_is_a_stick(env):
+    e = env(pad="none", hz=10.0)
     keys = play.Keys(e)
-    e.desktop.down = {"d"}
-    assert play.hands_on([keys])[0] is keys
+    e.desktop.down, e.desktop.hand = {"d"}, (45, -900)       # the mapping's 900 pixels a second are 90 a tick
+    person, theirs = play.hands_on([keys])
+    assert person is keys and np.array_equal(theirs, action(left=(1, 0), right=(0.5, -1)))
+    e.pad.moved = True                                       # it was us
+    assert not keys.read()[23:].any()
     e.desktop.front = 99
     assert play.hands_on([keys])[0] is None
+
+
+def test_each_control_of_a_mapping_is_pressed_and_named(env, keys_file, capsys):
+    e = env(mapping=keys_file)
+    e.hold = lambda action, seconds: e.pad.press(action)     # at once
+    play.try_map(e)
+    assert e.desktop.log == "+up -up +left -left +right -right +space -space".split()
+    assert capsys.readouterr().out.splitlines()[::3] == ["left y -1: up", "SOUTH +1: space"]
 
 
 # ---------------------------------------------------------------------------------- play: the recorder
@@ -3978,11 +4011,12 @@ def test_a_recording_of_nothing_leaves_nothing(recorder):
     assert not list(data.iterdir())
 
 
-def test_the_video_shows_frame_and_pad_and_keeps_time(tmp_path):
-    view, score = play.View(60, video=tmp_path / "seen.mp4"), play.Score(play.Beat(60))
-    frame = np.full((256, 256, 3), (200, 100, 50), np.uint8)
+def test_the_video_shows_frame_and_pad_and_keeps_time(env, tmp_path):
+    e, score = env(hz=60.0), play.Score(play.Beat(60))
+    view = play.View(e, video=tmp_path / "seen.mp4")
+    e.frame = frame = np.full((256, 256, 3), (200, 100, 50), np.uint8)
     for tick in [*range(10), *range(14, 20)]:                # 10 to 13 were skipped
-        view.show(tick, frame, action(SOUTH=tick > 9), "the model plays", score)
+        view.show(tick, e, action(SOUTH=tick > 9), "the model", score)
     view.close()
     frames = np.stack([rgb for _, rgb in extract.read_video(tmp_path / "seen.mp4")]).astype(int)
     assert frames.shape == (10, 512, 912, 3)
@@ -3991,10 +4025,22 @@ def test_the_video_shows_frame_and_pad_and_keeps_time(tmp_path):
     assert pads[0].std() > 20 and np.abs(pads[0] - pads[-1]).max() > 50        # and what it presses
 
 
-def test_a_window_without_a_screen_is_one_line(monkeypatch):
+def test_the_preview_lies_beside_the_game():
+    screen, size = (0, 0, 1920, 1080), (912, 512)
+    for box in [(0, 0, 1280, 720), (900, 0, 1020, 1080), (0, 500, 1920, 580), (100, 100, 700, 900)]:
+        left, top, zoom = play.beside(box, screen, size)
+        width, height = np.multiply(size, zoom)
+        assert left >= 0 and top >= 0 and left + width <= 1921 and top + height <= 1081
+        assert (left + width <= box[0] + 1 or left >= box[0] + box[2] or top + height <= box[1] + 1
+                or top >= box[1] + box[3])
+    with pytest.raises(UserError, match="--show: expected room"):
+        play.beside(screen, screen, size)
+
+
+def test_a_window_without_a_screen_is_one_line(env, monkeypatch):
     monkeypatch.setattr(cv2, "namedWindow", mock.Mock(side_effect=cv2.error("not implemented")))
     with pytest.raises(UserError, match="--show: expected a screen"):
-        play.View(30, window=True)
+        play.View(env(), window=True)
 
 
 # ----------------------------------------------------------------------------- play: on a real desktop
@@ -4119,7 +4165,7 @@ def test_whatever_dies_the_pad_rests_and_the_game_runs(game, keys_file, tmp_path
             net.action_decoder.layer2.b.data[:] = 6.0        # everything pressed, both sticks at their ends
             player = ["--ckpt", save_model(tmp_path / "m.safetensors", net), "--hz", 20, "--euler", 1]
         p = start("play.py", *player, "--exe", "small_game.py", "--pad", "keyboard", "--map", keys_file,
-                  "--pause", pause, "--record", data)
+                  "--pause", pause, "--record", data, "--hotkey", "none")
         wait_until(lambda: game.state().get("x", 0) > 5, 60)
         w = game.state()["window"]
         desktop.prepare_keys(play.keys_in(MAP))
@@ -4324,6 +4370,7 @@ def test_a_server_that_stalls_is_given_up_in_time(stall):
 
 def test_play_presses_row_0_of_a_chunk_action_shift_ticks_after_its_frame(env, monkeypatch):
     e, log, shift = env(pad="none"), [], 3
+    e.problem = lambda: ""                                   # it looks, too
     looks = itertools.count()                                # look 0 is the warm-up's, look n + 1 tick n's
     e.capture.look = lambda box: np.full((256, 256, 3), next(looks), np.uint8)
 

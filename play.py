@@ -343,8 +343,8 @@ class GameEnv(gymnasium.Env if gymnasium else object):
     def __init__(self, exe=None, window=None, launch=None, wait=60.0, pad="vgamepad", mapping=None,
                  pause="none", hz=60.0, allow_menu=False, render_mode=None):
         """exe: name of the game's program; window: part of its title, or its id; launch: a command that
-        starts it, waited for `wait` seconds; pad: vgamepad, dualshock, keyboard or none; mapping: a file for
-        keyboard; allow_menu: whether step() presses START, BACK and GUIDE."""
+        starts it, waited for `wait` seconds; pad: vgamepad, keyboard or none; mapping: a file for keyboard;
+        allow_menu: whether step() presses START, BACK and GUIDE."""
         if not (exe or window or launch):
             raise UserError("expected the game's --exe, found none: --list shows what runs here; --window "
                             "and --launch are other ways")
@@ -984,19 +984,15 @@ class NoPad:
 
 
 class VirtualPad(NoPad):
-    """A gamepad that games see as a real one: kind "vgamepad" (Xbox 360) or "dualshock". Of vgamepad's
-    sticks the first's point up at +1, the second's down (0 is up in that report), on both systems; ours
-    point down."""
+    """An Xbox 360 gamepad that games see as a real one. Its sticks point up at +1, ours down."""
 
     def __init__(self, env, kind):
         if env.real_pads:
             print("warning: a real gamepad was here before ours: a game that listens to the first alone does "
                   "not hear the model: unplug it, or choose ours in the game", file=sys.stderr)
-        self.sony, self.names = kind == "dualshock", TABLES[kind]
         try:
             import vgamepad
-            self.api = vgamepad
-            self.pad = vgamepad.VDS4Gamepad() if self.sony else vgamepad.VX360Gamepad()
+            self.buttons, self.pad = vgamepad.XUSB_BUTTON, vgamepad.VX360Gamepad()
         except Exception as e:                             # on Windows the import connects to the driver
             raise UserError(f"expected a virtual gamepad, found {type(e).__name__} {printable(e)}: pip "
                             "install vgamepad; on Linux sudo apt-get install libevdev2, sudo modprobe uinput "
@@ -1006,20 +1002,14 @@ class VirtualPad(NoPad):
 
     def press(self, action):
         """Hold exactly this action, float (25,), in file convention; triggers may lie between 0 and 1."""
-        pad, on = self.pad, {b for b in BUTTONS if action[BUTTON[b]] > 0.5}
+        pad = self.pad
         pad.reset()
-        buttons = self.api.DS4_BUTTONS if self.sony else self.api.XUSB_BUTTON
-        for b in on & self.names.keys():
-            pad.press_button(getattr(buttons, self.names[b]))
-        if self.sony:
-            if "GUIDE" in on:
-                pad.press_special_button(self.api.DS4_SPECIAL_BUTTONS.DS4_SPECIAL_BUTTON_PS)
-            x, y = ("DPAD_RIGHT" in on) - ("DPAD_LEFT" in on), ("DPAD_DOWN" in on) - ("DPAD_UP" in on)
-            way = TABLES["compass"][y + 1][x + 1]
-            pad.directional_pad(getattr(self.api.DS4_DPAD_DIRECTIONS, f"DS4_BUTTON_DPAD_{way}"))
+        for button, name in TABLES["vgamepad"].items():
+            if action[BUTTON[button]] > 0.5:
+                pad.press_button(getattr(self.buttons, name))
         for side in STICKS:
             x, y = action[STICKS[side]].tolist()
-            getattr(pad, f"{side}_joystick_float")(x, y if self.sony else -y)
+            getattr(pad, f"{side}_joystick_float")(x, -y)
             getattr(pad, f"{side}_trigger_float")(float(action[BUTTON[f"{side.upper()}_TRIGGER"]]))
         pad.update()
 
@@ -1494,7 +1484,11 @@ class Client:
             with self._exchange():
                 mpc.answer_challenge(self.connection, key.encode())
                 mpc.deliver_challenge(self.connection, key.encode())
-        self.horizon = self.info()["config"]["horizon"]
+        try:
+            self.horizon = self.info()["config"]["horizon"]
+        except UserError:                                  # the server is full, say
+            self.close()
+            raise
 
     @contextmanager
     def _exchange(self):
@@ -1506,7 +1500,7 @@ class Client:
             timer.start()
             try:
                 yield self._ask
-            except UserError:
+            except UserError:                              # it refuses, and goes on
                 raise
             except Exception as e:                         # whatever the other side makes of it
                 self.close()
@@ -1615,18 +1609,6 @@ def list_windows(args):
         print("no window here: start the game first")
 
 
-def open_policy(args):
-    """The policy that the flags ask for: on a server, in a process of our own, or None with --human."""
-    if args.server:
-        policy = Client(*args.server, args.key)
-        policy.reset(seed=args.seed, game=args.game)
-        return policy
-    if args.ckpt:
-        policy = {"ckpt": args.ckpt, "device": args.device, "dtype": args.dtype, "steps": args.euler,
-                  "guidance": args.cfg}
-        return LocalModel(policy, {"game": args.game, "seed": args.seed})
-
-
 def address(text):
     """HOST:PORT -> (host, port), a type for argparse."""
     host, _, port = text.rpartition(":")
@@ -1661,7 +1643,14 @@ def run_play(args):
     if args.record:
         pick_up(args.record)
     with ExitStack() as last:
-        policy, hz, hotkey = open_policy(args), args.hz or 60.0, None
+        policy, hz, hotkey = None, args.hz or 60.0, None
+        if args.server:
+            policy = Client(*args.server, args.key)
+            policy.reset(seed=args.seed, game=args.game)
+        elif args.ckpt:
+            model = {"ckpt": args.ckpt, "device": args.device, "dtype": args.dtype, "steps": args.euler,
+                     "guidance": args.cfg}
+            policy = LocalModel(model, {"game": args.game, "seed": args.seed or 0})
         if policy:
             last.callback(policy.close)
             info = policy.info()
@@ -1714,12 +1703,12 @@ def flags():
     add("--euler", type=number(int, 1), help="Euler steps of --ckpt (default: the checkpoint's)")
     add("--cfg", type=number(float), default=0.0, help="guidance of --ckpt, see sample.py (default 0 = off)")
     add("--game", metavar="ID|NAME", help="the game for a model that knows games (default: none)")
-    add("--seed", type=number(int, 0), default=0, help="of the model's noise (default 0)")
+    add("--seed", type=number(int, 0), help="of the model's noise (default 0)")
     add("--device", default="auto", help="of --ckpt: auto, cpu, cuda, cuda:1, mps (default auto)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of --ckpt's weights (default float32)")
-    add("--pad", choices=("vgamepad", "dualshock", "keyboard", "none"), default="vgamepad",
-        help="virtual Xbox 360 or DualShock 4 pad, keys and mouse, or only watch (default vgamepad)")
+    add("--pad", choices=("vgamepad", "keyboard", "none"), default="vgamepad",
+        help="a virtual Xbox 360 pad, keys and mouse, or only watch (default vgamepad)")
     add("--map", metavar="FILE.json", help='keys of --pad keyboard (default: "mapping" in weights/keys.json)')
     add("--hotkey", choices=(*KEYS, "none"), default="f8", metavar="KEY",
         help="the model waits until this key is pressed, and stops at its next press; none = at once "

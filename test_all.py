@@ -3577,44 +3577,24 @@ def vgamepad(monkeypatch):
     return fake
 
 
-def check_report(pad, *wanted):
-    """Since its last reset the pad was told exactly this, in any order, and then to report it."""
-    calls = pad.method_calls
-    *told, last = calls[len(calls) - calls[::-1].index(mock.call.reset()):]
-    assert last == mock.call.update() and len(told) == len(wanted) and all(w in told for w in wanted)
-
-
 def test_the_virtual_pad_points_up_and_rests_at_the_end(vgamepad):
-    pad, tell, button = play.VirtualPad(mock.Mock(real_pads=[]), "vgamepad"), mock.call, vgamepad.XUSB_BUTTON
+    pad, told = play.VirtualPad(mock.Mock(real_pads=[]), "vgamepad"), vgamepad.VX360Gamepad()
+
+    def report(*buttons, left, right, triggers):             # all that it is told at once, and in this order
+        tell = mock.call
+        return [tell.reset(), *map(tell.press_button, buttons), tell.left_joystick_float(*left),
+                tell.left_trigger_float(triggers), tell.right_joystick_float(*right),
+                tell.right_trigger_float(0), tell.update()]
     pad.press(action(SOUTH=1, DPAD_LEFT=1, LEFT_TRIGGER=0.25, left=(0.5, -1), right=(0, 1)))
-    check_report(vgamepad.VX360Gamepad(), tell.press_button(button.XUSB_GAMEPAD_A),
-                 tell.press_button(button.XUSB_GAMEPAD_DPAD_LEFT),
-                 tell.left_trigger_float(0.25), tell.right_trigger_float(0),
-                 tell.left_joystick_float(0.5, 1), tell.right_joystick_float(0, -1))   # ours is y down
     pad.close()
-    check_report(vgamepad.VX360Gamepad(), tell.left_trigger_float(0), tell.right_trigger_float(0),
-                 tell.left_joystick_float(0, 0), tell.right_joystick_float(0, 0))
-
-
-def test_the_dualshock_has_its_own_names_and_points_down(vgamepad):
-    tell, button = mock.call, vgamepad.DS4_BUTTONS
-    pressed = dict.fromkeys(("WEST", "GUIDE", "RIGHT_TRIGGER", "DPAD_UP", "DPAD_RIGHT"), 1)
-    play.VirtualPad(mock.Mock(real_pads=[]), "dualshock").press(action(**pressed, left=(0, -1)))
-    check_report(vgamepad.VDS4Gamepad(), tell.press_button(button.DS4_BUTTON_SQUARE),
-                 tell.press_button(button.DS4_BUTTON_TRIGGER_RIGHT),
-                 tell.press_special_button(vgamepad.DS4_SPECIAL_BUTTONS.DS4_SPECIAL_BUTTON_PS),
-                 tell.directional_pad(vgamepad.DS4_DPAD_DIRECTIONS.DS4_BUTTON_DPAD_NORTHEAST),
-                 tell.left_trigger_float(0), tell.right_trigger_float(1),
-                 tell.left_joystick_float(0, -1), tell.right_joystick_float(0, 0))
+    a, left = vgamepad.XUSB_BUTTON.XUSB_GAMEPAD_A, vgamepad.XUSB_BUTTON.XUSB_GAMEPAD_DPAD_LEFT
+    assert told.method_calls[-14:] == (report(a, left, left=(0.5, 1), right=(0, -1), triggers=0.25)
+                                       + report(left=(0, 0), right=(0, 0), triggers=0))     # ours is y down
 
 
 def test_our_names_are_vgamepads():
     api = pytest.importorskip("vgamepad.api", reason="needs vgamepad with its library", exc_type=Exception)
-    tables = play.TABLES
-    ways = [f"DS4_BUTTON_DPAD_{name}" for row in tables["compass"] for name in row]
-    for names, ours in [(api.XUSB_BUTTON, tables["vgamepad"].values()),
-                        (api.DS4_BUTTONS, tables["dualshock"].values()), (api.DS4_DPAD_DIRECTIONS, ways)]:
-        assert set(ours) <= set(dir(names))
+    assert {*play.TABLES["vgamepad"].values()} <= {*dir(api.XUSB_BUTTON)}
 
 
 @pytest.mark.parametrize("refuse", [
@@ -3937,7 +3917,7 @@ def test_any_touch_takes_over_and_is_marked(env, recorder, forward):
     [clip] = extract.clips_in(recorder.tmp.parent)
     human, actions = np.load(clip / "human.npy"), np.load(clip / "actions.npy")
     assert not actions[human, 21].any() and not actions[~human, BUTTON["EAST"]].any()
-    assert 10 <= actions[human, BUTTON["EAST"]].sum() < human.sum() < 35   # not the 40 rows of waiting for more
+    assert 10 <= actions[human, BUTTON["EAST"]].sum() < human.sum() < 35       # not 40 rows of waiting
     assert human.dtype == bool and actions[-1, 21] == 1      # the model again
 
 
@@ -4026,15 +4006,12 @@ def test_the_video_shows_frame_and_pad_and_keeps_time(env, tmp_path):
 
 
 def test_the_preview_lies_beside_the_game():
-    screen, size = (0, 0, 1920, 1080), (912, 512)
-    for box in [(0, 0, 1280, 720), (900, 0, 1020, 1080), (0, 500, 1920, 580), (100, 100, 700, 900)]:
-        left, top, zoom = play.beside(box, screen, size)
-        width, height = np.multiply(size, zoom)
-        assert left >= 0 and top >= 0 and left + width <= 1921 and top + height <= 1081
-        assert (left + width <= box[0] + 1 or left >= box[0] + box[2] or top + height <= box[1] + 1
-                or top >= box[1] + box[3])
+    screen = 0, 0, 1920, 1080
+    for box, at, zoom in [((0, 0, 900, 720), (940, 40), 1), ((800, 0, 1120, 1080), (0, 40), 800 / 912),
+                          ((0, 0, 1920, 500), (0, 580), 500 / 512)]:
+        assert play.beside(box, screen, (912, 512)) == (*at, pytest.approx(zoom))
     with pytest.raises(UserError, match="--show: expected room"):
-        play.beside(screen, screen, size)
+        play.beside(screen, screen, (912, 512))
 
 
 def test_a_window_without_a_screen_is_one_line(env, monkeypatch):
@@ -4301,20 +4278,17 @@ def bare(data):
     return lambda connection: os.write(connection.fileno(), data)
 
 
-ODD_CONFIGS = [
-    {"hz": "60"}, {"hz": math.nan}, {"hz": math.inf}, {"hz": 0}, {"hz": True}, {"horizon": None},
-    {"horizon": 0}, {"horizon": 10 ** 30}, {"horizon": 16.0}, {"action_shift": None}, {"action_shift": -1}]
+ODD_CONFIGS = [{"hz": "60"}, {"hz": math.nan}, {"hz": True}, {"horizon": None}, {"action_shift": -1}]
 ODD_MESSAGES = [
     b"{}\n", b'{"config": null}\n', b"<html>\n", b"\x80\x04.\n", b"[" * 3000 + b"\n",
-    b"9" * 5000 + b"\n",                                     # an integer longer than Python takes
-    bare(struct.pack("!i", 1 << 30)), bare(struct.pack("!iQ", -1, 1 << 60)),   # they promise too much
-    bare(struct.pack("!i", -5)),
+    bare(struct.pack("!i", 1 << 30)), bare(struct.pack("!i", -5)),     # it promises too much, too little
     lambda connection: connection.close(),
-    b'{"error": {"a": ["b\\n"]}}\n', b'{"error": "a\\nb\\u001b[2J\\r\\ud800"}\n']      # not one line
+    b'{"error": "a\\nb\\u001b[2J\\r\\ud800"}\n']            # not one line
 ODD_CHUNKS = [
-    b"{}\n", chunk()[:-3], chunk(shape=(15, 25)), chunk(shape=(17, 25)), chunk(shape=(16, 21)),
-    chunk(shape=(400,)), chunk(dtype=np.uint8), chunk(math.nan), chunk(math.inf),
-    chunk(1.5), chunk(-2), chunk(-1, place=3), chunk(2, place=3)]
+    b"{}\n", chunk()[:-3], chunk(shape=(15, 25)), chunk(dtype=np.uint8), chunk(math.nan), chunk(1.5),
+    chunk(-1, place=3)]
+
+
 @pytest.mark.parametrize("answers", [
     *([info(**config)] for config in ODD_CONFIGS), *([message] for message in ODD_MESSAGES),
     *([GOOD, answer] for answer in ODD_CHUNKS)])
@@ -4337,17 +4311,8 @@ def stay_silent(connection):
     connection.poll(20)
 
 
-def drip(connection):
-    """A byte at a time, each of them soon, all of them late."""
-    part_of(b"")(connection)
-    for _ in range(8):
-        connection.poll(0.1)
-        os.write(connection.fileno(), b"x")
-    stay_silent(connection)
-
-
 STALLS = {"before its answer": [stay_silent], "inside its answer": [part_of(chunk()[:60]), stay_silent],
-          "a byte at a time": [drip], "while it is asked": []}
+          "while it is asked": []}
 
 
 @pytest.mark.parametrize("stall", STALLS)
@@ -4489,7 +4454,7 @@ def test_silent_strangers_keep_no_client_out(locked, monkeypatch):
 def test_a_full_server_says_so_to_who_has_the_key_and_to_nobody_else(locked, monkeypatch):
     monkeypatch.setattr(locked, "CLIENTS", 1)
     client = play.Client(*locked.address, key="secret")
-    for key, says in ("secret", "full: 1 clients"), ("guess", "the key is wrong"), (None, "asks for a key"):
+    for key, says in ("secret", "full: 1 clients"), ("guess", "same --key"), (None, "asks for a key"):
         with pytest.raises(UserError, match=says):
             play.Client(*locked.address, key=key)
     client.close()

@@ -4287,12 +4287,12 @@ def bare(data):
 
 ODD_CONFIGS = [{"hz": "60"}, {"hz": math.nan}, {"action_shift": None}]
 ODD_MESSAGES = [
-    b"{}\n", b'{"config": null}\n', b"<html>\n", b"\x80\x04.\n",
+    b"{}\n", b'{"config": null}\n', b"\x80\x04.\n",
     bare(struct.pack("!i", 1 << 30)), bare(struct.pack("!i", -5)),     # it promises too much, too little
     lambda connection: connection.close(),
     b'{"error": "a\\nb\\u001b[2J\\r\\ud800"}\n']            # not one line
 ODD_CHUNKS = [
-    b"{}\n", chunk()[:-3], chunk(shape=(15, 25)), chunk(dtype=np.uint8), chunk(math.nan),
+    b"{}\n", chunk()[:-3], chunk(shape=(15, 25)), chunk(math.nan),
     chunk(-1, place=3)]
 
 

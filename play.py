@@ -1,9 +1,10 @@
 """play.py: any game as an environment, real-time play, and a recorder (NitroGen, arXiv 2601.02427, §3.2).
 
-    python play.py --exe game.exe --ckpt RUN                        a checkpoint of train.py plays
+    python play.py --exe game.exe --ckpt RUN                        a checkpoint of train.py plays, from F8 on
     python play.py --exe game.exe --server 192.168.1.20:5555        the model on another machine (sample.py
                                                                     serve); no torch here
     python play.py --exe game.exe --human --record DATA             record your own play
+    python play.py --exe game.exe --try-map FILE.json             press and name each control of a mapping
     python play.py --list                                           the windows that can be played
 
 In: the picture of a game's window, found by its process. Out: a virtual gamepad, or keys and mouse.
@@ -12,21 +13,20 @@ keep, truth, and human.npy, bool (n,): the rows in which a person played, to wei
 --video OUT.mp4: what the model saw and pressed.
 
     from play import Client, GameEnv
-    env = GameEnv("game.exe", pad="keyboard")       # Gymnasium's API; a gymnasium.Env where that is installed
+    env = GameEnv("game.exe", pad="keyboard")       # or gymnasium.make("Game-v0", exe="game.exe", ...)
     policy = Client("192.168.1.20", 5555)           # sample.Session's methods: predict, reset, info
     obs, info = env.reset()                         # uint8 (256, 256, 3)
     obs, reward, terminated, truncated, info = env.step(policy.predict(obs)[0])
     env.close()
 
-The method: the loop that plays in real time, the environment, actions as keys. The machinery: recorder,
-picture, client, the two desktops (X11, Windows), pads, people, pausing, the guard, the command line.
+The method: the loop that plays in real time, the environment, actions as keys. The machinery: the two
+desktops (X11, Windows), pads, people, pausing, the guard, recorder, picture, client, the command line.
 """
 import argparse
 import ctypes
 import glob
 import json
 import math
-import multiprocessing.connection as mpc
 import os
 import re
 import shlex
@@ -43,6 +43,7 @@ from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from ctypes import byref, c_int, c_ulong, c_void_p, create_string_buffer, wintypes
 from dataclasses import dataclass
+from multiprocessing import connection as mpc, get_context
 from ntpath import basename, splitext             # of Windows: / and \ part names
 from pathlib import Path
 
@@ -55,10 +56,17 @@ import extract
 from extract import (A, BUTTON, BUTTONS, LEGACY, MESSAGE_LIMIT, SIDE, STICKS, UserError, neutral, number,
                      pack_message, reading, shrink, unpack_message)
 
+try:
+    import gymnasium
+except ImportError:
+    gymnasium = None
+
 WINDOWS = sys.platform == "win32"
-APART = {"creationflags": 0x200} if WINDOWS else {"start_new_session": True}   # our Ctrl-C is not a child's
+# Neither our Ctrl-C (a group of its own) nor the end of our terminal (no window of it) is a child's.
+APART = {"creationflags": 0x08000200} if WINDOWS else {"start_new_session": True}
 MENU_BUTTONS = ("BACK", "START", "GUIDE")          # never pressed without --allow-menu: they end a game
-STANDS = 5.0                       # seconds a game stands for a prediction, or 3 x the first's
+STANDS = 5.0                       # seconds a game stands for a prediction, plus 3 x the first's
+MARKED = 0.1                       # seconds after a touch that still count as a person's play
 
 # The names of buttons and keys in each API; "mapping" is what --pad keyboard presses. KEYS: X keysym,
 # Windows virtual key, whether its scan code has a prefix. MOUSE: X button, virtual key, MOUSEEVENTF of
@@ -70,7 +78,7 @@ SIDES = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}      #
 
 
 # ---------------------------------------------------------------------- playing in real time
-def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback=1.0, allow_menu=False,
+def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback=1.0, hotkey=None,
          recorder=None, view=None):
     """Play until the game ends, `seconds` have passed or Ctrl-C -> Score. Without a policy a person plays,
     and nothing is pressed.
@@ -80,43 +88,47 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
     than the slowest of the last ten predictions. With a pausing environment the game stands while the model
     thinks, and `per_chunk` actions (default: all) are played of each chunk.
 
-    A touched pad of `people` takes over at once, until none was touched for `handback` seconds."""
+    A touched pad of `people` takes over at once, until none was touched for `handback` seconds. With a
+    `hotkey` the model waits for its press, and the next press stops it: meanwhile people play."""
     thinker = Thinker(policy, env, per_chunk) if policy else None
+    switch = Switch(env.desktop, hotkey)
     beat = Beat(env.hz)
     score = Score(beat)
-    theirs_until = 0.0
+    touched = -math.inf
     try:
         while time.perf_counter() - score.began < seconds:
-            tick = beat.wait()
+            tick, now = beat.wait(), time.monotonic()
 
             # 1. Plan: what the model wants at this tick.
-            seen = thinker.think(tick, score) if thinker else None
-            action = playable(thinker.plan.at(tick), allow_menu) if thinker else neutral()
+            plays = thinker and switch.is_on()
+            seen = thinker.think(tick, score) if plays else None
+            action = playable(thinker.plan.at(tick), env.allow_menu) if plays else neutral()
 
             # 2. Press: the model's action, unless a person plays.
             person, theirs = hands_on(people)
             if person:
-                theirs_until = time.monotonic() + handback
-            by_hand = not thinker or time.monotonic() < theirs_until
+                touched = now
+            by_hand = not plays or now - touched < handback
+            pressed = action
             if by_hand:
-                action = theirs
-                env.pad.press(theirs if thinker and person and person.forward else neutral())
-            else:
-                env.pad.press(action)
+                action, pressed = theirs, theirs if thinker and person and person.forward else neutral()
+            env.pad.press(pressed)
             if seen:
                 score.press_ms.append((time.perf_counter() - seen) * 1e3)
 
-            # 3. Look: for the next prediction, the recording and the person.
-            frame = env.look()
-            if thinker:
-                thinker.ask_in_time(tick)
+            # 3. Look, where the picture is used: for the next prediction, the recording, the person.
+            draws = view and view.is_due(tick)
+            if plays and thinker.is_due(tick):
+                thinker.ask(tick)
+            elif recorder or draws:
+                env.look()
             score.ticks += 1
             score.human += by_hand
             if recorder:
-                recorder.add(tick, frame, neutral() if env.pad.away else action, by_hand)
-            if view:
-                who = "a person" if by_hand else "the model"
-                view.show(tick, frame, action, f"{who} plays {env.name}", score)
+                human = not thinker or now - touched < MARKED
+                recorder.add(tick, env.frame, neutral() if env.pad.away else action, human)
+            if draws:
+                view.show(tick, env, action, "a person" if by_hand else "the model", score)
             score.tell(env)
     except GameGone as e:
         print(f"\n{e}; the pad is at rest", file=sys.stderr)
@@ -129,69 +141,83 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
     return score
 
 
+class Switch:
+    """Whether the model plays: `key` turns it on and off, whatever window has the keyboard; without a key it
+    is on."""
+
+    def __init__(self, desktop, key):
+        self.desktop, self.key, self.on, self.down = desktop, key, not key, False
+        if key:
+            desktop.prepare_keys([key])
+            print(f"press {key} to let the model play, and again to stop it", flush=True)
+
+    def is_on(self):
+        """To be asked once a tick."""
+        before, self.down = self.down, self.key in self.desktop.held()
+        self.on ^= self.down and not before
+        return self.on
+
+
 class Thinker:
     """The policy in threads of its own, so that a late prediction never stalls the pad, and the plan that its
     chunks make. `answer`: the prediction that is under way, one at a time."""
 
     def __init__(self, policy, env, per_chunk=None):
         config = policy.info()["config"]
-        horizon, self.shift = config["horizon"], config["action_shift"]
+        horizon, self.shift = config["horizon"], 0 if env.pause.stops else config["action_shift"]
         usual = horizon if env.pause.stops else max(horizon // 2, 1)
         self.per_chunk = min(per_chunk or usual, horizon)
         self.policy, self.env, self.plan, self.answer = policy, env, Plan(env.hz / 4), None
         self.asked, self.delays = -horizon, deque([0], 10)   # tick of the last question, ticks to answers
         began = time.perf_counter()
         policy.predict(env.look())                         # the first takes longest: not while the pad waits
-        self.patience = max(STANDS, 3 * (time.perf_counter() - began))
+        self.patience = STANDS + 3 * (time.perf_counter() - began)
         policy.reset()
 
-    def _ask(self, tick):
-        """Predict from the newest frame; row 0 of the chunk belongs to tick `tick`."""
-        self.asked, self.seen, self.answer = tick, self.env.seen, Future()
-        threading.Thread(target=self._predict, args=(self.env.frame, self.answer), daemon=True).start()
+    def ask(self, tick):
+        """Predict from a new frame; row 0 of the chunk belongs to tick `tick`."""
+        self.asked, self.answer, frame = tick, Future(), self.env.look()
+        self.seen = self.env.seen
+        threading.Thread(target=self._predict, args=(frame, self.answer), daemon=True).start()
 
     def _predict(self, frame, answer):
+        began = time.perf_counter()
         try:
-            answer.set_result(self.policy.predict(frame))
+            chunk = self.policy.predict(frame)
+            answer.set_result((chunk, time.perf_counter() - began))
         except Exception as e:                             # whatever breaks it, the pad's thread must know
             answer.set_exception(e)
 
     def think(self, tick, score):
         """Bring the plan up to date -> the time at which a new chunk's frame was seen, None without a
         chunk. Raises what the policy raised."""
-        if self.env.pause.stops:
-            return self._think_while_it_stands(tick, score)
+        if self.env.pause.stops and tick - self.asked >= self.per_chunk:
+            self._ask_while_it_stands(tick, score.beat)
         if not (self.answer and self.answer.done()):
             return None
-        chunk, self.answer = self.answer.result(), None
+        (chunk, seconds), self.answer = self.answer.result(), None
         self.delays.append(tick - self.asked)
+        score.predict_ms.append(seconds * 1e3)
         score.chunks += 1
-        if not self.plan.lay(self.asked + self.shift, chunk, tick):
-            score.late += 1
-            return None
-        return self.seen
+        in_time = self.plan.lay(self.asked + self.shift, chunk, tick)
+        score.late += not in_time
+        return self.seen if in_time else None
 
-    def _think_while_it_stands(self, tick, score):
-        if tick - self.asked < self.per_chunk:
-            return
+    def _ask_while_it_stands(self, tick, beat):
         began = time.perf_counter()
         self.env.pause.stop()
-        self.env.look()
-        self._ask(tick)
+        self.ask(tick)
         if not wait([self.answer], self.patience).done:
             raise UserError(f"expected a prediction within {self.patience:.0f} s, found none: the game runs "
                             "on; see what holds the model up, or use --pause none")
         self.plan.rows = {}                                # the game has not moved on: nothing is committed
-        self.plan.lay(tick, self.answer.result(), tick)
         self.env.pause.go()
-        score.chunks += 1
-        score.beat.start += time.perf_counter() - began    # this time does not count
+        beat.start += time.perf_counter() - began          # this time does not count
 
-    def ask_in_time(self, tick):
-        """In real time: ask for the next chunk when it is due."""
+    def is_due(self, tick):
+        """In real time: is the next chunk to be asked for?"""
         due = tick - self.asked >= self.per_chunk or self.plan.left(tick) <= max(self.delays) + 1
-        if due and not self.answer and not self.env.pause.stops:
-            self._ask(tick)
+        return due and not self.answer and not self.env.pause.stops
 
 
 class Plan:
@@ -259,19 +285,22 @@ class Score:
     """What is worth knowing of a session, and the progress line that says it."""
 
     def __init__(self, beat):
-        self.beat, self.began, self.press_ms = beat, time.perf_counter(), deque(maxlen=36000)
+        self.beat, self.began = beat, time.perf_counter()
+        self.press_ms, self.predict_ms = deque(maxlen=36000), deque(maxlen=36000)
         self.ticks = self.chunks = self.late = self.human = 0
         self.told, self.checked = "", time.monotonic()
         self.bar = tqdm(bar_format="{desc}", mininterval=1 if sys.stdout.isatty() else 10, leave=False,
                         dynamic_ncols=True, file=sys.stdout)
 
     def line(self, env):
-        """One line: rate, latency from capture to press, jitter of the action clock, cost of looking."""
+        """One line: rate, time of a prediction, latency from capture to press, jitter of the clock, cost of
+        looking."""
         def ms(values):
             return f"{np.median(values):.1f} ms (p95 {np.percentile(values, 95):.1f})" if values else "-"
         seconds, skipped = time.perf_counter() - self.began, self.beat.skipped
         return (f"{seconds:.0f} s | {self.ticks / max(seconds, 1e-9):.1f} actions/s | "
-                f"{self.chunks} predictions, {self.late} late | capture to press {ms(self.press_ms)} | "
+                f"{self.chunks} predictions of {ms(self.predict_ms)}, {self.late} late | "
+                f"capture to press {ms(self.press_ms)} | "
                 f"clock late {ms(self.beat.late_ms)}, {skipped} skipped | look {ms(env.look_ms)} | "
                 f"by hand {self.human / max(self.ticks, 1):.0%}")
 
@@ -293,99 +322,76 @@ class Score:
 
 # --------------------------------------------------------------------------- the environment
 class GameGone(UserError):
-    """The game has ended or closed its window; the message says which."""
+    """The game has ended or closed its window."""
 
 
-def gym_base():
-    """gymnasium.Env where that package is installed, else object: GameEnv has the same methods on both."""
-    try:
-        import gymnasium
-    except ImportError:
-        return object
-    return gymnasium.Env
-
-
-class GameEnv(gym_base()):
+class GameEnv(gymnasium.Env if gymnasium else object):
     """A game that was made for people, as an environment. Observation: uint8 (256, 256, 3); action: float32
     (25,), extract.py's; reward 0 and terminated False, unless judge() is overridden; truncated when the
     game has gone. A step holds the action for 1 / hz seconds of the game's time; between steps the game
     runs on (pause "none") or stands ("suspend", "clock"). close() leaves the pad at rest and the game
-    running."""
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 60}
+    running. With Gymnasium installed it is a gymnasium.Env, and "Game-v0" for gymnasium.make()."""
+    metadata = {"render_modes": ["rgb_array"]}             # and "render_fps", which is hz
     PATIENCE = 3.0                                         # seconds for a game to open its window anew
+    if gymnasium:
+        observation_space = gymnasium.spaces.Box(0, 255, (SIDE, SIDE, 3), np.uint8)
+        action_space = gymnasium.spaces.Box(np.float32([0] * len(BUTTONS) + [-1] * 4), np.ones(A, np.float32))
+    still = launched = clock = None
+    seen = still_since = 0.0
+    frame = np.zeros((SIDE, SIDE, 3), np.uint8)
 
-    def __init__(self, exe=None, window=None, region=None, launch=None, wait=60.0, pad="vgamepad",
-                 mapping=None, pause="none", hz=60.0, wake=None, render_mode=None, desktop=None,
-                 capture=None):
-        """exe: name of the game's program; window: part of its title, or its id; region: (left, top, width,
-        height) inside of it, or of the desktop where neither is given; launch: a command that starts it,
-        waited for `wait` seconds; pad: vgamepad, dualshock, keyboard or none; mapping: a file for keyboard;
-        wake: a button to press at the start, for games that look for pads only then."""
-        if not (exe or window or region or launch):
-            raise UserError("expected the game's --exe, found none: --list shows what runs here; --launch, "
-                            "--window and --region are other ways")
-        self.region, self.hz, self.render_mode = region, hz, render_mode
-        if gym_base() is not object:
-            from gymnasium.spaces import Box
-            self.observation_space = Box(0, 255, (SIDE, SIDE, 3), np.uint8)
-            self.action_space = Box(np.float32([0] * len(BUTTONS) + [-1] * 4), np.ones(A, np.float32))
-        self.frame, self.seen, self.look_ms = np.zeros((SIDE, SIDE, 3), np.uint8), 0.0, deque(maxlen=36000)
-        self.still, self.still_since, self.owed = None, 0.0, 0.0       # owed: what steps lack of their time
-        self.window = self.guard = None
+    def __init__(self, exe=None, window=None, launch=None, wait=60.0, pad="vgamepad", mapping=None,
+                 pause="none", hz=60.0, allow_menu=False, render_mode=None):
+        """exe: name of the game's program; window: part of its title, or its id; launch: a command that
+        starts it, waited for `wait` seconds; pad: vgamepad, keyboard or none; mapping: a file for keyboard;
+        allow_menu: whether step() presses START, BACK and GUIDE."""
+        if not (exe or window or launch):
+            raise UserError("expected the game's --exe, found none: --list shows what runs here; --window "
+                            "and --launch are other ways")
+        self.hz, self.allow_menu, self.render_mode = hz, allow_menu, render_mode
+        self.metadata, self.look_ms = self.metadata | {"render_fps": hz}, deque(maxlen=36000)
         with ExitStack() as undo:               # where anything below fails, else in close()
-            undo.callback(lambda: self.guard and self.guard.dismiss())         # last of all
-            self.desktop, self.mapping = desktop or this_desktop(), load_mapping(mapping)
+            self.desktop, (self.bindings, self.mice) = this_desktop(), load_mapping(mapping)
+            self.keys = {key for *_, key in self.bindings}
             self.real_pads = real_pads()                   # before our own, which would look like one of them
             for real in self.real_pads:
                 undo.callback(real.close)
-            if pad == "keyboard":
-                self.pad = KeyboardPad(self.desktop, self.mapping, hz)
-            else:
-                self.pad = NoPad() if pad == "none" else VirtualPad(pad)
+            guard = undo.enter_context(ExitStack())        # it is dismissed when all the following is undone
+            self.pad = {"none": NoPad, "keyboard": KeyboardPad}.get(pad, VirtualPad)(self, pad)
             undo.callback(self.pad.close)                  # before the game: some look for pads only then
-            self.capture = capture or Capture()
+            self.capture = Capture()
             undo.callback(self.capture.close)
-            self.launched, clock = start_game(launch, pause == "clock") if launch else (None, None)
-            if exe or window or launch:
-                process = exe or self.launched and self.launched.pid
-                self.window = await_window(self.desktop, process, window, wait)
-                self.desktop.focus(self.window.id)
-                self.pad.window = self.window.id
-            pid = self.window.pid if self.window else 0
-            self.name = exe or self.window and self.window.name or "game"
+            if launch:
+                self.launched, self.clock = start_game(launch, pause == "clock")
+            self.window = await_window(self.desktop, exe or launch and self.launched.pid, window, wait)
+            self.pid, self.name = self.window.pid, exe or self.window.name
+            if self.pad.keys:
+                self.desktop.check_input(self.pid)
+            self.desktop.focus(self.window.id)
             kinds = {"none": Running, "suspend": Suspended, "clock": SpeedHack if WINDOWS else FakeTime}
-            self.pause = kinds[pause](self.desktop, pid, clock)
+            self.pause = kinds[pause](self)
             undo.callback(self.pause.go)
-            if self.pad.keys or self.pause.stops:
-                self.guard = Guard(keys=sorted(self.pad.keys), pid=pid if self.pause.stops else 0,
-                                   clock=pause == "clock")
-            if wake:
-                for action in np.eye(A, dtype=np.float32)[BUTTON[wake]], neutral():
-                    self.hold(action, 0.1)
+            guard.callback(Guard(keys=sorted(self.pad.keys), pid=self.pid, clock=pause == "clock").dismiss)
             self.undo = undo.pop_all()
 
     def reset(self, *, seed=None, options=None):
         """Let go of the pad and look. A game starts no new round by itself: options={"actions": float (n,
-        25)} are played first, at hz, say to walk through its menu. The seed is Gymnasium's; no game hears
-        of it."""
-        if gym_base() is not object:
+        25)} are played first, at hz and with START, BACK and GUIDE, say to walk through its menu. The seed
+        is Gymnasium's; no game hears of it."""
+        if gymnasium:
             super().reset(seed=seed)
         self.pause.go()
-        for action in (options or {}).get("actions", ()):
-            self.hold(action, 1 / self.hz)
-        self.hold(neutral(), 1 / self.hz)
+        for action in (*(options or {}).get("actions", ()), neutral()):
+            self.hold(playable(action, allow_menu=True), 1 / self.hz)
         self.pause.stop()
         return self.look(), {"away": self.pad.away}
 
     def step(self, action):
         """Hold an action for one period -> (observation, reward, terminated, truncated, info)."""
-        period, began = 1 / self.hz, time.perf_counter()
         try:
             self.pause.go()
-            self.hold(np.asarray(action, np.float32), max(period + self.owed, 0))
+            self.hold(playable(action, self.allow_menu), 1 / self.hz)
             self.pause.stop()
-            if self.pause.stops:
-                self.owed = max(self.owed + period - (time.perf_counter() - began), -period)
             obs = self.look()
         except GameGone as e:
             return self.frame, 0.0, False, True, {"reason": str(e), "away": True}
@@ -410,43 +416,36 @@ class GameEnv(gym_base()):
     def box(self):
         """(left, top, width, height) of what is looked at, now. GameGone when there is nothing left to look
         at."""
-        if not self.window:
-            return self.region
-        box = self.desktop.box(self.window.id) or self._open_anew()
-        return (box[0] + self.region[0], box[1] + self.region[1], *self.region[2:]) if self.region else box
+        return self.desktop.box(self.window.id) or self._open_anew()
+
+    def in_front(self):
+        """Do keys go to the game?"""
+        return self.desktop.focused(self.window.id)
 
     def _open_anew(self):
         """The window has gone: wait for the same process to open another -> its box."""
         self.pad.press(neutral())
         self.pause.go()                                    # a game that stands opens none
-        pid, ends = self.window.pid, time.monotonic() + self.PATIENCE
-        while pid and time.monotonic() < ends:
-            if found := find_window(self.desktop, pid):
-                self.window, self.pad.window = found, found.id
-                return found.box
-            if self.launched:
-                self.launched.poll()                       # else an ended child counts as running
-            if not extract.running(pid):
-                raise GameGone(f"{self.name} has ended (process {pid})")
-            time.sleep(0.05)
-        raise GameGone(f"the window of {self.name} has been closed")
+        try:
+            self.window = await_window(self.desktop, self.pid or -1, seconds=self.PATIENCE)
+        except UserError:
+            raise GameGone(f"{self.name} has closed its window") from None
+        return self.window.box
 
     def problem(self):
         """Why the picture may not be the game's, "" where nothing speaks for it. To be asked about once a
         second."""
-        if self.window and (said := self.desktop.problem(self.window.id)):
+        if said := self.desktop.problem(self.window.id):
             return f"the window of {self.name} {said}: bring it to the front"
-        if not np.array_equal(self.still, self.frame):
-            self.still, self.still_since = self.frame, time.monotonic()
         if self.pad.away:
             return f"the window of {self.name} is not in front: no key counts until it is"
-        seconds = time.monotonic() - self.still_since
-        if seconds >= 2 and self.frame.max() < 8:
-            return (f"the picture of {self.name} is black: exclusive fullscreen can't be captured, choose "
-                    "borderless or windowed in the game's settings")
-        if seconds >= 5:
-            return f"the picture of {self.name} has stood still for 5 s: paused, or in exclusive fullscreen?"
-        return ""
+        if not np.array_equal(self.still, self.look()):
+            self.still, self.still_since = self.frame, time.monotonic()
+        if time.monotonic() - self.still_since < 5:
+            return ""
+        black = "black" if self.frame.max() < 8 else "the same"
+        return (f"the picture of {self.name} has been {black} for 5 s: is it paused? Exclusive fullscreen "
+                "can't be captured: choose borderless or windowed in the game's settings")
 
     def render(self):
         """The last picture, with render_mode "rgb_array"."""
@@ -455,6 +454,10 @@ class GameEnv(gym_base()):
     def close(self):
         """The pad at rest, the game running; each is done even where another fails. May be called twice."""
         self.undo.close()
+
+
+if gymnasium:
+    gymnasium.register("Game-v0", "play:GameEnv", nondeterministic=True)
 
 
 # -------------------------------------------------------------------------- actions and keys
@@ -467,375 +470,52 @@ def playable(action, allow_menu=False):
     return out
 
 
-def bindings(mapping):
-    """A mapping -> [(place in an action, sign, key)]; a stick's mouse has no key."""
-    found = []
-    for control, key in mapping.items():
-        if control in BUTTON:
-            found.append((BUTTON[control], 1, key))
-        else:
-            sides = [(*SIDES[side], k) for side, k in key.items() if side != "mouse"]
-            found += [(STICKS[control].start + axis, sign, k) for axis, sign, k in sides]
-    return found
+def load_mapping(path=None):
+    """A mapping file, or MAPPING without one -> its keys, [(place in an action, sign, key)], and its mice,
+    {stick: pixels a second at full tilt}. UserError names the first control that is wrong in it."""
+    keys, mice = [], {}
+    for control, key in (extract.read_json(path, dict) if path else MAPPING).items():
+        with reading(f"{path}: {control}: {key}", 'a control and its key, or a stick with its keys and mouse '
+                     'speed (not above 100000), as "mapping" in weights/keys.json'):
+            if control in BUTTON:
+                keys.append((BUTTON[control], 1, key))
+            else:
+                sides, first = dict(key), STICKS[control].start
+                mice[control] = sides.pop("mouse", 0)
+                keys += [(first + SIDES[side][0], SIDES[side][1], sides[side]) for side in sides]
+            if not all(key in KEYS or key in MOUSE for *_, key in keys) or abs(mice.get(control, 0)) > 1e5:
+                raise ValueError("another")
+    return keys, {stick: speed for stick, speed in mice.items() if speed}
 
 
-def keys_in(mapping):
-    """All keys that a mapping can press."""
-    return {key for _, _, key in bindings(mapping)}
-
-
-def keys_of(mapping, action, down=frozenset()):
+def keys_of(bindings, action, down=frozenset()):
     """The keys that an action holds; `down`: those held before it, which sticks let go later than they
     pressed them."""
     keys = set()
-    for place, sign, key in bindings(mapping):
+    for place, sign, key in bindings:
         held = key in down and place >= len(BUTTONS)
         if action[place] * sign > (REST if held else TILT):
             keys.add(key)
     return keys
 
 
-def action_of(mapping, keys):
+def action_of(bindings, keys):
     """The other way round, for a person at the keyboard: keys -> float32 (25,). A key that several controls
     name counts for the first of them."""
     action, keys = neutral(), set(keys)
-    for place, sign, key in bindings(mapping):
+    for place, sign, key in bindings:
         if key in keys:
             action[place] += sign
             keys.discard(key)
     return action
 
 
-def load_mapping(path=None):
-    """A mapping file, or MAPPING without one; UserError names the first control that is wrong in it."""
-    if not path:
-        return MAPPING
-    with reading(path, "a pad's controls and their keys, as JSON"):
-        mapping = dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    for control, key in mapping.items():
-        with reading(f"{path}: {control}: {key}", 'a control and its key, or a stick with its keys and mouse '
-                     'speed, as "mapping" in weights/keys.json'):
-            if not keys_in({control: key}) <= KEYS.keys() | MOUSE.keys():
-                raise ValueError("a key of another name")
-            if control in STICKS and not abs(key.get("mouse", 0)) < 1e5:       # pixels a second
-                raise ValueError("a speed beyond 100000")
-    return mapping
-
-
 # ---- machinery ------------------------------------------------------------
-# The method ends here; what follows records it, shows it and ties it to real machines.
-# ------------------------------------------------------------------------------ the recorder
-ROW = np.dtype([("end", "<i8"), ("action", "<f4", A), ("human", "?")])       # end: of its JPEG in frames.npy
-
-
-class Recorder:
-    """A clip folder of what is seen and pressed, DATA/GAME_DATE_TIME/. Row i is tick i: the picture taken
-    right after the action was pressed, which can't show its effect yet, as in videos with an overlay.
-
-    Until close() the folder's name ends in .recording. Each row goes to the system as it comes, its JPEG to
-    the end of frames.npy and then a ROW to the end of rows.bin: a process that is killed loses the row it is
-    at, and pick_up() makes a clip of the others. A lock tells a dead process's folder from a living one's."""
-
-    def __init__(self, data, game, hz):
-        stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
-        self.tmp, self.files = Path(data) / f"{stem}.recording", ExitStack()
-        self.tick = self.last = None
-        with writing(self.tmp):
-            self.tmp.mkdir(parents=True)
-            self.files.enter_context(extract.lock(self.tmp / "lock"))
-            clip = {"video": None, "game": game, "fps": hz, "size": [SIDE, SIDE], "every": 1, "lag": 0}
-            extract.write_json(self.tmp / "recording.json", clip)
-            self.frames = self.files.enter_context(open(self.tmp / "frames.npy", "wb"))
-            self.rows = self.files.enter_context(open(self.tmp / "rows.bin", "wb"))
-            bytes_header(self.frames, 0)
-
-    def add(self, tick, rgb, action, human):
-        """Append tick `tick`; ticks that were skipped repeat the row before, so that the clip keeps time."""
-        quality = [cv2.IMWRITE_JPEG_QUALITY, extract.QUALITY]
-        jpeg = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
-        skipped = tick - self.tick - 1 if self.last else 0
-        rows = [self.last] * skipped + [(jpeg, playable(action, allow_menu=True), human)]
-        self.tick, self.last = tick, rows[-1]
-        with writing(self.tmp):
-            for jpeg, action, human in rows:
-                self.frames.write(jpeg)
-                self.frames.flush()
-                self.rows.write(np.array((self.frames.tell(), action, human), ROW).tobytes())
-                self.rows.flush()
-
-    def close(self):
-        """Give the folder its name -> a line about it."""
-        with suppress(OSError):                 # a full disk, which was said when it was
-            self.files.close()
-        return finish(self.tmp)
-
-
-def pick_up(data):
-    """Make clips of the recordings under DATA whose processes died, and say so."""
-    for tmp in sorted(Path(data).glob("*.recording")):
-        with suppress(extract.Busy):            # its process lives
-            print(f"picked up {finish(tmp)}", flush=True)
-
-
-def finish(tmp):
-    """Make a clip of a recording that nobody writes on -> a line about it. May be killed and done again."""
-    folder = tmp.with_suffix("")
-    with writing(tmp):
-        with extract.lock(tmp / "lock"):
-            for name in ("rows.bin", "frames.npy"):
-                (tmp / name).touch()                       # killed at once, it may have neither
-            rows = np.fromfile(tmp / "rows.bin", ROW)
-            rows = rows[rows["end"] <= (tmp / "frames.npy").stat().st_size]
-            keep = write_clip(tmp, rows) if len(rows) else None
-        if keep is None:
-            extract.remove(tmp)
-            return f"{folder}: nothing was played, nothing is kept"
-        os.replace(tmp, folder)                            # Windows renames no folder that holds an open lock
-    for name in ("rows.bin", "recording.json", "lock"):
-        extract.remove(folder / name)
-    return (f"{folder}: {len(rows)} rows at {extract.read_clip(folder)['fps']:g}/s, "
-            f"{rows['human'].mean():.0%} by hand, {keep.mean():.0%} kept")
-
-
-def write_clip(tmp, rows):
-    """The files of a clip, from its ROWs and the JPEGs in frames.npy -> its array keep, bool (n,)."""
-    actions, sure, n = rows["action"], np.ones(len(rows), np.float32), len(rows)
-    with open(tmp / "frames.npy", "rb+") as file:
-        start, end = bytes_header(file, 0), rows["end"][-1]
-        bytes_header(file, end - start)
-        file.truncate(end)
-        index = np.stack([np.arange(n + 1), np.append(start, rows["end"]) - start], 1)
-        os.fsync(file.fileno())
-    keep = extract.dense(actions, sure)
-    arrays = dict(frames_index=index, actions=actions, truth=actions, confidence=sure, keep=keep,
-                  human=rows["human"])
-    for name, array in arrays.items():
-        extract.write_npy(tmp / f"{name}.npy", array)
-    recording = json.loads((tmp / "recording.json").read_text(encoding="utf-8"))
-    extract.write_json(tmp / "clip.json", {**recording, "n": n})
-    return keep
-
-
-def bytes_header(file, n):
-    """Write the header of a .npy of n bytes at the start of a file -> where the bytes begin, for any n."""
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (int(n),)})
-    return file.tell()
-
-
-@contextmanager
-def writing(path):
-    """A disk that is full, or closed to us, in one line."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"can't write {path}: {e.strerror or e}: what is whole is kept; make room and start "
-                        "again with the same --record, or give another") from None
-
-
-# ------------------------------------------------------------------------- the picture of it
-class View:
-    """The picture that the model gets, the pad as it is pressed, and how the time goes, in a window (--show)
-    and in a video (--video), at most 30 times a second. A video repeats what could not be drawn in time."""
-    SIZE = (912, 512)
-
-    def __init__(self, hz, window=False, video=None, beside=(0, 0)):
-        self.every, self.window, self.written = math.ceil(hz / 30), window, 0
-        self.video = extract.VideoWriter(video, hz / self.every, self.SIZE) if video else None
-        self.skin = extract.pad_skin("xbox_360", "xbox_360", extract.Look(body=(150, 152, 160)))
-        if window:                                         # beside the game: over it, it would be captured
-            with reading("--show", "a screen for a window"):
-                cv2.namedWindow("play.py", cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
-                cv2.moveWindow("play.py", *beside)
-
-    def show(self, tick, frame, action, title, score):
-        """Draw one tick, and write it down."""
-        if tick % self.every:
-            return
-        canvas = self.draw(frame, action, f"{title}\n{score.late} of {score.chunks} predictions late\n"
-                                          f"{score.beat.skipped} ticks skipped")
-        if self.window:
-            cv2.imshow("play.py", cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR))
-            cv2.waitKey(1)
-        while self.video and self.written <= tick // self.every:
-            self.video.add(canvas)
-            self.written += 1
-
-    def draw(self, frame, action, text):
-        """The frame, the pad beside it, the text below -> uint8 (512, 912, 3) RGB."""
-        side = self.SIZE[1]
-        page = Image.new("RGB", self.SIZE, (24, 24, 24))
-        page.paste(Image.fromarray(frame).resize((side, side), Image.NEAREST))
-        pad = Image.fromarray(extract.draw(self.skin, action))
-        page.paste(pad, (side, 8), pad)
-        ImageDraw.Draw(page).text((side + 16, pad.height + 40), text, font_size=16)
-        return np.asarray(page)
-
-    def close(self):
-        """Finish the video."""
-        if self.video:
-            self.video.close()
-
-
-# ----------------------------------------------------------------------- the model elsewhere
-class Client:
-    """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: the
-    seconds that one question and its answer may take together. Whatever the server does wrong is one
-    UserError and ends the connection."""
-    connection = None
-
-    def __init__(self, host="127.0.0.1", port=5555, key=None, timeout=60.0):
-        self.where, self.timeout, self.lock = f"server {host}:{port}", timeout, threading.Lock()
-        try:
-            self.connection = mpc.Client((host, port), "AF_INET")
-        except (OSError, UnicodeError) as e:               # the last: a host that can't be a name
-            raise UserError(f"{self.where}: expected a server, found {e}: start one with "
-                            "python sample.py serve") from None
-        if key:                                            # each side shows the other that it knows the key
-            with self._exchange() as connection:
-                mpc.answer_challenge(connection, key.encode())
-                mpc.deliver_challenge(connection, key.encode())
-        try:
-            self.horizon = self.info()["config"]["horizon"]
-        except UserError:                                  # the server is full, say
-            self.close()
-            raise
-
-    @contextmanager
-    def _exchange(self):
-        """The connection, shut down under whoever waits on it once `timeout` seconds have passed."""
-        if self.connection is None:
-            raise UserError(f"{self.where}: the connection is closed: make a new Client")
-        timer = threading.Timer(self.timeout, hang_up, [self.connection])
-        timer.daemon, ends = True, time.monotonic() + self.timeout
-        timer.start()
-        try:
-            yield self.connection
-        except (OSError, EOFError, ValueError, AssertionError, mpc.AuthenticationError) as e:
-            self.close()
-            if isinstance(e, UserError):
-                raise
-            fault = (f"the connection broke ({printable(e) or 'closed by the server'}): check that sample.py "
-                     "serve runs there, and leave out --key if it has none")
-            if isinstance(e, mpc.AuthenticationError):
-                fault = "the key is wrong: give the server's --key"
-            if time.monotonic() >= ends:
-                fault = (f"expected an answer, found none in {self.timeout:g} s: is it busy, or something "
-                         "else on that port?")
-            raise UserError(f"{self.where}: {fault}") from None
-        finally:
-            timer.cancel()
-
-    def _ask(self, header, array=None):
-        with self.lock, self._exchange() as connection:
-            connection.send_bytes(pack_message(header, array))
-            message = connection.recv_bytes(MESSAGE_LIMIT)
-            if message.startswith(b"#CHALLENGE#"):
-                raise UserError(f"{self.where}: asks for a key: give its --key")
-            header, array = unpack_message(message)
-        if "error" in header:
-            raise UserError(f"{self.where}: {printable(header['error'])}")
-        return header, array
-
-    def _need(self, good, expected, found):
-        if not good:
-            self.close()
-            raise UserError(f"{self.where}: expected {expected}, found {printable(found)}: "
-                            "is its sample.py of another version?")
-
-    def predict(self, rgb):
-        """uint8 (h, w, 3) -> float32 (T, 25). The frame is shrunk here, so that 200 kB travel and not 6
-        MB."""
-        chunk = self._ask({"do": "predict"}, shrink(rgb))[1]
-        good = chunk is not None and chunk.dtype == np.float32 and chunk.shape == (self.horizon, A)
-        good = good and (np.abs(chunk) <= 1).all() and (chunk[:, :len(BUTTONS)] >= 0).all()    # NaN is not
-        self._need(good, f"actions, float32 ({self.horizon}, 25), buttons in 0..1 and sticks in -1..1",
-                   "none" if chunk is None else f"{chunk.dtype} {chunk.shape}, or values beyond that")
-        return chunk
-
-    def reset(self, **what):
-        """Forget the frames seen so far; seed= and game= as in sample.Session.reset."""
-        self._ask({"do": "reset", **what})
-
-    def info(self):
-        """What sample.Session.info gives; "config" holds the model's hz, horizon and action_shift."""
-        info = self._ask({"do": "info"})[0]
-        config = info.get("config")
-        config = config if isinstance(config, dict) else {}
-        hz, horizon, shift = (config.get(name) for name in ("hz", "horizon", "action_shift"))
-        self._need(type(hz) in (int, float) and 1 <= hz <= 1000 and type(horizon) is type(shift) is int
-                   and 1 <= horizon < 1 << 16 and 0 <= shift < 1 << 16,
-                   "a config with hz, horizon and action_shift", [hz, horizon, shift])
-        return info
-
-    def close(self):
-        """Leave the server. May be called twice."""
-        if self.connection is not None:
-            self.connection.close()
-            self.connection = None
-
-
-def hang_up(connection):
-    """Shut down the socket in a Connection: whoever waits on it wakes up with an error."""
-    with suppress(OSError):
-        s = socket.socket(fileno=connection.fileno())
-        try:
-            s.shutdown(socket.SHUT_RDWR)
-        finally:
-            s.detach()                                     # the number stays the Connection's
-
-
-def printable(said):
-    """What somebody else said, as a part of one line."""
-    return "".join(c if c.isprintable() else " " for c in str(said))[:300]
-
-
-class LocalModel(Client):
-    """The model on this machine, in a process of its own: torch's threads and Python's lock then never hold
-    up the action clock. A Client of a `sample.py serve` child on a free port; `flags` are that
-    command's."""
-
-    def __init__(self, flags):
-        with socket.create_server(("127.0.0.1", 0)) as s:
-            port = s.getsockname()[1]                      # a free one
-        script, self.log = str(Path(__file__).with_name("sample.py")), tempfile.TemporaryFile()
-        self.child = subprocess.Popen([sys.executable, script, "serve", "--port", str(port), *flags],
-                                      stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
-        self.guard = Guard(model=self.child.pid)           # ends the child, too, where what follows fails
-        while self.connection is None:
-            with suppress(UserError):           # it is not ready
-                super().__init__("127.0.0.1", port, timeout=600.0)
-            if self.child.poll() is not None:
-                self.close()
-                raise UserError(f"the model did not start: {self._ended()}")
-            time.sleep(0.1)
-
-    def _ended(self):
-        status, _ = self.child.wait(10), self.log.seek(0)
-        said = self.log.read().decode(errors="replace").strip().split("\n")
-        return f"status {status}; last words: {said[-1].removeprefix('error: ')}"
-
-    def _ask(self, header, array=None):
-        try:
-            return super()._ask(header, array)
-        except UserError:
-            time.sleep(0.1)                                # a killed process is not seen as ended at once
-            if self.child.poll() is None:
-                raise
-            raise UserError(f"the model stopped: {self._ended()}") from None
-
-    def close(self):
-        """End the child."""
-        super().close()
-        self.child.kill()
-        self.child.wait()
-        self.guard.dismiss()
-
-
+# The method ends here; what follows ties it to real machines, records it and shows it.
 # ------------------------------------------------------------------------------- the desktop
 # Two classes with the same methods, X11 and Win32: windows() and box(id) find and follow a window,
 # problem(id) says why its picture can't be trusted, focused(id) and focus(id) keep keys out of other
-# windows, key() / move() / held() are the keyboard and mouse, suspend() / resume() stop a process.
+# windows, key() / move() press, held() / moved() read, suspend() / resume() stop a process.
 @dataclass
 class Window:
     """A window that could be a game. The box is its client area (no title bar, no border) in pixels of the
@@ -854,15 +534,6 @@ class Window:
     def name(self):
         """What --exe would find it by; "?" for a process that does not let itself be asked."""
         return next(iter(self.names[0][1]), "?")
-
-    def rank(self, process):
-        """The place in `names` of a process, given by its name or number, None for nowhere; of no process
-        0."""
-        last = basename(str(process).lower())
-        for i, (pid, names) in enumerate(self.names):
-            if process is None or {last, last.removesuffix(".exe")} & {str(pid), *names}:
-                return i
-        return None
 
     def __str__(self):
         return f"{self.name} {self.title[:40]!r} (id {self.id})"
@@ -883,32 +554,35 @@ def find_window(desktop, process=None, window=None):
     """The largest window of a process, given by its name or number (or of one that it started), with id or
     part of the title `window` where given; None when there is none. An id goes before a title with the same
     digits."""
-    found, wanted = [], (window or "").lower()
+    found, wanted, asked = [], (window or "").lower(), {*spellings(str(process))}
     for w in desktop.windows():
-        rank, by_id = w.rank(process), wanted in (str(w.id), hex(w.id))
-        if rank is not None and (by_id or wanted in w.title.lower()) and w.pid != os.getpid():
-            found.append((not by_id, rank, -w.box[2] * w.box[3], w.id, w))
+        ranks = [i for i, (pid, names) in enumerate(w.names) if not process or asked & {str(pid), *names}]
+        by_id = wanted in (str(w.id), hex(w.id))
+        if ranks and (by_id or wanted in w.title.lower()) and w.pid != os.getpid():
+            found.append((not by_id, ranks[0], -w.box[2] * w.box[3], w.id, w))
     return min(found)[-1] if found else None
 
 
 def await_window(desktop, process=None, window=None, seconds=60.0):
     """find_window(), waiting for a game that is still starting. UserError lists what is there instead."""
     wanted = f"of {process or 'any program'}" + (f" with title or id {window!r}" if window else "")
-    ends, told = time.monotonic() + seconds, False
+    if not find_window(desktop, process, window):
+        print(f"waiting up to {seconds:g} s for a window {wanted}", flush=True)
+    ends = time.monotonic() + seconds
     while not (found := find_window(desktop, process, window)):
         if time.monotonic() > ends:
             here = ", ".join(map(str, desktop.windows()[:12])) or "none"
             raise UserError(f"no window {wanted}; windows here: {here}: start the game in a window or "
                             "borderless, or name it with --exe or --window")
-        if not told:
-            print(f"waiting up to {seconds:g} s for a window {wanted}", flush=True)
-        told = True
         time.sleep(0.25)
     return found
 
 
 class Desktop:
     """What both systems share."""
+
+    def check_input(self, pid):
+        """UserError where keys would not reach a process."""
 
     def windows(self):
         """The windows on the screen that say whose they are. Found by process: titles may be empty or shared
@@ -936,9 +610,9 @@ class X11(Desktop):
     """Linux: windows by Xlib, keys by XTEST, processes by /proc and signals; through ctypes, on 64 bits."""
 
     def __init__(self):
-        with reading("libX11.so.6", "this library (Linux: sudo apt-get install libx11-6; a "
-                     "Mac: play on another machine, with the model here by python sample.py serve)"):
-            self.x = ctypes.CDLL("libX11.so.6")
+        with reading("libXtst.so.6", "this library (Linux: sudo apt-get install libxtst6; a Mac: play on "
+                     "another machine, with the model here by python sample.py serve)"):
+            self.x = ctypes.CDLL("libXtst.so.6")
         self.x.XOpenDisplay.restype = c_void_p
         self.display = c_void_p(self.x.XOpenDisplay(None))
         if not self.display:
@@ -946,18 +620,18 @@ class X11(Desktop):
                             f"{os.environ.get('DISPLAY')}: log in to an X11 session (not Wayland), or set it")
         self.ignore = ctypes.CFUNCTYPE(c_int)(lambda: 0)
         self.x.XSetErrorHandler(self.ignore)               # windows vanish while they are asked about
-        self.root, self.test, self.codes = self.x.XDefaultRootWindow(self.display), None, {}
+        self.root, self.codes = self._call("XDefaultRootWindow"), {}
 
-    def _query(self, function, *arguments, n):
-        """Call an Xlib function -> the n numbers that it writes behind its arguments, zeros where it
-        fails."""
+    def _call(self, function, *arguments, n=0):
+        """Call a function of X11 -> what it returns, or the n numbers that it writes behind its arguments,
+        zeros where it fails."""
         numbers = [c_ulong() for _ in range(n)]
-        getattr(self.x, function)(self.display, *arguments, *map(byref, numbers))
-        return [number.value for number in numbers]
+        value = getattr(self.x, function)(self.display, *arguments, *map(byref, numbers))
+        return [number.value for number in numbers] if n else value
 
     def _tree(self, window):
         """(parent, children from bottom to top) of a window."""
-        _, parent, first, n = self._query("XQueryTree", window, n=4)
+        _, parent, first, n = self._call("XQueryTree", window, n=4)
         children = list((c_ulong * n).from_address(first)) if n else []
         self.x.XFree(c_void_p(first))
         return parent, children
@@ -969,27 +643,27 @@ class X11(Desktop):
 
     def _property(self, window, name):
         """The bytes of a property, b"" without it; its format 32 comes as 64 bits."""
-        atom = self.x.XInternAtom(self.display, name.encode(), 0)
+        atom = self._call("XInternAtom", name.encode(), 0)
         any_type = c_ulong(0)
-        _, form, n, _, data = self._query("XGetWindowProperty", window, atom, 0, 4096, 0, any_type, n=5)
+        _, form, n, _, data = self._call("XGetWindowProperty", window, atom, 0, 4096, 0, any_type, n=5)
         value = ctypes.string_at(data, n * {8: 1, 16: 2, 32: 8}[form]) if data else b""
         self.x.XFree(c_void_p(data))
         return value
 
-    def _shape(self, window):
-        """(width, height, is it on the screen?) of a window, zeros for one that is gone."""
-        attributes = (c_int * 34)()                 # XWindowAttributes; map_state 2 is IsViewable
-        self.x.XGetWindowAttributes(self.display, window, attributes)
-        return attributes[2], attributes[3], attributes[23] == 2
+    def _attributes(self, window):
+        """XWindowAttributes: 2 width, 3 height, 23 map_state; zeros of a window that is gone."""
+        attributes = (c_int * 34)()
+        self._call("XGetWindowAttributes", window, attributes)
+        return attributes
 
     def _translate(self, window, x, y):
         """A point of `window` on the root, and the root's child that lies there."""
-        left, top, child = self._query("XTranslateCoordinates", window, self.root, x, y, n=3)
+        left, top, child = self._call("XTranslateCoordinates", window, self.root, x, y, n=3)
         return c_int(left).value, c_int(top).value, child
 
     def box(self, window):
         """(left, top, width, height) of the client area on the desktop; None when the window is gone."""
-        width, height, _ = self._shape(window)
+        width, height = self._attributes(window)[2:4]
         return (*self._translate(window, 0, 0)[:2], width, height) if width else None
 
     def _ids(self):
@@ -999,93 +673,110 @@ class X11(Desktop):
 
     def _names(self, window):
         names = self.family(int.from_bytes(self._property(window, "_NET_WM_PID")[:4], "little"))
-        kind = self._property(window, "WM_CLASS").decode(errors="replace").split("\0")
-        return names + [(0, spellings(*kind))] if any(kind) else names
+        kind = spellings(*self._property(window, "WM_CLASS").decode(errors="replace").split("\0"))
+        return names + [(0, kind)] if kind else names
 
     def _title(self, window):
         name = self._property(window, "_NET_WM_NAME") or self._property(window, "WM_NAME")
         return name.decode(errors="replace")
 
     def _shown(self, window):
-        return self._shape(window)[2]
+        return self._attributes(window)[23] == 2           # IsViewable
 
     def _at(self, x, y):
         return self._translate(self.root, x, y)[2]
 
     def focused(self, window):
         """Do keys go to this window? Without a window manager they may go to what lies under the pointer."""
-        focus = self._query("XGetInputFocus", n=2)[0]
+        focus = self._call("XGetInputFocus", n=2)[0]
         if focus == 1:                                     # PointerRoot
-            focus = self._query("XQueryPointer", self.root, n=7)[1]
-        return focus == window or self._top(focus) == self._top(window)
+            focus = self._call("XQueryPointer", self.root, n=7)[1]
+        return self._top(focus) == self._top(window)
 
     def focus(self, window):
         """Bring the window to the front and give it the keyboard."""
-        self.x.XRaiseWindow(self.display, window)
-        self.x.XSetInputFocus(self.display, window, 2, 0)
-        self.x.XSync(self.display, 0)
+        self._call("XRaiseWindow", window)
+        self._call("XSetInputFocus", window, 2, 0)
+        self._call("XSync", 0)
 
     def prepare_keys(self, names):
         """Look the keys up once. UserError when XTEST or a key is missing."""
-        with reading("libXtst.so.6", "this library (sudo apt-get install libxtst6)"):
-            self.test = ctypes.CDLL("libXtst.so.6")
         for name in set(names) - MOUSE.keys():
             symbol = self.x.XStringToKeysym(KEYS[name][0].encode())
-            self.codes[name] = self.x.XKeysymToKeycode(self.display, symbol) & 0xFF
+            self.codes[name] = self._call("XKeysymToKeycode", symbol) & 0xFF
             if not self.codes[name]:
                 raise UserError(f"expected the key {name} on this keyboard, found none: give another --map")
 
     def key(self, name, down):
         """Press or release a key or mouse button; seen by the game after flush()."""
         if name in MOUSE:
-            self.test.XTestFakeButtonEvent(self.display, MOUSE[name][0], down, 0)
+            self._call("XTestFakeButtonEvent", MOUSE[name][0], down, 0)
         else:
-            self.test.XTestFakeKeyEvent(self.display, self.codes[name], down, 0)
+            self._call("XTestFakeKeyEvent", self.codes[name], down, 0)
 
     def move(self, dx, dy):
         """Move the mouse by whole pixels."""
-        self.test.XTestFakeRelativeMotionEvent(self.display, dx, dy, 0)
+        self._call("XTestFakeRelativeMotionEvent", dx, dy, 0)
 
     def flush(self):
         """Send what was pressed."""
-        self.x.XFlush(self.display)
+        self._call("XFlush")
 
     def held(self):
         """The keys given to prepare_keys and the mouse buttons that are down now, whoever presses them."""
         state = create_string_buffer(32)
-        self.x.XQueryKeymap(self.display, state)
-        mask = self._query("XQueryPointer", self.root, n=7)[6]
+        self._call("XQueryKeymap", state)
+        mask = self._call("XQueryPointer", self.root, n=7)[6]
         down = {name for name, code in self.codes.items() if state.raw[code // 8] >> code % 8 & 1}
         return down | {name for name, (button, *_) in MOUSE.items() if mask >> 7 + button & 1}
+
+    def watch_mouse(self):
+        """Before moved(). Games put the pointer back, so that only raw motion tells what a hand did."""
+        with reading("libXi.so.6", "this library (sudo apt-get install libxi6)"):
+            xi = ctypes.CDLL("libXi.so.6")
+        xi.XIQueryVersion(self.display, byref(c_int(2)), byref(c_int(2)))
+        raw_motion = create_string_buffer(b"\0\0\2")      # bit 17
+        mask = struct.pack("iiP", 1, 3, ctypes.addressof(raw_motion))    # 1: every pointer; 3 bytes
+        xi.XISelectEvents(self.display, self.root, mask, 1)
+
+    def moved(self):
+        """The pixels by which the mouse was moved since the last call -> float (2,)."""
+        total, event = np.zeros(2), (c_ulong * 24)()
+        while self._call("XPending"):
+            self._call("XNextEvent", event)
+            if self._call("XGetEventData", event):
+                raw = (c_ulong * 11).from_address(event[6])      # XIRawEvent: 9 the axes, 10 their values
+                axes, values = ctypes.string_at(raw[9])[0], (ctypes.c_double * 2).from_address(raw[10])
+                total += [values[0] * (axes & 1), values[axes & 1] * (axes >> 1 & 1)]
+                self._call("XFreeEventData", event)
+        return total
 
     def family(self, pid):
         """[(pid, [its names])] of a process and those that started it; a program under Wine or an
         interpreter also goes by its script's name."""
         found = []
         with suppress(OSError):                 # it has ended
-            while pid > 1 and len(found) < 8:
-                folder = Path(f"/proc/{pid}")
-                status = (folder / "status").read_text(errors="replace")
-                comm, parent = re.search(r"^Name:\s*(.*?)$.*^PPid:\s*(\d+)", status, re.M | re.S).groups()
-                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            while pid > 1:
+                comm, _, parent = self._stat(pid)
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
                 script = [w for w in words[1:3] if not w.startswith("-")][:1]
                 found.append((pid, spellings(words[0] or comm, comm, *script)))
                 pid = int(parent)
         return found
 
     @staticmethod
-    def _state(pid):
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return ""
+    def _stat(pid):
+        """(name, state, parent) of a process."""
+        name, _, numbers = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
+        return name.partition("(")[2], *numbers.split()[:2]
 
     def suspend(self, pid):
         """Stop a process, and return when it stands: the signal alone takes milliseconds to arrive."""
         self._signal(pid, signal.SIGSTOP)
         ends = time.perf_counter() + 0.2
-        while self._state(pid) not in ("T", "t", "") and time.perf_counter() < ends:
-            time.sleep(0.0002)
+        with suppress(OSError):                 # it has ended
+            while self._stat(pid)[1] not in "Tt" and time.perf_counter() < ends:
+                time.sleep(0.0002)
 
     def resume(self, pid):
         """Let a process run on."""
@@ -1099,21 +790,18 @@ class X11(Desktop):
 
 
 class Win32(Desktop):
-    """64-bit Windows: the same methods by user32, kernel32 and ntdll. Handles have 32 bits that count, so
-    that plain ints do. `dll(name)` gives a library; tests give their own."""
+    """64-bit Windows, from 10 on: the same methods by its libraries. Handles have 32 bits that count, so that
+    plain ints do. `dll(name)` gives a library; tests give their own."""
 
     def __init__(self, dll=None):
         dll = dll or ctypes.WinDLL
-        self.user, self.kernel, self.nt = dll("user32"), dll("kernel32"), dll("ntdll")
+        self.user, self.kernel, self.nt, self.dwm = map(dll, ("user32", "kernel32", "ntdll", "dwmapi"))
         self.names = set(MOUSE)
-        # Pixels, not scaled units, whatever the display's DPI: per monitor (v2, Windows 10), else for the
-        # system.
-        if not getattr(self.user, "SetProcessDpiAwarenessContext", lambda context: 0)(c_void_p(-4)):
-            self.user.SetProcessDPIAware()
+        self.user.SetProcessDpiAwarenessContext(c_void_p(-4))            # pixels, whatever a monitor's DPI
 
     def _ids(self):
         ids = []
-        callback = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE)(*[c_int] * 2, c_void_p)
+        callback = ctypes.CFUNCTYPE(c_int, c_int, c_void_p)
         self.user.EnumWindows(callback(lambda window, _: ids.append(window) or 1), None)     # 1: go on
         return ids
 
@@ -1123,7 +811,10 @@ class Win32(Desktop):
         return self.family(pid.value)
 
     def _shown(self, window):
-        return self.user.IsWindowVisible(window) and not self.user.IsIconic(window)
+        cloaked = c_int()                                  # a suspended app, or on another virtual desktop
+        self.dwm.DwmGetWindowAttribute(window, 14, byref(cloaked), 4)
+        shown = self.user.IsWindowVisible(window) and not self.user.IsIconic(window)
+        return shown and not cloaked.value
 
     def _title(self, window):
         text = ctypes.create_unicode_buffer(256)
@@ -1151,6 +842,11 @@ class Win32(Desktop):
     def focus(self, window):
         """Bring the window to the front and give it the keyboard."""
         self.user.SetForegroundWindow(window)
+
+    def check_input(self, pid):
+        """UserError where Windows drops our keys without a word."""
+        with self._process(pid, 0x0010):                   # PROCESS_VM_READ
+            pass
 
     def prepare_keys(self, names):
         """The keys that held() looks at."""
@@ -1182,9 +878,26 @@ class Win32(Desktop):
         """The keys given to prepare_keys and the mouse buttons that are down now, whoever presses them."""
         return {n for n in self.names if self.user.GetAsyncKeyState((KEYS | MOUSE)[n][1]) & 0x8000}
 
+    def watch_mouse(self):
+        """Before moved(), and in its thread: raw input, to a window that exists for nothing else."""
+        window = self.user.CreateWindowExW(0, "Static", None, 0, 0, 0, 0, 0, c_void_p(-3), None, None, None)
+        mouse = struct.pack("<HHIQ", 1, 2, 0x100, window)  # RAWINPUTDEVICE, RIDEV_INPUTSINK
+        self.user.RegisterRawInputDevices(mouse, 1, 16)
+
+    def moved(self):
+        """The pixels by which the mouse was moved since the last call -> float (2,)."""
+        total, event = np.zeros(2), create_string_buffer(48)             # RAWINPUT
+        while self.user.GetRawInputBuffer(event, byref(c_int(48)), 24) == 1:
+            total += struct.unpack_from("<ii", event, 36)                # lLastX, lLastY
+        return total
+
     @contextmanager
-    def _process(self, pid, access):
+    def _process(self, pid, access=0x1000):                # PROCESS_QUERY_LIMITED_INFORMATION
         handle = self.kernel.OpenProcess(access, 0, pid)
+        if not handle and access != 0x1000:
+            raise UserError("expected a game that play.py may reach, found that Windows refuses its process "
+                            f"{pid} (error 5, access denied) and drops keys to it without a word: start "
+                            "play.py as administrator, or use a virtual pad and --pause none")
         yield handle
         self.kernel.CloseHandle(handle)
 
@@ -1192,56 +905,49 @@ class Win32(Desktop):
         """[(pid, [its names, none where Windows does not tell])]; there is no tree that could be trusted: a
         parent's number may be another's by now."""
         path, size = ctypes.create_unicode_buffer(1024), wintypes.DWORD(1024)
-        with self._process(pid, 0x1000) as handle:         # PROCESS_QUERY_LIMITED_INFORMATION
+        with self._process(pid) as handle:
             self.kernel.QueryFullProcessImageNameW(handle, 0, path, byref(size))
         return [(pid, spellings(path.value))]
 
     def is_32_bit(self, pid):
         """Is a process of 64-bit Windows one of 32 bits?"""
         flag = c_int()
-        with self._process(pid, 0x1000) as handle:
+        with self._process(pid) as handle:
             self.kernel.IsWow64Process(handle, byref(flag))
         return bool(flag.value)
 
     def suspend(self, pid):
         """Stop all threads of a process."""
-        self._control(pid, self.nt.NtSuspendProcess)
+        with self._process(pid, 0x0800) as handle:         # PROCESS_SUSPEND_RESUME
+            self.nt.NtSuspendProcess(handle)
 
     def resume(self, pid):
         """Let a process run on."""
-        self._control(pid, self.nt.NtResumeProcess)
-
-    def _control(self, pid, function):
-        with self._process(pid, 0x0800) as handle:         # PROCESS_SUSPEND_RESUME
-            if not handle:
-                raise UserError(f"expected a process that may be stopped, found that Windows refuses it for "
-                                f"{pid} (error 5, access denied): start play.py as administrator, or use "
-                                "--pause none")
-            function(handle)
+        with self._process(pid, 0x0800) as handle:
+            self.nt.NtResumeProcess(handle)
 
 
 class Capture:
     """Pictures of a part of the desktop by mss. Whatever lies on top of the game is in them too."""
 
-    def __init__(self, grabber=None):
-        if grabber is None:
-            with reading("screen capture", "the package mss (pip install mss) and a desktop session"):
-                import mss
-                grabber = mss.MSS()
-        self.mss, self.last, self.rgb = grabber, None, None
+    rgb = None
+
+    def __init__(self):
+        with reading("screen capture", "the package mss (pip install mss) and a desktop session"):
+            import mss
+            self.mss = mss.MSS()
 
     def look(self, box):
         """Pixels (left, top, width, height) of the desktop -> uint8 (256, 256, 3) RGB, by training's
         shrink(). What lies outside of the screen is black."""
         left, top, width, height = box
-        screen = self.mss.monitors[0]                      # all monitors; its corner may be negative
-        x0, y0 = max(left, screen["left"]), max(top, screen["top"])
-        x1 = min(left + width, screen["left"] + screen["width"])
-        y1 = min(top + height, screen["top"] + screen["height"])
+        x, y, wide, high = self.screen()
+        x0, y0 = max(left, x), max(top, y)
+        x1, y1 = min(left + width, x + wide), min(top + height, y + high)
         if x1 <= x0 or y1 <= y0:
             return np.zeros((SIDE, SIDE, 3), np.uint8)
         with reading("screen capture", "a picture (was the screen locked or its size changed? Start again)"):
-            shot = self.mss.grab({"left": x0, "top": y0, "width": x1 - x0, "height": y1 - y0})
+            shot = self.mss.grab((x0, y0, x1, y1))
         # Both buffers live on until the next look: given back each time, their pages cost more than the
         # picture.
         self.last = shot
@@ -1252,6 +958,10 @@ class Capture:
         small = shrink(rgb)
         return small.copy() if small is self.rgb else small        # a window of 256 x 256 needs no shrinking
 
+    def screen(self):
+        """(left, top, width, height) of all monitors together; its corner may be negative."""
+        return tuple(self.mss.monitors[0].values())[:4]
+
     def close(self):
         """Give the screen back."""
         self.mss.close()
@@ -1260,9 +970,11 @@ class Capture:
 # -------------------------------------------------------------------------------------- pads
 class NoPad:
     """Presses nothing: a person plays, or one only wants to see what the model would do."""
-    away = False               # is the window not in front, so that nothing is pressed?
+    away = moved = False       # is the window not in front, so that nothing is pressed? Was the mouse moved?
     keys = down = frozenset()  # those that it can press, and holds now
-    window = 0
+
+    def __init__(self, env, kind):
+        """Nothing."""
 
     def press(self, action):
         """Nothing."""
@@ -1272,16 +984,15 @@ class NoPad:
 
 
 class VirtualPad(NoPad):
-    """A gamepad that games see as a real one: kind "vgamepad" (Xbox 360) or "dualshock". Of vgamepad's
-    sticks the first's point up at +1, the second's down (0 is up in that report), on both systems; ours
-    point down."""
+    """An Xbox 360 gamepad that games see as a real one. Its sticks point up at +1, ours down."""
 
-    def __init__(self, kind="vgamepad"):
-        self.sony, self.names = kind == "dualshock", TABLES[kind]
+    def __init__(self, env, kind):
+        if env.real_pads:
+            print("warning: a real gamepad was here before ours: a game that listens to the first alone does "
+                  "not hear the model: unplug it, or choose ours in the game", file=sys.stderr)
         try:
             import vgamepad
-            self.api = vgamepad
-            self.pad = vgamepad.VDS4Gamepad() if self.sony else vgamepad.VX360Gamepad()
+            self.buttons, self.pad = vgamepad.XUSB_BUTTON, vgamepad.VX360Gamepad()
         except Exception as e:                             # on Windows the import connects to the driver
             raise UserError(f"expected a virtual gamepad, found {type(e).__name__} {printable(e)}: pip "
                             "install vgamepad; on Linux sudo apt-get install libevdev2, sudo modprobe uinput "
@@ -1291,20 +1002,14 @@ class VirtualPad(NoPad):
 
     def press(self, action):
         """Hold exactly this action, float (25,), in file convention; triggers may lie between 0 and 1."""
-        pad, on = self.pad, {b for b in BUTTONS if action[BUTTON[b]] > 0.5}
+        pad = self.pad
         pad.reset()
-        buttons = self.api.DS4_BUTTONS if self.sony else self.api.XUSB_BUTTON
-        for b in on & self.names.keys():
-            pad.press_button(getattr(buttons, self.names[b]))
-        if self.sony:
-            if "GUIDE" in on:
-                pad.press_special_button(self.api.DS4_SPECIAL_BUTTONS.DS4_SPECIAL_BUTTON_PS)
-            x, y = ("DPAD_RIGHT" in on) - ("DPAD_LEFT" in on), ("DPAD_DOWN" in on) - ("DPAD_UP" in on)
-            way = TABLES["compass"][y + 1][x + 1]
-            pad.directional_pad(getattr(self.api.DS4_DPAD_DIRECTIONS, f"DS4_BUTTON_DPAD_{way}"))
+        for button, name in TABLES["vgamepad"].items():
+            if action[BUTTON[button]] > 0.5:
+                pad.press_button(getattr(self.buttons, name))
         for side in STICKS:
             x, y = action[STICKS[side]].tolist()
-            getattr(pad, f"{side}_joystick_float")(x, y if self.sony else -y)
+            getattr(pad, f"{side}_joystick_float")(x, -y)
             getattr(pad, f"{side}_trigger_float")(float(action[BUTTON[f"{side.upper()}_TRIGGER"]]))
         pad.update()
 
@@ -1318,51 +1023,54 @@ class KeyboardPad(NoPad):
     """Keys and mouse in place of a pad, for games without one. Presses only while the game's window has the
     keyboard: anywhere else the model would type into whatever the person has turned to."""
 
-    def __init__(self, desktop, mapping, hz):
-        self.desktop, self.mapping, self.keys = desktop, mapping, keys_in(mapping)
-        self.speed = {s: self.mapping[s].get("mouse", 0) / hz for s in STICKS.keys() & self.mapping.keys()}
+    def __init__(self, env, kind):
+        self.env, self.keys = env, env.keys
         self.rest = np.zeros(2)                            # parts of a pixel that the mouse has still to go
-        desktop.prepare_keys(self.keys)
+        env.desktop.prepare_keys(self.keys)
 
     def press(self, action):
         """Hold exactly this action; the mouse moves by one tick's worth."""
-        self.away = bool(self.window) and not self.desktop.focused(self.window)
-        self._hold(frozenset() if self.away else keys_of(self.mapping, action, self.down))
-        for stick, speed in self.speed.items():            # pixels a tick at full tilt
-            self.rest += action[STICKS[stick]] * (0 if self.away else speed)
+        env, desktop = self.env, self.env.desktop
+        self.away = not env.in_front()
+        self._hold(frozenset() if self.away else keys_of(env.bindings, action, self.down))
+        for stick, speed in env.mice.items():
+            self.rest += action[STICKS[stick]] * (0 if self.away else speed / env.hz)
         whole = np.trunc(self.rest).astype(int)
-        if whole.any():
-            self.desktop.move(*whole.tolist())
+        self.moved = whole.any()
+        if self.moved:
+            desktop.move(*whole.tolist())
             self.rest -= whole
-        self.desktop.flush()
+        desktop.flush()
 
     def _hold(self, keys):
         for key in self.down ^ keys:
-            self.desktop.key(key, int(key in keys))
+            self.env.desktop.key(key, int(key in keys))
         self.down = frozenset(keys)
 
     def close(self):
         """Let go of every key."""
         self._hold(frozenset())
-        self.desktop.flush()
+        self.env.desktop.flush()
 
 
 # ------------------------------------------------------------------------ the person's hands
-TOUCH = 0.25                       # a stick or trigger this far out is meant: worn sticks rest at half of it
-
-
 def hands_on(people):
     """(person, action) of the first whose pad is touched; (None, the pad at rest) where none is."""
     for person in people:
         action = person.read()
-        if (np.abs(action) > TOUCH).any():
+        if (np.abs(action) > person.touch).any():
             return person, action
     return None, neutral()
 
 
-class Joystick:
+class Person:
+    """What people's pads share."""
+    forward = True                 # the game looks at our pad: theirs is passed on
+    touch = 0.25                   # a stick or trigger this far out is meant: worn sticks rest at half of it
+
+
+class Joystick(Person):
     """A pad on Linux, /dev/input/js*: events of 8 bytes (time, value, kind, number)."""
-    forward = True                                         # the game looks at our pad: it is passed on
 
     def __init__(self, path):
         import fcntl
@@ -1400,9 +1108,8 @@ class Joystick:
         os.close(self.file)
 
 
-class XInput:
+class XInput(Person):
     """A pad on Windows, by xinput1_4.dll; `number` 0 to 3."""
-    forward = True
 
     def __init__(self, dll, number):
         self.dll, self.number = dll, number
@@ -1423,21 +1130,27 @@ class XInput:
         """Nothing to give back."""
 
 
-class Keys:
-    """A person at the keyboard of a game (a GameEnv) that is played by keys: what is down and not held by
-    us, while the game's window has the keyboard: what is typed elsewhere is no play. Mouse movement is not
-    read."""
-    forward = False                                        # the game has seen the keys already
+class Keys(Person):
+    """A person at the keyboard and mouse of a game (a GameEnv) that is played by them: what is down and not
+    held by us, and how the mouse moves while we don't move it, as long as the game's window has the
+    keyboard: what is typed elsewhere is no play."""
+    forward, touch = False, 0.0                            # the game has seen it already
 
     def __init__(self, env):
         self.env = env
-        env.desktop.prepare_keys(keys_in(env.mapping))
+        env.desktop.prepare_keys(env.keys)
+        if env.mice:
+            env.desktop.watch_mouse()
 
     def read(self):
-        """The keys now, as the action that they mean -> float32 (25,)."""
-        env = self.env
-        env.pad.away = bool(env.window) and not env.desktop.focused(env.window.id)
-        return neutral() if env.pad.away else action_of(env.mapping, env.desktop.held() - env.pad.down)
+        """The keys and the mouse now, as the action that they mean -> float32 (25,)."""
+        env, pad, desktop = self.env, self.env.pad, self.env.desktop
+        action = action_of(env.bindings, desktop.held() - pad.down)
+        for stick, speed in env.mice.items():
+            moved = desktop.moved() * (0 if pad.moved else env.hz / speed)
+            action[STICKS[stick]] = np.clip(action[STICKS[stick]] + moved, -1, 1)
+        pad.away = not env.in_front()
+        return neutral() if pad.away else action
 
 
 def real_pads():
@@ -1464,7 +1177,7 @@ class Running:
     """--pause none: the game goes on while the model thinks."""
     stops = False
 
-    def __init__(self, desktop, pid, clock):
+    def __init__(self, env):
         """Nothing."""
 
     def stop(self):
@@ -1475,28 +1188,24 @@ class Running:
 
 class Suspended:
     """--pause suspend: the process stands while the model thinks. The system's clock does not: a game that
-    measures time sees the pause as one long frame, which engines cap, commonly at 0.1 to 0.25 s. clock: the
-    file of FakeTime.prepare(), None without it."""
+    measures time sees the pause as one long frame, which engines cap, commonly at 0.1 to 0.25 s."""
     stops = True
 
-    def __init__(self, desktop, pid, clock):
-        if not pid:
+    def __init__(self, env):
+        if not env.pid:
             raise UserError("expected the process of the window, found a window that does not name it: use "
                             "--pause none, or start the game with --launch")
-        if any(p == pid for p, _ in desktop.family(os.getpid())):
-            raise UserError("expected another program's window, found the terminal that play.py runs in: "
-                            "name the game with --exe")
-        self.desktop, self.pid, self.clock, self.stopped = desktop, pid, clock, False
+        self.env, self.stopped = env, False
 
     def stop(self):
         """Returns when the game stands."""
         self.stopped = True
-        self.desktop.suspend(self.pid)
+        self.env.desktop.suspend(self.env.pid)
 
     def go(self):
         """Let it run on."""
         if self.stopped:
-            self.desktop.resume(self.pid)
+            self.env.desktop.resume(self.env.pid)
             self.stopped = False
 
 
@@ -1504,11 +1213,11 @@ class FakeTime(Suspended):
     """--pause clock on Linux: besides, libfaketime sets the game's clock back by the time that it stood, so
     that it never sees a pause."""
 
-    def __init__(self, desktop, pid, clock):
-        if not clock:
+    def __init__(self, env):
+        if not env.clock:
             raise UserError("expected a game that play.py starts, to stop its clock, found one that ran "
                             "already: give --launch COMMAND, or use --pause suspend")
-        super().__init__(desktop, pid, clock)
+        super().__init__(env)
         self.offset, self.since = 0.0, 0.0
 
     @staticmethod
@@ -1534,7 +1243,7 @@ class FakeTime(Suspended):
         try:
             if self.stopped:
                 self.offset += time.perf_counter() - self.since
-                with open(self.clock, "r+") as f:          # the game reads it whenever it asks for the time
+                with open(self.env.clock, "r+") as f:      # the game reads it whenever it asks for the time
                     f.write(f"{-self.offset:+020.6f}\n")
         finally:
             super().go()
@@ -1544,12 +1253,13 @@ class SpeedHack(Suspended):
     """--pause clock on Windows: the package xspeedhack puts a library into the game that scales its clocks;
     0 stops them, and the game's loop may go on drawing the same moment."""
 
-    def __init__(self, desktop, pid, clock):
-        super().__init__(desktop, pid, clock)
+    def __init__(self, env):
+        super().__init__(env)
         with reading("--pause clock", "the package xspeedhack (pip install xspeedhack) and a game that lets "
                      "it in (start play.py as administrator; never with an anti-cheat: use --pause suspend)"):
             import xspeedhack
-            self.client = xspeedhack.Client(process_id=pid, arch="x86" if desktop.is_32_bit(pid) else "x64")
+            arch = "x86" if env.desktop.is_32_bit(env.pid) else "x64"
+            self.client = xspeedhack.Client(process_id=env.pid, arch=arch)
 
     def _set(self, speed):
         with suppress(Exception):               # the game has ended, which GameEnv.box() says
@@ -1572,8 +1282,7 @@ class SpeedHack(Suspended):
 
 class Guard:
     """A second process that outlives this one for a moment: should this one die without a word (killed,
-    crashed, its terminal gone), the guard lets go of the keys, lets the game run on and ends our model's
-    process."""
+    crashed, its terminal gone), the guard lets go of the keys and lets the game run on."""
 
     def __init__(self, **undo):
         command = [sys.executable, str(Path(__file__).resolve()), "--guard", json.dumps(undo)]
@@ -1581,24 +1290,17 @@ class Guard:
 
     def dismiss(self):
         """All is put right already. May be called twice."""
-        try:
-            self.process.communicate(b"done", timeout=10)
-        except (OSError, ValueError, subprocess.TimeoutExpired):
-            self.process.kill()
+        with suppress(OSError, ValueError):
+            self.process.communicate(b"done")
 
 
-def stand_guard(keys=(), pid=0, clock=False, model=0):
-    """The guard's whole life: wait for the end of our input; without a "done" before it, let go of `keys`,
-    let the game `pid` run on (on Windows by its `clock`), or end the process `model`."""
+def stand_guard(keys, pid, clock):
+    """The guard's whole life: wait for the end of our input; without a "done" before it, let go of `keys` and
+    let the game `pid` run on (on Windows by its `clock`)."""
     if sys.stdin.buffer.read() == b"done":
         return
-    if model:
-        with suppress(OSError):
-            os.kill(model, signal.SIGTERM)
-        return
     desktop = this_desktop()
-    if keys:
-        desktop.prepare_keys(keys)
+    desktop.prepare_keys(keys)
     for key in keys:
         desktop.key(key, 0)
     desktop.flush()
@@ -1607,6 +1309,293 @@ def stand_guard(keys=(), pid=0, clock=False, model=0):
     elif pid:
         desktop.resume(pid)
     print("play.py died: its keys are released, the game runs on", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------ the recorder
+ROW = np.dtype([("size", "<i8"), ("action", "<f4", A), ("human", "?")])      # of rows.bin, before its JPEG
+
+
+class Recorder:
+    """A clip folder of what is seen and pressed, DATA/GAME_DATE_TIME/. Row i is tick i: the picture taken
+    right after the action was pressed, which can't show its effect yet, as in videos with an overlay.
+
+    Until close() the folder's name ends in .recording. Each row goes to the system as it comes, to the end of
+    rows.bin: a process that is killed loses the row it is at, and pick_up() makes a clip of the others. A
+    lock tells a dead process's folder from a living one's."""
+
+    def __init__(self, data, game, hz):
+        stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
+        self.tmp, self.files = Path(data) / f"{stem}.recording", ExitStack()
+        self.tick, self.last = 0, b""
+        self.tmp.mkdir(parents=True)
+        self.files.enter_context(extract.lock(self.tmp / "lock"))
+        clip = {"video": None, "game": game, "fps": hz, "size": [SIDE, SIDE], "every": 1, "lag": 0}
+        extract.write_json(self.tmp / "recording.json", clip)
+        self.rows = self.files.enter_context(open(self.tmp / "rows.bin", "wb"))
+
+    def add(self, tick, rgb, action, human):
+        """Append tick `tick`; ticks that were skipped repeat the row before, so that the clip keeps time."""
+        quality = [cv2.IMWRITE_JPEG_QUALITY, extract.QUALITY]
+        jpeg = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
+        row = np.array((len(jpeg), playable(action, allow_menu=True), human), ROW).tobytes() + jpeg
+        with writing(self.tmp):
+            self.rows.write(self.last * (tick - self.tick - 1) + row)
+            self.rows.flush()
+        self.tick, self.last = tick, row
+
+    def close(self):
+        """Give the folder its name -> a line about it."""
+        with suppress(OSError):                 # a full disk, which was said when it was
+            self.files.close()
+        return finish(self.tmp)
+
+
+def pick_up(data):
+    """Make clips of the recordings under DATA whose processes died, and say so."""
+    for tmp in sorted(Path(data).glob("*.recording")):
+        with suppress(extract.Busy):            # its process lives
+            print(f"picked up {finish(tmp)}", flush=True)
+
+
+def finish(tmp):
+    """Make a clip of a recording that nobody writes on -> a line about it. May be killed and done again."""
+    folder, rows = tmp.with_suffix(""), []
+    with writing(tmp):
+        with extract.lock(tmp / "lock"):
+            frames = extract.FramesWriter(tmp, "frames")
+            with suppress(FileNotFoundError), open(tmp / "rows.bin", "rb") as file:
+                while len(head := file.read(ROW.itemsize)) == ROW.itemsize:
+                    [row] = np.frombuffer(head, ROW)
+                    jpeg = file.read(row["size"])
+                    if len(jpeg) == row["size"]:           # else it was killed at this row
+                        frames.add_bytes(len(rows), jpeg)
+                        rows.append(row)
+            if not rows:
+                extract.remove(tmp)
+                return f"{folder}: nothing was played, nothing is kept"
+            frames.close(len(rows))
+            rows = np.array(rows)
+            keep, sure = extract.dense(rows["action"]), np.ones(len(rows), np.float32)
+            for name, array in [("actions", rows["action"]), ("truth", rows["action"]), ("confidence", sure),
+                                ("keep", keep), ("human", rows["human"])]:
+                extract.write_npy(tmp / f"{name}.npy", array)
+            clip = extract.read_json(tmp / "recording.json", dict)
+            extract.write_json(tmp / "clip.json", {**clip, "n": len(rows)})
+        os.replace(tmp, folder)                            # Windows renames no folder that holds an open lock
+    for name in ("rows.bin", "recording.json", "lock"):
+        extract.remove(folder / name)
+    return (f"{folder}: {len(rows)} rows at {clip['fps']:g}/s, {rows['human'].mean():.0%} by hand, "
+            f"{keep.mean():.0%} kept")
+
+
+@contextmanager
+def writing(path):
+    """A disk that is full, or closed to us, in one line."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"can't write {path}: {e.strerror or e}: what is whole is kept; make room and start "
+                        "again with the same --record, or give another") from None
+
+
+# ------------------------------------------------------------------------- the picture of it
+class View:
+    """The picture that the model gets, the pad as it is pressed, and how the time goes, in a window (--show)
+    and in a video (--video), at most 30 times a second. A video repeats what could not be drawn in time."""
+    SIZE = (912, 512)
+
+    def __init__(self, env, window=False, video=None):
+        self.every, self.window, self.written = math.ceil(env.hz / 30), None, 0
+        look = extract.Look(body=(150, 152, 160), cap=(255, 240, 80))
+        self.skin = extract.pad_skin("xbox_360", "xbox_360", look)
+        if window:
+            self.window = f"play.py: what the model sees of {env.name}"
+            left, top, zoom = beside(env.box(), env.capture.screen(), self.SIZE)
+            with reading("--show", "a screen for a window"):
+                cv2.namedWindow(self.window, cv2.WINDOW_NORMAL | cv2.WINDOW_GUI_NORMAL)
+                cv2.resizeWindow(self.window, [int(side * zoom) for side in self.SIZE])
+                cv2.moveWindow(self.window, left, top)
+                cv2.waitKey(500)                           # it takes the keyboard as it appears
+            env.desktop.focus(env.window.id)
+        self.video = extract.VideoWriter(video, env.hz / self.every, self.SIZE) if video else None
+
+    def is_due(self, tick):
+        """Is this tick drawn?"""
+        return tick % self.every == 0
+
+    def show(self, tick, env, action, who, score):
+        """Draw a tick that is due, and write it down."""
+        pressed = [b for b in BUTTONS if action[BUTTON[b]] > 0.5]
+        page = self.draw(env.frame, action, f"{who} plays {env.name}\n"
+                         f"{score.late} of {score.chunks} predictions late\n"
+                         f"{score.beat.skipped} ticks skipped\n"
+                         f"{' '.join(pressed)}\n{' '.join(env.pad.down)}")
+        if self.window:
+            cv2.imshow(self.window, page[..., ::-1])
+            cv2.waitKey(1)
+        while self.video and self.written <= tick // self.every:
+            self.video.add(page)
+            self.written += 1
+
+    def draw(self, frame, action, text):
+        """The frame, the pad beside it, text below -> uint8 (512, 912, 3) RGB."""
+        side = self.SIZE[1]
+        page = Image.new("RGB", self.SIZE, (24, 24, 24))
+        page.paste(Image.fromarray(frame).resize((side, side), Image.NEAREST))
+        pad = Image.fromarray(extract.draw(self.skin, action))
+        page.paste(pad, (side, 8), pad)
+        ImageDraw.Draw(page).text((side + 16, pad.height + 40), text, font_size=16)
+        return np.asarray(page)
+
+    def close(self):
+        """Finish the video."""
+        if self.video:
+            self.video.close()
+
+
+def beside(box, screen, size):
+    """Where a window of `size` has the most room beside a game's box, over which it would be captured ->
+    (left, top, how much of its size fits); 40 pixels are for its frame."""
+    (left, top, width, height), (x, y, wide, high) = box, screen
+    rooms = [(x, y, left, y + high), (left + width + 40, y, x + wide, y + high), (x, y, x + wide, top),
+             (x, top + height + 40, x + wide, y + high)]   # left, top, right, bottom
+    zoom, left, top = max((min((x1 - x0) / size[0], (y1 - y0 - 40) / size[1], 1), x0, y0 + 40)
+                          for x0, y0, x1, y1 in rooms)
+    if zoom < 0.2:
+        raise UserError("--show: expected room beside the game, found none: make its window smaller or move "
+                        "it, or use --video")
+    return left, top, zoom
+
+
+# ----------------------------------------------------------------------- the model elsewhere
+CONFIG = {"hz": (1, 1000), "horizon": (1, 65535), "action_shift": (0, 65535)}  # what play needs: its limits
+
+
+class Client:
+    """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: the
+    seconds that one question and its answer may take together. Whatever the server does wrong is one
+    UserError and ends the connection."""
+
+    def __init__(self, host="127.0.0.1", port=5555, key=None, timeout=60.0):
+        self.where, self.timeout, self.lock = f"server {host}:{port}", timeout, threading.Lock()
+        with reading(self.where, "python sample.py serve there"):
+            self.connection = mpc.Client((host, port), "AF_INET")
+        if key:                                            # each side shows the other that it knows the key
+            with self._exchange():
+                mpc.answer_challenge(self.connection, key.encode())
+                mpc.deliver_challenge(self.connection, key.encode())
+        try:
+            self.horizon = self.info()["config"]["horizon"]
+        except UserError:                                  # the server is full, say
+            self.close()
+            raise
+
+    @contextmanager
+    def _exchange(self):
+        """Lends _ask() to one thread; the connection is shut down under it once `timeout` seconds have
+        passed."""
+        with self.lock:
+            timer = threading.Timer(self.timeout, hang_up, [self.connection])
+            timer.daemon = True
+            timer.start()
+            try:
+                yield self._ask
+            except UserError:                              # it refuses, and goes on
+                raise
+            except Exception as e:                         # whatever the other side makes of it
+                self.close()
+                raise UserError(f"{self.where}: expected an answer within {self.timeout:g} s, found that the "
+                                f"connection broke ({type(e).__name__} {printable(e)}): is it a sample.py "
+                                "serve of this version, with the same --key?") from None
+            finally:
+                timer.cancel()
+
+    def _ask(self, header, array=None):
+        self.connection.send_bytes(pack_message(header, array))
+        message = self.connection.recv_bytes(MESSAGE_LIMIT)
+        if message.startswith(b"#CHALLENGE#"):
+            raise UserError(f"{self.where}: asks for a key: give its --key")
+        header, array = unpack_message(message)
+        if "error" in header:
+            raise UserError(f"{self.where}: {printable(header['error'])}")
+        return header, array
+
+    def predict(self, rgb):
+        """uint8 (h, w, 3) -> float32 (T, 25). The frame is shrunk here, so that 200 kB travel and not 6
+        MB."""
+        with self._exchange() as ask:
+            chunk = ask({"do": "predict"}, shrink(rgb))[1]
+            good = chunk.dtype == np.float32 and chunk.shape == (self.horizon, A) and (abs(chunk) <= 1).all()
+            if not (good and (chunk[:, :len(BUTTONS)] >= 0).all()):
+                raise ValueError(f"{chunk.dtype} {chunk.shape} where {self.horizon} actions belong")
+        return chunk
+
+    def reset(self, **what):
+        """Forget the frames seen so far; seed= and game= as in sample.Session.reset."""
+        with self._exchange() as ask:
+            ask({"do": "reset", **what})
+
+    def info(self):
+        """What sample.Session.info gives; "config" holds the model's hz, horizon and action_shift."""
+        with self._exchange() as ask:
+            info = ask({"do": "info"})[0]
+            for name, (low, high) in CONFIG.items():
+                value = info["config"][name]
+                if type(value) not in (int, float) or not low <= value <= high:
+                    raise ValueError(f"{name} {value}")
+        return info
+
+    def close(self):
+        """Leave the server. May be called twice."""
+        self.connection.close()
+
+
+def hang_up(connection):
+    """Shut down the socket in a Connection: whoever waits on it wakes up with an error."""
+    with suppress(OSError):
+        s = socket.socket(fileno=connection.fileno())
+        try:
+            s.shutdown(socket.SHUT_RDWR)
+        finally:
+            s.detach()                                     # the number stays the Connection's
+
+
+def printable(said):
+    """What somebody else said, as a part of one line."""
+    return "".join(c if c.isprintable() else " " for c in str(said))[:300]
+
+
+class LocalModel(Client):
+    """The model on this machine, in a process of its own: torch's threads and Python's lock then never hold
+    up the action clock. That process ends with this one, however this one ends: its pipe closes."""
+
+    def __init__(self, policy, session):
+        self.where, self.timeout, self.lock = "the model", 600.0, threading.Lock()
+        spawn = get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=answer_all, args=(theirs, policy, session), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.horizon = self.info()["config"]["horizon"]
+
+    def close(self):
+        """End the process."""
+        super().close()
+        self.process.kill()
+
+
+def answer_all(pipe, policy, session):
+    """The life of LocalModel's process: answer as a server until nobody asks. policy, session: the arguments
+    of sample.Policy and sample.Session."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the player
+    from sample import Policy, Server, Session
+    with suppress(EOFError, OSError):                      # it has gone
+        try:
+            player = Session(Policy(**policy), **session)
+        except Exception as e:                             # whatever a checkpoint may hold
+            return pipe.send_bytes(pack_message({"error": printable(e)}))
+        while True:
+            pipe.send_bytes(Server.answer(None, player, pipe.recv_bytes()))
 
 
 # -------------------------------------------------------------------------- the command line
@@ -1620,17 +1609,6 @@ def list_windows(args):
         print("no window here: start the game first")
 
 
-def open_policy(args):
-    """The policy that the flags ask for: on a server, in a process of our own, or None with --human."""
-    if args.server:
-        policy = Client(*args.server, args.key)
-        policy.reset(seed=args.seed, game=args.game)
-        return policy
-    names = "ckpt", "seed", "game", "device", "dtype", "cfg", "euler"
-    given = [f"--{name}={vars(args)[name]}" for name in names if vars(args)[name] is not None]
-    return LocalModel(given) if args.ckpt else None
-
-
 def address(text):
     """HOST:PORT -> (host, port), a type for argparse."""
     host, _, port = text.rpartition(":")
@@ -1640,35 +1618,52 @@ def address(text):
 address.__name__ = "HOST:PORT"                             # argparse says "invalid HOST:PORT value"
 
 
-def rectangle(text):
-    """LEFT,TOP,WIDTH,HEIGHT -> tuple of four, a type for argparse."""
-    found = re.fullmatch(r"(-?\d{1,5}),(-?\d{1,5}),([1-9]\d{0,4}),([1-9]\d{0,4})", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected LEFT,TOP,WIDTH,HEIGHT in pixels, found {text!r}")
-    return tuple(map(int, found.groups()))
+def try_map(env):
+    """Press each control of the mapping for half a second, and name it."""
+    names = *BUTTONS, "left x", "left y", "right x", "right y"
+    for place, sign, key in env.bindings + [(STICKS[stick].start, 1, "mouse") for stick in env.mice]:
+        print(f"{names[place]} {sign:+d}: {key}", flush=True)
+        for value in np.repeat([sign, 0], math.ceil(env.hz / 2)):
+            action = neutral()
+            action[place] = value
+            env.hold(action, 1 / env.hz)
 
 
 def run_play(args):
     """Play, or let play, until the game ends, --seconds have passed or Ctrl-C."""
     if args.guard:
         return stand_guard(**args.guard)
-    if not (args.ckpt or args.server or args.human):
+    if not (args.ckpt or args.server or args.human or args.try_map):
         raise UserError("expected who plays, found nobody: give --ckpt FILE, --server HOST:PORT or --human")
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):       # a background job's Ctrl-C is ignored
-        if hasattr(signal, name):                          # each ends as by Ctrl-C, everything put right
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):       # each ends as by Ctrl-C, all put right
+        which = getattr(signal, name, None)
+        if which and (name == "SIGINT" or signal.getsignal(which) != signal.SIG_IGN):      # nohup's SIGHUP
+            signal.signal(which, signal.default_int_handler)
     if args.record:
         pick_up(args.record)
     with ExitStack() as last:
-        policy = open_policy(args)
+        policy, hz, hotkey = None, args.hz or 60.0, None
+        if args.server:
+            policy = Client(*args.server, args.key)
+            policy.reset(seed=args.seed, game=args.game)
+        elif args.ckpt:
+            model = {"ckpt": args.ckpt, "device": args.device, "dtype": args.dtype, "steps": args.euler,
+                     "guidance": args.cfg}
+            policy = LocalModel(model, {"game": args.game, "seed": args.seed or 0})
         if policy:
             last.callback(policy.close)
-        hz = args.hz or (policy.info()["config"]["hz"] if policy else 60.0)
-        pad = "none" if args.human else args.pad
-        env = GameEnv(args.exe, args.window, args.region, args.launch, args.wait, pad, args.map, args.pause,
-                      hz, args.wake)
+            info = policy.info()
+            hz = args.hz or info["config"]["hz"]
+            hotkey = None if args.hotkey == "none" else args.hotkey
+            said = [f"{name} {info.get(name)}" for name in ("model", "device", "dtype", "steps", "guidance")]
+            print(printable(f"{', '.join(said)}, chunks of {info['config']['horizon']} actions"), flush=True)
+        pad = "none" if args.human else "keyboard" if args.try_map else args.pad
+        env = GameEnv(args.exe, args.window, args.launch, args.wait, pad,
+                      args.try_map or args.map, args.pause, hz, args.allow_menu)
         last.callback(env.close)
+        if args.try_map:
+            return try_map(env)
         people = list(env.real_pads)
         if args.pad == "keyboard" or args.human and not people:
             people.append(Keys(env))
@@ -1677,50 +1672,47 @@ def run_play(args):
             recorder = Recorder(args.record, env.name, hz)
             last.callback(lambda: print(recorder.close()))
         if args.show or args.video:
-            left, top, width, _ = env.box()
-            view = View(hz, args.show, args.video, (left + width + 8, top))
+            view = View(env, args.show, args.video)
             last.callback(view.close)
-        print(f"playing {env.name}: {env.window or f'region {env.region}'}, {hz:g} actions/s, pad {pad}, "
+        print(f"playing {env.name}: {env.window}, {hz:g} actions/s, pad {pad}, "
               f"pause {args.pause}; Ctrl-C ends it", flush=True)
-        play(env, policy, args.seconds, args.actions_per_chunk, people, args.handback, args.allow_menu,
-             recorder, view)
+        play(env, policy, args.seconds, args.actions_per_chunk, people, args.handback, hotkey, recorder, view)
 
 
 def flags():
     """The parser of the command line."""
     p = extract.ArgumentParser(description="Play with a policy, or record a person.", allow_abbrev=False)
     p.set_defaults(run=run_play)
-    positive = number(float, 0)
-    add = p.add_argument_group("the game").add_argument
+    positive, add, who = number(float, 0), p.add_argument, p.add_mutually_exclusive_group().add_argument
     add("--exe", help="name of the game's program, as the task manager or ps shows it")
     add("--window", metavar="TEXT|ID", help="part of the window's title, or its id from --list")
-    add("--region", type=rectangle, metavar="L,T,W,H",
-        help="left, top, width, height of a part of the window, or of the desktop without --exe and --window")
     add("--launch", help="start the game with this command, after the virtual pad exists")
     add("--wait", type=positive, default=60.0,
         help="seconds to wait for the game's window (default 60)")
     add("--list", dest="run", action="store_const", const=list_windows,
         help="list the windows that can be played, and end")
-    who = p.add_argument_group("who plays")
-    add = who.add_mutually_exclusive_group().add_argument
-    add("--ckpt", help="a .safetensors, or a run folder of train.py: the model runs beside this process")
-    add("--server", type=address, metavar="HOST:PORT",
-        help="the model runs on another machine: python sample.py serve --ckpt F --host 0.0.0.0")
-    add("--human", action="store_true", help="a person plays and nothing is pressed; with --record")
-    add = who.add_argument
+    who("--ckpt", help="who plays: a .safetensors, or a run folder of train.py; it runs beside this process")
+    who("--server", type=address, metavar="HOST:PORT",
+        help="or a model on another machine: python sample.py serve --ckpt F --host 0.0.0.0")
+    who("--human", action="store_true",
+        help="or a person, and nothing is pressed; with --record. Recorded are pads, or the keys of --map "
+        "and, where it gives a stick the mouse, its motion; not the wheel, other keys, a pad's own motion")
+    who("--try-map", metavar="FILE.json",
+        help="or nobody: press each control of a mapping, name it, and end")
     add("--key", help="the server's secret")
     add("--euler", type=number(int, 1), help="Euler steps of --ckpt (default: the checkpoint's)")
-    add("--cfg", type=number(float), help="guidance of --ckpt, see sample.py (default 0 = off)")
+    add("--cfg", type=number(float), default=0.0, help="guidance of --ckpt, see sample.py (default 0 = off)")
     add("--game", metavar="ID|NAME", help="the game for a model that knows games (default: none)")
     add("--seed", type=number(int, 0), help="of the model's noise (default 0)")
-    add("--device", help="of --ckpt: auto, cpu, cuda, cuda:1, mps (default auto)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of --ckpt's weights (default float32)")
-    add = p.add_argument_group("how it is played").add_argument
-    add("--pad", choices=("vgamepad", "dualshock", "keyboard", "none"), default="vgamepad",
-        help="virtual Xbox 360 or DualShock 4 pad, keys and mouse, or only watch (default vgamepad)")
+    add("--device", default="auto", help="of --ckpt: auto, cpu, cuda, cuda:1, mps (default auto)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of --ckpt's weights (default float32)")
+    add("--pad", choices=("vgamepad", "keyboard", "none"), default="vgamepad",
+        help="a virtual Xbox 360 pad, keys and mouse, or only watch (default vgamepad)")
     add("--map", metavar="FILE.json", help='keys of --pad keyboard (default: "mapping" in weights/keys.json)')
-    add("--wake", choices=BUTTONS,
-        help="press this button once at the start, for games that look for pads only then")
+    add("--hotkey", choices=(*KEYS, "none"), default="f8", metavar="KEY",
+        help="the model waits until this key is pressed, and stops at its next press; none = at once "
+        "(default f8)")
     add("--allow-menu", action="store_true", help="let the model press START, BACK and GUIDE")
     add("--pause", choices=("none", "suspend", "clock"), default="none",
         help="while the model thinks: none = the game goes on, suspend = its process stands, clock = its "
@@ -1732,7 +1724,6 @@ def flags():
     add("--handback", type=positive, default=1.0,
         help="seconds without a touch of the real pad after which the model plays on (default 1)")
     add("--seconds", type=positive, default=1e9, help="end after this time (default: never)")
-    add = p.add_argument_group("what is kept and shown").add_argument
     add("--record",
         help="write a clip folder under DATA, for train.py; one that a killed run left is finished first")
     add("--show", action="store_true", help="a window with what the model sees and presses")

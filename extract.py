@@ -458,7 +458,7 @@ def cut_clip(video, folder, matcher, find, places, args, key):
     the frames alone, for sample.py label."""
     info, every = video_info(video), args.every
     clip = {"video": video.name, "game": args.game or video.parent.name, "fps": info["fps"],
-            "size": info["size"], "every": every, "lag": 0, "run": key}
+            "size": info["size"], "every": every, "lag": 0, "places": places, "run": key}
     if find is None:
         with new_folder(folder) as tmp:
             clip |= {"plain": True, "n": Cutter(info["size"], every, [0] * 4).run(video, tmp)}
@@ -470,7 +470,7 @@ def cut_clip(video, folder, matcher, find, places, args, key):
     cutter = Cutter(info["size"], every, [ax - 1, ay - 1, bx + 1, by + 1], skin, find.affine)
     clip |= {"box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name, "controller": skin.family,
              "affine": rounded(affine, 6), "inliers": find.inliers, "matcher": matcher.kind,
-             "edges": round(find.edges, 3), "places": places, "hole": cutter.hole, "pad": cutter.pad}
+             "edges": round(find.edges, 3), "hole": cutter.hole, "pad": cutter.pad}
     clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
         clip["n"] = cutter.run(video, tmp)

@@ -4966,6 +4966,8 @@ def test_recorded_video_has_its_pad_where_its_json_says(tmp_path):
 
 
 def test_suite_of_a_checkpoint(tmp_path, toy, capsys):
+    assert bench.main(["suite", "--ckpt", str(toy), "--delay", "9"]) == 2
+    assert "at most 7, a chunk of this checkpoint" in capsys.readouterr().err
     line = f"suite --ckpt {toy} --tasks dojo/boards swarm/bugs -n 2 --envs 3 --out {tmp_path} --workers 1"
     assert bench.main([*line.split(), "--video", "--mashing", "--device", "cpu"]) == 0
     said = json.loads((tmp_path / "suite.json").read_text())
@@ -4987,6 +4989,36 @@ def test_model_rollouts_are_the_same_again_in_any_place(toy):
     for task in one:
         assert np.array_equal(one[task], two[task]) and one[task].shape == (2, 2)
         assert np.array_equal(sorted(one[task][:, 0]), sorted(other[task][:, 0]))
+
+
+@pytest.mark.parametrize("overlap, want", [
+    (True, [-1, -1, 2, 3, 4, 5, 402, 403, 404, 405, 802, 803]),          # each for its own moment
+    (False, [-1, -1, 0, 1, 2, 3, 3, 3, 600, 601, 602, 603])])            # held twice, then from the start
+def test_a_late_chunk_is_played_from_where_it_comes_or_after_a_wait(monkeypatch, overlap, want):
+    """Step k of the chunk seen at step n is 100 n + k."""
+    done, zero = [], np.full(25, -1.0)
+
+    class Steps:
+        fps, won, score = 30, True, 0.0
+
+        def __init__(self, task, seed):
+            self.over = False
+
+        def render(self):
+            return len(done)
+
+        def advance(self, action):
+            done.append(int(action[0]))
+            self.over = len(done) == 12
+    session = lambda policy, seed, envs: types.SimpleNamespace(
+        envs=envs, reset=lambda *_: None,
+        predict=lambda frames: np.repeat(100 * frames[:, None, None] + np.arange(16)[:, None], 25, 2))
+    monkeypatch.setattr(sample, "Session", session)
+    monkeypatch.setattr(bench, "neutral", lambda: zero)
+    monkeypatch.setattr(bench, "PLAYABLE", {"steps": types.SimpleNamespace(game=Steps)})
+    policy = types.SimpleNamespace(config=M.preset("toy", hz=30.0))
+    ended = bench.play_model(policy, ["steps"], 1, 4, delay=2, overlap=overlap)
+    assert done == want and ended["steps"].tolist() == [[1, 0]]
 
 
 MISTAKES = {                                       # a command -> what its line names

@@ -214,8 +214,9 @@ class NitroGen(nn.Module):
         return self.velocity(a, t, context)
 
     def encode(self, frames, games=None, keep=None):
-        """Frames (B, F, 256, 256, 3) -> Context: all that a chunk needs of them, computed once."""
-        return self.mix(self.assemble(self.see(frames), games, keep))
+        """Frames (B, F, 256, 256, 3), or what see() made of them, -> Context: all that a chunk needs of them,
+        computed once."""
+        return self.mix(self.assemble(self.see(frames) if frames.ndim == 5 else frames, games, keep))
 
     def see(self, frames):
         """uint8 RGB (B, F, 256, 256, 3), or floats of the same range, -> image tokens (B, F, N, V)."""

@@ -3078,6 +3078,42 @@ def test_fine_tuning_leaves_the_frozen_alone_and_adds_games(squares, tmp_path, p
     assert run(train.main, "--resume", out, "--steps", 3) == 0       # frozen weights come from the run itself
 
 
+def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, tmp_path, monkeypatch):
+    """Tokens on the disk in place of frames: the same losses up to float16, and no look at a frame again."""
+    data = shutil.copytree(squares, tmp_path / "data", ignore=shutil.ignore_patterns(".tokens"))
+    start = save_start(tmp_path / "start.safetensors", TOY)
+    flags = "--freeze vision --no-augment --dropout 0"
+    kept = trained(data, tmp_path / "kept", flags, "--ckpt", start)
+    files = {path: path.stat().st_mtime_ns for path in data.glob(".tokens/*.npy")}
+    assert len(files) == 6 and len(extract.clips_in(data)) == 6
+    monkeypatch.setattr(M.NitroGen, "see", lambda *_: pytest.fail("looked again"))
+    again = trained(data, tmp_path / "again", flags, "--ckpt", start)
+    assert {path: path.stat().st_mtime_ns for path in data.glob(".tokens/*.npy")} == files
+    assert (losses(again) == losses(kept)).all()
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "keep_tokens", lambda *_, **__: None)
+    seen = trained(data, tmp_path / "seen", flags, "--ckpt", start)
+    assert losses(seen) == pytest.approx(losses(kept), abs=2e-3)
+
+
+def test_kept_tokens_are_of_the_frame_and_of_augmentations_of_it(tmp_path):
+    model, clip = M.create(TOY), train.Clip(make_clip(tmp_path / "clip"), TOY)
+    model.freeze("vision")
+    args = argparse.Namespace(dry_run=False, seed=0, dtype="float32")
+    team = train.Team(0, 1, torch.device("cpu"), "")
+    [path] = train.keep_tokens(model, [clip], 3, args, team)
+    tokens = np.load(path)
+    assert tokens.shape == (3, len(clip.kept), 64, 96)
+    frames = torch.from_numpy(clip.pictures(7)[0])
+    close(tokens[0, 7], model.see(frames[None])[0, 0], 1e-2)
+    turned = train.augmented(clip.pictures(7)[0], train.stream(0, 7, 3))
+    close(tokens[2, 7], model.see(torch.from_numpy(turned)[None])[0, 0], 1e-2)
+    assert np.abs(tokens[0, 7] - tokens[2, 7]).max() > 0.1
+    batch = train.Sampler([clip], TOY, 40, tokens=[path]).load(0)["frames"].numpy()
+    variants = [(tokens[:, i] == x).all((1, 2)).argmax() for i, x in enumerate(batch[:, 0])]
+    assert batch.shape == (40, 1, 64, 96) and set(variants) == {0, 1, 2}               # of each frame in turn
+
+
 @pytest.mark.parametrize("full_at", ["state", "model"])                 # the model is written after the state
 def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(
     full_at, ended, squares, tmp_path, monkeypatch, capfd

@@ -115,10 +115,13 @@ def train(args, state, team):
         own = [team.device] if team.device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(net, device_ids=own, gradient_as_bucket_view=True)
     draw = functools.partial(Sampler, config=model.config)
+    kept = functools.partial(keep_tokens, model, args=args, team=team)
     sampler = draw(training, batch=args.batch, draws=args.draws, seed=args.seed, balance=args.balance,
-                   augment=not args.no_augment, drop_games=args.game_dropout)
+                   augment=not args.no_augment, drop_games=args.game_dropout,
+                   tokens=kept(training, 1 if args.no_augment else VARIANTS))
     batch = min(args.val_frames, sum(len(c.kept) for c in held))
-    check = draw(held, batch=batch, draws=4, balance=True, augment=False) if held else None
+    check = draw(held, batch=batch, draws=4, balance=True, augment=False,
+                 tokens=kept(held, 1)) if held else None
     means, data = sample.mean_actions(training), described(training, held)
     last = start + 2 if args.dry_run else args.steps     # step 2 is the first to hold all that training holds
     out = None if args.dry_run or team.rank else Path(args.out)
@@ -281,8 +284,10 @@ class Sampler:
     proportion, with less noise than independent draws and at no cost [O]. For DataLoader: sampler[step,
     begin, end] -> a batch, or the text of a UserError, which crosses processes in one line."""
 
-    def __init__(self, clips, config, batch, draws=1, seed=0, balance=False, augment=True, drop_games=0.0):
-        self.clips = clips
+    def __init__(self, clips, config, batch, draws=1, seed=0, balance=False, augment=True, drop_games=0.0,
+                 tokens=None):
+        """tokens: of each clip, the file of keep_tokens() that stands for its frames."""
+        self.clips, self.tokens = clips, tokens
         self.config = config
         self.batch = batch
         self.draws = draws
@@ -331,17 +336,27 @@ class Sampler:
     def sample(self, number, k, j):
         """Everything of the sample with this global number, kept frame j of clip k."""
         rng, clip, c = stream(self.seed, number), self.clips[k], self.config
-        frames, keep = clip.pictures(j)
         actions, mask = clip.chunk(int(clip.rows[j]))
         noise = rng.standard_normal((self.draws, c.horizon, c.action_dim), np.float32)
         t = draw_times(rng, self.draws, c)
         told = rng.random() >= self.drop_games            # without its game now and then: guidance needs both
-        if self.augment:
-            colour, warp = augmentation(rng, c.image)
-            for frame in frames:
-                frame[:] = augment(frame, colour, warp)
+        if self.tokens:
+            variants, keep = open_tokens(self.tokens[k]), np.ones(1, bool)
+            frames = np.float32(variants[rng.integers(len(variants)), [j]])                    # (1, N, V)
+        else:
+            frames, keep = clip.pictures(j)
+            if self.augment:
+                frames = augmented(frames, rng)
         return {"frames": frames, "actions": actions, "mask": mask, "games": told * clip.game_id,
                 "keep": keep, "noise": noise, "t": t}
+
+
+def augmented(frames, rng):
+    """uint8 (F, h, w, 3), all augmented alike, in place."""
+    colour, warp = augmentation(rng, frames.shape[1])
+    for frame in frames:
+        frame[:] = augment(frame, colour, warp)
+    return frames
 
 
 def augmentation(rng, side):
@@ -368,6 +383,53 @@ def augment(frame, colour, warp):
     frame = cv2.warpAffine(frame, warp, frame.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                            borderMode=cv2.BORDER_REPLICATE)
     return cv2.transform(frame, colour)
+
+
+VARIANTS = 4                     # of a frame's augmentation that are kept as tokens; the first has none [O]
+
+
+@torch.no_grad()
+def keep_tokens(model, clips, variants, args, team):
+    """Where vision is frozen, a frame's tokens are always the same: encode every kept frame once, in so many
+    augmentations -> a file for each clip, float16 (variants, kept frames, N, V), beside it in .tokens under a
+    name that tells vision and frames; None where vision trains or sees more than a frame."""
+    c, trains = model.config, any(p.requires_grad for p in model.vision.parameters())
+    if trains or c.frames > 1 or args.dry_run:
+        return None
+    paths, weights = [], extract.fingerprint(*(p.cpu().numpy() for p in model.vision.parameters()))
+    for number, clip in enumerate(clips):
+        stored = (clip.folder / "frames.npy").stat()
+        key = extract.fingerprint(weights, clip.kept, variants, args.seed, args.dtype, stored.st_size,
+                                  stored.st_mtime_ns)
+        paths.append(clip.folder.parent / ".tokens" / f"{clip.folder.name}-{key}.npy")
+        if number % team.world == team.rank and not paths[-1].is_file():
+            paths[-1].parent.mkdir(exist_ok=True)
+            write = functools.partial(write_tokens, model, clip, variants, args, team)
+            extract.write_atomic(paths[-1], write)
+    team.sum(0.0)                                              # until all have written their share
+    return paths
+
+
+def write_tokens(model, clip, variants, args, team, path):
+    """The tokens of a clip's kept frames -> a .npy, a few frames at a time: a full disk is an error of it."""
+    m, c = len(clip.kept), model.config
+    with open(path, "wb") as f:
+        shape = variants, m, c.image_tokens, c.vision_width
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        for variant in range(variants):
+            for some in np.array_split(np.arange(m), math.ceil(m / 32)):
+                frames = [clip.pictures(j)[0] for j in some]
+                if variant:
+                    frames = [augmented(x, stream(args.seed, j, 1 + variant)) for j, x in zip(some, frames)]
+                with autocast(team.device, args):
+                    tokens = model.see(torch.from_numpy(np.stack(frames)).to(team.device))
+                f.write(tokens.half().cpu().numpy().tobytes())
+
+
+@functools.lru_cache(sample.OPEN_CLIPS)
+def open_tokens(path):
+    """A file of keep_tokens(), memory-mapped."""
+    return extract.read_npy(path, np.float16, (None,) * 4)
 
 
 def feed(sampler, first, last, args, team):

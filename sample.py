@@ -280,7 +280,7 @@ class Clip:
 
     def before(self, row):
         """The action before a frame, float32 (25,)."""
-        return open_arrays(str(self.folder), self.file)[1][max(row - 1, 0)]
+        return open_arrays(str(self.folder), self.file)[1][max(row - 1 + self.lag, 0)]
 
     def pictures(self, j):
         """Kept frame j and its context -> uint8 (F, 256, 256, 3), oldest first, and bool (F,): which of them
@@ -321,7 +321,7 @@ def load_clips(data, config, file="actions.npy", human_weight=1.0, say=print):
 def run_score(args):
     """Chunks of any checkpoint, one after another through labelled clips, against what was played."""
     policy = policy_of(args)
-    clips = load_clips(args.data, policy.config)
+    clips = clips_of_game(args, policy, args.data)
     starts = [start for game in per_game(clips).values() for start in one_after_another(game)[:args.limit]]
     chunks = M.actions_out(chunks_at(policy, starts, args.seed)).numpy()
     print_scores(scores(chunks, starts, mean_actions(clips)))
@@ -330,6 +330,14 @@ def run_score(args):
         print_lags(chunks, starts)
     if args.out:
         film_chunks(args.out, chunks, starts)
+
+
+def clips_of_game(args, policy, data, file="actions.npy"):
+    """load_clips(); their game is the one of --game, where that is given."""
+    clips, game_id = load_clips(data, policy.config, file), policy.game_id(args.game)
+    for clip in clips if args.game else ():
+        clip.game_id = game_id
+    return clips
 
 
 def per_game(clips):
@@ -443,7 +451,7 @@ def run_label(args):
     folders = [folder for data in args.data for folder in extract.clips_in(data)]
     bare = [folder for folder in folders if not (folder / "actions.npy").is_file()]
     print(f"{len(bare)} of {len(folders)} clips have no actions yet")
-    for clip in load_clips(bare, policy.config, "") if bare else ():
+    for clip in clips_of_game(args, policy, bare, "") if bare else ():
         with extract.lock(clip.folder / ".lock"):
             actions, confidence = label(policy, clip, args.draws, args.seed)
             keep = extract.dense(actions, confidence)
@@ -796,7 +804,7 @@ def main(argv=None):
         p.add_argument("--cfg", type=number(float), default=0.0, metavar="S",
                        help="guidance: cond + S (cond - uncond), uncond = 1 frame, no game (default 0: off)")
         p.add_argument("--game", metavar="ID|NAME",
-                       help="the game to play, where the checkpoint knows games (default: none)")
+                       help="the game, where the checkpoint knows games (default: none; of clips their own)")
         p.add_argument("--seed", type=number(int, 0), default=0, help="of the noise (default 0)")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",

@@ -2837,6 +2837,14 @@ def test_score_tells_of_each_game_beside_the_blind_and_films_it(squares, toy, tm
     assert (rgb[1::3, 1::3] == extract.Frames(clip.folder)[0]).all()
 
 
+def test_the_shipped_clip_gives_the_figures_of_the_readme(capsys):
+    """Of the shipped policy; the clip is less than a megabyte."""
+    weights = HERE / "weights"
+    assert sum(path.stat().st_size for path in (weights / "crypt").iterdir()) < 1e6
+    assert run(sample.main, "score", weights / "crypt", "--ckpt", weights / "policy-nano.safetensors") == 0
+    assert re.search(r"crypt +74 +0\.65 +0\.77 +0\.50 +-0\.34 +0\.00 +0\.00 +0\.15 +0\.53", capsys.readouterr().out)
+
+
 def test_a_films_page_has_the_frame_and_a_pad_for_each_action():
     [skin], tilted = extract.our_skins()[:1], extract.neutral()
     tilted[21] = 1

@@ -323,7 +323,7 @@ def run_score(args):
     policy = policy_of(args)
     clips = clips_of_game(args, policy, args.data)
     starts = [start for game in per_game(clips).values() for start in one_after_another(game)[:args.limit]]
-    chunks = M.actions_out(chunks_at(policy, starts, args.seed)).numpy()
+    chunks = M.actions_out(chunks_at(policy, starts, args.seed)[0]).numpy()
     print_scores(scores(chunks, starts, mean_actions(clips)))
     print("A policy that reacts can play well and yet score below those that do not look: play is the judge.")
     if args.lag:
@@ -360,16 +360,18 @@ def one_after_another(clips, step=1.0):
     return starts
 
 
-def chunks_at(policy, starts, seed=0, batch=32):
-    """The sampler's chunks, float32 (n, T, A), at [(clip, kept frame)] * n."""
+def chunks_at(policy, starts, seed=0, draws=1, batch=32):
+    """The sampler's chunks, float32 (draws, n, T, A), at [(clip, kept frame)] * n; each frame is seen
+    once."""
     c, g, parts = policy.config, torch.Generator().manual_seed(seed), []
     for i in tqdm(range(0, len(starts), batch), mininterval=1, leave=False):
         some = starts[i:i + batch]
         frames, keep = map(np.stack, zip(*(clip.pictures(j) for clip, j in some)))
         games = torch.tensor([clip.game_id for clip, _ in some])
-        noise = torch.randn(len(some), c.horizon, c.action_dim, generator=g)
-        parts.append(policy.chunk(policy.see(frames), torch.from_numpy(keep), games, noise))
-    return torch.cat(parts)
+        seen, noise = policy.see(frames), torch.randn(draws, len(some), c.horizon, c.action_dim, generator=g)
+        chunks = [policy.chunk(seen, torch.from_numpy(keep), games, of_draw) for of_draw in noise]
+        parts.append(torch.stack(chunks))
+    return torch.cat(parts, 1)
 
 
 def scores(chunks, starts, means):
@@ -468,18 +470,18 @@ def label(policy, clip, draws, seed=0):
     `draws` samples of each of the two chunks that hold it. Confidence is 1 - 4 times their variance, of the
     value that varies most: 1 where all agree, 0 where half of them press a button or no chunk holds the
     row."""
-    starts = one_after_another([clip], 0.5) * draws
-    raw = chunks_at(policy, starts, seed).clamp(0, 1).numpy()
+    starts = one_after_another([clip], 0.5)
+    raw = chunks_at(policy, starts, seed, draws).clamp(0, 1).numpy()
     raw[..., :-4] = raw[..., :-4] > 0.5                                  # each sample's vote
     total, square = np.zeros((2, clip.n, extract.A))
     votes = np.zeros((clip.n, 1))
-    for (_, j), chunk in zip(starts, raw):
+    for (_, j), chunk in zip(starts, raw.swapaxes(0, 1)):                                  # (draws, T, 25)
         edges = clip.edges(clip.rows[j])
         rows = np.arange(edges[0], min(edges[-1], clip.end(clip.rows[j])))
-        said = chunk[np.searchsorted(edges, rows, "right") - 1]                                # (rows, 25)
-        total[rows] += said
-        square[rows] += said ** 2
-        votes[rows] += 1
+        said = chunk[:, np.searchsorted(edges, rows, "right") - 1]                      # (draws, rows, 25)
+        total[rows] += said.sum(0)
+        square[rows] += (said ** 2).sum(0)
+        votes[rows] += draws
     mean = total / np.maximum(votes, 1)
     confidence = (1 - 4 * (square / np.maximum(votes, 1) - mean ** 2).max(1)) * (votes[:, 0] > 0)
     mean[votes[:, 0] == 0] = 0, *[0] * 20, *[0.5] * 4

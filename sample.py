@@ -751,7 +751,8 @@ def page_size(w, h, skin, n):
 
 
 def beside(rgb, skin, *actions):
-    """A frame with a pad for each action right of it, uint8 of page_size()."""
+    """A frame with a pad for each action right of it, yellow dots on its sticks' caps, uint8 of
+    page_size()."""
     h, w = (n - n % 2 for n in rgb.shape[:2])
     wide, _ = page_size(w, h, skin, len(actions))
     page, room = np.full((h, wide, 3), 24, np.uint8), h // len(actions)
@@ -761,6 +762,10 @@ def beside(rgb, skin, *actions):
         pad = cv2.resize(draw(skin, action), (wide - w, high), interpolation=cv2.INTER_AREA)
         top = i * room + (room - high) // 2
         page[top:top + high, w:] = extract.over(24, pad)
+        for side, stick in skin.sticks.items():
+            at = np.add(stick["center"], np.multiply(stick["travel"], action[extract.STICKS[side]]))
+            x, y = (at * high / skin.size[1]).astype(int)
+            cv2.circle(page, (w + int(x), top + int(y)), 2 + high // 30, (255, 210, 0), -1)
     return page
 
 

@@ -227,7 +227,8 @@ def suite(args):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
-        longest = int(policy.config.horizon * game.fps / policy.config.hz) - policy.config.action_shift
+        past = max(policy.config.action_shift, 0 if args.no_overlap else args.delay)
+        longest = int(policy.config.horizon * game.fps / policy.config.hz) - past
         if args.actions_per_chunk > longest:
             raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: expected at most {longest}, "
                             "a chunk of this checkpoint: give a smaller number")
@@ -238,7 +239,8 @@ def suite(args):
     if policy:
         if args.video:
             films = {task: folder(args.out) / f"{task.replace('/', '-')}.mp4" for task in tasks}
-        ended = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.envs, films)
+        ended = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.envs, films,
+                           args.delay, not args.no_overlap)
         for task in tasks:
             table[task]["model"] = ended[task]
     if args.mashing:
@@ -251,7 +253,8 @@ def suite(args):
         for who, row in rows[tasks[0]].items():
             print(f"{who}: return {row['score']:.2f} +- {row['deviation']:.2f}")
     if args.out:
-        meta = {name: getattr(args, name) for name in ("ckpt", "n", "seed", "actions_per_chunk")}
+        names = "ckpt", "n", "seed", "actions_per_chunk", "delay", "no_overlap"
+        meta = {name: getattr(args, name) for name in names}
         meta |= {"machine": machine(), "seconds": round(time.monotonic() - began)}
         extract.write_json(folder(args.out) / "suite.json", meta | {"rows": rows})
         chart(Path(args.out) / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
@@ -279,13 +282,17 @@ def rollouts(task, who, n, seed):
     return np.array(ended, float)
 
 
-def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None):
+def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, delay=0, overlap=True):
     """n rollouts of each task, `envs` games at a time, one batch of chunks for all of them.
 
-    films: {task: file}, where the first rollout of a task is filmed. All tasks have one rate.
+    films: {task: file}, where the first rollout of a task is filmed. All tasks have one rate. delay: a chunk
+    comes so many steps after its frame. Meanwhile the one before it is played on and its own first steps
+    pass; without `overlap` the last action is held, then it is played from its start.
     Returns {task: float (n, 2): won, score}.
     """
     config, fps = policy.config, PLAYABLE[tasks[0]].game.fps
+    lead, wait = max(config.action_shift, delay * overlap), 0 if overlap else delay
+    past = lead - config.action_shift
     jobs = deque((task, i) for i in range(n) for task in tasks)
     ended = {task: [] for task in tasks}
     session = sample.Session(policy, seed=seed, envs=min(envs, len(jobs)))
@@ -299,14 +306,16 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None):
                     game, video = PLAYABLE[task].game(task, PLAYED + seed + i), None
                     if films and i == 0:
                         video = last.enter_context(extract.VideoWriter(films[task], fps, FILM))
-                    coming = deque([neutral()] * config.action_shift)
-                    slots[s] = types.SimpleNamespace(game=game, task=task, video=video, coming=coming)
+                    slots[s] = types.SimpleNamespace(game=game, task=task, video=video, last=neutral(),
+                                                     coming=deque([neutral()] * lead))
                     session.reset(s, seed + i - s)     # environment s adds s: the same noise in any place
             chunks = at_rate(session.predict(np.stack([slot.game.render() for slot in slots])), config, fps)
             for slot, chunk in zip(slots, chunks):
                 if not slot.game.over:
-                    slot.coming.extend(chunk[:per_chunk])                  # after what was planned before
-                    play_chunk(slot, per_chunk)
+                    chunk = chunk[past:past + per_chunk]
+                    slot.coming.extend([*[slot.last] * wait, *chunk])      # after what was planned before
+                    slot.last = chunk[-1]
+                    play_chunk(slot, wait + per_chunk)
                     if slot.game.over:
                         ended[slot.task].append((slot.game.won, slot.game.score))
                         progress.update()
@@ -2777,6 +2786,9 @@ FLAGS = {
     "-n": dict(type=MANY, help="rollouts of each task (default %(default)s)"),
     "--actions-per-chunk": dict(type=MANY, default=8, metavar="K",
                                 help="steps to play before looking again (default 8)"),
+    "--delay": dict(type=SEED, default=0, metavar="D",
+                    help="steps by which each chunk comes late, as on a slow machine (default 0)"),
+    "--no-overlap": dict(action="store_true", help="through --delay hold the last action, play no chunk on"),
     "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
     "--envs": dict(type=MANY, default=64, help="games side by side (default 64; of --env 8 do)"),
     "--preset": dict(choices=M.PRESETS, help="size of a fresh model (default %(default)s)"),
@@ -2809,8 +2821,8 @@ def main(argv=None):
     command(record, "scripted play -> clip folders, or videos with an overlay",
             "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers", minutes=5)
     command(suite, "completion of tasks, beside random and scripted players",
-            "--ckpt --tasks --env --table -n --actions-per-chunk --mashing --out --video --euler --envs "
-            "--device --seed --workers", n=50)
+            "--ckpt --tasks --env --table -n --actions-per-chunk --delay --no-overlap --mashing --out "
+            "--video --euler --envs --device --seed --workers", n=50)
     command(demo, "the whole chain on embedded games",
             "--out --tasks --minutes --videos --steps --batch --lr -n --seed", minutes=2, steps=1200, n=100)
     p = command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",

@@ -2,6 +2,7 @@
 
     python extract.py VIDEO|DIR... --out DATA [--templates DIR] [--every K] [--matcher sift] [--sheet PNG]
     python extract.py VIDEO|DIR... --out DATA --labels DIR   NVIDIA's released labels instead of localisation
+    python extract.py VIDEO|DIR... --out DATA --plain        frames alone, where there is no overlay
     python extract.py templates --out DIR                    our ~300 templates as PNG + JSON, to look at
 
 In: videos (anything OpenCV's FFmpeg reads). Out: one folder per video under DATA (NAME_place2, NAME_place3
@@ -118,18 +119,19 @@ def extract_one(video, name, old, matcher, args, settings):
         if not clip:                               # there is one after a kill between the folder and its line
             for folder in folders:
                 check_replaceable(folder)
-            places, most = localise_all(*sample_frames(video), matcher)
+            places, most = localise_all(*sample_frames(video), matcher) if matcher else ([None], 0)
             line["inliers"] = most
             line["reason"] = "" if places else (f"best of {len(matcher.skins)} templates has {most} inliers, "
                                                 f"{MIN_INLIERS} and agreeing edges are needed")
             for unused in folders[len(places):]:
                 discard(unused)
             for folder, find in reversed(list(zip(folders, places))):    # the first last: it says all is done
-                clip = cut_clip(video, folder, matcher, find, len(places), args.every, key)
+                clip = cut_clip(video, folder, matcher, find, len(places), args, key)
     if clip:
-        line |= {"status": "found", **{k: clip[k] for k in ("template", "box", "inliers", "edges", "places")}}
+        keys = "template", "box", "inliers", "edges", "places"
+        line |= {"status": "found" if matcher else "plain", **{k: clip[k] for k in keys if k in clip}}
         truth = video.with_suffix(".truth.npy")
-        if os.path.isfile(truth) and not (folders[0] / "truth.npy").exists():
+        if matcher and os.path.isfile(truth) and not (folders[0] / "truth.npy").exists():
             line["reason"] = f"{truth.name} left out: expected float32 ({clip['n']}, {A})"
     return line
 
@@ -673,17 +675,25 @@ def overlap(a, b):
 
 
 # ---- cutting the clip
-def cut_clip(video, folder, matcher, find, places, every, key):
-    """Write the clip folder of a found overlay, the first of so many places -> clip.json's dict."""
-    info, skin = video_info(video), find.skin
+def cut_clip(video, folder, matcher, find, places, args, key):
+    """Write the clip folder of a found overlay, the first of so many places -> clip.json's dict. find None:
+    the frames alone, for sample.py label."""
+    info, every = video_info(video), args.every
+    clip = {"video": video.name, "game": args.game or video.parent.name, "fps": info["fps"],
+            "size": info["size"], "every": every, "lag": 0, "places": places, "run": key}
+    if find is None:
+        with new_folder(folder) as tmp:
+            clip |= {"plain": True, "n": Cutter(info["size"], every, [0] * 4).run(video, tmp, info)}
+            write_json(tmp / "clip.json", clip)
+        return clip
+    skin = find.skin
     affine, (x0, y0, x1, y1) = corners_convention(find.affine), visible_box(skin)
     (ax, ay), (bx, by) = affine @ (x0, y0, 1), affine @ (x1, y1, 1)
     cutter = Cutter(info["size"], every, [ax - 1, ay - 1, bx + 1, by + 1], skin, find.affine)
-    clip = {"video": video.name, "game": video.stem, "fps": info["fps"], "size": info["size"],
-            "box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name, "controller": skin.family,
-            "affine": rounded(affine, 6), "inliers": find.inliers, "every": every,
-            "matcher": matcher.kind if find.by == "template" else find.by, "lag": 0, "edges": round(find.edges, 3), "places": places,
-            "hole": cutter.hole, "pad": cutter.pad, "run": key}
+    clip |= {"box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name, "controller": skin.family,
+             "affine": rounded(affine, 6), "inliers": find.inliers, "edges": round(find.edges, 3),
+             "matcher": matcher.kind if find.by == "template" else find.by, "hole": cutter.hole,
+             "pad": cutter.pad}
     clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
         clip["n"] = cutter.run(video, tmp, info)
@@ -1169,7 +1179,7 @@ def whole_clip(folder, key):
         if (folder / "pads.npy").exists():
             pads = Frames(folder, "pads")
             rows += [pads.n, len(pads)]
-        else:                                      # of released labels, or dropped when it was read
+        elif not clip.get("plain"):                # of released labels, or dropped when it was read
             n = rows[0]
             read_npy(folder / "actions.npy", np.float32, (n, A))
             read_npy(folder / "confidence.npy", np.float32, (n,))
@@ -2589,11 +2599,15 @@ def work_for(args):
     """The function that does one job of these args."""
     if args.labels:
         return lambda video, folder, meta: label_one(Path(video), Path(folder), meta, args)
+    if args.plain:
+        settings = fingerprint("plain", args.every, args.game)
+        return lambda video, name, old: extract_one(Path(video), name, old, None, args, settings)
     skins = load_skins(args.templates) if args.templates else our_skins()
     net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
     locator = load_locator() if net else None
     matcher = Matcher(skins, net, Path(args.out) / f"templates-{rank_and_world()[0]}.npz", locator)
-    settings = fingerprint(matcher.key, [(s.name, s.family, s.buttons, s.sticks) for s in skins], args.every)
+    settings = fingerprint(matcher.key, [(s.name, s.family, s.buttons, s.sticks) for s in skins], args.every,
+                           args.game)
     return lambda video, name, old: extract_one(Path(video), name, old, matcher, args, settings)
 
 
@@ -2900,6 +2914,9 @@ def main(argv=None):
                         "(default weights/xfeat.safetensors)")
     parser.add_argument("--labels", help="NVIDIA's released labels, unpacked: cut their chunks from videos "
                         "instead of localising")
+    parser.add_argument("--game", help="the game's name (default: the name of the video's folder)")
+    parser.add_argument("--plain", action="store_true", help="clips of frames alone, of videos without an "
+                        "overlay: sample.py label adds actions")
     parser.add_argument("--limit", type=number(int, 1), help="take the first N videos only (default: all)")
     parser.add_argument("--sheet", help="also write a contact sheet PNG of all finds")
     parser.set_defaults(run=run_extract)

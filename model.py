@@ -88,7 +88,8 @@ class Config:
     horizon: int = 16                         # T [P: 16; R: 18]
     position_rows: int = 64                   # of the learned table of action positions [R: 1024]
     action_shift: int = 0                     # the chunk starts so many frames after the one seen [R: 3]
-    frame_spacing: int = 16                   # frames between two context frames
+    frame_spacing: int = 16                   # actions between two context frames
+    future: int = 0                           # how many of them come after the frame seen: inverse dynamics
     hz: float = 60.0                          # actions a second
     # flow matching
     steps: int = 16                           # k [P, R]
@@ -108,6 +109,10 @@ class Config:
         return self.context_tokens or self.needed
 
     @property
+    def offsets(self):                        # of the context frames from the one seen, in actions
+        return [(i + 1 + self.future - self.frames) * self.frame_spacing for i in range(self.frames)]
+
+    @property
     def needed(self):                         # tokens of all frames and the game
         return self.frames * self.image_tokens + bool(self.games)
 
@@ -122,16 +127,17 @@ class Config:
         room = self.context_tokens or MOST
         if self.needed > room:
             raise ModelError(f"configuration: {self.needed} tokens of frames and game in a context of {room}")
-        if self.horizon > self.position_rows:
-            raise ModelError(f"configuration: {self.horizon} actions, {self.position_rows} positions")
+        if self.horizon > self.position_rows or self.future >= self.frames:
+            raise ModelError(f"configuration: {self.horizon} actions, {self.position_rows} positions; "
+                             f"{self.frames} frames, {self.future} of them to come")
         if not all(type(name) is str for name in self.games) or not all(0.01 <= b <= 100 for b in self.beta):
             raise ModelError(f"games = {self.games}, beta = {self.beta}: expected names and numbers")
         return self
 
 
 MOST = 8192                                   # the largest number in a configuration; the least is 1; but:
-RANGES = {"layers": (0, 256), "context_tokens": (0, MOST), "action_shift": (0, MOST), "dropout": (0, 0.99),
-          "noise_s": (0, 1)}
+RANGES = {"layers": (0, 256), "context_tokens": (0, MOST), "action_shift": (0, MOST), "future": (0, MOST),
+          "dropout": (0, 0.99), "noise_s": (0, 1)}
 
 
 # toy and nano look at 32-pixel patches, through a stem: 64 image tokens, a quarter of the cost. small takes
@@ -178,9 +184,10 @@ class NitroGen(nn.Module):
         self.config, self.checkpointing = config, False
         # SigLIP2 of fixed resolution = SigLIP (2502.14786, 2303.15343): patches, learned positions, no class
         # token. Its pooling head is left out: the policy reads all image tokens, not their average [R].
+        patches = Stem if c.stem else functools.partial(nn.Conv2d, stride=c.patch)
         self.vision = nn.ModuleDict({
-            "patch_embedding": Stem(c.patch, V) if c.stem else nn.Conv2d(3, V, c.patch, c.patch),
-            "position_embedding": table(c.image_tokens, V),
+            "patch_embedding": patches(6 if c.future else 3, V, c.patch),
+            "position_embedding": table(c.image_tokens * (c.frames if c.future else 1), V),
             "blocks": nn.ModuleList(Block(V, c.vision_heads, c.vision_ffn, eps=1e-6)
                                     for _ in range(c.vision_layers)),
             "norm": nn.LayerNorm(V, eps=1e-6)})
@@ -207,16 +214,21 @@ class NitroGen(nn.Module):
         return self.velocity(a, t, context)
 
     def encode(self, frames, games=None, keep=None):
-        """Frames (B, F, 256, 256, 3) -> Context: all that a chunk needs of them, computed once."""
-        return self.mix(self.assemble(self.see(frames), games, keep))
+        """Frames (B, F, 256, 256, 3), or what see() made of them, -> Context: all that a chunk needs of them,
+        computed once."""
+        return self.mix(self.assemble(self.see(frames) if frames.ndim == 5 else frames, games, keep))
 
     def see(self, frames):
         """uint8 RGB (B, F, 256, 256, 3), or floats of the same range, -> image tokens (B, F, N, V)."""
-        x = (frames.flatten(0, 1).permute(0, 3, 1, 2) / 127.5).sub_(1)                # (B F, 3, 256, 256)
-        x = self.vision.patch_embedding(x.to(self.proj_out_2.weight.dtype))
-        x = x.flatten(2).transpose(1, 2) + self.vision.position_embedding.weight      # (B F, N, V)
+        x = (frames.permute(0, 1, 4, 2, 3) / 127.5).sub_(1)                           # (B, F, 3, 256, 256)
+        if self.config.future:                     # what moved since the frame before, and which frame it is
+            x = torch.cat([x, x.diff(dim=1, prepend=x[:, :1])], dim=2)                # (B, F, 6, 256, 256)
+        x = self.vision.patch_embedding(x.flatten(0, 1).to(self.proj_out_2.weight.dtype))
+        x = x.flatten(2).transpose(1, 2).unflatten(0, frames.shape[:2])               # (B, F, N, V)
+        places = self.vision.position_embedding.weight.unflatten(0, (-1, x.shape[2]))  # (1 or F, N, V)
+        x = (x + places[-x.shape[1]:]).flatten(0, 1)
         for block in self.vision.blocks:
-            x = self.run(block, x)
+            x = self.run(block, x)                                                    # (B F, N, V)
         return self.vision.norm(x).unflatten(0, frames.shape[:2])                     # (B, F, N, V)
 
     def assemble(self, seen, games=None, keep=None):
@@ -326,10 +338,10 @@ class Stem(nn.Sequential):
     """A patch embedding of small strided convolutions, 4 x 4 then 3 x 3 at half the size each (2106.14881). A
     linear map of a 32 x 32 patch sees an object anew at each place in it: in a test on three games, as many
     frames taught this stem sticks of R2 0.85 and that map none [O]."""
-    def __init__(self, patch, width):
+    def __init__(self, colours, width, patch):
         halvings = patch.bit_length() - 3                              # after the first layer's 4
         widths = [*(min(16 << n, width) for n in range(halvings)), width]
-        layers = [nn.Conv2d(3, widths[0], 4, 4)]
+        layers = [nn.Conv2d(colours, widths[0], 4, 4)]
         for a, b in zip(widths, widths[1:]):
             layers += [nn.GELU(), nn.Conv2d(a, b, 3, 2, 1)]
         super().__init__(*layers)

@@ -1,16 +1,21 @@
-"""Sample actions: the Euler sampler, sessions over it, pictures of what it predicts, a server.
-Paper §3.4, arXiv 2601.02427.
+"""Sample actions: the Euler sampler, sessions over it, scores against labelled clips, labels for clips that
+have none, pictures of what is predicted, a server. Paper §3.4, arXiv 2601.02427.
 
     python sample.py image A.png [B.png ...] --ckpt F --out chunk.npy  frames, oldest first -> float32 (T, 25)
     python sample.py video IN.mp4 --ckpt F --out OUT.mp4               the predicted pad beside each frame
+    python sample.py score DATA --ckpt F [--video OUT.mp4]             R2 and F1 of chunks on labelled clips
+    python sample.py label DATA --ckpt IDM                             actions for clips that have none
     python sample.py serve --ckpt F [--host 127.0.0.1 --port 5555]     the policy for play.py --server
 
 F is a .safetensors or a run folder. A Policy is loaded once and shared; a Session holds what one player has
 seen; both are what play.py and bench.py use. Letters as in model.py: B batch, F context frames, N image
 tokens, T actions of a chunk, A action dims, V vision width, k steps. What `--raw` writes is the sampler's own
-tensor, float32 (T, A): sticks (v + 1) / 2, nothing thresholded or clamped.
+tensor, float32 (T, A): sticks (v + 1) / 2, nothing thresholded or clamped. `label` adds actions.npy,
+confidence.npy, keep.npy to a clip's folder (extract.py) and "labels": "inverse" to its clip.json; IDM is of
+train.py --inverse: it sees what comes after a chunk too, and so can't play.
 """
 import contextlib
+import functools
 import math
 import multiprocessing.connection as mpc
 import signal
@@ -37,6 +42,9 @@ class Session:
     """What one player, or B environments side by side, have seen. The same seed, frames and batch size give
     the same actions."""
     def __init__(self, policy, game=None, seed=0, envs=1):
+        if policy.config.future:
+            raise UserError(f"{policy.name}: expected a policy, found an inverse model, which needs the "
+                            "frames to come: label clips with it (sample.py label) and train on them")
         self.policy, self.envs, self.seed, self.game = policy, envs, seed, game
         self.reset()
 
@@ -68,8 +76,8 @@ class Session:
         if batch.ndim != 4 or batch.shape[3] != 3 or batch.dtype != np.uint8 or len(batch) != self.envs:
             found = f"{rgb.dtype} {rgb.shape}"
             raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), found {found}")
-        for seen, tokens in zip(self.seen, self.policy.see(np.stack([shrink(f) for f in batch]))):
-            seen.append(tokens)                                                            # (N, V)
+        for seen, tokens in zip(self.seen, self.policy.see(np.stack([[shrink(f)] for f in batch]))):
+            seen.append(tokens[0])                                                         # (N, V)
         n = max(map(len, self.seen))
         blank = torch.zeros_like(self.seen[0][-1])
         seen = torch.stack([torch.stack([blank] * (n - len(s)) + list(s)) for s in self.seen])  # (B, n, N, V)
@@ -111,12 +119,12 @@ class Policy:
 
     @torch.inference_mode()
     def see(self, frames):
-        """uint8 (B, 256, 256, 3) -> image tokens (B, N, V). If every training frame had the overlay blacked
-        out, black out the same place here."""
+        """uint8 (B, F, 256, 256, 3) -> image tokens (B, F, N, V). If every training frame had the overlay
+        blacked out, black out the same place here."""
         frames, (rows, columns) = np.array(frames), self.hole
-        frames[:, rows, columns] = 0
+        frames[:, :, rows, columns] = 0
         with self.lock:
-            return self.model.see(torch.from_numpy(frames)[:, None].to(self.device))[:, 0]
+            return self.model.see(torch.from_numpy(frames).to(self.device))
 
     @torch.inference_mode()
     def chunk(self, seen, keep, games, noise):
@@ -181,6 +189,303 @@ def buckets(k, n):
     """The k times 0, 1/k, ... as bucket numbers, truncated as the release does: k = 16 of 1000 -> 0, 62, 125,
     ..."""
     return torch.tensor([int(i / k * n) for i in range(k)])
+
+
+# -------------------------------------------------------------------------------------------------- the clips
+OPEN_CLIPS = 100                     # clips held open at a time, two files each: under every system's limit
+
+
+@functools.lru_cache(OPEN_CLIPS)
+def open_arrays(folder, file):
+    """A clip's extract.Frames and the actions of `file`, float32 (n, 25), both memory-mapped; zeros for
+    ""."""
+    frames, path = extract.Frames(folder), Path(folder) / file
+    if not file:
+        return frames, np.broadcast_to(extract.neutral(), (frames.n, extract.A))
+    if not path.is_file():
+        raise UserError(f"{path}: expected actions, found none: add them (parse.py run, sample.py "
+                        "label) or give a folder of labelled clips alone")
+    return frames, extract.read_npy(path, np.float32, (None, None))
+
+
+class Clip:
+    """One clip folder, checked: which frames may start a chunk, and chunks at the model's rate from any
+    rate."""
+
+    def __init__(self, folder, config, file="actions.npy", human_weight=1.0, share=(0, 1)):
+        """file: where its actions are, "" = it has none. share: of its rows, the part from .. to alone
+        counts."""
+        self.folder, self.file, self.config = Path(folder), file, config
+        self.made_of = folder, config, file, human_weight
+        meta = extract.read_clip(folder)
+        frames, actions = open_arrays(str(folder), file)
+        self.n = len(actions)
+        self.fps = meta["fps"]
+        self.game = str(meta.get("game") or "unknown")
+        self.game_id = config.games.index(self.game) + 1 if self.game in config.games else 0
+        self.hole = meta.get("hole")
+        with extract.reading(self.folder / "clip.json", 'a whole number of rows as "lag"'):
+            self.lag = int(meta.get("lag") or 0)
+        extract.check_actions(self.folder / file, actions, frames.n)
+        self.ratio = self.fps / config.hz                                    # rows of the clip for one action
+        begin, end = (round(self.n * part) for part in share)
+        cuts = np.flatnonzero(self.flags("cuts.npy", False))
+        self.cuts = np.unique([*cuts, begin, end, self.n])
+        rows = frames.numbers
+        counts = self.counts(self.edges(rows), self.end(rows)[:, None])                  # (m, T): the masks
+        good = self.flags(file and "keep.npy", True)[rows] & counts[:, 0] & (begin <= rows) & (rows < end)
+        good &= rows + config.offsets[-1] * self.ratio + 1e-6 < self.end(rows)         # all to come is there
+        self.kept = np.flatnonzero(good).astype(np.int32)                     # frames that may start a chunk,
+        self.rows = rows[self.kept]                                            # their rows, int64,
+        self.lengths = counts.sum(1, dtype=np.int32)[self.kept]            # and how many of its actions count
+        human = self.flags("human.npy", False)[self.rows]
+        self.cumulative = np.cumsum(np.where(human, human_weight, 1.0))        # of the frames' weights
+        self.weight = float(self.cumulative[-1:].sum())
+        self.size, self.sum = end - begin, actions[begin:end].sum(0, dtype=np.float64)
+
+    def flags(self, name, default):
+        """A bool (n,) file of the clip; the default everywhere where there is none."""
+        path = self.folder / name
+        return extract.read_npy(path, bool, (self.n,)) if path.is_file() else np.full(self.n, default)
+
+    def end(self, row):
+        """Rows (...) of frames -> the row of the next cut after each, or the clip's end."""
+        return self.cuts[np.searchsorted(self.cuts, row, "right")]
+
+    def edges(self, row):
+        """Rows (...) of frames -> (..., T + 1): the row at which each action begins, and where the last one
+        ends."""
+        steps = self.config.action_shift + np.arange(self.config.horizon + 1)
+        return self.lag + np.floor(np.asarray(row)[..., None] + steps * self.ratio + 1e-6).astype(np.int64)
+
+    def counts(self, edges, end):
+        """Which actions lie within the clip and before `end`, bool (..., T)."""
+        return (0 <= edges[..., :-1]) & (edges[..., :-1] < end)
+
+    def chunk(self, row, lag=0):
+        """Row of a frame -> actions float32 (T, 25), mask bool (T,) (False: past a cut or the clip's end).
+
+        A faster clip: a button counts as pressed when it was at any of the action's rows. A slower one: a row
+        is held. Sticks: the first row. lag: of the labels behind the frames, in rows, beside the clip's own.
+        """
+        actions = open_arrays(str(self.folder), self.file)[1]
+        end = int(self.end(row))
+        places = self.edges(row) + lag
+        edges = places.clip(0, end)
+        begin = np.minimum(edges[:-1], end - 1)
+        rows = actions[begin[0]:max(edges[-1], begin[-1] + 1)]
+        out = rows[begin - begin[0]]
+        out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
+        return out, self.counts(places, end)
+
+    def before(self, row):
+        """The action before a frame, float32 (25,)."""
+        return open_arrays(str(self.folder), self.file)[1][max(row - 1 + self.lag, 0)]
+
+    def pictures(self, j):
+        """Kept frame j and its context -> uint8 (F, 256, 256, 3), oldest first, and bool (F,): which of them
+        the clip has, with no cut between."""
+        frames, c, row = open_arrays(str(self.folder), self.file)[0], self.config, self.rows[j]
+        out, keep = np.zeros((c.frames, c.image, c.image, 3), np.uint8), np.zeros(c.frames, bool)
+        then = row + np.multiply(c.offsets, self.ratio) + 1e-6
+        for k, i in enumerate(np.searchsorted(frames.numbers, then, "right") - 1):
+            if i >= 0 and self.end(frames.numbers[i]) == self.end(row):
+                keep[k] = True
+                picture = frames.read(int(i), out[k])
+                if picture.shape != out.shape[1:]:
+                    raise UserError(f"{self.folder}: expected frames of {c.image} x {c.image}, found "
+                                    f"{picture.shape[1]} x {picture.shape[0]}: cut the clip again")
+        return out, keep
+
+
+def load_clips(data, config, file="actions.npy", human_weight=1.0, say=print):
+    """Every clip of the folders `data` that has a chunk to learn from; one line names those left out,
+    UserError when none is left."""
+    clips, short = [], []
+    for folder in data:
+        for path in extract.clips_in(folder):
+            clip = Clip(path, config, file, human_weight)
+            (clips if len(clip.kept) else short).append(clip)
+    for clip in clips:
+        clip.pictures(0)                                       # a broken first picture is told now
+    if short:
+        why = (f"{short[0].folder}: {short[0].n} rows, none of its frames may start a chunk "
+               "(too short, or all filtered out by keep.npy)")
+        if not clips:
+            raise UserError(f"{why}: expected clips to use, found {len(short)} like it: give longer")
+        say(f"left out {len(short)} clip(s) | {why}")
+    return clips
+
+
+# ------------------------------------------------------------------------------------------------- the scores
+def run_score(args):
+    """Chunks of any checkpoint, one after another through labelled clips, against what was played."""
+    policy = policy_of(args)
+    clips = clips_of_game(args, policy, args.data)
+    starts = [start for game in per_game(clips).values() for start in one_after_another(game)[:args.limit]]
+    chunks = M.actions_out(chunks_at(policy, starts, args.seed)[0]).numpy()
+    print_scores(scores(chunks, starts, mean_actions(clips)))
+    print("A policy that reacts can play well and yet score below those that do not look: play is the judge.")
+    if args.lag:
+        print_lags(chunks, starts)
+    if args.out:
+        film_chunks(args.out, chunks, starts)
+
+
+def clips_of_game(args, policy, data, file="actions.npy"):
+    """load_clips(); their game is the one of --game, where that is given."""
+    clips, game_id = load_clips(data, policy.config, file), policy.game_id(args.game)
+    for clip in clips if args.game else ():
+        clip.game_id = game_id
+    return clips
+
+
+def per_game(clips):
+    """{game: its clips}."""
+    return {game: [c for c in clips if c.game == game] for game in sorted({c.game for c in clips})}
+
+
+def mean_actions(clips):
+    """{game: the mean action of its clips, float64 (25,)}."""
+    mean = lambda mine: sum(c.sum for c in mine) / sum(c.size for c in mine)
+    return {game: mean(mine) for game, mine in per_game(clips).items()}
+
+
+def one_after_another(clips, step=1.0):
+    """[(clip, kept frame)]: the first in each `step` horizons of each clip."""
+    starts = []
+    for clip in clips:
+        windows = clip.rows // max(step * clip.config.horizon * clip.ratio, 1)
+        starts += [(clip, j) for j in np.unique(windows, return_index=True)[1]]
+    return starts
+
+
+def chunks_at(policy, starts, seed=0, draws=1, batch=32):
+    """The sampler's chunks, float32 (draws, n, T, A), at [(clip, kept frame)] * n; each frame is seen
+    once."""
+    c, g, parts = policy.config, torch.Generator().manual_seed(seed), []
+    for i in tqdm(range(0, len(starts), batch), mininterval=1, leave=False):
+        some = starts[i:i + batch]
+        frames, keep = map(np.stack, zip(*(clip.pictures(j) for clip, j in some)))
+        games = torch.tensor([clip.game_id for clip, _ in some])
+        seen, noise = policy.see(frames), torch.randn(draws, len(some), c.horizon, c.action_dim, generator=g)
+        chunks = [policy.chunk(seen, torch.from_numpy(keep), games, of_draw) for of_draw in noise]
+        parts.append(torch.stack(chunks))
+    return torch.cat(parts, 1)
+
+
+def scores(chunks, starts, means):
+    """Chunks (n, T, 25) in file convention, predicted at [(clip, kept frame)] * n -> {"policies": {policy:
+    [R2, F1, onset F1]}, the means over games, "games": {game: {policy: the same}}, "n": {game: chunks}}.
+
+    Beside the model stand three policies that do not look: rest, repeat (the last action before the frame,
+    which the model is not told) and mean (means: {game: an action}).
+    """
+    truth, mask = map(np.stack, zip(*(clip.chunk(clip.rows[j]) for clip, j in starts)))
+    last = np.stack([clip.before(clip.rows[j]) for clip, j in starts])[:, None]
+    played, games, rest = np.array([clip.game for clip, _ in starts]), {}, extract.neutral()
+    usual = np.stack([means.get(game, rest) for game in played])[:, None]
+    policies = {"model": chunks, "rest": rest, "repeat": last, "mean": usual}
+    policies = {name: np.broadcast_to(p, truth.shape) for name, p in policies.items()}
+    for game in sorted(set(played)):
+        here = played == game
+        games[game] = {name: score_chunks(p[here], truth[here], mask[here]) for name, p in policies.items()}
+    overall = {}
+    for name in policies:
+        columns = np.array([g[name] for g in games.values()]).T
+        overall[name] = [math.nan if np.isnan(x).all() else float(np.nanmean(x)) for x in columns]
+    return {"policies": overall, "games": games, "n": {game: int((played == game).sum()) for game in games}}
+
+
+def score_chunks(chunks, truth, mask):
+    """Chunks (n, T, 25) against the truth, in file convention, where mask (n, T) -> (stick R2 over all four
+    axes, button F1, F1 of onsets: presses and releases within NEAR actions); NaN: nothing to find."""
+    error, sticks = (chunks - truth)[mask][:, -4:], truth[mask][:, -4:]                      # (actions, 4)
+    spread = ((sticks - sticks.mean(0)) ** 2).sum()
+    r2 = float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan
+    pressed, true = (np.where(mask[..., None], x[..., :-4] > 0.5, False) for x in (chunks, truth))
+    hits = (pressed & true).sum()
+    changed, turned = onsets(pressed, mask), onsets(true, mask)
+    caught = min((changed & nearby(turned)).sum(), (turned & nearby(changed)).sum())
+    return r2, f1(hits, pressed, true), f1(caught, changed, turned)
+
+
+NEAR = 2                                   # actions from a press or release to one that is taken for it
+
+
+def f1(hits, found, true):
+    """2 hits / (found + true), the harmonic mean of precision and recall; NaN where nothing is true."""
+    return float(2 * hits / (found.sum() + true.sum())) if true.any() else math.nan
+
+
+def onsets(pressed, mask):
+    """Buttons bool (n, T, 21) -> presses and releases, bool (n, T - 1, 42), where both steps count."""
+    turn = np.diff(pressed.astype(np.int8), axis=1) * (mask[:, 1:] & mask[:, :-1])[..., None]
+    return np.concatenate([turn > 0, turn < 0], 2)
+
+
+def nearby(events):
+    """Where one of bool (n, T - 1, 42) lies within NEAR steps."""
+    padded = np.pad(events, ((0, 0), (NEAR, NEAR), (0, 0)))
+    return np.lib.stride_tricks.sliding_window_view(padded, 2 * NEAR + 1, axis=1).any(-1)
+
+
+def print_lags(chunks, starts):
+    """For each clip by how many rows, -8 to 8, its labels come later than the chunks say: where these miss
+    them least."""
+    for clip in dict.fromkeys(clip for clip, _ in starts):
+        mine = [i for i, (other, _) in enumerate(starts) if other is clip]
+        rows, miss = [clip.rows[starts[i][1]] for i in mine], {}
+        for lag in range(-8, 9):
+            truth, mask = map(np.stack, zip(*(clip.chunk(row, lag) for row in rows)))
+            miss[lag] = ((chunks[mine] - truth)[mask] ** 2).mean()
+        best = min(miss, key=miss.get)
+        print(f"{clip.folder.name} | lag {best:+} rows: error {miss[best]:.4f}, {miss[0]:.4f} as it is")
+
+
+# ------------------------------------------------------------------------------------------------- the labels
+def run_label(args):
+    """Actions for clips that have none, by an inverse model."""
+    policy = policy_of(args)
+    if not policy.config.future:
+        raise UserError(f"{args.ckpt}: expected an inverse model, which sees what comes after, found a "
+                        "policy: train one with train.py DATA --inverse")
+    folders = [folder for data in args.data for folder in extract.clips_in(data)]
+    bare = [folder for folder in folders if not (folder / "actions.npy").is_file()]
+    print(f"{len(bare)} of {len(folders)} clips have no actions yet")
+    for clip in clips_of_game(args, policy, bare, "") if bare else ():
+        with extract.lock(clip.folder / ".lock"):
+            actions, confidence = label(policy, clip, args.draws, args.seed)
+            keep = extract.dense(actions, confidence)
+            meta = extract.read_clip(clip.folder) | {"labels": "inverse"}
+            extract.write_json(clip.folder / "clip.json", meta)
+            for name, array in ("confidence", confidence), ("keep", keep), ("actions", actions):
+                extract.write_npy(clip.folder / f"{name}.npy", array)      # actions.npy last: all is done
+        print(f"{clip.folder.name} | {clip.n} rows | confidence {confidence.mean():.2f} | "
+              f"{keep.mean():.0%} kept")
+
+
+def label(policy, clip, draws, seed=0):
+    """A clip's actions float32 (n, 25), file convention, and confidence float32 (n,): of each row the mean of
+    `draws` samples of each of the two chunks that hold it. Confidence is 1 - 4 times their variance, of the
+    value that varies most: 1 where all agree, 0 where half of them press a button or no chunk holds the
+    row."""
+    starts = one_after_another([clip], 0.5)
+    raw = chunks_at(policy, starts, seed, draws).clamp(0, 1).numpy()
+    raw[..., :-4] = raw[..., :-4] > 0.5                                  # each sample's vote
+    total, square = np.zeros((2, clip.n, extract.A))
+    votes = np.zeros((clip.n, 1))
+    for (_, j), chunk in zip(starts, raw.swapaxes(0, 1)):                                  # (draws, T, 25)
+        edges = clip.edges(clip.rows[j])
+        rows = np.arange(edges[0], min(edges[-1], clip.end(clip.rows[j])))
+        said = chunk[:, np.searchsorted(edges, rows, "right") - 1]                      # (draws, rows, 25)
+        total[rows] += said.sum(0)
+        square[rows] += (said ** 2).sum(0)
+        votes[rows] += draws
+    mean = total / np.maximum(votes, 1)
+    confidence = (1 - 4 * (square / np.maximum(votes, 1) - mean ** 2).max(1)) * (votes[:, 0] > 0)
+    mean[votes[:, 0] == 0] = 0, *[0] * 20, *[0.5] * 4
+    return M.actions_out(torch.from_numpy(mean).float()).numpy(), confidence.clip(0, 1).astype(np.float32)
 
 
 # -------------------------------------------------------------------------------------------------- machinery
@@ -361,7 +666,7 @@ def borrow(connection):
 
 def policy_of(args):
     """The policy that the common flags ask for; prints the device and why."""
-    if hasattr(args, "out"):
+    if getattr(args, "out", None):
         extract.writable(args.out)
     policy = Policy(args.ckpt, args.device, args.dtype, args.euler, args.cfg, args.compile)
     print(f"device: {policy.device} ({policy.reason}), {policy.dtype}, {policy.steps} steps")
@@ -378,7 +683,7 @@ def run_image(args):
     noise = read_noise(args.noise, (c.horizon, c.action_dim)) if args.noise else None
     session = Session(policy, args.game, args.seed)
     for frame in frames[:-1]:
-        session.seen[0].append(policy.see(shrink(frame)[None])[0])
+        session.seen[0].append(policy.see(shrink(frame)[None, None])[0, 0])
     raw = session.predict_raw(frames[-1], noise)
     chunk = (raw if args.raw else M.actions_out(raw)).numpy()
     extract.write_npy(args.out, chunk)
@@ -413,27 +718,66 @@ def run_video(args):
     policy = policy_of(args)
     c = policy.config
     session, skin = Session(policy, args.game, args.seed), extract.our_skins()[0]
-    w, h = (n - n % 2 for n in info["size"])
     per_action = info["fps"] / c.hz                                    # frames of the video, as in training
     every, shift = max(round(c.horizon * per_action), 1), round(c.action_shift * per_action)
     coming = {}                                                        # frame number -> action
-    rest = draw(skin)
-    scale = min(w / 2 / rest.shape[1], h / rest.shape[0])              # half as wide, no higher
-    pad_h, pad_w = (int(n * scale) // 2 * 2 for n in rest.shape[:2])   # even numbers for the encoder
-    with extract.VideoWriter(args.out, info["fps"], (w + pad_w, h)) as out:
+    with extract.VideoWriter(args.out, info["fps"], page_size(*info["size"], skin, 1)) as out:
         for i, rgb in tqdm(extract.read_video(args.video), total=info["n"], unit=" frames", mininterval=1):
             if i % every == 0:
                 chunk = session.predict(rgb)                                               # (T, 25)
                 for k in range(every):
                     coming[i + shift + k] = chunk[min(int(k / per_action + 1e-6), c.horizon - 1)]
-            canvas = np.full((h, w + pad_w, 3), 24, np.uint8)
-            canvas[:, :w] = rgb[:h, :w]
-            pad = draw(skin, coming.pop(i, extract.neutral()))
-            pad = cv2.resize(pad, (pad_w, pad_h), interpolation=cv2.INTER_AREA)
-            top = (h - pad_h) // 2
-            canvas[top:top + pad_h, w:] = extract.over(24, pad)
-            out.add(canvas)
+            out.add(beside(rgb, skin, coming.pop(i, extract.neutral())))
     print(args.out)
+
+
+def film_chunks(path, chunks, starts):
+    """Chunk after chunk, each step of them: the frame, then what was played above what was predicted."""
+    skin, side = extract.our_skins()[0], 768
+    with extract.VideoWriter(path, starts[0][0].config.hz, page_size(side, side, skin, 2)) as out:
+        for (clip, j), chunk in zip(starts, chunks):
+            frames, row = open_arrays(str(clip.folder), clip.file)[0], clip.rows[j]
+            for at, said, true, counts in zip(clip.edges(row), chunk, *clip.chunk(row)):
+                if counts:
+                    rgb = frames[int(np.searchsorted(frames.numbers, at - clip.lag, "right")) - 1]
+                    rgb = cv2.resize(rgb, (side, side), interpolation=cv2.INTER_NEAREST)
+                    out.add(beside(rgb, skin, true, said))
+
+
+def page_size(w, h, skin, n):
+    """(w, h) of a frame of w x h with n pads, one under another, right of it; even, as encoders want."""
+    scale = min(w / 2 / skin.size[0], h / n / skin.size[1])            # half as wide at most, and no higher
+    return w - w % 2 + int(skin.size[0] * scale) // 2 * 2, h - h % 2
+
+
+def beside(rgb, skin, *actions):
+    """A frame with a pad for each action right of it, yellow dots on its sticks' caps, uint8 of
+    page_size()."""
+    h, w = (n - n % 2 for n in rgb.shape[:2])
+    wide, _ = page_size(w, h, skin, len(actions))
+    page, room = np.full((h, wide, 3), 24, np.uint8), h // len(actions)
+    page[:, :w] = rgb[:h, :w]
+    high = round((wide - w) * skin.size[1] / skin.size[0])
+    for i, action in enumerate(actions):
+        pad = cv2.resize(draw(skin, action), (wide - w, high), interpolation=cv2.INTER_AREA)
+        top = i * room + (room - high) // 2
+        page[top:top + high, w:] = extract.over(24, pad)
+        for side, stick in skin.sticks.items():
+            at = np.add(stick["center"], np.multiply(stick["travel"], action[extract.STICKS[side]]))
+            x, y = (at * high / skin.size[1]).astype(int)
+            cv2.circle(page, (w + int(x), top + int(y)), 2 + high // 30, (255, 210, 0), -1)
+    return page
+
+
+def print_scores(result):
+    """A line a game: how many chunks, then R2, F1 and onset F1 of each policy."""
+    names = list(result["policies"])
+    width = max([4, *map(len, result["games"])]) + 2
+    print(f"{'game':{width}}{'n':>6}" + "".join(f"{name + ' R2':>10}{'F1':>6}{'onset':>6}" for name in names))
+    for game, policies in [*result["games"].items(), ("all", result["policies"])]:
+        n = result["n"].get(game, sum(result["n"].values()))
+        figures = "".join("{:10.2f}{:6.2f}{:6.2f}".format(*policies[name]) for name in names)
+        print(f"{game:{width}}{n:6}{figures}")
 
 
 def run_serve(args):
@@ -456,7 +800,7 @@ def main(argv=None):
     """Parse the command line."""
     parser = extract.ArgumentParser(prog="sample.py", allow_abbrev=False,
                                     description="Sample actions from a policy.")
-    sub = parser.add_subparsers(required=True, metavar="image | video | serve")
+    sub = parser.add_subparsers(required=True, metavar="image | video | score | label | serve")
 
     def command(name, run, text):
         p = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -467,7 +811,7 @@ def main(argv=None):
         p.add_argument("--cfg", type=number(float), default=0.0, metavar="S",
                        help="guidance: cond + S (cond - uncond), uncond = 1 frame, no game (default 0: off)")
         p.add_argument("--game", metavar="ID|NAME",
-                       help="the game to play, where the checkpoint knows games (default: none)")
+                       help="the game, where the checkpoint knows games (default: none; of clips their own)")
         p.add_argument("--seed", type=number(int, 0), default=0, help="of the noise (default 0)")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
@@ -483,6 +827,14 @@ def main(argv=None):
     p = command("video", run_video, "draw the predicted pad beside each frame of a video")
     p.add_argument("video", help="the video to look at")
     p.add_argument("--out", required=True, help="the .mp4 to write")
+    p = command("score", run_score, "R2 and F1 of chunks on labelled clips, beside policies that do not look")
+    p.add_argument("data", nargs="+", help="folders of clips with actions")
+    p.add_argument("--limit", type=number(int, 1), default=500, help="most chunks a game (default 500)")
+    p.add_argument("--lag", action="store_true", help="also by how many rows each clip's labels are late")
+    p.add_argument("--video", dest="out", metavar="OUT.mp4", help="film frame, truth, prediction beside it")
+    p = command("label", run_label, "add actions to clips that have none, by an inverse model")
+    p.add_argument("data", nargs="+", help="folders of clips, such as extract.py --plain makes")
+    p.add_argument("--draws", type=number(int, 1), default=4, help="samples of each chunk (default 4)")
     p = command("serve", run_serve, "answer play.py --server and play.Client")
     p.add_argument("--host", default="127.0.0.1",
                    help="address to listen on; 0.0.0.0 = every network (default 127.0.0.1, this machine)")

@@ -204,6 +204,8 @@ model.py info
 train.py
 sample.py image
 sample.py video
+sample.py score
+sample.py label
 sample.py serve
 play.py
 bench.py demo
@@ -877,6 +879,21 @@ def test_an_array_that_is_no_range_is_one_line():
             extract.shard(range(5))
 
 
+@pytest.mark.parametrize("flags, game", [((), "my game"), (("--game", "pong"), "pong")])
+def test_plain_clips_are_frames_alone_of_the_game_that_the_folder_names(tmp_path, capfd, flags, game):
+    (tmp_path / "my game").mkdir()
+    film(tmp_path / "my game" / "v.mp4", 6)
+    argv = [tmp_path / "my game", "--out", tmp_path / "data", "--plain", *flags]
+    assert run(extract.main, *argv) == 0
+    clip = extract.read_clip(tmp_path / "data/v")
+    names = {path.name for path in (tmp_path / "data/v").iterdir()}
+    assert names == {"clip.json", "frames.npy", "frames_index.npy"}
+    assert (clip["game"], clip["n"], "hole" in clip) == (game, 6, False)
+    assert extract.Frames(tmp_path / "data/v")[3].min() > 100                         # nothing is masked
+    capfd.readouterr()
+    assert run(extract.main, *argv) == 0 and "nothing to do: all 1" in capfd.readouterr().out
+
+
 def test_clips_of_different_videos_do_not_share_a_folder(tmp_path):
     long = "ü" * 125
     for name in ("a.mp4", "a_place2.mp4", "b.mp4", "C.mp4", "c.mkv", f"{long}.mp4", f"{long}!.ts"):
@@ -1230,7 +1247,8 @@ def test_a_cut_that_fails_leaves_the_clip_before_and_no_half(tmp_path, monkeypat
     """A clip has its name only once it is whole: not while frames are written, not when the last file can't
     be."""
     video, clip = film(tmp_path / "v.mp4", 6), tmp_path / "clip"
-    cut = lambda key: extract.cut_clip(video, clip, *anywhere(), 1, 1, key)
+    args = argparse.Namespace(every=1, game=None)
+    cut = lambda key: extract.cut_clip(video, clip, *anywhere(), 1, args, key)
     seen, write = [], extract.write_json
 
     def last(path, value):
@@ -1294,7 +1312,7 @@ def test_a_decoder_that_ends_its_process_is_its_videos_error(tmp_path, quick):
     done it."""
     video = str(film(tmp_path / "v.mp4"))
     args = argparse.Namespace(
-        out=str(tmp_path), every=1, labels=None, xfeat=None,
+        out=str(tmp_path), every=1, labels=None, xfeat=None, plain=False, game=None,
         matcher="sift", templates=str(quick[3]))
     with extract.Worker(args) as work:
         work.child.kill()
@@ -2717,10 +2735,11 @@ def test_only_kept_frames_start_chunks_and_every_kth_frame_is_enough(tmp_path):
     clip = train.Clip(folder, TOY)
     kept = extract.Frames(folder)
     assert clip.rows.tolist() == [12, 16, 20, 24, 28]
-    frames, there = clip.pictures(2, TOY)
+    frames, there = clip.pictures(2)
     assert (frames[0] == kept[5]).all()
     assert there.all()
-    frames, there = clip.pictures(0, replace(TOY, frames=3, frame_spacing=16))     # 8 rows of 30 Hz apart
+    clip = train.Clip(folder, replace(TOY, frames=3, frame_spacing=16))                # 8 rows of 30 Hz apart
+    frames, there = clip.pictures(0)
     assert there.tolist() == [False, True, True]
     assert (frames[1:] == np.stack([kept[1], kept[3]])).all()
 
@@ -2734,7 +2753,7 @@ def test_no_chunk_and_no_picture_crosses_a_cut(tmp_path):
     assert mask.tolist() == [True, True, False, False]
     assert clip.chunk(11)[1].all()
     assert clip.chunk(38)[1].sum() == 2
-    frames, there = clip.pictures(14, config)                                 # 14, 12 and, before the cut, 10
+    frames, there = clip.pictures(14)                                 # 14, 12 and, before the cut, 10
     assert there.tolist() == [False, True, True]
     assert not frames[0].any()
     assert (frames[1] == extract.Frames(folder)[12]).all()
@@ -2811,7 +2830,22 @@ def test_split_is_by_clip_stable_and_leaves_each_game_on_both_sides(tmp_path):
     assert {c.game for c in held} == {c.game for c in some} == set("abc")
     assert set(train.split(clips[::-1][3:], 0.2)[1]) <= set(held)
     assert train.split(clips, 0) == (clips, [])
-    assert train.split(clips[:1], 0.5) == (clips[:1], [])
+    assert train.split(clips[:1], 0.1) == (clips[:1], [])                      # two rows can't be parted
+
+
+def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over(tmp_path):
+    config = replace(TOY4, frames=2, frame_spacing=8)
+    clips = [train.Clip(make_clip(tmp_path / "own", 60), config),
+             *(train.Clip(make_clip(tmp_path / f"{i}", 8, game="two"), config) for i in range(2))]
+    training, held = train.split(clips, 0.1)
+    assert [(c.game, len(c.rows)) for c in training + held] == [("squares", 54), ("two", 8), ("two", 8),
+                                                                ("squares", 6)]
+    first, last = training[0], held[1]
+    assert (first.rows.max(), last.rows.min()) == (53, 54)
+    assert row_numbers(first.chunk(52)[0]) == [52, 52, 53, 53] and first.lengths[-1] == 2
+    assert last.pictures(0)[1].tolist() == [False, True]                 # what came before is not shown
+    means = sample.mean_actions([last])["squares"]
+    assert means[23] == pytest.approx(np.mean(range(54, 60)) / 1000)
 
 
 def test_augmentation_follows_its_formula():
@@ -2934,16 +2968,172 @@ def test_average_follows_its_formula_and_comes_back():
     assert np.allclose(average.mean[0], mean, rtol=1e-5)
 
 
-def test_scores_are_r2_and_f1():
-    truth = np.zeros((2, 4, 25), np.float32)
-    mask = np.ones((2, 4), bool)
-    truth[..., 21] = np.arange(8).reshape(2, 4) / 8
-    truth[0, :, 18] = 1
-    assert train.score_chunks(truth, truth, mask) == (1.0, 1.0)
+def test_scores_are_r2_f1_and_f1_of_onsets():
+    truth = np.zeros((2, 20, 25), np.float32)
+    mask = np.ones((2, 20), bool)
+    truth[..., 21] = np.arange(40).reshape(2, 20) / 40
+    truth[0, 5:15, 18] = 1                                            # a press at 5, a release at 15
+    assert sample.score_chunks(truth, truth, mask) == (1, 1, 1)
     guess = truth.copy()
-    guess[..., 21], guess[..., 18] = truth[..., 21].mean(), 1                       # 4 hits, 4 false alarms
-    assert train.score_chunks(guess, truth, mask) == pytest.approx((0, 2 * 4 / (2 * 4 + 4)), abs=1e-6)
-    assert np.isnan(train.score_chunks(guess * 0, truth * 0, mask)).all()
+    guess[..., 21], guess[..., 18] = truth[..., 21].mean(), 1                     # 10 hits, 30 false alarms
+    assert sample.score_chunks(guess, truth, mask) == pytest.approx((0, 2 * 10 / (2 * 10 + 30), 0), abs=1e-6)
+    for late, onset in (2, 1), (3, 0), (-2, 1):
+        assert sample.score_chunks(np.roll(truth, late, 1), truth, mask)[2] == onset
+    guess = truth.copy()
+    guess[0, 6:8, 18] = 0                                             # trembles: two presses for one
+    assert sample.score_chunks(guess, truth, mask)[2] == 2 * 2 / (4 + 2)
+    assert sample.score_chunks(guess, truth, mask & (np.arange(20) < 15))[2] == 2 * 1 / (3 + 1)
+    assert np.isnan(sample.score_chunks(guess * 0, truth * 0, mask)).all()
+
+
+def test_score_tells_of_each_game_beside_the_blind_and_films_it(squares, toy, tmp_path, capsys):
+    film, shots = tmp_path / "film.mp4", []
+
+    def beside(*seen):
+        shots.append(seen)
+        return np.zeros((768, 1152, 3), np.uint8)
+    with mock.patch.object(sample, "beside", beside):
+        assert run(sample.main, "score", squares, "--ckpt", toy, "--video", film, "--limit", 3) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"game +n +model R2 +F1 +onset +rest R2", out) and "play is the judge" in out
+    assert re.search(r"\nblue +3 .*\nred +3 .*\nall +6 ", out)
+    clip = train.Clip(extract.clips_in(squares)[0], M.load(toy)[0].config)
+    rgb, _, true, said = next(shot for shot in shots if (shot[2] == clip.chunk(0)[0][0]).all())
+    assert extract.video_info(film)["n"] == len(shots) > 60 and said.shape == (25,)
+    assert (rgb[1::3, 1::3] == extract.Frames(clip.folder)[0]).all()
+
+
+def test_the_shipped_clip_gives_the_figures_of_the_readme(capsys):
+    """Of the shipped policy; the clip is less than a megabyte."""
+    weights = HERE / "weights"
+    assert sum(path.stat().st_size for path in (weights / "crypt").iterdir()) < 1e6
+    assert run(sample.main, "score", weights / "crypt", "--ckpt", weights / "policy-nano.safetensors") == 0
+    figures = "crypt 74 0.65 0.77 0.50 -0.34 0.00 0.00 0.15 0.53"               # model, rest, repeat
+    assert figures in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_films_page_has_the_frame_and_a_pad_for_each_action():
+    [skin], tilted = extract.our_skins()[:1], extract.neutral()
+    tilted[21] = 1
+    frame = pictures(1)[0]
+    page = sample.beside(frame, skin, tilted, extract.neutral(), extract.neutral())
+    assert page.shape[1::-1] == sample.page_size(256, 256, skin, 3)
+    assert (page[:, :256] == frame).all()
+    pads = [page[i * 85:i * 85 + 85, 256:] for i in range(3)]
+    assert (pads[1] == pads[2]).all() and (pads[0] != pads[1]).any()
+
+
+def test_the_lag_of_labels_is_found_and_clip_json_can_say_it(tmp_path, capsys):
+    """Labels that come three rows late; the chunks are the truth."""
+    rng = np.random.default_rng(0)
+    truth = np.zeros((60, 25), np.float32)
+    truth[:, 21] = rng.uniform(-1, 1, 60)
+    make_clip(tmp_path / "late", 60, actions=np.roll(truth, 3, 0))
+    make_clip(tmp_path / "true", 60, actions=truth)
+    config = replace(TOY4, hz=30.0)
+    late, true = (train.Clip(tmp_path / name, config) for name in ("late", "true"))
+    starts = sample.one_after_another([late])
+    assert [late.rows[j] for _, j in starts] == [*range(0, 60, 4)]
+    chunks = np.stack([true.chunk(late.rows[j])[0] for _, j in starts])
+    sample.print_lags(chunks, starts)
+    assert "late | lag +3 rows: error 0.0000" in capsys.readouterr().out
+    meta = extract.read_clip(tmp_path / "late")
+    extract.write_json(tmp_path / "late/clip.json", meta | {"lag": 3})
+    told = train.Clip(tmp_path / "late", config)
+    assert (told.chunk(7)[0] == true.chunk(7)[0]).all() and told.rows.tolist() == [*range(57)]
+    extract.write_json(tmp_path / "late/clip.json", meta | {"lag": "x"})
+    with pytest.raises(UserError, match='clip.json: expected a whole number of rows as "lag"'):
+        train.Clip(tmp_path / "late", config)
+
+
+# ------------------------------------------------------------------------------------ inverse dynamics
+SIDES = dict(patch=64, vision_width=64, vision_heads=4, vision_layers=1, vision_ffn=128,
+             mixing=M.Stack(1, 4, 16, 0.0), dit=M.Stack(2, 4, 16, 0.0))
+INVERSE = replace(TOY4, hz=30.0, frames=4, future=2, frame_spacing=3, **SIDES)
+
+
+def test_an_inverse_model_sees_frames_before_and_after_and_starts_only_where_all_to_come_is_there(tmp_path):
+    clip = train.Clip(make_clip(tmp_path / "clip", cuts=np.arange(40) == 20), INVERSE)
+    assert INVERSE.offsets == [-3, 0, 3, 6]
+    assert clip.rows.tolist() == [*range(14), *range(20, 34)]
+    stored = extract.Frames(clip.folder)
+    frames, there = clip.pictures(13)
+    assert there.all() and all((frame == stored[i]).all() for frame, i in zip(frames, (10, 13, 16, 19)))
+    frames, there = clip.pictures(14)                                     # the row after the cut
+    assert there.tolist() == [False, True, True, True] and not frames[0].any()
+
+
+def test_an_inverse_model_tells_its_frames_apart():
+    """Their order, and what moved between two of them, as a policy of several frames does not."""
+    frames = torch.from_numpy(pictures(4)[None])
+    inverse, policy = M.create(INVERSE, 1), M.create(replace(INVERSE, future=0), 1)
+    turned = frames.flip(1)
+    assert (policy.see(frames).flip(1) == policy.see(turned)).all()
+    assert (inverse.see(frames).flip(1) - inverse.see(turned)).abs().max() > 1e-3
+    inverse.vision.position_embedding.weight.data.zero_()
+    assert (inverse.see(frames).flip(1) - inverse.see(turned)).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def idm(tmp_path_factory):
+    """A fresh inverse model whose draws differ."""
+    path = tmp_path_factory.mktemp("idm") / "idm.safetensors"
+    return save_model(path, tiny(hz=30.0, frames=4, future=2, frame_spacing=6))
+
+
+def test_an_inverse_model_labels_plain_clips_and_these_train(idm, squares, tmp_path, capfd):
+    plain, short = make_clip(tmp_path / "data/plain", 40), make_clip(tmp_path / "data/short", 5)
+    for clip in plain, short:
+        (clip / "actions.npy").unlink()
+    done = make_clip(tmp_path / "data/done", 30)
+    before = (done / "actions.npy").read_bytes()
+    assert run(sample.main, "label", tmp_path / "data", "--ckpt", idm, "--draws", 2) == 0
+    said = capfd.readouterr().out
+    for line in "2 of 3 clips have no actions yet", "left out 1 clip(s)", "short: 5 rows":
+        assert line in said
+    assert (done / "actions.npy").read_bytes() == before and not (short / "actions.npy").exists()
+    names = "actions", "confidence", "keep"
+    actions, confidence, keep = (np.load(plain / f"{name}.npy") for name in names)
+    assert extract.read_clip(plain)["labels"] == "inverse" and actions.shape == (40, 25)
+    assert ((0 <= confidence) & (confidence <= 1)).all() and 0 < confidence[:28].mean() < 1
+    assert not confidence[-1] and not keep[-1] and not actions[-1].any()        # its future is not known
+    (short / "frames.npy").unlink()
+    fails_in_one_line(capfd, train.main, tmp_path / "data", "--out", tmp_path / "run", *SHORT, says="short")
+    shutil.rmtree(short)
+    extract.write_npy(plain / "keep.npy", keep | (np.arange(40) < 30))
+    trained(tmp_path / "data", tmp_path / "run", "--steps 1")
+
+
+def test_labels_are_means_of_draws_and_sure_where_these_agree(idm, tmp_path, monkeypatch):
+    """Draws that say 1, 1, 1, 0 of SOUTH, and tilt x by 0.5 or by 0.3; a row is in two chunks."""
+    clip = train.Clip(make_clip(tmp_path / "clip"), replace(INVERSE, horizon=8), "")
+    policy = types.SimpleNamespace(config=clip.config)
+
+    def chunks_at(policy, starts, seed, draws):
+        out = torch.full((draws, len(starts), 8, 25), 0.5)
+        out[..., :21], out[:3, ..., 18], out[..., 21] = 0.1, 0.9, 0.75
+        out[::2, ..., 21] = 0.65
+        return out
+    monkeypatch.setattr(sample, "chunks_at", chunks_at)
+    actions, confidence = sample.label(policy, clip, 4)
+    assert set(actions[:36, 18]) == {1} and not actions[:, :18].any()
+    assert actions[:36, 21] == pytest.approx(0.4) and confidence[:36] == pytest.approx(1 - 4 * 0.75 * 0.25)
+
+
+@pytest.mark.parametrize("line, says", [
+    ("label DATA --ckpt POLICY", "found a policy"), ("label DATA --ckpt IDM", "none of its frames may start"),
+    ("score DATA --ckpt POLICY", "expected actions, found none: add them"),
+    ("image a.png --ckpt IDM --out x.npy", "needs the frames to come"),
+    ("serve --ckpt IDM", "needs the frames to come")])
+def test_what_an_inverse_model_and_a_plain_clip_are_not_for_is_one_line(
+    line, says, idm, toy, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    extract.save_png(Path("a.png"), pictures(1)[0])
+    (make_clip(tmp_path / "data/x", 6) / "actions.npy").unlink()
+    words = [{"DATA": "data", "IDM": idm, "POLICY": toy}.get(word, word) for word in line.split()]
+    fails_in_one_line(capfd, sample.main, *words, says=says)
+    assert not (tmp_path / "x.npy").exists()
 
 
 # --------------------------------------------------------------------------------------------- train: the run
@@ -3029,7 +3219,7 @@ def test_overfits_eight_clips(tmp_path):
     sampler = train.Sampler(train.load_clips([tmp_path / "data"], config), config, 8, augment=False)
     args = argparse.Namespace(micro=8, dtype="float32")
     result = train.validate(model, sampler, {}, torch.device("cpu"), args)
-    assert result["loss"] < 0.2 and result["f1"] > 0.6, result                             # from 1.1 and 0.1
+    assert result["loss"] < 0.2 and result["policies"]["model"][1] > 0.6, result      # from 1.1 and 0.1
 
 
 FROZEN = {
@@ -3063,6 +3253,42 @@ def test_fine_tuning_leaves_the_frozen_alone_and_adds_games(squares, tmp_path, p
     assert run(train.main, "--resume", out, "--steps", 3) == 0       # frozen weights come from the run itself
 
 
+def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, tmp_path, monkeypatch):
+    """Tokens on the disk in place of frames: the same losses up to float16, and no look at a frame again."""
+    data = shutil.copytree(squares, tmp_path / "data", ignore=shutil.ignore_patterns(".tokens"))
+    start = save_start(tmp_path / "start.safetensors", TOY)
+    flags = "--freeze vision --no-augment --dropout 0"
+    kept = trained(data, tmp_path / "kept", flags, "--ckpt", start)
+    files = {path: path.stat().st_mtime_ns for path in data.glob(".tokens/*.npy")}
+    assert len(files) == 6 and len(extract.clips_in(data)) == 6
+    monkeypatch.setattr(M.NitroGen, "see", lambda *_: pytest.fail("looked again"))
+    again = trained(data, tmp_path / "again", flags, "--ckpt", start)
+    assert {path: path.stat().st_mtime_ns for path in data.glob(".tokens/*.npy")} == files
+    assert (losses(again) == losses(kept)).all()
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "keep_tokens", lambda *_, **__: None)
+    seen = trained(data, tmp_path / "seen", flags, "--ckpt", start)
+    assert losses(seen) == pytest.approx(losses(kept), abs=2e-3)
+
+
+def test_kept_tokens_are_of_the_frame_and_of_augmentations_of_it(tmp_path):
+    model, clip = M.create(TOY), train.Clip(make_clip(tmp_path / "clip"), TOY)
+    model.freeze("vision")
+    args = argparse.Namespace(dry_run=False, seed=0, dtype="float32")
+    team = train.Team(0, 1, torch.device("cpu"), "")
+    [path] = train.keep_tokens(model, [clip], 3, args, team)
+    tokens = np.load(path)
+    assert tokens.shape == (3, len(clip.kept), 64, 96)
+    frames = torch.from_numpy(clip.pictures(7)[0])
+    close(tokens[0, 7], model.see(frames[None])[0, 0], 1e-2)
+    turned = train.augmented(clip.pictures(7)[0], train.stream(0, 7, 3))
+    close(tokens[2, 7], model.see(torch.from_numpy(turned)[None])[0, 0], 1e-2)
+    assert np.abs(tokens[0, 7] - tokens[2, 7]).max() > 0.1
+    batch = train.Sampler([clip], TOY, 40, tokens=[path]).load(0)["frames"].numpy()
+    variants = [(tokens[:, i] == x).all((1, 2)).argmax() for i, x in enumerate(batch[:, 0])]
+    assert batch.shape == (40, 1, 64, 96) and set(variants) == {0, 1, 2}               # of each frame in turn
+
+
 @pytest.mark.parametrize("full_at", ["state", "model"])                 # the model is written after the state
 def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(
     full_at, ended, squares, tmp_path, monkeypatch, capfd
@@ -3089,7 +3315,7 @@ def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(
 def test_dropout_is_replaced_where_the_checkpoint_had_none(tmp_path):
     """And as the configuration, from which a resumed run builds its model, says."""
     start = save_start(tmp_path / "start.safetensors", replace(TOY, mixing=M.Stack(1, 6, 16, 0.0)))
-    unset = dict.fromkeys(("resume", "hz", "horizon", "action_shift", "checkpointing"))
+    unset = dict.fromkeys(("resume", "inverse", "hz", "horizon", "action_shift", "checkpointing"))
     model = train.build(argparse.Namespace(**unset, ckpt=start, dropout=0.3, freeze=[], seed=0), [])
     assert {block.dropout for block in [*model.mixing, *model.dit, *M.NitroGen(model.config).mixing]} == {0.3}
 
@@ -3139,9 +3365,10 @@ TRAIN_MISTAKES = [           # flags, or a clip's files, or a pattern of a state
       "frames_index": np.repeat(np.arange(41), 2).reshape(41, 2)}),
     ("frames.npy: expected an index that rises and fits", {"frames_index": np.zeros((41, 2), np.int64)}),
     ("clip 0: 30 rows, none of its frames may start a chunk", "--action-shift 900"),
-    ("truth.npy: expected a whole .npy file", "--truth"),
+    ("truth.npy: expected actions, found none", "--truth"),
     ("--batch 6: expected a multiple", "--batch 6 --micro 4"),
     ("--lr: expected 0 to 1, found nan", "--lr nan"),
+    ("found both", "--ckpt a --inverse"),
     ("no.safetensors: expected", "--ckpt no.safetensors"),
     ("found both", "--ckpt a --preset toy"),
     ("state.safetensors: expected a .safetensors of train.py", "--resume DATA"),
@@ -4944,6 +5171,8 @@ def test_recorded_video_has_its_pad_where_its_json_says(tmp_path):
 
 
 def test_suite_of_a_checkpoint(tmp_path, toy, capsys):
+    assert bench.main(["suite", "--ckpt", str(toy), "--delay", "9"]) == 2
+    assert "at most 7, a chunk of this checkpoint" in capsys.readouterr().err
     line = f"suite --ckpt {toy} --tasks dojo/boards swarm/bugs -n 2 --envs 3 --out {tmp_path} --workers 1"
     assert bench.main([*line.split(), "--video", "--mashing", "--device", "cpu"]) == 0
     said = json.loads((tmp_path / "suite.json").read_text())
@@ -4965,6 +5194,36 @@ def test_model_rollouts_are_the_same_again_in_any_place(toy):
     for task in one:
         assert np.array_equal(one[task], two[task]) and one[task].shape == (2, 2)
         assert np.array_equal(sorted(one[task][:, 0]), sorted(other[task][:, 0]))
+
+
+@pytest.mark.parametrize("overlap, want", [
+    (True, [-1, -1, 2, 3, 4, 5, 402, 403, 404, 405, 802, 803]),          # each for its own moment
+    (False, [-1, -1, 0, 1, 2, 3, 3, 3, 600, 601, 602, 603])])            # held twice, then from the start
+def test_a_late_chunk_is_played_from_where_it_comes_or_after_a_wait(monkeypatch, overlap, want):
+    """Step k of the chunk seen at step n is 100 n + k."""
+    done, zero = [], np.full(25, -1.0)
+
+    class Steps:
+        fps, won, score = 30, True, 0.0
+
+        def __init__(self, task, seed):
+            self.over = False
+
+        def render(self):
+            return len(done)
+
+        def advance(self, action):
+            done.append(int(action[0]))
+            self.over = len(done) == 12
+    session = lambda policy, seed, envs: types.SimpleNamespace(
+        envs=envs, reset=lambda *_: None,
+        predict=lambda frames: np.repeat(100 * frames[:, None, None] + np.arange(16)[:, None], 25, 2))
+    monkeypatch.setattr(sample, "Session", session)
+    monkeypatch.setattr(bench, "neutral", lambda: zero)
+    monkeypatch.setattr(bench, "PLAYABLE", {"steps": types.SimpleNamespace(game=Steps)})
+    policy = types.SimpleNamespace(config=M.preset("toy", hz=30.0))
+    ended = bench.play_model(policy, ["steps"], 1, 4, delay=2, overlap=overlap)
+    assert done == want and ended["steps"].tolist() == [[1, 0]]
 
 
 MISTAKES = {                                       # a command -> what its line names

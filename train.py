@@ -2,6 +2,7 @@
 
     python train.py DATA... --out RUN --preset toy [--steps N]               from scratch, on clips
     python train.py DATA... --out RUN --ckpt ng.safetensors --freeze vision  post-training
+    python train.py DATA... --out IDM --inverse               an inverse model, for sample.py label
     python train.py --resume RUN                              goes on where it stopped, bit for bit on a CPU
     torchrun --standalone --nproc-per-node 8 train.py DATA... --out RUN      one batch, shared by 8 GPUs
 
@@ -47,8 +48,8 @@ import extract
 import model as M
 import sample
 from extract import UserError, number
+from sample import Clip, load_clips
 
-OPEN_CLIPS = 100                     # clips held open at a time, two files each: under every system's limit
 WEIGHT_DECAY, EMA = 0.001, 0.9999    # [P]
 BETAS, CLIP = (0.9, 0.99), 1.0       # AdamW's, and the largest gradient norm [O: the paper gives none]
 ROTATION = 5.0                       # degrees each way [P]
@@ -114,11 +115,14 @@ def train(args, state, team):
         own = [team.device] if team.device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(net, device_ids=own, gradient_as_bucket_view=True)
     draw = functools.partial(Sampler, config=model.config)
+    kept = functools.partial(keep_tokens, model, args=args, team=team)
     sampler = draw(training, batch=args.batch, draws=args.draws, seed=args.seed, balance=args.balance,
-                   augment=not args.no_augment, drop_games=args.game_dropout)
+                   augment=not args.no_augment, drop_games=args.game_dropout,
+                   tokens=kept(training, 1 if args.no_augment else VARIANTS))
     batch = min(args.val_frames, sum(len(c.kept) for c in held))
-    check = draw(held, batch=batch, draws=4, balance=True, augment=False) if held else None
-    means, data = mean_actions(training), described(training, held)
+    check = draw(held, batch=batch, draws=4, balance=True, augment=False,
+                 tokens=kept(held, 1)) if held else None
+    means, data = sample.mean_actions(training), described(training, held)
     last = start + 2 if args.dry_run else args.steps     # step 2 is the first to hold all that training holds
     out = None if args.dry_run or team.rank else Path(args.out)
     rows = read_log(out / "log.csv", start) if out else []
@@ -145,9 +149,10 @@ def train(args, state, team):
             if out and check and (step % args.every == 0 or step == last):
                 with average.in_place():
                     metrics = validate(model, check, means, team.device, args)
-                row |= {"val": metrics["loss"], "r2": metrics["r2"], "f1": metrics["f1"]}
-                bar.write(f"step {step}/{last} | loss {loss:.4f} | val {row['val']:.4f} | R2 {row['r2']:.3f} "
-                          f"| F1 {row['f1']:.3f} | lr {lr:.1e}", file=sys.stdout)
+                r2, f1, _ = metrics["policies"]["model"]
+                row |= {"val": metrics["loss"], "r2": r2, "f1": f1}
+                bar.write(f"step {step}/{last} | loss {loss:.4f} | val {row['val']:.4f} | R2 {r2:.3f} "
+                          f"| F1 {f1:.3f} | lr {lr:.1e}", file=sys.stdout)
             if out:
                 rows.append(write_row(out / "log.csv", row))
                 if step % args.every == 0 or step == last or stop:
@@ -159,7 +164,7 @@ def train(args, state, team):
         say(f"saved at step {step} | go on with --resume {args.out}" if out else "nothing is written")
         raise KeyboardInterrupt
     if team.rank == 0 and metrics:
-        print_games(metrics)
+        sample.print_scores(metrics)
     say(held_memory(team.device))
 
 
@@ -247,122 +252,23 @@ def groups(model):
 
 
 # -------------------------------------------------------------------------------------------------- the clips
-@functools.lru_cache(OPEN_CLIPS)
-def open_arrays(folder, actions):
-    """A clip's extract.Frames and the actions of its file `actions`, float32 (n, 25); both memory-mapped."""
-    return extract.Frames(folder), extract.read_npy(Path(folder) / actions, np.float32, (None, None))
-
-
-class Clip:
-    """One clip folder, checked: which frames may start a chunk, and chunks at the model's rate from any
-    rate."""
-
-    def __init__(self, folder, config, truth=False, human_weight=1.0):
-        self.folder, self.file = Path(folder), "truth.npy" if truth else "actions.npy"
-        meta = extract.read_clip(folder)
-        frames, actions = open_arrays(str(folder), self.file)
-        self.n = len(actions)
-        self.fps = meta["fps"]
-        self.game = game_of(meta)
-        self.hole = meta.get("hole")
-        extract.check_actions(self.folder / self.file, actions, frames.n)
-        self.ratio = self.fps / config.hz                                    # rows of the clip for one action
-        self.shift, self.horizon = config.action_shift, config.horizon
-        self.cuts = np.append(np.flatnonzero(self.flags("cuts.npy", False)), self.n)
-        keep = self.flags("keep.npy", True)[frames.numbers]
-        counts = self.edges(frames.numbers)[:, :-1] < self.end(frames.numbers)[:, None]    # (m, T): the masks
-        self.kept = np.flatnonzero(keep & counts[:, 0]).astype(np.int32)      # frames that may start a chunk,
-        self.rows = frames.numbers[self.kept]                                  # their rows, int64,
-        self.lengths = counts.sum(1, dtype=np.int32)[self.kept]            # and how many of its actions count
-        human = self.flags("human.npy", False)[self.rows]
-        self.cumulative = np.cumsum(np.where(human, human_weight, 1.0))        # of the frames' weights
-        self.weight = float(self.cumulative[-1:].sum())
-        self.sum = actions.sum(0, dtype=np.float64)
-
-    def flags(self, name, default):
-        """A bool (n,) file of the clip; the default everywhere where there is none."""
-        path = self.folder / name
-        return extract.read_npy(path, bool, (self.n,)) if path.is_file() else np.full(self.n, default)
-
-    def end(self, row):
-        """Rows (...) of frames -> the row of the next cut after each, or the clip's end."""
-        return self.cuts[np.searchsorted(self.cuts, row, "right")]
-
-    def edges(self, row):
-        """Rows (...) of frames -> (..., T + 1): the row at which each action begins, and where the last one
-        ends."""
-        steps = self.shift + np.arange(self.horizon + 1)
-        return np.floor(np.asarray(row)[..., None] + steps * self.ratio + 1e-6).astype(np.int64)
-
-    def chunk(self, row):
-        """Row of a frame -> actions float32 (T, 25), mask bool (T,) (False: past a cut or the clip's end).
-
-        A faster clip: a button counts as pressed when it was at any of the action's rows. A slower one: a row
-        is held. Sticks: the first row.
-        """
-        actions = open_arrays(str(self.folder), self.file)[1]
-        end = int(self.end(row))
-        edges = np.minimum(self.edges(row), end)
-        begin = np.minimum(edges[:-1], end - 1)
-        rows = actions[begin[0]:max(edges[-1], begin[-1] + 1)]
-        out = rows[begin - begin[0]]
-        out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
-        return out, edges[:-1] < end
-
-    def before(self, row):
-        """The action before a frame, float32 (25,)."""
-        return open_arrays(str(self.folder), self.file)[1][max(row - 1, 0)]
-
-    def pictures(self, j, config):
-        """Kept frame j and what was before it -> uint8 (F, 256, 256, 3), oldest first, and bool (F,): which
-        of them the clip has."""
-        frames = open_arrays(str(self.folder), self.file)[0]
-        row = self.rows[j]
-        out = np.zeros((config.frames, config.image, config.image, 3), np.uint8)
-        keep = np.zeros(config.frames, bool)
-        for back in range(config.frames):
-            i = int(self.kept[j])
-            if back:
-                then = row - back * config.frame_spacing * self.ratio + 1e-6
-                i = int(np.searchsorted(frames.numbers, then, "right")) - 1
-            if i >= 0 and self.end(frames.numbers[i]) == self.end(row):        # with no cut between
-                keep[-1 - back] = True
-                picture = frames.read(i, out[-1 - back])
-                if picture.shape != out.shape[1:]:
-                    raise UserError(f"{self.folder}: expected frames of {config.image} x {config.image}, "
-                                    f"found {picture.shape[1]} x {picture.shape[0]}: cut the clip again")
-        return out, keep
-
-
-def load_clips(data, config, truth=False, human_weight=1.0, say=print):
-    """Every clip of the folders `data` that has a chunk to learn from; one line names those left out,
-    UserError when none is left."""
-    clips, short = [], []
-    for folder in data:
-        for path in extract.clips_in(folder):
-            clip = Clip(path, config, truth, human_weight)
-            (clips if len(clip.kept) else short).append(clip)
-    for clip in clips:
-        clip.pictures(0, config)                               # a broken first picture is told now
-    if short:
-        why = (f"{short[0].folder}: {short[0].n} rows, none of its frames may start a chunk "
-               "(too short, or all filtered out by keep.npy)")
-        if not clips:
-            raise UserError(f"{why}: expected clips to train on, found {len(short)} like it: give longer")
-        say(f"left out {len(short)} clip(s) | {why}")
-    return clips
-
-
 def split(clips, share):
     """Clips -> (training, held out), by a hash of each clip's name: stable when clips are added. A game of
-    two or more clips has at least one on each side, so that validation can speak of it."""
-    place = {clip: zlib.crc32(clip.folder.name.encode()) / 2**32 for clip in clips}
-    held = set()
-    for game in {c.game for c in clips if share}:
-        mine = sorted((c for c in clips if c.game == game), key=lambda c: (place[c], c.folder.name))
-        n = sum(place[c] < share for c in mine)
-        held |= set(mine[:min(max(n, 1), len(mine) - 1)])
-    return [c for c in clips if c not in held], [c for c in clips if c in held]
+    two or more clips has at least one on each side; of its only clip the last rows are held out, where both
+    parts then have chunks."""
+    place = lambda clip: zlib.crc32(clip.folder.name.encode()) / 2**32
+    training, held = list(clips), set()
+    for mine in sample.per_game(clips).values() if share else ():
+        if len(mine) > 1:
+            mine.sort(key=lambda c: (place(c), c.folder.name))
+            held |= set(mine[:min(max(sum(place(c) < share for c in mine), 1), len(mine) - 1)])
+            continue
+        first, last = (Clip(*mine[0].made_of, part) for part in ((0, 1 - share), (1 - share, 1)))
+        if len(first.kept) and len(last.kept):
+            training[training.index(mine[0])] = first
+            held.add(last)
+            clips = [*clips, last]
+    return [c for c in training if c not in held], [c for c in clips if c in held]
 
 
 # ------------------------------------------------------------------------------------------------ the sampler
@@ -378,8 +284,10 @@ class Sampler:
     proportion, with less noise than independent draws and at no cost [O]. For DataLoader: sampler[step,
     begin, end] -> a batch, or the text of a UserError, which crosses processes in one line."""
 
-    def __init__(self, clips, config, batch, draws=1, seed=0, balance=False, augment=True, drop_games=0.0):
-        self.clips = clips
+    def __init__(self, clips, config, batch, draws=1, seed=0, balance=False, augment=True, drop_games=0.0,
+                 tokens=None):
+        """tokens: of each clip, the file of keep_tokens() that stands for its frames."""
+        self.clips, self.tokens = clips, tokens
         self.config = config
         self.batch = batch
         self.draws = draws
@@ -428,18 +336,27 @@ class Sampler:
     def sample(self, number, k, j):
         """Everything of the sample with this global number, kept frame j of clip k."""
         rng, clip, c = stream(self.seed, number), self.clips[k], self.config
-        frames, keep = clip.pictures(j, c)
         actions, mask = clip.chunk(int(clip.rows[j]))
         noise = rng.standard_normal((self.draws, c.horizon, c.action_dim), np.float32)
         t = draw_times(rng, self.draws, c)
         told = rng.random() >= self.drop_games            # without its game now and then: guidance needs both
-        game = c.games.index(clip.game) + 1 if told and clip.game in c.games else 0
-        if self.augment:
-            colour, warp = augmentation(rng, c.image)
-            for frame in frames:
-                frame[:] = augment(frame, colour, warp)
-        return {"frames": frames, "actions": actions, "mask": mask, "games": game, "keep": keep,
-                "noise": noise, "t": t}
+        if self.tokens:
+            variants, keep = open_tokens(self.tokens[k]), np.ones(1, bool)
+            frames = np.float32(variants[rng.integers(len(variants)), [j]])                    # (1, N, V)
+        else:
+            frames, keep = clip.pictures(j)
+            if self.augment:
+                frames = augmented(frames, rng)
+        return {"frames": frames, "actions": actions, "mask": mask, "games": told * clip.game_id,
+                "keep": keep, "noise": noise, "t": t}
+
+
+def augmented(frames, rng):
+    """uint8 (F, h, w, 3), all augmented alike, in place."""
+    colour, warp = augmentation(rng, frames.shape[1])
+    for frame in frames:
+        frame[:] = augment(frame, colour, warp)
+    return frames
 
 
 def augmentation(rng, side):
@@ -466,6 +383,53 @@ def augment(frame, colour, warp):
     frame = cv2.warpAffine(frame, warp, frame.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                            borderMode=cv2.BORDER_REPLICATE)
     return cv2.transform(frame, colour)
+
+
+VARIANTS = 4                     # of a frame's augmentation that are kept as tokens; the first has none [O]
+
+
+@torch.no_grad()
+def keep_tokens(model, clips, variants, args, team):
+    """Where vision is frozen, a frame's tokens are always the same: encode every kept frame once, in so many
+    augmentations -> a file for each clip, float16 (variants, kept frames, N, V), beside it in .tokens under a
+    name that tells vision and frames; None where vision trains or sees more than a frame."""
+    c, trains = model.config, any(p.requires_grad for p in model.vision.parameters())
+    if trains or c.frames > 1 or args.dry_run:
+        return None
+    paths, weights = [], extract.fingerprint(*(p.cpu().numpy() for p in model.vision.parameters()))
+    for number, clip in enumerate(clips):
+        stored = (clip.folder / "frames.npy").stat()
+        key = extract.fingerprint(weights, clip.kept, variants, args.seed, args.dtype, stored.st_size,
+                                  stored.st_mtime_ns)
+        paths.append(clip.folder.parent / ".tokens" / f"{clip.folder.name}-{key}.npy")
+        if number % team.world == team.rank and not paths[-1].is_file():
+            paths[-1].parent.mkdir(exist_ok=True)
+            write = functools.partial(write_tokens, model, clip, variants, args, team)
+            extract.write_atomic(paths[-1], write)
+    team.sum(0.0)                                              # until all have written their share
+    return paths
+
+
+def write_tokens(model, clip, variants, args, team, path):
+    """The tokens of a clip's kept frames -> a .npy, a few frames at a time: a full disk is an error of it."""
+    m, c = len(clip.kept), model.config
+    with open(path, "wb") as f:
+        shape = variants, m, c.image_tokens, c.vision_width
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        for variant in range(variants):
+            for some in np.array_split(np.arange(m), math.ceil(m / 32)):
+                frames = [clip.pictures(j)[0] for j in some]
+                if variant:
+                    frames = [augmented(x, stream(args.seed, j, 1 + variant)) for j, x in zip(some, frames)]
+                with autocast(team.device, args):
+                    tokens = model.see(torch.from_numpy(np.stack(frames)).to(team.device))
+                f.write(tokens.half().cpu().numpy().tobytes())
+
+
+@functools.lru_cache(sample.OPEN_CLIPS)
+def open_tokens(path):
+    """A file of keep_tokens(), memory-mapped."""
+    return extract.read_npy(path, np.float16, (None,) * 4)
 
 
 def feed(sampler, first, last, args, team):
@@ -497,69 +461,36 @@ def begin_worker(_):
 
 
 # ------------------------------------------------------------------------------------------------- validation
-def score_chunks(chunks, truth, mask):
-    """Chunks (n, T, 25) against the truth, in file convention, where mask (n, T) -> (stick R2 over all four
-    axes, button F1); NaN: nothing to find."""
-    chunks, truth = chunks[mask], truth[mask]                                                  # (actions, 25)
-    sticks = truth[:, -4:]
-    error = chunks[:, -4:] - truth[:, -4:]
-    spread = ((sticks - sticks.mean(0)) ** 2).sum()
-    r2 = float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan
-    pressed, true = chunks[:, :-4] > 0.5, truth[:, :-4] > 0.5
-    hits, wrong = (pressed & true).sum(), (pressed != true).sum()
-    f1 = float(2 * hits / (2 * hits + wrong)) if true.any() else math.nan
-    return r2, f1
-
-
 @torch.no_grad()
 def validate(model, sampler, means, device, args):
-    """Loss at fixed noise and times, and chunks sampled from fixed noise, on held-out clips -> {"loss", "r2",
-    "f1", "policies": {policy: [r2, f1]}, "games": {game: {policy: (r2, f1)}}}.
-
-    Beside the model stand three policies that do not look: rest, repeat (the last action before the frame,
-    which the model is not told) and mean (of the game's training clips). r2 and f1 are means over games.
-    """
+    """On held-out clips, from fixed noise and times: {"loss"} and the scores() of its chunks."""
     model.eval()
-    sums, parts = np.zeros(2), []                              # sums: loss x actions, actions
+    loss, counted, parts = 0.0, 0, []
     for begin in range(0, sampler.batch, args.micro):
         batch = sampler.load(0, begin, min(begin + args.micro, sampler.batch))
-        b = to_device(batch, device)
+        b, count = to_device(batch, device), batch["mask"].sum().item()
         with autocast(device, args):
-            loss = cfm_loss(model, **b)
+            loss += cfm_loss(model, **b).item() * count
             context = model.encode(b["frames"], b["games"], b["keep"])
-            raw = sample.euler(model, context, b["noise"][::sampler.draws]).float().cpu()
-        count = batch["mask"].sum().item()
-        sums += loss.item() * count, count
-        read = M.actions_out(raw), M.actions_out(batch["actions"]), batch["mask"]
-        parts.append([x.numpy() for x in read])
-    chunks, truth, mask = map(np.concatenate, zip(*parts))
-    clips = [(sampler.clips[k], j) for k, j in zip(*sampler.picks(0))]
-    last = np.stack([clip.before(clip.rows[j]) for clip, j in clips])
-    played, games = np.array([clip.game for clip, _ in clips]), {}                             # (n,) names
-    rest = extract.neutral()
-    usual = np.stack([means.get(game, rest) for game in played])
-    policies = {"model": chunks, "rest": rest, "repeat": last[:, None], "mean": usual[:, None]}
-    for game in sorted(set(played)):
-        here = played == game
-        games[game] = {name: score_chunks(np.broadcast_to(p, truth.shape)[here], truth[here], mask[here])
-                       for name, p in policies.items()}
-    overall = {}
-    for name in policies:
-        columns = np.array([g[name] for g in games.values()]).T                          # R2, F1 of each game
-        overall[name] = [math.nan if np.isnan(x).all() else float(np.nanmean(x)) for x in columns]
+            parts.append(sample.euler(model, context, b["noise"][::sampler.draws]).float().cpu())
+        counted += count
     training_mode(model)
-    r2, f1 = overall["model"]
-    return {"loss": float(sums[0] / sums[1]), "r2": r2, "f1": f1, "policies": overall, "games": games}
+    starts = [(sampler.clips[k], j) for k, j in zip(*sampler.picks(0))]
+    return {"loss": loss / counted} | sample.scores(M.actions_out(torch.cat(parts)).numpy(), starts, means)
 
 
 # -------------------------------------------------------------------------------------------------- the model
+# An inverse model sees from 4 actions before a chunk of 16 to 9 after it, 150 ms: later ones tell little [O].
+INVERSE = {"frames": 8, "future": 6, "frame_spacing": 4, "context_tokens": 0,
+           "horizon": 16, "action_shift": 0}
 FREEZE = {"vision": ["vision"], "mixing": ["mixing"], "all-but-head": ["vision", "mixing", "dit", "games"]}
 
 
 def build(args, games):
     """The model to train, on the CPU: a fresh preset or --ckpt, with what the command line changes in it."""
     names = ("hz", "horizon", "action_shift")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    changes = INVERSE if args.inverse else {}
+    changes = changes | {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.resume:                                            # as it was settled when the run began
         model, _ = M.load(args.resume)
     elif args.ckpt:
@@ -617,10 +548,11 @@ def prepare(args, team, say):
     games = set()
     if args.game_ids and not args.resume:
         paths = [path for folder in args.data for path in extract.clips_in(folder)]
-        games = {game_of(extract.read_clip(path)) for path in paths}
+        games = {str(extract.read_clip(path).get("game") or "unknown") for path in paths}
     model = build(args, sorted(games))
     c = model.config
-    clips = load_clips(args.data, c, args.truth, args.human_weight, say)
+    file = "truth.npy" if args.truth else "actions.npy"
+    clips = load_clips(args.data, c, file, args.human_weight, say)
     if args.lr is None:
         # [P: 1e-4 at D 1024]; narrower nets take more [O: at D 96 twice as much learns less]
         args.lr = float(f"{1e-4 * max(1.0, 1024 / c.width):.1e}")
@@ -638,9 +570,10 @@ def prepare(args, team, say):
     training, held = split(clips, args.val)
     rates = ", ".join(f"{r:g}" for r in sorted({clip.fps for clip in clips}))
     hours = sum(clip.n / clip.fps for clip in clips) / 3600
+    why = "" if held else " (the only clip of each game is too short to part)" if args.val else " (--val 0)"
     say(f"{len(clips)} clips of {len({clip.game for clip in clips})} game(s), {hours:.2f} h at {rates} "
         f"frames/s, actions at {c.hz:g} Hz | {sum(len(clip.kept) for clip in clips):,} frames to start from "
-        f"| {len(held)} clips held out")
+        f"| {len(held)} clips held out{why}")
     say(f"{M.count(model)[0]:,} parameters, {sum(p.numel() for p in named(model).values()):,} train | "
         f"{team.device} ({team.reason}), {team.world} process(es) | "
         f"batch {args.batch} in parts of {args.micro}, {args.draws} draws | lr {args.lr:g}")
@@ -648,11 +581,6 @@ def prepare(args, team, say):
 
 
 # -------------------------------------------------------------------------------------------------- machinery
-def game_of(meta):
-    """The game's name in a clip.json."""
-    return str(meta.get("game") or "unknown")
-
-
 def usual_hole(clips):
     """Where the overlay was masked out of most frames, [x0, y0, x1, y1] in the 256 x 256 picture; None where
     some clip has whole frames."""
@@ -660,12 +588,6 @@ def usual_hole(clips):
     for clip in clips:
         frames[json.dumps(clip.hole)] += len(clip.kept)
     return None if "null" in frames else json.loads(max(frames, key=frames.get))
-
-
-def mean_actions(clips):
-    """{game: the mean action of its clips, float64 (25,)}."""
-    games = {c.game: [other for other in clips if other.game == c.game] for c in clips}
-    return {game: sum(c.sum for c in mine) / sum(c.n for c in mine) for game, mine in games.items()}
 
 
 def described(training, held):
@@ -685,16 +607,6 @@ def held_memory(device):
         return "most memory held: not told by this system"
     unit = 1 if sys.platform == "darwin" else 1024
     return f"most memory held: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.3f} GB"
-
-
-def print_games(result):
-    """The table of a validation: a line a game, R2 and F1 of each policy."""
-    names = list(result["policies"])
-    width = max([8, *map(len, result["games"])]) + 2
-    print(f"{'held-out':{width}}" + "".join(f"{name + ' R2':>12}{'F1':>6}" for name in names))
-    for game, policies in [*result["games"].items(), ("all", result["policies"])]:
-        figures = "".join(f"{policies[name][0]:12.3f}{policies[name][1]:6.2f}" for name in names)
-        print(f"{game:{width}}{figures}")
 
 
 COLUMNS = ["step", "loss", "val", "r2", "f1", "lr", "norm", "seconds"]
@@ -859,9 +771,9 @@ def resolve(parser, argv):
     if args.out and not own and (Path(args.out) / "state.safetensors").is_file():
         raise UserError(f"{args.out}: expected a new folder, found a run in it: "
                         f"go on with --resume {args.out}, or give another --out")
-    if args.ckpt and args.preset:
-        raise UserError("expected --preset (a fresh model) or --ckpt (a trained one), found both: "
-                        "leave one out")
+    if args.ckpt and (args.preset or args.inverse):
+        raise UserError("expected --preset or --inverse (a fresh model), or --ckpt (a trained one), found "
+                        "both: leave one out")
     return args, state
 
 
@@ -959,6 +871,8 @@ def main(argv=None):
                    help="folders of clips with actions (of parse.py, play.py --record, bench.py record)")
     p.add_argument("--out", metavar="RUN", help="folder of the run")
     p.add_argument("--preset", choices=M.PRESETS, help="size of a fresh model (default toy)")
+    p.add_argument("--inverse", action="store_true",
+                   help="a model that also sees what comes after: it labels clips (sample.py), it can't play")
     p.add_argument("--ckpt", metavar="F",
                    help="weights to start from: a .safetensors or a run folder (new optimiser and schedule)")
     p.add_argument("--resume", metavar="RUN",

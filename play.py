@@ -22,7 +22,6 @@ keep, truth, and human.npy, bool (n,): the rows in which a person played, to wei
 The method: the loop that plays in real time, the environment, actions as keys. The machinery: the two
 desktops (X11, Windows), pads, people, pausing, the guard, recorder, picture, client, the command line.
 """
-import argparse
 import ctypes
 import glob
 import json

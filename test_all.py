@@ -723,8 +723,8 @@ def middles(clip):
 
 
 @pytest.mark.parametrize("templates, by", [("bare", "xfeat"), ("others", "locator")])
-def test_a_pad_without_a_geometry_gets_the_locators(tmp_path, extracted, small_templates, ours, templates, by):
-    """A picture of the very pad says where it is, but not its controls; templates of other pads say nothing."""
+def test_a_pad_without_a_geometry_gets_the_locators(tmp_path, extracted, small_templates, templates, by):
+    """A picture of the very pad says where it is, but not its controls; those of other pads say nothing."""
     (tmp_path / templates).mkdir()
     if templates == "bare":
         shutil.copy(small_templates / f"{PHOTO}.png", tmp_path / templates)

@@ -397,12 +397,12 @@ def keep_tokens(model, clips, variants, args, team):
     if trains or c.frames > 1 or args.dry_run:
         return None
     paths, weights = [], extract.fingerprint(*(p.cpu().numpy() for p in model.vision.parameters()))
-    for number, clip in enumerate(clips):
+    for i, clip in enumerate(clips):
         stored = (clip.folder / "frames.npy").stat()
         key = extract.fingerprint(weights, clip.kept, variants, args.seed, args.dtype, stored.st_size,
                                   stored.st_mtime_ns)
         paths.append(clip.folder.parent / ".tokens" / f"{clip.folder.name}-{key}.npy")
-        if number % team.world == team.rank and not paths[-1].is_file():
+        if i % team.world == team.rank and not paths[-1].is_file():
             paths[-1].parent.mkdir(exist_ok=True)
             write = functools.partial(write_tokens, model, clip, variants, args, team)
             extract.write_atomic(paths[-1], write)

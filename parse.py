@@ -63,7 +63,7 @@ def label_clip(model, folder, clip, pads):
     shown = bool(geometry["sticks"] or geometry["buttons"])
     if shown:
         pad = Pad(model, geometry, pads, drawn)
-        for _ in range(2):                                     # where a stick rests far from the given centre
+        for _ in range(3):                                     # a foreign geometry's sticks may be far off
             if moved := pad.better_geometry():
                 pad = Pad(model, moved, pads, drawn)
         actions, confidence = settle(pad, *pad.read_all(pads))
@@ -88,7 +88,7 @@ def settle(pad, places, spread, reads):
     sure = []
     actions = np.zeros((len(logits), extract.A), np.float32)
     for i, side in enumerate(closeups.sticks):
-        actions[:, STICKS[side]] = normalise(places[:, i])
+        actions[:, STICKS[side]] = normalise(places[:, i], pad.known)
         sure.append(1.6 - 3 * spread[:, i])
     for i, j in closeups.clicks.items():                       # the stick's net follows the moving cap
         logits[:, j] = (logits[:, j] + reads.clicks[:, i]) / 2
@@ -100,7 +100,8 @@ def settle(pad, places, spread, reads):
         actions[:, [BUTTON[b] for b in closeups.buttons]] = p > 0.5
         sure.append(1.1 * np.abs(np.tanh(reads.buttons / 2)).mean(1))
     there = np.clip((reads.likeness / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
-    return actions, (there * np.clip(np.min(sure, 0), 0, 1)).astype(np.float32)
+    most = 1.0 if pad.known else 0.89                          # a foreign pad's buttons may be named otherwise
+    return actions, (there * np.clip(np.min(sure, 0), 0, most)).astype(np.float32)
 
 
 class Reads(NamedTuple):
@@ -127,9 +128,9 @@ class Pad:
         median = closeups(picture)
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         self.rest = rest_pictures(model, before, now, median, drawn)
-        known = drawn is not None and one_skin(drawn, median)
+        self.known = drawn is not None and one_skin(drawn, median)
         self.pressed = np.uint8([0, 0])                        # not known
-        if pressed and known:
+        if pressed and self.known:
             self.pressed = [changed(*pictures) for pictures in zip(self.rest, drawn, *pressed)]
         grids, *_ = net_reads(model, map(montages, before, now, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
@@ -142,16 +143,16 @@ class Pad:
         return likeness(edges(crop), self.outline, centre=False)
 
     def better_geometry(self):
-        """The geometry with each stick moved to where it rests in the sampled frames, and its travel as long
-        as it goes; None where no stick is far from what the geometry says."""
+        """The geometry of a pad that is no known skin, with each stick where it rests in the sampled frames
+        and a travel as long as it goes; None where it is so already."""
         sticks = dict(self.geometry["sticks"])
         for values, side in zip(self.sampled.transpose(1, 0, 2), self.closeups.sticks):
-            center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
-            rest = resting_place(values)
-            if rest is None:
+            rest = resting_place(values, self.known)
+            if self.known or rest is None:
                 continue
+            center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
             reach = np.percentile(np.hypot(*(values - rest).T), 97)
-            longer = reach / 0.9 if reach > 1.15 or 0.3 < reach < 0.6 else 1
+            longer = reach / 0.9 if reach > 1.05 or 0.3 < reach < 0.6 else 1
             if np.hypot(*rest) > 0.25 or longer != 1:
                 sticks[side] = {**sticks[side], "center": [*(center + rest * travel)],
                                 "travel": [*(travel * longer)]}
@@ -385,11 +386,11 @@ def two_groups(x):
     return np.split(ranked, [1 + (k * k[::-1] * gap ** 2).argmax()])
 
 
-def normalise(values):
+def normalise(values, known=False):
     """Per video [paper: centre at rest, 99th percentile as scale], guarded: values float32 (n, 2) of one
     stick -> the same, in [-1, 1]. One scale for both axes (an axis that is never used must not be blown up);
     a stick that hardly moves keeps its scale, one that never rests its centre too."""
-    rest = resting_place(values)
+    rest = resting_place(values, known)
     if rest is None:
         return values
     values = values - rest
@@ -397,13 +398,13 @@ def normalise(values):
     return np.clip(values / (reach if reach > 0.3 else 1), -1, 1).astype(np.float32)
 
 
-def resting_place(values):
+def resting_place(values, known):
     """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), in which places
-    near the middle of where it goes count more, as a game may be played with a stick held to one side; None
-    where it is not often enough there to say."""
+    near the centre of a known skin, or else near the middle of where it goes, count more, as a game may be
+    played with a stick held to one side; None where it is not often enough there to say."""
     bins = np.linspace(-1, 1, 21)                              # their middles
     counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]
-    x, y = np.percentile(values, (2, 98), 0).mean(0)
+    x, y = (0, 0) if known else np.percentile(values, (2, 98), 0).mean(0)
     counts *= np.exp(-0.5 * (np.hypot(bins[:, None] - x, bins - y) / 0.3) ** 2)
     mode = bins[list(np.unravel_index(counts.argmax(), counts.shape))]
     near = np.abs(values - mode).max(1) < 0.1
@@ -1068,7 +1069,7 @@ def restyle(rng, skin):
     dark = rng.uniform(0.2, 0.6) if rng.random() < 0.15 else 1
     longer = rng.uniform(0.6, 1.4) if rng.random() < 0.5 else 1
     relit, moved = rng.random(2) < (0.35, 0.2)
-    tilt = rng.uniform(0.15, 0.5) if rng.random() < 0.3 else 0
+    tilt = rng.uniform(0.15, 0.6) if rng.random() < 0.5 else 0
 
     def paint(sprite, share=1.0):
         rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)

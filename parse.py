@@ -1069,7 +1069,7 @@ def restyle(rng, skin):
     dark = rng.uniform(0.2, 0.6) if rng.random() < 0.15 else 1
     longer = rng.uniform(0.6, 1.4) if rng.random() < 0.5 else 1
     relit, moved = rng.random(2) < (0.35, 0.2)
-    tilt = rng.uniform(0.15, 0.6) if rng.random() < 0.5 else 0
+    tilt = rng.uniform(0.15, 0.5) if rng.random() < 0.3 else 0
 
     def paint(sprite, share=1.0):
         rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)

@@ -2173,17 +2173,13 @@ def rounded_corners(x0, y0, x1, y1, r):
 
 # ---- backdrops: pictures that could be any game
 def backdrop(rng, h, w):
-    """A random picture that could be a game's, uint8 (h, w, 3): one of seven scenes, marks on it, then a
+    """A random picture that could be a game's, uint8 (h, w, 3): one of three scenes, marks on it, then a
     camera's faults."""
-    colours = palette(rng, 6)
-    scene = (tiles, landscape, corridor, road, starfield, terrain, menu)[rng.integers(7)]
-    coarse = int(rng.choice([1, 1, 1, 2, 4]))                            # old consoles: large pixels
+    colours, coarse = palette(rng, 6), rng.choice([1, 1, 1, 2, 4])       # old consoles: large pixels
+    scene = (tiles, corridor, terrain)[rng.integers(3)]
     image = scene(rng, max(h // coarse, 32), max(w // coarse, 32), colours)
-    if rng.random() < 0.3:                                               # uneven light
-        image = cv2.convertScaleAbs(image * (0.4 + clouds(rng, *image.shape[:2], 2)[..., None]))
     marks(rng, image, np.vstack([colours, palette(rng, 3), [WHITE, BLACK]]).astype(np.uint8))
-    how = cv2.INTER_NEAREST if rng.random() < 0.7 else cv2.INTER_LINEAR
-    image = cv2.resize(image, (w, h), interpolation=how)
+    image = cv2.resize(image, (w, h), interpolation=cv2.INTER_NEAREST)
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 2.5))
     if rng.random() < 0.2:
@@ -2201,197 +2197,89 @@ def palette(rng, n):
     return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
 
 
-def pick(rng, colours):
-    """One of the colours, as OpenCV's drawing functions take it."""
-    return rng.choice(colours).tolist()
-
-
-def point(rng, w, h):
-    """A random place of a picture: x, y."""
-    return int(rng.integers(0, w)), int(rng.integers(0, h))
-
-
-def clouds(rng, h, w, octaves=4, smooth=True):
+def clouds(rng, h, w, octaves):
     """Value noise, float32 (h, w) in [0, 1]: random grids, each twice as fine and about half as strong,
     enlarged and added."""
     total, cells, fade = np.zeros((h, w), np.float32), rng.integers(2, 9), rng.uniform(0.4, 0.9)
+    how = cv2.INTER_LINEAR if rng.random() < 0.6 else cv2.INTER_NEAREST
     for octave in range(octaves):
         grid = rng.random((cells * h // w + 2, cells), np.float32) * fade ** octave
-        total += cv2.resize(grid, (w, h), interpolation=cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST)
+        total += cv2.resize(grid, (w, h), interpolation=how)
         cells *= 2
     return cv2.normalize(total, None, 0, 1, cv2.NORM_MINMAX)
 
 
-def ramp(x, colours):
-    """Grey x in [0, 1], float32 (h, w) -> uint8 (h, w, 3): a gradient through the colours."""
-    grey, given = np.linspace(0, 1, 256), np.linspace(0, 1, len(colours))
-    table = np.stack([np.interp(grey, given, channel) for channel in colours.T], 1)
-    return table.astype(np.uint8)[(np.clip(x, 0, 1) * 255).astype(np.uint8)]
-
-
-def pixel_art(rng, size, colours):
-    """A mirrored figure: uint8 (size, size, 3) and its mask, bool (size, size)."""
-    n = int(rng.integers(3, 9))
-    half = rng.integers(-len(colours) // 2, len(colours), (2 * n, n))    # negative: see-through
-    grid = np.hstack([half, half[:, ::-1]]).astype(np.int32)
-    grid = cv2.resize(grid, (size, size), interpolation=cv2.INTER_NEAREST)
-    return colours[grid], grid >= 0
-
-
 def tile(rng, s, colours):
-    """One uint8 (s, s, 3) tile of a tile set: plain, bricks, bevelled block, checks, stripes, pixel noise or
-    a figure."""
-    image = np.full((s, s, 3), colours[0], np.uint8)
+    """One uint8 (s, s, 3) tile of a tile set: bricks, checks, stripes, or a symmetric figure of 8 x 8."""
     y, x = np.mgrid[:s, :s]
-    kind, half, joint = rng.integers(7), max(s // 2, 2), max(s // 12, 1)
-    if kind == 1:
-        image[(y % half < joint) | ((x + half // 2 * (y // half % 2)) % half < joint)] = colours[1]
-    elif kind == 2:
-        image[:joint] = image[:, :joint] = colours[1]
-        image[-joint:] = image[:, -joint:] = colours[2]
-    elif kind == 3:
-        image[(y // half + x // half) % 2 == 0] = colours[1]
-    elif kind == 4:
-        image[(x * rng.integers(0, 2) + y) % half < half // 2] = colours[1]
-    elif kind == 5:
-        noise = rng.integers(0, 3, (8, 8)).astype(np.uint8)
-        image = colours[:3][cv2.resize(noise, (s, s), interpolation=cv2.INTER_NEAREST)]
-    elif kind == 6:
-        art, mask = pixel_art(rng, s, colours)
-        image[mask] = art[mask]
-    return image
+    half, joint = max(s // 2, 2), max(s // 12, 1)
+    bricks = (y % half < joint) | ((x + y // half * (half // 2)) % half < joint)
+    figure = rng.integers(0, rng.integers(1, 7), (8, 4), np.uint8)       # of one colour: plain
+    figure = cv2.resize(np.hstack([figure, figure[:, ::-1]]), (s, s), interpolation=cv2.INTER_NEAREST)
+    kinds = bricks.astype(int), (y // half + x // half) % 2, (x + y) * 2 // half % 2, figure
+    return colours[kinds[rng.integers(4)]]
 
 
 def tiles(rng, h, w, colours):
-    """A 2-D level: a map of random tiles whose regions follow noise, over sky."""
+    """A 2-D level: a map of random tiles whose regions follow noise."""
     s = int(rng.integers(h // 24, h // 6 + 4))
-    rows, columns = h // s + 1, w // s + 1
     kit = np.stack([tile(rng, s, rng.permutation(colours)) for _ in range(6)])
-    kit[0] = colours[0]
-    region = clouds(rng, rows, columns, 3, smooth=False) + rng.normal(0, rng.uniform(0, 0.3), (rows, columns))
+    region = clouds(rng, h // s + 1, w // s + 1, 3)
+    region += rng.normal(0, rng.uniform(0, 0.3), region.shape)
     chosen = kit[np.clip(region * 6, 0, 5).astype(int)]                  # (rows, columns, s, s, 3)
+    rows, columns = region.shape
     return chosen.swapaxes(1, 2).reshape(s * rows, s * columns, 3)[:h, :w].copy()
 
 
-def landscape(rng, h, w, colours):
-    """Sky, layers of hills or skylines, textured ground, platforms."""
-    down = np.linspace(0, 1, h, dtype=np.float32)[:, None]
-    image = ramp(down + rng.uniform(0, 0.5) * clouds(rng, h, w, 3), colours[:3])
-    jagged = rng.random() < 0.4                                          # skylines of houses instead of hills
-    for layer, colour in enumerate(colours[3:].tolist()):
-        heights = clouds(rng, 1, w, 4, smooth=not jagged)[0] * rng.uniform(0.1, 0.5) * h
-        top = (h * (0.4 + 0.15 * layer) + heights).astype(np.int32)
-        hill = np.vstack([np.stack([np.arange(w), top], 1), [[w, h], [0, h]]])
-        cv2.fillPoly(image, [hill.astype(np.int32)], colour)
-    for _ in range(rng.integers(0, 8)):
-        limits = (0, w), (h // 4, h), (w // 20, w // 4)
-        x, y, length = (int(rng.integers(low, high)) for low, high in limits)
-        cv2.rectangle(image, (x, y), (x + length, y + h // 30), pick(rng, colours), -1)
-    return image
-
-
 def corridor(rng, h, w, colours):
-    """First person: textured floor, ceiling and walls in perspective, dark with distance. Drawn at half size,
-    enlarged."""
-    hh, hw = h // 2, w // 2
-    texture = np.stack([cv2.resize(tile(rng, 64, rng.permutation(colours)), (64, 64)) for _ in range(3)])
-    texture = np.clip(texture * rng.uniform(0.6, 1.2, (3, 64, 64, 1)), 0, 255)
-    x = np.linspace(-1, 1, hw, dtype=np.float32)[None]
-    y = np.linspace(-0.6, 0.6, hh, dtype=np.float32)[:, None] - rng.uniform(-0.1, 0.1)
-    bends = np.sort(rng.uniform(-1, 1, 6))
-    depth = np.interp(x, bends, rng.uniform(0.7, 6, 6)).astype(np.float32)         # of the wall, by column
-    flat = 0.5 / np.maximum(np.abs(y), 1e-3)                            # where the ray meets floor or ceiling
-    wall = depth < flat
-    distance = np.where(wall, depth, flat)
-    u = np.where(wall, x * 3 + depth, x * distance) * 48 + rng.integers(0, 64)
+    """First person: textured floor, ceiling and walls in perspective, dark with distance."""
+    texture = np.stack([tile(rng, 64, rng.permutation(colours)) for _ in range(3)])
+    x = np.linspace(-1, 1, w)
+    y = np.linspace(-0.6, 0.6, h)[:, None] - rng.uniform(-0.1, 0.1)
+    depth = np.interp(x, np.sort(rng.uniform(-1, 1, 6)), rng.uniform(0.7, 6, 6))   # of the wall, by column
+    flat = 0.5 / np.maximum(abs(y), 1e-3)                               # where the ray meets floor or ceiling
+    wall, distance = depth < flat, np.minimum(depth, flat)
+    u = np.where(wall, x * 3 + depth, x * distance) * 48
     v = np.where(wall, y * depth + 0.5, distance) * 63
-    which = np.where(wall, 0, np.where(y > 0, 1, 2))
-    shade = np.clip(rng.uniform(0.8, 2.5) / (0.5 + distance), 0, 1.3)[..., None]
-    shown = texture[which, v.astype(int) % 64, u.astype(int) % 64]
-    return cv2.resize(np.clip(shown * shade, 0, 255).astype(np.uint8), (w, h))
-
-
-def road(rng, h, w, colours):
-    """A racing game: sky, a winding road with kerbs and centre line, striped grass."""
-    image = ramp(np.linspace(0, 1, h, dtype=np.float32)[:, None] * np.ones((1, w), np.float32), colours[:2])
-    horizon = int(h * rng.uniform(0.3, 0.6))
-    z = 1 / np.linspace(0.02, 1, h - horizon, dtype=np.float32)[:, None]
-    side = np.abs(np.linspace(-1, 1, w, dtype=np.float32)[None] - 0.02 * rng.normal() * z) * z
-    stripe = (np.sin(z * rng.uniform(2, 8) + rng.uniform(0, 6)) > 0).astype(int)
-    line, lane, kerb = side < 0.03, side < 0.7, side < 0.8
-    image[horizon:] = colours[np.select([line, lane, kerb], [2 + stripe, 4, 5 - stripe], stripe)]
-    return image
-
-
-def starfield(rng, h, w, colours):
-    """Space or night: a dark ground, stars of several sizes, a planet with a ring."""
-    image = ramp(clouds(rng, h, w, 4) * rng.uniform(0.1, 0.5), np.vstack([[BLACK], colours[:2]]))
-    stars = rng.integers(0, w, 120), rng.integers(0, h, 120), rng.choice([0, 0, 0, 1, 2], 120)
-    for x, y, r in np.stack(stars, 1).tolist():
-        cv2.circle(image, (x, y), r, pick(rng, colours), -1)
-    centre, r = point(rng, w, h), int(rng.integers(h // 20, h // 4))
-    cv2.circle(image, centre, r, colours[3].tolist(), -1, cv2.LINE_AA)
-    tilt = rng.uniform(-40, 40)
-    cv2.ellipse(image, centre, (int(r * 1.7), r // 3), tilt, 0, 360, colours[4].tolist(), 2, cv2.LINE_AA)
-    return image
+    shown = texture[np.where(wall, 0, 1 + (y < 0)), v.astype(int) % 64, u.astype(int) % 64]
+    shade = rng.uniform(0.8, 2.5) / (0.5 + distance)[..., None]
+    return np.clip(shown * shade, 0, 255).astype(np.uint8)
 
 
 def terrain(rng, h, w, colours):
-    """Seen from above or close by: grass, rock, water; noise at several octaves, smooth or in few flat
-    colours."""
-    x = clouds(rng, h, w, int(rng.integers(2, 8)), smooth=rng.random() < 0.7)
-    return ramp(np.floor(x * 6) / 6 if rng.random() < 0.4 else x, colours)
-
-
-def menu(rng, h, w, colours):
-    """A dialogue or inventory: panels with borders, slots in a grid, lines of text."""
-    image = ramp(np.linspace(0, 1, w, dtype=np.float32)[None] * np.ones((h, 1), np.float32), colours[:2])
-    for _ in range(rng.integers(1, 5)):
-        x, y = point(rng, w, h)
-        s, rows, columns = (int(rng.integers(low, high)) for low, high in ((h // 20, h // 6), (1, 6), (1, 8)))
-        panel = (x - s // 2, y - s // 2), (x + s * columns, y + s * rows)
-        cv2.rectangle(image, *panel, colours[2].tolist(), -1)
-        for row, column in np.ndindex(rows, columns):
-            left, top = x + s * column, y + s * row
-            slot = (left, top), (left + s * 3 // 4, top + s * 3 // 4)
-            cv2.rectangle(image, *slot, colours[3].tolist(), int(rng.choice([-1, 1, 2])))
-    return image
+    """Seen from above or close by: grass, rock, water; noise through a gradient of the colours or in flat
+    ones."""
+    x = clouds(rng, h, w, rng.integers(2, 8))
+    x = np.floor(x * 6) / 6 if rng.random() < 0.4 else x
+    given = np.linspace(0, 1, len(colours))
+    return np.stack([np.interp(x, given, channel) for channel in colours.T], 2).astype(np.uint8)
 
 
 def marks(rng, image, colours):
-    """Draw, in place, what lies over games: sprites, text, bars, rings, crosses, keys. Like buttons, but no
-    pad."""
+    """Draw, in place, what lies over games: text, bars, crosses, blobs, discs and keys with a letter. Like
+    buttons, but no pad."""
     h, w = image.shape[:2]
-    letters = list("ABXYLRZ0123456789:%HPSCORELVTIMEGAMEOVER ")
-    for kind in rng.integers(0, 8, rng.integers(0, 30)):
-        (x, y), s = point(rng, w, h), int(h * rng.choice([0.02, 0.04, 0.06, 0.12]) + 4)
-        colour, other, fill = pick(rng, colours), pick(rng, colours), int(rng.choice([-1, 1, 2, 3]))
-        word = "".join(rng.choice(letters, rng.integers(1, 12)))
-        if kind < 2:
-            art, mask = pixel_art(rng, s, colours)
-            spot = image[y:y + s, x:x + s]
-            art, mask = (a[:len(spot), :spot.shape[1]] for a in (art, mask))
-            spot[mask] = art[mask]
+    for kind in rng.integers(0, 6, rng.integers(0, 30)):
+        x, y = rng.integers(0, (w, h)).tolist()
+        s, fill = int(h * rng.choice([0.02, 0.04, 0.06, 0.12]) + 4), int(rng.choice([-1, 1, 2, 3]))
+        colour, other = rng.choice(colours, 2).tolist()
+        word = "".join(rng.choice([*"ABXYLR0123456789:%HPSCOTIME "], rng.integers(1, 12)))
+        if kind == 0:
+            cv2.putText(image, word, (x, y), int(rng.integers(8)), s / 30, colour, max(fill, 1), cv2.LINE_AA)
+        elif kind == 1:
+            for length, tone in ((5 * s, other), (int(5 * s * rng.random()), colour)):
+                cv2.rectangle(image, (x, y), (x + length, y + s // 2), tone, -1)
         elif kind == 2:
-            font = int(rng.integers(0, 8))
-            cv2.putText(image, word, (x, y), font, s / 30, colour, max(fill, 1), cv2.LINE_AA)
+            cv2.drawMarker(image, (x, y), colour, cv2.MARKER_CROSS, 2 * s, max(s // 3, 1))
         elif kind == 3:
-            cv2.rectangle(image, (x, y), (x + 5 * s, y + s // 2), other, -1)
-            cv2.rectangle(image, (x + 2, y + 2), (x + int(5 * s * rng.random()), y + s // 2 - 2), colour, -1)
-        elif kind == 4:
-            cv2.circle(image, (x, y), s // 2, colour, fill, cv2.LINE_AA)
-            cv2.putText(image, word[0], (x - s // 4, y + s // 4), 0, s / 40, other, 1, cv2.LINE_AA)
-        elif kind == 5:
-            cv2.line(image, (x - s, y), (x + s, y), colour, max(s // 3, 1))
-            cv2.line(image, (x, y - s), (x, y + s), colour, max(s // 3, 1))
-        elif kind == 6:
-            for i in range(rng.integers(1, 8)):
-                left, letter = x + i * s, word[i % len(word)]
-                cv2.rectangle(image, (left, y), (left + s * 4 // 5, y + s * 4 // 5), colour, fill)
-                cv2.putText(image, letter, (left + s // 5, y + s * 3 // 5), 0, s / 45, other, 1, cv2.LINE_AA)
-        else:
-            corners = np.array([x, y]) + rng.normal(0, s, (rng.integers(3, 7), 2))
+            corners = (x, y) + rng.normal(0, s, (rng.integers(3, 7), 2))
             cv2.fillPoly(image, [corners.astype(np.int32)], colour, cv2.LINE_AA)
+        else:
+            if kind == 4:
+                cv2.circle(image, (x, y), s // 2, colour, fill, cv2.LINE_AA)
+            else:
+                cv2.rectangle(image, (x - s // 2, y - s // 2), (x + s // 2, y + s // 2), colour, fill)
+            cv2.putText(image, word[0], (x - s // 4, y + s // 4), 0, s / 40, other, 1, cv2.LINE_AA)
 
 
 # ---- videos to work at, and what became of them

@@ -23,12 +23,12 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -38,7 +38,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
 
 import cv2
 import numpy as np
@@ -84,15 +83,7 @@ def run_extract(args):
     if args.sheet:
         writable(args.sheet)
     out.mkdir(parents=True, exist_ok=True)
-    if args.labels:
-        jobs = label_jobs(videos, args.labels)
-        folders = [Path(folder).name for _, (folder, _) in jobs]
-    else:
-        done = journal(out)
-        jobs = [({"video": str(video)}, (name, done.get(str(video), {}))) for video, name in videos]
-        folders = [place for _, name in videos for place in place_names(name)]
-    keep_apart(videos, out, folders)
-    jobs = shard(jobs)
+    jobs = shard(label_jobs(videos, args.labels) if args.labels else videos)
     told, failed = work_through(jobs, args) if jobs else (0, 0)
     if not told:
         print(f"nothing to do: all {len(jobs)} of this share are done")
@@ -103,35 +94,30 @@ def run_extract(args):
         raise UserError(f"{failed} of {failed} {what} can't be used: see the lines above")
 
 
-def extract_one(video, name, old, matcher, args, settings):
-    """One video: localise and cut -> what its line of extract.jsonl (`old` before) says of it; None where its
-    result is whole and of these settings."""
-    key = fingerprint(settings, video.stat().st_size, video.stat().st_mtime_ns)
-    folders = [Path(args.out) / place for place in place_names(name)]
-    line = {"status": "none", "run": key}
+def extract_one(video, name, matcher, args, settings):
+    """One video: localise and cut -> what its line of extract.jsonl says of it; None where its last line and
+    its clips are of these settings."""
+    out, file = Path(args.out), video.stat()
+    key = fingerprint(settings, file.st_size, file.st_mtime_ns)
+    folders = [out / place for place in place_names(name)]
     with clip_lock(folders[0]):
-        clip = whole_clip(folders[0], key)
-        if clip and not all(whole_clip(f, key) for f in folders[1:clip.get("places")]):
-            clip = None
-        if old.get("run") == key and (clip or old.get("status") == "none"):
+        old = journal(out).get(str(video), {})
+        if old.get("run") == key and all(made_by(key, f) for f in folders[:old.get("places", 0)]):
             return None
-        if not clip:                               # there is one after a kill between the folder and its line
-            for folder in folders:
-                check_replaceable(folder)
-            places, most = localise_all(*sample_frames(video), matcher)
-            line["inliers"] = most
-            line["reason"] = "" if places else (f"best of {len(matcher.skins)} templates has {most} inliers, "
-                                                f"{MIN_INLIERS} and agreeing edges are needed")
-            for unused in folders[len(places):]:
-                discard(unused)
-            for folder, find in reversed(list(zip(folders, places))):    # the first last: it says all is done
-                clip = cut_clip(video, folder, matcher, find, len(places), args.every, key)
-    if clip:
-        line |= {"status": "found", **{k: clip[k] for k in ("template", "box", "inliers", "edges", "places")}}
-        truth = video.with_suffix(".truth.npy")
-        if os.path.isfile(truth) and not (folders[0] / "truth.npy").exists():
-            line["reason"] = f"{truth.name} left out: expected float32 ({clip['n']}, {A})"
-    return line
+        for folder in folders:
+            check_replaceable(folder)
+        places, most = localise_all(*sample_frames(video), matcher)
+        for unused in folders[len(places):]:
+            discard(unused)
+        for folder, find in zip(folders, places):
+            cut_clip(video, folder, matcher, find, len(places), args.every, key)
+    if not places:
+        return {"status": "none", "run": key, "inliers": most,
+                "reason": f"best of {len(matcher.skins)} templates has {most} inliers, {MIN_INLIERS} and "
+                          "agreeing edges are needed"}
+    clip = read_clip(folders[0])
+    told = {k: clip[k] for k in ("template", "box", "inliers", "edges", "places")}
+    return {"status": "found", "run": key, **told}
 
 
 # ---- localisation
@@ -687,9 +673,9 @@ def cut_clip(video, folder, matcher, find, places, every, key):
     clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
         clip["n"] = cutter.run(video, tmp, info)
-        with suppress(UserError):
-            truth = read_npy(video.with_suffix(".truth.npy"), np.float32, (clip["n"], A))
-            write_npy(tmp / "truth.npy", truth)
+        truth = video.with_suffix(".truth.npy")
+        if truth.exists():
+            write_npy(tmp / "truth.npy", read_npy(truth, np.float32, (clip["n"], A)))
         how = cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR
         for name, drawn in (("template", draw(skin)), ("pressed", draw_pressed(skin))):
             if name == "template" or any(p.control for p in skin.parts):
@@ -817,15 +803,12 @@ def dense(actions, confidence=None):
 # ---- the released labels (CC BY-NC 4.0)
 def label_jobs(videos, labels):
     """Every chunk under NVIDIA's SHARD/<video_id>/<video_id>_chunk_NNNN/ whose video is among `videos` ->
-    jobs for work_through()."""
+    list of (video, the chunk's folder)."""
     files, jobs = sorted(Path(labels).rglob("metadata.json")), []
     for path in files:
-        meta = read_json(path, dict)
-        source = meta.get("original_video")
-        wanted = isinstance(source, dict) and source.get("video_id")
-        holders = [video for video, name in videos if wanted and str(wanted) in name]
-        if holders:
-            jobs.append(({"video": str(holders[0]), "chunk": path.parent.name}, (str(path.parent), meta)))
+        with reading(path, "original_video.video_id"):
+            wanted = read_json(path, dict)["original_video"]["video_id"]
+            jobs += [(video, path.parent) for video, name in videos if wanted and wanted in name][:1]
     if not jobs:
         raise UserError(f"{labels}: expected SHARD/<video_id>/<video_id>_chunk_NNNN/metadata.json of these "
                         f"videos, found {len(files)} metadata.json, none of them: unpack the SHARD_*.tar.gz "
@@ -833,12 +816,12 @@ def label_jobs(videos, labels):
     return jobs
 
 
-def label_one(video, folder, meta, args):
+def label_one(video, folder, args):
     """One released chunk -> as extract_one()."""
-    target = Path(args.out) / folder.name
-    key = fingerprint(args.every, video.stat().st_size, video.stat().st_mtime_ns, meta)
+    meta, target, file = read_json(folder / "metadata.json", dict), Path(args.out) / folder.name, video.stat()
+    key = fingerprint(args.every, file.st_size, file.st_mtime_ns, meta)
     with clip_lock(target):
-        if whole_clip(target, key):
+        if made_by(key, target):
             return None
         check_replaceable(target)
         clip = cut_labelled(folder, meta, video, target, args.every, key)
@@ -1159,24 +1142,11 @@ def clips_in(data):
     return list(map(unicode, folders))
 
 
-def whole_clip(folder, key):
-    """clip.json of a clip of the same video and settings whose files all open and have n rows; else None."""
-    try:
-        clip = read_clip(folder)
-        rows = [Frames(folder).n]
-        if "pad" in clip:
-            read_rgba(folder / "template.png")
-        if (folder / "pads.npy").exists():
-            pads = Frames(folder, "pads")
-            rows += [pads.n, len(pads)]
-        else:                                      # of released labels, or dropped when it was read
-            n = rows[0]
-            read_npy(folder / "actions.npy", np.float32, (n, A))
-            read_npy(folder / "confidence.npy", np.float32, (n,))
-            read_npy(folder / "keep.npy", bool, (n,))
-    except UserError:
-        return None
-    return clip if clip.get("run") == key and set(rows) == {clip.get("n")} else None
+def made_by(key, folder):
+    """Whether a clip of the same video and settings is at `folder`. A clip has its name only once it is
+    whole."""
+    with suppress(UserError):
+        return read_clip(folder).get("run") == key
 
 
 def check_replaceable(folder):
@@ -1807,14 +1777,14 @@ class Look:
     cap: tuple | None = (20, 20, 22)
     well: tuple | None = (44, 44, 48)
     lit: tuple = (255, 240, 80)                 # what pressed looks like
-    press: str = "light"                        # face buttons and small ones: one of press()'s ways
+    press: str = "light"                   # face buttons and small ones: one of when_pressed()'s ways or blob
     press_thumb: str = "light"
     press_dpad: str = "light"
     press_top: str = "light"                    # shoulders and triggers
     stick: str = "cap"                          # cap dot ring knurl
     dpad: str = "cross"                         # cross four arrows
     shape: str = "ellipse"                      # of the face buttons
-    trigger: str = "button"                    # button up down left right (the last four grow with the value)
+    trigger: str = ""                           # up down left right: it grows there with its value
     trigger_shape: str = "rect"                 # rect horn ellipse
     thumb: str = "cap"                     # where L3 / R3 shows: cap label none behind (a disc under the cap)
     glow: bool = False                          # the cap is lit while it is off centre
@@ -1825,9 +1795,8 @@ class Look:
     radius: float = 20.0                        # of the caps, pixels
     travel: float = 12.0                        # of the caps, pixels
     size: float = 12.0                          # radius of a face button
-    spread: float = 25.0                        # of the face buttons round their centre
+    spread: float = 25 / 12                     # of the face buttons round their centre, in their radii
     spill: float = 0.7                          # how far the well reaches beyond a cap at rest, in travels
-    jitter: dict = field(default_factory=dict)  # control -> (dx, dy), and "body" -> offsets of the outline
 
 
 def our_skins():
@@ -1837,115 +1806,86 @@ def our_skins():
 
 
 def random_skin(rng):
-    """A pad that no one has seen: family, layout, colours, styles and press effects drawn from rng ->
+    """A pad that no one has seen: family, places, colours, styles and press effects drawn from rng ->
     Skin."""
     def choose(*options):
         return options[rng.integers(len(options))]
 
     def tone(low=0, high=256):
         """A colour; more often than not a grey."""
-        coloured = rng.random() < 0.45
-        return tuple(rng.integers(low, high, 3).tolist()) if coloured else (int(rng.integers(low, high)),) * 3
+        color = rng.integers(low, high, 3).tolist()
+        return tuple(color if rng.random() < 0.45 else color[:1] * 3)
 
     def away(color, least):
         """The colour, moved away from the ground where it hardly differs from it."""
         far = BLACK if sum(ground) > 380 else WHITE
-        return color if abs(sum(color[:3]) - sum(ground)) > least else mix(color, far, 0.7)
+        return color if abs(sum(color) - sum(ground)) > least else mix(color, far, 0.7)
 
-    def darker(low, high):
-        """The ground, moved towards black by a random share."""
-        return mix(ground, BLACK, rng.uniform(low, high))
-
-    def lighter(low, high):
-        return mix(ground, WHITE, rng.uniform(low, high))
+    def shaded(end, low, high):
+        """The ground, moved towards black or white by a random share."""
+        return mix(ground, end, rng.uniform(low, high))
 
     family = choose(*LAYOUTS)
+    place = {key: np.add(spot, rng.uniform(-7, 7, np.shape(spot))) for key, spot in LAYOUTS[family].items()}
     body = choose(None, tone(), tone(), tone(0, 70), tone(190, 256))
+    ground = body or tone(0, 120)
     if body and rng.random() < 0.2:
         body = (*body, rng.uniform(0.15, 0.7))
-    ground = body[:3] if body else tone(0, 120)
-    if body:
-        line = choose(None, away(tone(), 200), away(WHITE, 200))
-    else:
-        line = choose(None, tone(150, 256), WHITE, tone(0, 60))
-    button = choose(None, away(tone(), 60), darker(0.2, 0.7), lighter(0.1, 0.5))
-    label = choose(None, away(WHITE, 150), away(tone(), 200)) if button or line else away(WHITE, 150)
-    lit = choose(WHITE, tone(120, 256), (255, 240, 80), (90, 255, 120), (255, 70, 70), (80, 190, 255), tone())
-    lit = away(lit, 150)
+    line = choose(None, away(tone(), 200), away(WHITE, 200))
+    button = choose(None, away(tone(), 60), shaded(BLACK, 0.2, 0.7), shaded(WHITE, 0.1, 0.5))
+    label = choose(away(WHITE, 150), away(tone(), 200), None if button or line else WHITE)
+    lit = away(choose(WHITE, tone(), (255, 240, 80), (90, 255, 120), (255, 70, 70), (80, 190, 255)), 150)
     if rng.random() < 0.15:
         lit = (*lit, rng.uniform(0.4, 0.8))
-    effects = "light light white tint faint ring dark move show grow blob blob".split()
-    effects += ["fill", "fill"] if line or label else []
-    if button is None and line is None:
-        effects = "light white fill ring blob".split()
-    calm = [e for e in effects if e not in ("move", "grow", "show", "white", "blob")]
-    cap = choose(darker(0.3, 0.9), away(tone(), 60), away(tone(), 120), None if line else WHITE)
-    well = choose(None, darker(0.1, 0.6), lighter(0.05, 0.3))
-    if cap and rng.random() < 0.18:                # dark on dark: cap and well nearly alike, no line
+    cap = choose(shaded(BLACK, 0.3, 0.9), away(tone(), 60), away(tone(), 120), None if line else WHITE)
+    well = choose(None, shaded(BLACK, 0.1, 0.6), shaded(WHITE, 0.05, 0.3))
+    rare = rng.random()
+    if rare < 0.35:                                # a black hole under a cap that is lighter than it
+        well = tone(0, 24)
+        cap = mix(well, choose(WHITE, ground), rng.uniform(0.06, 0.5))
+    elif cap and rare < 0.5:                       # cap and well nearly alike, no line
         well, line = mix(cap, choose(BLACK, WHITE), rng.uniform(0.05, 0.12)), None
-    look = Look(
-        body, line, button=button, label=label, cap=cap, well=well, lit=lit,
-        press=choose(*effects), press_thumb=choose(*calm), press_dpad=choose(*effects),
-        press_top=choose(*effects), colored=bool(rng.random() < 0.5),
-        glow=bool(rng.random() < 0.08), dish=choose(0.0, 0.0, rng.uniform(0.3, 1)),
-        shade=choose(0.0, 0.0, rng.uniform(0.3, 1.2)),
-        missing=tuple(b for b in ("GUIDE", "BACK", "START", *THUMB.values()) if rng.random() < 0.06),
-        **{name: choose(*options) for name, options in PADS["random_options"].items()},
-        **{name: rng.uniform(low, high) for name, (low, high) in PADS["random_ranges"].items()})
-    look.spread = look.size * rng.uniform(1.75, 2.3)
-    look.spill = choose(0.0, 0.1, 0.7, rng.uniform(0, 1))
-    if rng.random() < 0.35:                        # a black hole under a cap that is lighter than it
-        look.well = tone(0, 24)
-        look.cap = choose(mix(look.well, WHITE, rng.uniform(0.06, 0.3)),
-                          mix(look.well, ground, rng.uniform(0.2, 0.7)))
-    moved = "left right dpad face GUIDE BACK START LEFT_TRIGGER RIGHT_TRIGGER".split()
-    look.jitter = {control: rng.uniform(-7, 7, 2) for control in moved}
-    look.jitter["body"] = rng.uniform(-7, 7, (len(LAYOUTS[family]["half"]), 2))
-    return pad_skin(f"random_{family}", family, look)
+    styles = {name: choose(*options) for name, options in PADS["random_options"].items()}
+    styles |= {name: rng.uniform(low, high) for name, (low, high) in PADS["random_ranges"].items()}
+    look = Look(body, line, button=button, label=label, cap=cap, well=well, lit=lit, **styles)
+    return pad_skin(f"random_{family}", family, look, place)
 
 
-def pad_skin(name, family, look):
-    """A pad of our own drawing -> Skin. Deterministic in its arguments."""
-    place, parts = LAYOUTS[family], []
-    brand = next((b for b in ("xbox", "ps", "switch") if family.startswith(b)), "generic")
-    words = PADS["brands"][brand]
+def pad_skin(name, family, look, place=None):
+    """A pad of our own drawing -> Skin. place: its layout, {control: [x, y], .., "half": right outline}, by
+    default the family's."""
+    place, words = place or LAYOUTS[family], PADS["brands"][re.match("[a-z]+", family)[0]]
+    parts, inks = [], words["inks"] if look.colored else {}
 
-    def jittered(control, x, y):
-        dx, dy = look.jitter.get(control, (0, 0))
-        return x + dx, y + dy
-
-    def button(control, x, y, rx, ry, kind, label_ink=look.label, how=look.press, fill=look.button, grow="",
-               bare=False):
+    def button(control, x, y, rx, ry, kind, how=look.press, fill=look.button, grow="", bare=False):
         if control in look.missing:
             return
-        x, y = jittered(control, x, y)
         m = 5                                      # room for strokes, moves and growth
         left, top = math.floor(x - rx - m), math.floor(y - ry - m)
         box = [v - corner for v, corner in zip(around(x, y, rx, ry), (left, top) * 2)]
         label = words["labels"][control] if look.label and not bare else ""
-        sprites = press(look, how, (2 * (rx + m) + 1, 2 * (ry + m) + 1), kind, box, fill, label, label_ink)
+        ink = inks.get(control, look.label)
+        sprites = press(look, how, (2 * (rx + m) + 1, 2 * (ry + m) + 1), kind, box, fill, label, ink)
         parts.append(Part(control, (left, top), sprites, grow=grow))
 
-    top = place["half"][2][1]
-    grow = "" if look.trigger == "button" else look.trigger
-    mirrored = {"left": "right", "right": "left"}.get(grow, grow)
-    for control, x, grows in (("LEFT_TRIGGER", 92, grow), ("RIGHT_TRIGGER", 308, mirrored)):
-        button(control, x, top - 27, 24, 13, look.trigger_shape, how=look.press_top, grow=grows)
-    button("LEFT_SHOULDER", 96, top - 2, 32, 8, "rect", how=look.press_top)
-    button("RIGHT_SHOULDER", 304, top - 2, 32, 8, "rect", how=look.press_top)
+    mirrored = {"left": "right", "right": "left"}.get(look.trigger, look.trigger)
+    for side, grow in (("LEFT", look.trigger), ("RIGHT", mirrored)):
+        control = f"{side}_TRIGGER"
+        button(control, *place[control], 24, 13, look.trigger_shape, look.press_top, grow=grow)
+    for control in ("LEFT_SHOULDER", "RIGHT_SHOULDER"):
+        button(control, *place[control], 32, 8, "rect", look.press_top)
     body = Part("", (0, 0), [pad_body(family, look, place["half"])])
     parts.insert(len(parts) if look.press_top == "show" else 0, body)   # under shoulders that are always seen
-    x, y = jittered("face", *place["face"])
+    x, y = place["face"]
     for control, (dx, dy) in FACES.items():
-        button(control, x + dx * look.spread, y + dy * look.spread, look.size, look.size, look.shape,
-               words["inks"][control] if look.colored else look.label)
-    small = {"ps": (5, 9, "rect"), "generic": (8, 7, "rect")}.get(brand, (8, 7, "ellipse"))
+        away = look.size * look.spread
+        button(control, x + dx * away, y + dy * away, look.size, look.size, look.shape)
     for control in ("BACK", "START"):
-        button(control, *place[control.lower()], *small)
-    button("GUIDE", *place["guide"], 11, 11, "ellipse")
-    dpad_parts(parts, button, look, *jittered("dpad", *place["dpad"]))
+        button(control, *place[control], *words["small"])
+    button("GUIDE", *place["GUIDE"], 11, 11, "ellipse")
+    dpad_parts(parts, button, look, *place["dpad"])
     for side in STICKS:
-        stick_parts(parts, button, look, side, *jittered(side, *place[side]))
+        stick_parts(parts, button, look, side, *place[side])
     return measured(name, family, PAD_SIZE, parts)
 
 
@@ -1953,7 +1893,7 @@ def pad_body(family, look, half):
     """The body's picture, uint8 (290, 400, 4) premultiplied: outline, shading, touch pad. half: its right
     outline."""
     canvas, (w, h) = blank(*PAD_SIZE), PAD_SIZE
-    half = np.float32(half) + np.float32(look.jitter.get("body", 0))
+    half = np.float32(half)
     half[[0, -1], 0] = w / 2
     ring = np.concatenate([half, (half * (-1, 1) + (w, 0))[-2:0:-1]])
     t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]            # a quadratic B-spline through the ring
@@ -1980,43 +1920,35 @@ def pad_body(family, look, half):
 
 def dpad_parts(parts, button, look, x, y):
     """The d-pad: a cross with lit arms, four buttons, or four arrows."""
-    cross = look.dpad == "cross"
+    cross, arrows = look.dpad == "cross", look.dpad == "arrows"
     if cross:
-        m = 31                                     # 27 pixels and room for strokes
-        left, top = int(x) - m, int(y) - m
-        canvas, box = blank(2 * m, 2 * m), around(x - left, y - top, 27, 27)
-        paint(canvas, look.button, "cross", box)
-        if look.line or not look.button:
-            paint(canvas, look.line or look.label or look.lit, "cross", box, look.width)
-        parts.append(Part("", (left, top), [canvas]))
+        line = look.line or (None if look.button else look.label or look.lit)
+        parts.append(centred("", x, y, [painted("cross", 27, (look.button, 0), (line, look.width))]))
     how = "show" if cross and look.press_dpad in ("light", "grow", "move") else look.press_dpad
-    bare = look.dpad == "arrows" or cross and how == "show"
+    bare, fill = arrows or cross and how == "show", look.button or arrows and look.label
     for arrow, (dx, dy) in ARROWS.items():
-        kind, fill = (arrow, look.button or look.label) if look.dpad == "arrows" else ("rect", look.button)
-        button("DPAD_" + arrow.upper(), x + dx * 19, y + dy * 19, 8, 8, kind, how=how, fill=fill, bare=bare)
+        kind = arrow if arrows else "rect"
+        button("DPAD_" + arrow.upper(), x + dx * 19, y + dy * 19, 8, 8, kind, how, fill, bare=bare)
 
 
 def stick_parts(parts, button, look, side, x, y):
     """A stick: its well, its moving cap with the pressed state, and L3 / R3 as a disc or a label where the
     skin has it so."""
-    r, travel, thumb, line = look.radius, look.travel, THUMB[side], look.line
+    r, travel, thumb, line, cap = look.radius, look.travel, THUMB[side], look.line, look.cap
     clicks = thumb not in look.missing and look.thumb
 
     reach = {"dot": travel + r * 0.4, "ring": max(r, travel) * 1.1}.get(look.stick, r + travel * look.spill)
-    m = int(reach) + 4
-    well, box = blank(2 * m, 2 * m), around(m, m, reach, reach)
-    paint(well, look.well, "ellipse", box)
-    if line or not look.well and look.stick != "cap":
-        paint(well, line or look.label or look.lit, "ellipse", box, look.width)
-    parts.append(Part("", (int(x) - m, int(y) - m), [well]))
+    edge = line or (None if look.well or look.stick == "cap" else look.label or look.lit)
+    parts.append(centred("", x, y, [painted("ellipse", reach, (look.well, 0), (edge, look.width))]))
 
     r = r * 0.42 if look.stick == "dot" else r
-    m = math.ceil(r) + 4
-    cap = look.cap if look.stick != "ring" else None
+    cap = None if look.stick == "ring" else cap
+    line = line if line or cap else look.label or look.lit
+    shown = cap or look.body or GREY               # of a cap that is drawn as an outline only
 
-    def face(fill, line=line, width=look.width):
-        canvas, box = blank(2 * m, 2 * m), around(m, m, r, r)
-        paint(canvas, fill, "ellipse", box)
+    def face(fill=cap, line=line, width=look.width, **_):
+        canvas = painted("ellipse", r, (fill, 0))
+        box = around(len(canvas) // 2, len(canvas) // 2, r, r)
         if fill and (look.stick == "knurl" or look.shade):
             paint(canvas, mix(fill, WHITE, 0.14), "ellipse", inset(box, 0.3 * r, 0.3 * r))
             paint(canvas, mix(fill, BLACK if sum(fill[:3]) > 200 else WHITE, 0.25), "ellipse", box, 1.5)
@@ -2025,25 +1957,32 @@ def stick_parts(parts, button, look, side, x, y):
             paint(canvas, line, "ellipse", inset(box, 0.35 * r, 0.35 * r), width * 0.7)
         return dished(canvas, look.dish, r) if look.dish else canvas
 
-    line = line if line or cap else look.label or look.lit
-    shown = cap or GREY                            # of a cap that is drawn as an outline only
-    pressed = {"tint": (mix(cap or look.body or GREY, look.lit, 0.45), line),
-               "faint": (mix(shown, look.lit, 0.18), line),
-               "dark": (mix(shown, BLACK, 0.6), line),
-               "fill": (line or look.lit, cap),
-               "ring": (cap, look.lit, max(look.width, 2.5) * 1.4),
-               "light": (look.lit[:3], line)}[look.press_thumb]
-    sprites = [face(cap, line), face(*(pressed if clicks == "cap" else (cap, line)))]
+    pressed = when_pressed(look, look.press_thumb, shown, line, None)
+    if look.press_thumb == "fill":
+        pressed["line"] = cap
+    sprites = [face(), face(**pressed) if clicks == "cap" else face()]
     if look.glow:
-        sprites.append(face(mix(cap or look.body or GREY, look.lit, 0.6), line))
+        sprites.append(face(mix(shown, look.lit, 0.6)))
     if clicks == "behind":
-        blob = r * look.blob * 1.3
-        k = int(blob) + 2
-        disc = paint(blank(2 * k, 2 * k), look.lit, "ellipse", around(k, k, blob, blob))
-        parts.append(Part(thumb, (int(x) - k, int(y) - k), [None, disc]))
-    parts.append(Part(side, (int(x) - m, int(y) - m), sprites, (travel, travel)))
+        parts.append(centred(thumb, x, y, [None, painted("ellipse", r * look.blob * 1.3, (look.lit, 0))]))
+    parts.append(centred(side, x, y, sprites, (travel, travel)))
     if clicks == "label":
         button(thumb, x, y + reach + 12, 16, 9, "rect")
+
+
+def painted(kind, r, *coats):
+    """A shape of half size r in the middle of a see-through square, painted in coats (colour, stroke)."""
+    m = math.ceil(r) + 4
+    canvas = blank(2 * m, 2 * m)
+    for color, stroke in coats:
+        paint(canvas, color, kind, around(m, m, r, r), stroke)
+    return canvas
+
+
+def centred(control, x, y, sprites, travel=(0.0, 0.0)):
+    """The Part whose square sprites have their middle at (x, y)."""
+    m = len(sprites[-1]) // 2
+    return Part(control, (int(x) - m, int(y) - m), sprites, travel)
 
 
 def dished(canvas, depth, r):
@@ -2058,40 +1997,45 @@ def dished(canvas, depth, r):
     return canvas
 
 
-def press(look, how, size, kind, box, fill, label, label_ink):
+def press(look, how, size, kind, box, fill, label, ink):
     """The sprites [at rest, pressed] of a control of `kind` in `box` of a canvas of `size`: pressed looks as
-    `how` says, light white tint faint ring fill dark move show grow blob."""
-    lit, (x0, y0, x1, y1) = look.lit, box
+    `how` says, one of when_pressed()'s ways or blob."""
+    x0, y0, x1, y1 = box
 
-    def face(fill=fill, label_ink=label_ink, line=look.line, width=look.width, box=box):
-        canvas, (x0, y0, x1, y1) = blank(*size), box
+    def face(fill=fill, ink=ink, line=look.line, width=look.width, box=box):
+        canvas = blank(*size)
         paint(canvas, fill, kind, box)
         paint(canvas, line, kind, box, width)
         if label:
             drawn = label if label in (*"^ox#", *ARROWS) else "text"
-            inner = inset(box, (x1 - x0) * 0.24, (y1 - y0) * 0.24)
-            paint(canvas, label_ink, drawn, inner, 0 if drawn in ARROWS else 1.6, label)
+            inner = inset(box, (box[2] - box[0]) * 0.24, (box[3] - box[1]) * 0.24)
+            paint(canvas, ink, drawn, inner, 0 if drawn in ARROWS else 1.6, label)
         return canvas
 
-    rest, shown = face(), fill or look.body or GREY
+    rest = face()
     if how == "blob":
         r = min(x1 - x0, y1 - y0) / 2 * look.blob
-        return [rest, paint(rest.copy(), lit, "ellipse", around((x0 + x1) / 2, (y0 + y1) / 2, r, r))]
-    if how == "light" and len(lit) == 4:           # a see-through light over what is at rest
-        return [rest, paint(rest.copy(), lit, kind, box)]
-    bright = dict(fill=lit, label_ink=label_ink and (mix(lit, BLACK, 0.8) if sum(lit[:3]) > 380 else WHITE))
-    pressed = face(**{
-        "light": bright,
-        "show": bright,
-        "white": dict(fill=lit, label_ink=None, line=lit),
-        "faint": dict(fill=mix(shown, lit, 0.14)),
-        "tint": dict(fill=mix(shown, lit, 0.45)),
-        "fill": dict(fill=look.line or label_ink or lit, label_ink=shown),
-        "dark": dict(fill=mix(shown, BLACK, 0.6), label_ink=label_ink and mix(label_ink, BLACK, 0.4)),
-        "ring": dict(line=lit, width=max(look.width, 2.5) * 1.4, box=inset(box, -1, -1)),
-        "move": dict(fill=mix(shown, lit, 0.2), box=(x0, y0 + 3, x1, y1 + 3)),
-        "grow": dict(bright, box=inset(box, -3, -3))}[how])
-    return [None if how == "show" else rest, pressed]
+        return [rest, paint(rest.copy(), look.lit, "ellipse", around((x0 + x1) / 2, (y0 + y1) / 2, r, r))]
+    if how == "light" and len(look.lit) == 4:      # a see-through light over what is at rest
+        return [rest, paint(rest.copy(), look.lit, kind, box)]
+    moved = {"ring": inset(box, -1, -1), "move": (x0, y0 + 3, x1, y1 + 3), "grow": inset(box, -3, -3)}
+    changed = when_pressed(look, how, fill or look.body or GREY, look.line, ink)
+    return [None if how == "show" else rest, face(**changed, box=moved.get(how, box))]
+
+
+def when_pressed(look, how, shown, line, ink):
+    """What changes in the fill, ink, line and width of a control when it is pressed, as `how` says: light
+    show grow white faint tint move fill dark ring. shown: the colour that its fill has or seems to have."""
+    lit = look.lit[:3]
+    bright = {"fill": lit, "ink": ink and (mix(lit, BLACK, 0.8) if sum(lit) > 380 else WHITE)}
+    return {"light": bright, "show": bright, "grow": bright,
+            "white": {"fill": lit, "ink": None, "line": lit},
+            "faint": {"fill": mix(shown, lit, 0.14)},
+            "tint": {"fill": mix(shown, lit, 0.45)},
+            "move": {"fill": mix(shown, lit, 0.2)},
+            "fill": {"fill": line or ink or lit, "ink": shown},
+            "dark": {"fill": mix(shown, BLACK, 0.6), "ink": ink and mix(ink, BLACK, 0.4)},
+            "ring": {"line": lit, "width": max(look.width, 2.5) * 1.4}}[how]
 
 
 def blank(w, h):
@@ -2285,7 +2229,7 @@ def marks(rng, image, colours):
 # ---- videos to work at, and what became of them
 def find_videos(paths):
     """Files and folders -> list of (video path, clip name), a folder's sorted: the name is the file's, with
-    its folder's where two would share clips."""
+    its folder's where two would share clips or the name is too long."""
     videos = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -2298,27 +2242,21 @@ def find_videos(paths):
         raise UserError(f"{' '.join(map(str, paths))}: expected videos ({' '.join(sorted(VIDEO_ENDINGS))}), "
                         "found none in there")
     videos = list(dict.fromkeys(unicode(p).absolute() for p in videos))
-    places = {p: [name.casefold() for name in place_names(p.stem)] for p in videos}  # some disks mind no case
-    wanted = Counter(sum(places.values(), []))
-    unique = {p: all(wanted[name] == 1 for name in names) for p, names in places.items()}
-    named = lambda p: f"{p.parent.name}_{p.stem}".encode()[:230].decode(errors="ignore")
-    return [(p, p.stem if unique[p] and len(p.stem.encode()) <= 248      # of 255 bytes, _place2 takes 7
-             else f"{named(p)}_{fingerprint(str(p))[:6]}") for p in videos]
+    stems = Counter(p.stem.casefold() for p in videos)                   # some disks mind no case
+
+    def name(path):
+        stem, parent = path.stem, path.parent.name
+        if stems[stem.casefold()] == 1 and len(stem.encode()) <= 248 and stem[-7:-1].casefold() != "_place":
+            return stem
+        short = f"{parent}_{stem}".encode()[:230].decode(errors="ignore")          # names have 255 bytes
+        return f"{short}_{fingerprint(str(path))[:6]}"
+
+    return [(path, name(path)) for path in videos]
 
 
 def place_names(name):
     """The names of a video's clip folders: one for each place that its overlay may take."""
     return [name, f"{name}_place2", f"{name}_place3"]
-
-
-def keep_apart(videos, out, names):
-    """UserError where a clip's folder, one of `names` in `out`, holds a video: it is replaced as a whole."""
-    out, names = out.resolve(), {name.casefold() for name in names}
-    for video, _ in videos:
-        path = video.resolve()
-        if path.is_relative_to(out) and path.relative_to(out).parts[0].casefold() in names:
-            raise UserError(f"--out {out}: expected a folder where no clip takes a video's place, found "
-                            f"{path}: give another --out")
 
 
 def journal(out):
@@ -2335,47 +2273,40 @@ def journal(out):
 def log_line(out, line):
     """Append one line to DATA/extract.jsonl in a single write, so that several processes may share the
     file."""
-    text = json.dumps(line, ensure_ascii=False) + "\n"
-    with open(out / "extract.jsonl", "a+b", buffering=0) as f:
-        if f.seek(0, os.SEEK_END):
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n":                 # a kill cut the last line
-                text = "\n" + text
-        f.write(text.encode())
+    path, text = out / "extract.jsonl", json.dumps(line, ensure_ascii=False) + "\n"
+    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")   # a kill cut the last line
+    with open(path, "ab", buffering=0) as f:
+        f.write(("\n" * cut + text).encode())
 
 
 BAR = {"mininterval": 1, "leave": False, "disable": None}            # tqdm's, on a terminal only
 
 
 def work_through(jobs, args):
-    """Do all jobs, each (what its line begins with, words for the worker), and report -> how many were not
-    done before, and how many failed."""
-    told, failed, out = 0, 0, Path(args.out)
-    if not args.labels:
-        print("preparing the templates", flush=True)
+    """Do all jobs (video, name of its clip or folder of its labels), and report -> how many were not done
+    before, and how many failed."""
+    told, failed = 0, 0
+    print("preparing the templates", flush=True)
     with Worker(args) as work, tqdm(jobs, unit=" videos", **BAR) as bar:
-        for i, (line, job) in enumerate(bar, 1):
+        for i, (video, name) in enumerate(bar, 1):
             start = time.time()
-            answer = work(line["video"], *job)
-            answer = answer.get("line", answer)
+            answer = work(video, name)
             if answer is None:
                 continue
-            told += 1
-            line |= {"status": "", "template": None, "box": None, "inliers": 0, "reason": "", **answer}
-            line["seconds"] = round(time.time() - start, 2)
-            failed += line["status"] == "error"
+            line = {"video": str(video), "status": "", "template": None, "box": None, "inliers": 0,
+                    "reason": "", **answer, "seconds": round(time.time() - start, 2)}
+            if args.labels:
+                line["chunk"] = name.name
             if line["status"] != "busy":
-                log_line(out, line)
+                log_line(Path(args.out), line)
+            told, failed = told + 1, failed + (line["status"] == "error")
             what = line["reason"]
             if line["status"] == "found":
-                box, places = [round(v) for v in line["box"]], line.get("places", 1)
+                box = [round(v) for v in line["box"]]
                 what = f"{line['template']} | box {box} | {line['inliers']} inliers"
-                what += f" | {places} places in turn" if places > 1 else ""
-                what += f" | {line['reason']}" if line["reason"] else ""
-            what += f" | {line['seconds']:.1f} s"
             bar.clear()
-            name = Path(line["video"]).name
-            print(f"video {i}/{len(jobs)} | {name} | {line['status']} | {what}", flush=True)
+            print(f"video {i}/{len(jobs)} | {video.name} | {line['status']} | {what} | "
+                  f"{line['seconds']:.1f} s", flush=True)
     return told, failed
 
 
@@ -2384,47 +2315,44 @@ class Worker:
     ends its process, that is an error of the job's video, and a new child goes on. The child ends with us."""
 
     def __init__(self, args):
-        self.args = {name: value for name, value in vars(args).items() if name != "run"}
+        self.args = args
         self._start()
 
     def _start(self):
-        command, pipe = [sys.executable, os.path.abspath(__file__), WORKER], subprocess.PIPE
-        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)   # no Ctrl-C
-        ready, self.fresh = self._ask(self.args), True
-        if ready != {}:
-            how = self._end()
-            raise UserError(ready["reason"] if ready else f"the process for videos ended at its start: {how}")
-
-    def _ask(self, question):
-        """Send a JSON value -> the child's answer, a dict; None where it ended instead."""
+        system = multiprocessing.get_context("spawn")
+        self.pipe, theirs = system.Pipe()
+        self.child, self.fresh = system.Process(target=worker, args=(theirs, self.args), daemon=True), True
+        heed = signal.signal(signal.SIGINT, signal.SIG_IGN)            # the child inherits it: Ctrl-C is ours
+        self.child.start()
+        signal.signal(signal.SIGINT, heed)
+        theirs.close()
         try:
-            self.child.stdin.write(json.dumps(question).encode() + b"\n")
-            self.child.stdin.flush()
-            return json.loads(self.child.stdout.readline() or "null")
-        except (OSError, ValueError):              # it ended within its answer
-            return None
+            trouble = self.pipe.recv()
+        except (OSError, EOFError):
+            trouble = {"reason": f"the process for videos ended at its start: {self._end()}"}
+        if trouble:
+            raise UserError(trouble["reason"])
 
     def _end(self):
-        """End the child -> how it ended."""
-        self.child.stdout.close()
-        with suppress(OSError):
-            self.child.stdin.close()
-        code = self.child.wait()
-        sweep(self.args["out"])
+        """Wait for the child's end -> how it ended."""
+        self.child.join()
+        sweep(self.args.out)
+        code = self.child.exitcode
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
-    def __call__(self, *job):
-        """{"line": what work_for(args)(*job) returns} or {"status": "error" or "busy", "reason": ..}."""
+    def __call__(self, video, name):
+        """What work_for(args)(video, name) returns, or {"status": "error" or "busy", "reason": ..}."""
         while True:
-            answer, fresh = self._ask(job), self.fresh
-            self.fresh = False
-            if answer is not None:
-                return answer
-            how = self._end()
-            self._start()
+            fresh, self.fresh = self.fresh, False
+            try:
+                self.pipe.send((video, name))
+                return self.pipe.recv()
+            except (OSError, EOFError):            # the child has ended
+                how = self._end()
+                self._start()
             if fresh:                              # else it may have been the video before
-                return {"status": "error", "reason": f"{job[0]}: expected a video that OpenCV decodes, "
-                        f"found one at which its process ends ({how}): save it again with another program"}
+                return {"status": "error", "reason": f"{video}: expected a video that OpenCV decodes, found "
+                        f"one at which its process ends ({how}): save it again with another program"}
 
     def __enter__(self):
         return self
@@ -2433,46 +2361,35 @@ class Worker:
         self.child.kill()
         self._end()
 
-WORKER = "--worker"                                # the one word of a worker's command line
 
-
-def worker():
-    """The child of a Worker: reads its args and then jobs as lines of JSON, and answers each by another."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Windows has no sessions
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                                  # what libraries print is no answer
-    jobs, work = SimpleQueue(), None
-
-    def listen():
-        for line in open(0, "rb", closefd=False):
-            jobs.put(json.loads(line))
-        os._exit(0)                                # our parent has ended, also in the middle of a job
-
-    threading.Thread(target=listen, daemon=True).start()
+def worker(pipe, args):
+    """The child of a Worker: answers its start and then each job that comes through the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Windows lets no child inherit it
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
+    work, answer = None, None
     while True:
-        job = jobs.get()
         try:
-            if work is None:
-                work, answer = work_for(argparse.Namespace(**job)), {}
+            if work:
+                answer = work(*pipe.recv())
             else:
-                answer = {"line": work(*job)}
-        except UserError as e:
-            answer = {"status": "busy" if isinstance(e, Busy) else "error", "reason": str(e)}
-        except OSError as e:
-            answer = {"status": "error", "reason": file_trouble(e)}
-        print(json.dumps(answer), file=answers, flush=True)
+                work = work_for(args)
+        except (UserError, OSError) as e:
+            reason = str(e) if isinstance(e, UserError) else file_trouble(e)
+            answer = {"status": "busy" if isinstance(e, Busy) else "error", "reason": reason}
+        pipe.send(answer)
 
 
 def work_for(args):
     """The function that does one job of these args."""
     if args.labels:
-        return lambda video, folder, meta: label_one(Path(video), Path(folder), meta, args)
+        return lambda video, folder: label_one(video, folder, args)
     skins = load_skins(args.templates) if args.templates else our_skins()
     net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
     locator = load_locator() if net else None
     matcher = Matcher(skins, net, Path(args.out) / f"templates-{rank_and_world()[0]}.npz", locator)
     settings = fingerprint(matcher.key, [(s.name, s.family, s.buttons, s.sticks) for s in skins], args.every)
-    return lambda video, name, old: extract_one(Path(video), name, old, matcher, args, settings)
+    return lambda video, name: extract_one(video, name, matcher, args, settings)
 
 
 def contact_sheet(path, videos, out):
@@ -2480,35 +2397,26 @@ def contact_sheet(path, videos, out):
     beside it."""
     lines = journal(out)
     shown = [(video, out / name, lines[str(video)]) for video, name in videos if str(video) in lines]
-    if not shown:                                  # a share of no videos
-        return
     page = Image.new("RGB", (1280, (len(shown) + 1) // 2 * 200), (32, 32, 32))
     for i, (video, folder, line) in enumerate(shown):
-        x, y, pictures = i % 2 * 640, i // 2 * 200, []
+        left, top, pictures = i % 2 * 640, i // 2 * 200, []
         if line["status"] != "error":
-            frame = middle_frame(video)
-            pictures = [(0, 320, frame)]
+            frame = sample_frames(video, 2)[1][-1]
+            pictures = [frame]
         if line["status"] == "found":
-            cv2.rectangle(frame, list(map(int, line["box"])), (0, 255, 0), 1 + frame.shape[1] // 400)
-            pictures.append((480, 160, over(96, read_rgba(folder / "template.png"))))
+            scale = frame.shape[1] / read_clip(folder)["size"][0]
+            cv2.rectangle(frame, [round(v * scale) for v in line["box"]], (0, 255, 0), 4)
+            pictures.append(over(96, read_rgba(folder / "template.png")))
             if (folder / "pads.npy").exists():     # else dropped when they were read
-                pads = Frames(folder, "pads")
-                pictures.append((320, 160, pads[len(pads) // 2]))
-        for left, width, picture in pictures:
+                pictures.append(Frames(folder, "pads")[0])
+        for x, picture in zip((0, 320, 480), pictures):
             picture = Image.fromarray(picture)
-            picture.thumbnail((width, 176))
-            page.paste(picture, (x + left, y))
+            picture.thumbnail((320 if x == 0 else 160, 176))
+            page.paste(picture, (left + x, top))
         text = f"{folder.name}: {line['status']} {line['template'] or ''} {line['inliers']} inliers"
-        ImageDraw.Draw(page).text((x + 6, y + 182), text)
-    save_png(path, np.asarray(page))
-
-
-def middle_frame(video):
-    """uint8 (h, w, 3) RGB, one frame from the middle of a video; black where it can't be sought."""
-    capture = open_video(video)
-    capture.set(cv2.CAP_PROP_POS_FRAMES, describe(capture)["n"] // 2)
-    ok, bgr = capture.read()
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB) if ok else np.zeros((176, 320, 3), np.uint8)
+        ImageDraw.Draw(page).text((left + 6, top + 182), text)
+    if shown:                                      # a share may have no videos
+        save_png(path, np.asarray(page))
 
 
 def run_templates(args):
@@ -2517,8 +2425,8 @@ def run_templates(args):
     out.mkdir(parents=True, exist_ok=True)
     for skin in skins:
         save_png(out / f"{skin.name}.png", draw(skin))
-        buttons = {n: {"center": [(x0 + x1) / 2, (y0 + y1) / 2], "box": [x0, y0, x1, y1]}
-                   for n, (x0, y0, x1, y1) in skin.buttons.items()}
+        buttons = {name: {"center": [(x0 + x1) / 2, (y0 + y1) / 2], "box": [x0, y0, x1, y1]}
+                   for name, (x0, y0, x1, y1) in skin.buttons.items()}
         write_json(out / f"{skin.name}.json", {
             "name": skin.name, "controller": skin.family, "size": skin.size, "bbox": visible_box(skin),
             "buttons": buttons, "sticks": skin.sticks})
@@ -2756,8 +2664,6 @@ def file_trouble(e):
 def main(argv=None):
     """Parse the command line; without a sub-command's name the main command runs."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == [WORKER]:
-        return worker()
     if argv[:1] == ["templates"]:
         parser = ArgumentParser(prog="extract.py templates", allow_abbrev=False,
                         description="Write our own templates as PNG + JSON.")

@@ -1372,18 +1372,9 @@ def shrink(rgb):
 def decode_picture(data, flags):
     """The bytes uint8 (k,) of a PNG or JPEG -> cv2.imdecode's array; None for anything else, and for a header
     that asks for more than MOST_PIXELS: a few bytes could take all memory."""
-    head, size = data.tobytes(), b""
-    if head[:4] == b"\x89PNG":
-        size = head[16:24]
-    elif head[:2] == b"\xff\xd8":
-        at = 2                                 # the chunks of a JPEG: 255, kind, length; filling of more 255s
-        while not size and head[at:at + 1] == b"\xff":
-            kind = head[at + 1:at + 2]
-            if b"\xc0" <= kind <= b"\xcf" and kind not in b"\xc4\xc8\xcc":
-                size = head[at + 5:at + 9]
-            at += 1 if kind == b"\xff" else 2 + int.from_bytes(head[at + 2:at + 4], "big")
-    high, wide = (int.from_bytes(side, "big") for side in (size[:len(size) // 2], size[len(size) // 2:]))
-    return cv2.imdecode(data, flags) if 0 < high * wide <= MOST_PIXELS else None
+    with suppress(Exception), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
+        if picture.width * picture.height <= MOST_PIXELS:
+            return cv2.imdecode(data, flags)
 
 
 def read_rgba(path):
@@ -1690,25 +1681,22 @@ def family_of(name):
 
 
 def measured(name, family, size, parts, width=None):
-    """Parts -> Skin at `width`, its geometry read off the parts: a button's box is where its sprites have
-    ink; where only a small part of that changes when it is pressed (one arm of a d-pad), it is that part. The
-    canvas has room for the sticks' whole travel."""
+    """Parts -> Skin at `width`, its geometry read off the parts, on a canvas with room for the sticks' whole
+    travel."""
     scale = width / size[0] if width else 1
     size = (width, max(1, round(size[1] * scale))) if width else size
-    parts = [p for p in parts if any(s is not None for s in p.sprites)]
-    skin = Skin(name, family, size, [scaled(p, scale) for p in parts])
-    for part in skin.parts:
-        seen = [s for s in part.sprites if s is not None]
-        h, w = np.max([s.shape[:2] for s in seen], 0)
-        seen = np.stack([np.pad(s, ((0, h - s.shape[0]), (0, w - s.shape[1]), (0, 0))) for s in seen])
-        x, y, w, h = cv2.boundingRect(np.uint8(seen[..., 3].max(0) > 24))
+    parts = [scaled(p, scale) for p in parts if any(s is not None for s in p.sprites)]
+    ends = [stick_reach(p) for p in parts if p.control in STICKS]
+    low = np.floor(np.min([(0, 0), *(end[0] for end in ends)], 0)).astype(int)
+    high = np.ceil(np.max([size, *(end[1] for end in ends)], 0)).astype(int)
+    for part in parts:
+        part.at = tuple((part.at - low).tolist())
+    skin = Skin(name, family, tuple((high - low).tolist()), parts)
+    for part in parts:
+        x0, y0, x1, y1 = box = inked(part)
+        center, w, h = [(x0 + x1) / 2, (y0 + y1) / 2], x1 - x0, y1 - y0
         if not part.control or not w:
             continue
-        change = cv2.boundingRect(np.uint8(np.ptp(seen, 0).max(2) > 24))
-        if part.control not in (*STICKS, "DPAD") and 0.05 < change[2] * change[3] / (w * h) < 0.5:
-            x, y, w, h = change
-        x0, y0, x1, y1 = box = [x + part.at[0], y + part.at[1], x + w + part.at[0], y + h + part.at[1]]
-        center, w, h = [(x0 + x1) / 2, (y0 + y1) / 2], x1 - x0, y1 - y0
         if part.control in STICKS:
             skin.sticks[part.control] = {"center": center, "travel": list(part.travel), "radius": (w + h) / 4}
             if not np.array_equal(*part.sprites[:2]):
@@ -1719,23 +1707,28 @@ def measured(name, family, size, parts, width=None):
                 skin.buttons["DPAD_" + direction.upper()] = list(around(cx, cy, w / 6, h / 6))
         else:
             skin.buttons[part.control] = box
-    return with_room(skin)
+    return skin
 
 
-def with_room(skin):
-    """The skin on a canvas that its sticks do not leave at full travel."""
-    reach = [np.add(s["travel"], s["radius"]) for s in skin.sticks.values()]
-    centers = [s["center"] for s in skin.sticks.values()]
-    low = np.floor(np.min([(0, 0), *np.subtract(centers, reach)], 0)).astype(int)
-    high = np.ceil(np.max([skin.size, *np.add(centers, reach)], 0)).astype(int)
-    if not low.any() and tuple(high) == tuple(skin.size):
-        return skin
-    move = lambda box: [*(np.reshape(box, (-1, 2)) - low).ravel().tolist()]
-    parts = [replace(p, at=tuple(move(p.at))) for p in skin.parts]
-    sticks = {side: {**s, "center": move(s["center"])} for side, s in skin.sticks.items()}
-    boxes = {name: move(box) for name, box in skin.buttons.items()}
-    return replace(skin, size=tuple((high - low).tolist()), parts=parts, buttons=boxes, sticks=sticks,
-                   bbox=skin.bbox and move(skin.bbox))
+def inked(part):
+    """The box [x0, y0, x1, y1] on the canvas where a part's sprites have ink; where only a small part of that
+    changes when it is pressed (one arm of a d-pad), it is that part."""
+    seen = [s for s in part.sprites if s is not None]
+    h, w = np.max([s.shape[:2] for s in seen], 0)
+    seen = np.stack([np.pad(s, ((0, h - s.shape[0]), (0, w - s.shape[1]), (0, 0))) for s in seen])
+    x, y, w, h = cv2.boundingRect(np.uint8(seen[..., 3].max(0) > 24))
+    change = cv2.boundingRect(np.uint8(np.ptp(seen, 0).max(2) > 24))
+    if part.control not in (*STICKS, "DPAD") and 0.05 < change[2] * change[3] / max(w * h, 1) < 0.5:
+        x, y, w, h = change
+    left, top = part.at
+    return [x + left, y + top, x + w + left, y + h + top]
+
+
+def stick_reach(part):
+    """The corners (2, 2) of what a stick's cap covers at full travel, on the canvas."""
+    low, high = np.reshape(inked(part), (2, 2))
+    reach = np.add(part.travel, (high - low).sum() / 4)
+    return [(low + high) / 2 - reach, (low + high) / 2 + reach]
 
 
 def scaled(part, scale):

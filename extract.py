@@ -444,7 +444,7 @@ def recolour(find, pictures, width, skins):
 
 # ---- the locator: where a pad that no template knows has its controls [ours]
 PLACES = (*(b for b in BUTTONS if b not in LEGACY), *STICKS, "pad")      # 20 things that it looks for
-WINDOW, CELL = 192, 4               # pixels a side of the windows that it sees, and of a cell of its heat maps
+WINDOW, CELL = 192, 4             # pixels a side of the windows that it sees and of a cell of its heat maps
 MIN_CONTROLS, MIN_PRESENCE = 8, 0.9        # for a find: of 19, and how surely they are there on average
 LAST_WINDOWS = ((1.25, 0.02, 0), (1.4, -0.03, 0.03), (1.5, 0, 0), (1.65, 0.05, -0.05), (1.5, 0.04, 0.04))
 
@@ -455,13 +455,13 @@ def locate(net, frames, pictures):
     where it saw most; the result is the median of the last looks."""
     picture = motion_picture(np.stack(pictures))
     h, w = picture.shape[:2]
-    there, places = see_windows(net, picture, list(windows_over(w, h)))
-    for _ in range(2):
-        seen = there[:, -1] * there[:, :-1].sum(1)
-        best = places[np.argsort(-seen)[:4], -1]
-        there, places = see_windows(net, picture, [closer(pad, zoom) for pad in best for zoom in (1.3, 1.7)])
-    pad = places[(there[:, -1] * there[:, :-1].sum(1)).argmax(), -1]
-    there, places = (np.median(part, 0) for part in see_windows(net, picture, [closer(pad, *how) for how in LAST_WINDOWS]))
+    windows = list(windows_over(w, h))
+    for closest in (4, 4, 1):
+        there, places = see_windows(net, picture, windows)
+        best = np.argsort(-there[:, -1] * there[:, :-1].sum(1))[:closest]
+        zooms = LAST_WINDOWS if closest == 1 else ((1.3,), (1.7,))
+        windows = [closer(pad, *zoom) for pad in places[best, -1] for zoom in zooms]
+    there, places = (np.median(part, 0) for part in see_windows(net, picture, windows))
     sure = there > 0.5
     if not sure[-1] or sure.sum() - 1 < MIN_CONTROLS or there[sure].mean() < MIN_PRESENCE:
         return None
@@ -488,7 +488,7 @@ def located_skin(picture, places, sure, scale):
             sticks[name] = {"center": [x, y], "travel": [travel, travel], "radius": radius}
     opaque = np.full((*rgb.shape[:2], 1), 255, np.uint8)
     part = Part("", (0, 0), [np.dstack([rgb, opaque])])
-    pad = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]               # what shows a control is part of it
+    pad = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]             # what shows a control is part of it
     named.pop("pad")
     return Skin("located", "generic", size, [part], named, sticks, pad), np.array([x0, y0]) * scale
 
@@ -668,8 +668,8 @@ def cut_clip(video, folder, matcher, find, places, every, key):
     clip = {"video": video.name, "game": video.stem, "fps": info["fps"], "size": info["size"],
             "box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name, "controller": skin.family,
             "affine": rounded(affine, 6), "inliers": find.inliers, "every": every,
-            "matcher": matcher.kind if find.by == "template" else find.by, "lag": 0, "edges": round(find.edges, 3), "places": places,
-            "hole": cutter.hole, "pad": cutter.pad, "run": key}
+            "matcher": matcher.kind if find.by == "template" else find.by, "lag": 0, "places": places,
+            "edges": round(find.edges, 3), "hole": cutter.hole, "pad": cutter.pad, "run": key}
     clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
         clip["n"] = cutter.run(video, tmp, info)
@@ -727,22 +727,20 @@ class Cutter:
         frames, pads = FramesWriter(folder, "frames"), FramesWriter(folder, "pads") if self.pad else None
         waiting, n, cuts = deque(), 0, []
 
-        def encode(row, count, bgr):
-            """In a thread: a decoded frame that fills rows -> its JPEGs, a list of (writer, row, JPEG)."""
-            rows, jpegs = range(row, row + count), []
-            wanted = [k for k in rows if k % self.every == 0]
-            if wanted:
-                jpeg = frames.encode(self.policy(bgr))
-                jpegs += [(frames, k, jpeg) for k in wanted]
+        def encode(rows, bgr):
+            """In a thread: a decoded frame that fills rows -> a list of (writer, the rows it keeps, JPEG)."""
+            jpegs, kept = [], [k for k in rows if k % self.every == 0]
+            if kept:
+                jpegs.append((frames, kept, frames.encode(self.policy(bgr))))
             if pads:
-                jpeg = pads.encode(self.crop(bgr))
-                jpegs += [(pads, k, jpeg) for k in rows]
+                jpegs.append((pads, rows, pads.encode(self.crop(bgr))))
             return jpegs
 
         def write(most):
             while len(waiting) > most:
-                for writer, row, jpeg in waiting.popleft().result():
-                    writer.add_bytes(row, jpeg)
+                for writer, rows, jpeg in waiting.popleft().result():
+                    for row in rows:
+                        writer.add_bytes(row, jpeg)
 
         with ThreadPoolExecutor(2) as pool:
             decoded = decode_video(video, info["fps"], first, pause)
@@ -750,10 +748,9 @@ class Cutter:
             for row, bgr, count, cut in bar:
                 if row >= end:
                     break
-                count = min(count, end - row)
                 cuts += [row - first] if cut else []
-                waiting.append(pool.submit(encode, row - first, count, bgr))
-                n = row - first + count
+                n = min(row + count, end) - first
+                waiting.append(pool.submit(encode, range(row - first, n), bgr))
                 write(AHEAD)
             write(0)
         for writer in filter(None, (frames, pads)):
@@ -831,41 +828,40 @@ def label_one(video, folder, args):
 def cut_labelled(folder, meta, video, out, every, key):
     """One released chunk + its video -> a clip folder with actions, at the video's own rate -> clip.json's
     dict."""
-    info = video_info(video)
+    info, actions = video_info(video), label_actions(folder)
     with reading(folder / "metadata.json", "original_video, chunk_size and bbox_controller_overlay"):
-        source = meta["original_video"]
+        source, chunk = meta["original_video"], int(meta["chunk_size"])
+        first, last = (float(source[when]) for when in ("start_time", "end_time"))
         height, width = source["resolution"]
-        start, end, chunk = float(source["start_time"]), float(source["end_time"]), int(meta["chunk_size"])
-        sx, sy = info["size"][0] / width, info["size"][1] / height
-        x, y, w, h = meta["bbox_controller_overlay"]
-        first, last = round(start * info["fps"]), round(end * info["fps"])
+        low, span = np.reshape(meta["bbox_controller_overlay"], (2, 2))
+        middle, limit = low + span / 2, (width, height)
+        seen = (1 <= span) & (span <= limit) & (0 <= middle) & (middle <= limit)
+        scale = np.divide(info["size"], limit)
+        box = np.multiply([*low, *(low + span)], [*scale, *scale])
         area = meta.get("bbox_game_area")          # in shares of the frame
         window = area and [min(max(round(area[edge] * side), 0), side)
                            for edge, side in zip(("xtl", "ytl", "xbr", "ybr"), info["size"] * 2)]
-        spans = (x, w, width), (y, h, height)
-        seen = all(1 <= span <= side and 0 <= low + span / 2 <= side for low, span, side in spans)
-        if not seen or window and not (window[0] < window[2] and window[1] < window[3]):
-            raise ValueError(f"boxes {[x, y, w, h]} and {window} in a picture of {info['size']}")
-    actions = label_actions(folder)
-    if len(actions) != chunk or end <= start:
-        raise UserError(f"{folder}: expected {chunk} rows over {start}-{end} s, found {len(actions)}: "
-                        "download this shard again")
-    cutter = Cutter(info["size"], every, [x * sx, y * sy, (x + w) * sx, (y + h) * sy], window=window)
+        if not seen.all() or window and not (window[0] < window[2] and window[1] < window[3]):
+            raise ValueError(f"boxes {[*low, *span]} and {window} in a picture of {limit}")
+        if len(actions) != chunk or last <= first:
+            raise ValueError(f"{len(actions)} rows of actions over {first}-{last} s")
+    begin, end = round(first * info["fps"]), round(last * info["fps"])
+    cutter = Cutter(info["size"], every, box, window=window)
     with new_folder(out) as tmp:
-        n = cutter.run(video, tmp, info, first, last, math.inf)          # labels count a pause's seconds too
-        if n < 0.5 * (last - first):
-            raise UserError(f"{video}: expected frames {first}-{last} of chunk {folder.name}, found {n}: "
+        n = cutter.run(video, tmp, info, begin, end, math.inf)           # labels count a pause's seconds too
+        if n < 0.5 * (end - begin):
+            raise UserError(f"{video}: expected frames {begin}-{end} of chunk {folder.name}, found {n}: "
                             "download the whole video")
         seconds = (np.arange(n) + 0.5) / info["fps"]                # frames and label rows may differ in rate
-        actions = actions[np.minimum(seconds * chunk / (end - start), chunk - 1).astype(int)]
+        actions = actions[np.minimum(seconds * chunk / (last - first), chunk - 1).astype(int)]
         write_npy(tmp / "actions.npy", actions)
         write_npy(tmp / "confidence.npy", np.ones(n, np.float32))
         write_npy(tmp / "keep.npy", dense(actions))
+        affine = np.c_[np.diag(scale), box[:2]]
         clip = {"video": video.name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n,
-                "size": info["size"], "box": [x * sx, y * sy, w * sx, h * sy], "template": "released labels",
-                "controller": meta.get("controller_type", "generic"),
-                "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0, "matcher": "labels",
-                "every": every, "lag": 0, "hole": cutter.hole, "run": key}
+                "size": info["size"], "box": [*box[:2], *(span * scale)], "template": "released labels",
+                "controller": meta.get("controller_type", "generic"), "affine": rounded(affine, 6),
+                "inliers": 0, "matcher": "labels", "every": every, "lag": 0, "hole": cutter.hole, "run": key}
         write_json(tmp / "clip.json", clip)
     return clip
 
@@ -1014,8 +1010,9 @@ def root_sift(gray, limit):
 # ---- the clip folder
 QUALITY = 90                         # JPEG: 1-2 GB an hour of frames
 MOST_PIXELS = 1 << 26                              # of one picture: 8192 x 8192
-CLIP_FILES = set("clip.json template.png pressed.png frames.npy frames_index.npy pads.npy pads_index.npy actions.npy "
-                 "confidence.npy keep.npy truth.npy human.npy cuts.npy .lock .DS_Store Thumbs.db".split())
+CLIP_FILES = set("clip.json template.png pressed.png frames.npy frames_index.npy pads.npy pads_index.npy "
+                 "actions.npy confidence.npy keep.npy truth.npy human.npy cuts.npy .lock .DS_Store "
+                 "Thumbs.db".split())
 REDO = "delete the clip folder and run its stage again"
 
 
@@ -1363,10 +1360,7 @@ def shrink(rgb):
     in training and in play. A picture of that size is returned itself, not a copy."""
     if rgb.shape[:2] == (SIDE, SIDE):
         return rgb
-    if min(rgb.shape[:2]) < SIDE:
-        return cv2.resize(rgb, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    four = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).astype(np.uint16)       # equal, in 60-75 % of the time: SIMD
-    return cv2.resize(four, (SIDE, SIDE), interpolation=cv2.INTER_AREA)[..., :3].astype(np.uint8)
+    return cv2.resize(rgb, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
 def decode_picture(data, flags):
@@ -1693,7 +1687,7 @@ def measured(name, family, size, parts, width=None):
         part.at = tuple((part.at - low).tolist())
     skin = Skin(name, family, tuple((high - low).tolist()), parts)
     for part in parts:
-        x0, y0, x1, y1 = box = inked(part)
+        x0, y0, x1, y1 = box = ink_box(part)
         center, w, h = [(x0 + x1) / 2, (y0 + y1) / 2], x1 - x0, y1 - y0
         if not part.control or not w:
             continue
@@ -1710,7 +1704,7 @@ def measured(name, family, size, parts, width=None):
     return skin
 
 
-def inked(part):
+def ink_box(part):
     """The box [x0, y0, x1, y1] on the canvas where a part's sprites have ink; where only a small part of that
     changes when it is pressed (one arm of a d-pad), it is that part."""
     seen = [s for s in part.sprites if s is not None]
@@ -1726,7 +1720,7 @@ def inked(part):
 
 def stick_reach(part):
     """The corners (2, 2) of what a stick's cap covers at full travel, on the canvas."""
-    low, high = np.reshape(inked(part), (2, 2))
+    low, high = np.reshape(ink_box(part), (2, 2))
     reach = np.add(part.travel, (high - low).sum() / 4)
     return [(low + high) / 2 - reach, (low + high) / 2 + reach]
 
@@ -2112,11 +2106,12 @@ def rounded_corners(x0, y0, x1, y1, r):
 def backdrop(rng, h, w):
     """A random picture that could be a game's, uint8 (h, w, 3): one of three scenes, marks on it, then a
     camera's faults."""
-    colours, coarse = palette(rng, 6), rng.choice([1, 1, 1, 2, 4])       # old consoles: large pixels
-    scene = (tiles, corridor, terrain)[rng.integers(3)]
-    image = scene(rng, max(h // coarse, 32), max(w // coarse, 32), colours)
-    marks(rng, image, np.vstack([colours, palette(rng, 3), [WHITE, BLACK]]).astype(np.uint8))
-    image = cv2.resize(image, (w, h), interpolation=cv2.INTER_NEAREST)
+    hue = rng.uniform(0, 180) + rng.normal(0, rng.uniform(2, 60), 6)     # colours that go together
+    saturation, value = (255 * rng.beta(*rng.uniform(0.6, 4, 2), 6) for _ in range(2))
+    hsv = np.stack([hue % 180, saturation, value], 1).astype(np.uint8)
+    colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
+    image = (tiles, corridor, terrain)[rng.integers(3)](rng, h, w, colours)
+    marks(rng, image, np.vstack([colours, rng.integers(0, 256, (4, 3)), [WHITE, BLACK]]))
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 2.5))
     if rng.random() < 0.2:
@@ -2124,22 +2119,12 @@ def backdrop(rng, h, w):
     return cv2.convertScaleAbs(image, alpha=rng.uniform(0.5, 1.2), beta=rng.uniform(0, 40))
 
 
-def palette(rng, n):
-    """n RGB colours, uint8 (n, 3), that go together: hues around one or two, bright or dark or pale as a
-    set."""
-    hue = rng.uniform(0, 180) + rng.choice([0, 30, 90]) * rng.integers(0, 2, n)
-    hue += rng.normal(0, rng.uniform(2, 25), n)
-    saturation, value = (255 * rng.beta(*rng.uniform(0.6, 4, 2), n) for _ in range(2))
-    hsv = np.stack([hue % 180, saturation, value], 1).astype(np.uint8)
-    return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
-
-
-def clouds(rng, h, w, octaves):
+def clouds(rng, h, w):
     """Value noise, float32 (h, w) in [0, 1]: random grids, each twice as fine and about half as strong,
     enlarged and added."""
     total, cells, fade = np.zeros((h, w), np.float32), rng.integers(2, 9), rng.uniform(0.4, 0.9)
     how = cv2.INTER_LINEAR if rng.random() < 0.6 else cv2.INTER_NEAREST
-    for octave in range(octaves):
+    for octave in range(rng.integers(2, 8)):
         grid = rng.random((cells * h // w + 2, cells), np.float32) * fade ** octave
         total += cv2.resize(grid, (w, h), interpolation=how)
         cells *= 2
@@ -2147,30 +2132,29 @@ def clouds(rng, h, w, octaves):
 
 
 def tile(rng, s, colours):
-    """One uint8 (s, s, 3) tile of a tile set: bricks, checks, stripes, or a symmetric figure of 8 x 8."""
+    """One uint8 (s, s, 3) tile of a tile set: bricks, checks or a symmetric figure of 8 x 8 pixels."""
     y, x = np.mgrid[:s, :s]
     half, joint = max(s // 2, 2), max(s // 12, 1)
     bricks = (y % half < joint) | ((x + y // half * (half // 2)) % half < joint)
     figure = rng.integers(0, rng.integers(1, 7), (8, 4), np.uint8)       # of one colour: plain
     figure = cv2.resize(np.hstack([figure, figure[:, ::-1]]), (s, s), interpolation=cv2.INTER_NEAREST)
-    kinds = bricks.astype(int), (y // half + x // half) % 2, (x + y) * 2 // half % 2, figure
-    return colours[kinds[rng.integers(4)]]
+    kinds = bricks.astype(int), (y // half + x // half) % 2, figure
+    return rng.permutation(colours)[kinds[rng.integers(3)]]
 
 
 def tiles(rng, h, w, colours):
     """A 2-D level: a map of random tiles whose regions follow noise."""
-    s = int(rng.integers(h // 24, h // 6 + 4))
-    kit = np.stack([tile(rng, s, rng.permutation(colours)) for _ in range(6)])
-    region = clouds(rng, h // s + 1, w // s + 1, 3)
-    region += rng.normal(0, rng.uniform(0, 0.3), region.shape)
+    s = int(rng.integers(h // 24 + 1, h // 6 + 4))
+    rows, columns = h // s + 1, w // s + 1
+    kit = np.stack([tile(rng, s, colours) for _ in range(6)])
+    region = clouds(rng, rows, columns) + rng.normal(0, 0.1, (rows, columns))
     chosen = kit[np.clip(region * 6, 0, 5).astype(int)]                  # (rows, columns, s, s, 3)
-    rows, columns = region.shape
     return chosen.swapaxes(1, 2).reshape(s * rows, s * columns, 3)[:h, :w].copy()
 
 
 def corridor(rng, h, w, colours):
     """First person: textured floor, ceiling and walls in perspective, dark with distance."""
-    texture = np.stack([tile(rng, 64, rng.permutation(colours)) for _ in range(3)])
+    texture = np.stack([tile(rng, 64, colours) for _ in range(3)])
     x = np.linspace(-1, 1, w)
     y = np.linspace(-0.6, 0.6, h)[:, None] - rng.uniform(-0.1, 0.1)
     depth = np.interp(x, np.sort(rng.uniform(-1, 1, 6)), rng.uniform(0.7, 6, 6))   # of the wall, by column
@@ -2179,44 +2163,38 @@ def corridor(rng, h, w, colours):
     u = np.where(wall, x * 3 + depth, x * distance) * 48
     v = np.where(wall, y * depth + 0.5, distance) * 63
     shown = texture[np.where(wall, 0, 1 + (y < 0)), v.astype(int) % 64, u.astype(int) % 64]
-    shade = rng.uniform(0.8, 2.5) / (0.5 + distance)[..., None]
-    return np.clip(shown * shade, 0, 255).astype(np.uint8)
+    return np.clip(shown / (0.4 + 0.5 * distance)[..., None], 0, 255).astype(np.uint8)
 
 
 def terrain(rng, h, w, colours):
-    """Seen from above or close by: grass, rock, water; noise through a gradient of the colours or in flat
+    """Seen from above or close by: grass, rock, water: noise through a gradient of the colours or in flat
     ones."""
-    x = clouds(rng, h, w, rng.integers(2, 8))
-    x = np.floor(x * 6) / 6 if rng.random() < 0.4 else x
-    given = np.linspace(0, 1, len(colours))
-    return np.stack([np.interp(x, given, channel) for channel in colours.T], 2).astype(np.uint8)
+    x = clouds(rng, h, w) * 5
+    x = np.floor(x) if rng.random() < 0.4 else x
+    return np.stack([np.interp(x, range(6), channel) for channel in colours.T], 2).astype(np.uint8)
 
 
 def marks(rng, image, colours):
-    """Draw, in place, what lies over games: text, bars, crosses, blobs, discs and keys with a letter. Like
+    """Draw, in place, what lies over games: text, bars, crosses, blobs, discs and keys with letters. Like
     buttons, but no pad."""
     h, w = image.shape[:2]
-    for kind in rng.integers(0, 6, rng.integers(0, 30)):
+    for kind in rng.integers(0, 5, rng.integers(0, 30)):
         x, y = rng.integers(0, (w, h)).tolist()
         s, fill = int(h * rng.choice([0.02, 0.04, 0.06, 0.12]) + 4), int(rng.choice([-1, 1, 2, 3]))
         colour, other = rng.choice(colours, 2).tolist()
-        word = "".join(rng.choice([*"ABXYLR0123456789:%HPSCOTIME "], rng.integers(1, 12)))
+        word = "".join(rng.choice([*"ABXYLR0123456789:%HPSCOTIME "], rng.integers(1, 8)))
         if kind == 0:
-            cv2.putText(image, word, (x, y), int(rng.integers(8)), s / 30, colour, max(fill, 1), cv2.LINE_AA)
-        elif kind == 1:
-            for length, tone in ((5 * s, other), (int(5 * s * rng.random()), colour)):
-                cv2.rectangle(image, (x, y), (x + length, y + s // 2), tone, -1)
-        elif kind == 2:
             cv2.drawMarker(image, (x, y), colour, cv2.MARKER_CROSS, 2 * s, max(s // 3, 1))
-        elif kind == 3:
+        elif kind == 1:
             corners = (x, y) + rng.normal(0, s, (rng.integers(3, 7), 2))
             cv2.fillPoly(image, [corners.astype(np.int32)], colour, cv2.LINE_AA)
-        else:
-            if kind == 4:
-                cv2.circle(image, (x, y), s // 2, colour, fill, cv2.LINE_AA)
-            else:
-                cv2.rectangle(image, (x - s // 2, y - s // 2), (x + s // 2, y + s // 2), colour, fill)
-            cv2.putText(image, word[0], (x - s // 4, y + s // 4), 0, s / 40, other, 1, cv2.LINE_AA)
+        elif kind == 2:
+            cv2.circle(image, (x + s // 2, y - s // 2), s, colour, fill, cv2.LINE_AA)
+        elif kind == 3:
+            cv2.rectangle(image, (x - s // 4, y + s // 4), (x + s * len(word), y - s), colour, fill)
+        if kind > 1:                               # the fourth has nothing but its word
+            word = word[0] if kind == 2 else word
+            cv2.putText(image, word, (x, y), int(rng.integers(8)), s / 30, other, 1 + s // 20, cv2.LINE_AA)
 
 
 # ---- videos to work at, and what became of them
@@ -2402,10 +2380,9 @@ def contact_sheet(path, videos, out):
             pictures.append(over(96, read_rgba(folder / "template.png")))
             if (folder / "pads.npy").exists():     # else dropped when they were read
                 pictures.append(Frames(folder, "pads")[0])
-        for x, picture in zip((0, 320, 480), pictures):
-            picture = Image.fromarray(picture)
-            picture.thumbnail((320 if x == 0 else 160, 176))
-            page.paste(picture, (left + x, top))
+        for x, picture in enumerate(map(Image.fromarray, pictures)):
+            picture.thumbnail((210, 176))
+            page.paste(picture, (left + 213 * x, top))
         text = f"{folder.name}: {line['status']} {line['template'] or ''} {line['inliers']} inliers"
         ImageDraw.Draw(page).text((left + 6, top + 182), text)
     if shown:                                      # a share may have no videos

@@ -12,7 +12,7 @@ where the overlay moves; one per chunk with --labels), written whole or not at a
     template.png, pressed.png      uint8 (h, w, 4): the template at rest and, where it is known, with every
                                    control pressed, at the size of the crops
 (with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in
-DATA/extract.jsonl, an empty DATA/.lock-HASH a clip, and the templates' features in DATA/templates-RANK.npz.
+DATA/extract.jsonl, and an empty DATA/.lock-HASH a clip.
 This file is also the home of what every stage shares: the 25-dim action, the clip folder, video in and out,
 shrink() and draw().
 """
@@ -204,24 +204,20 @@ def sample_frames(path, n=SAMPLES):
             ok, bgr = capture.read()
             kept += [grey_and_small(bgr)] if ok else []
     if len(kept) < n // 2:                         # a short video, or one without an index: read it through
-        kept = read_through(open_video(path), n, max(total // n, 1))
+        kept = read_through(path, n)
     if not kept:
         raise UserError(f"{path}: expected a video with frames, found none that decode: download it again")
     return list(zip(*kept))
 
 
-def read_through(capture, n, stride):
-    """n (fewer of a shorter video) frames spread over all of an open capture, decoded in order -> list of
-    grey_and_small(): every stride-th frame, and of twice too many every second."""
-    kept, number = [], 0
-    while capture.grab():
-        if number % stride == 0:
-            ok, bgr = capture.retrieve()
-            kept += [grey_and_small(bgr)] if ok else []
-            if len(kept) > 2 * n:
-                kept, stride = kept[::2], stride * 2
-        number += 1
-    return [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, n).round().astype(int))] if kept else []
+def read_through(path, n):
+    """n frames (all of a shorter video) spread over a video, decoded in order -> list of grey_and_small()."""
+    total, capture = sum(1 for _ in presented(open_video(path))), open_video(path)
+    wanted, kept = set(np.linspace(0, total - 1, n).astype(int)), []
+    for number, _ in enumerate(presented(capture)):
+        ok, bgr = capture.retrieve() if number in wanted else (False, None)
+        kept += [grey_and_small(bgr)] if ok else []
+    return kept
 
 
 def grey_and_small(bgr):
@@ -245,18 +241,16 @@ class Matcher:
     """Finds templates in pictures by local features: XFeat's where a net is given, else SIFT's, without
     torch."""
 
-    def __init__(self, skins, net=None, cache=None, locator=None):
-        """net: load_xfeat()'s. locator: load_locator()'s. The templates' features are kept in the file
-        `cache`."""
+    def __init__(self, skins, net=None, locator=None):
+        """net: load_xfeat()'s. locator: load_locator()'s."""
         self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
         flats = [flat_template(s) for s in skins]
         weights = [] if net is None else [p.detach().numpy() for p in net.parameters()]
         self.key = fingerprint(*(flat for flat, _ in flats), *weights)
-        view = ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),)
-        make = lambda: sum((self.describe(flat, view) for flat, _ in flats), ())
-        arrays = cached(cache, self.key, make)
-        points = [p / scale for p, (_, scale) in zip(arrays[::2], flats)]
-        self.features = list(zip(points, arrays[1::2]))                  # in template pixels
+        self.features = []                         # of each skin, in template pixels
+        for flat, scale in flats:
+            points, descriptors = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
+            self.features.append((points / scale, descriptors))
 
     def describe(self, gray, views=VIEWS):
         """Features of a grey picture brought to each width of views -> points (k, 2) in its own pixels,
@@ -520,10 +514,10 @@ def motion_picture(pictures):
 def windows_over(w, h):
     """Square windows (x, y, side) that overlap by half, in four sizes, all over a picture of (w, h)."""
     for side in w * np.array([0.2, 0.4, 0.8, 1.2]):
-        steps = [max(math.ceil((length - side) / (side / 2)) + 1, 1) for length in (w, h)]
-        spans = [np.linspace(0, length - side, n) if n > 1 else [(length - side) / 2]
-                 for length, n in zip((w, h), steps)]
-        yield from ((x, y, side) for y in spans[1] for x in spans[0])
+        def starts(length):
+            n = math.ceil((length - side) / (side / 2)) + 1
+            return np.linspace(0, length - side, n) if n > 1 else [(length - side) / 2]
+        yield from ((x, y, side) for y in starts(h) for x in starts(w))
 
 
 def closer(pad, zoom, dx=0, dy=0):
@@ -978,20 +972,14 @@ def xfeat_net():
 
 def load_xfeat(path=None):
     """A trained network: ours (weights/xfeat.safetensors beside this script) or the official xfeat.pt, by
-    name. Every batch norm is folded into the convolution before it: a fifth faster."""
+    name."""
     import torch
     from safetensors.torch import load_file
-    from torch import nn
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-    path = Path(path or Path(__file__).parent / "weights" / "xfeat.safetensors")
-    net = xfeat_net().eval()
+    path, net = Path(path or Path(__file__).parent / "weights" / "xfeat.safetensors"), xfeat_net().eval()
     with reading(path, "XFeat weights (ours, or the official xfeat.pt)"):
         ours = path.suffix == ".safetensors"
         state = load_file(path) if ours else torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fine_matcher.")})
-    for block in net.modules():
-        if isinstance(block, nn.Sequential) and len(block) > 1 and isinstance(block[1], nn.BatchNorm2d):
-            block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
     return net
 
 
@@ -1334,9 +1322,7 @@ class VideoWriter:
         """Finish the file and give it its name; UserError where not all frames are in it: OpenCV's writer is
         silent on a full disk."""
         self.writer.release()
-        capture = cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG)
-        found = sum(1 for _ in presented(capture))
-        capture.release()
+        found = sum(1 for _ in presented(cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG)))
         if found != self.n:
             remove(self.tmp)
             raise UserError(f"{self.path}: expected {self.n} frames in the finished video, found {found}: "
@@ -1374,20 +1360,15 @@ def decode_picture(data, flags):
 def read_rgba(path):
     """A PNG or JPEG file as uint8 (h, w, 4) RGBA, straight alpha. UserError when it is no picture."""
     with reading(path, f"a PNG or JPEG picture of at most {MOST_PIXELS} pixels"):
-        data = np.fromfile(path, np.uint8)         # imread can't open non-ASCII names on Windows
-        image = decode_picture(data, cv2.IMREAD_UNCHANGED)
-        if image is None:
-            raise ValueError("something else")
-        image = image if image.dtype == np.uint8 else (image / 257).astype(np.uint8)
-    code = {2: cv2.COLOR_GRAY2RGBA, 3: cv2.COLOR_BGR2RGBA, 4: cv2.COLOR_BGRA2RGBA}
-    return cv2.cvtColor(image, code[image.shape[2] if image.ndim == 3 else 2])
+        with Image.open(path, formats=("PNG", "JPEG")) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"one of {picture.size}")
+            return np.array(picture.convert("RGBA"))
 
 
 def save_png(path, rgba):
     """Write a uint8 RGB(A) picture as PNG, atomically."""
-    code = cv2.COLOR_RGBA2BGRA if rgba.shape[2] == 4 else cv2.COLOR_RGB2BGR
-    png = cv2.imencode(".png", cv2.cvtColor(rgba, code))[1]
-    write_atomic(path, lambda tmp: tmp.write_bytes(png))
+    write_atomic(path, lambda tmp: Image.fromarray(rgba).save(tmp, "PNG"))
 
 
 # ---- messages
@@ -1500,9 +1481,8 @@ def draw_part(canvas, part, action):
         free = 2 if len(part.sprites) > 2 and max(abs(dx), abs(dy)) > 0.1 else 0
         sprite = part.sprites[1 if pressed(THUMB[part.control]) else free]
         x, y = x + dx * part.travel[0], y + dy * part.travel[1]
-        if x % 1 or y % 1:                         # sticks move by parts of a pixel
-            (h, w), shift = sprite.shape[:2], np.float32([[1, 0, x % 1], [0, 1, y % 1]])
-            sprite = cv2.warpAffine(sprite, shift, (w + 1, h + 1), flags=cv2.INTER_LINEAR)
+        (h, w), shift = sprite.shape[:2], np.float32([[1, 0, x % 1], [0, 1, y % 1]])
+        sprite = cv2.warpAffine(sprite, shift, (w + 1, h + 1))           # sticks move by parts of a pixel
         x, y = math.floor(x), math.floor(y)
     elif part.control == "DPAD":
         state = [pressed("DPAD_RIGHT") - pressed("DPAD_LEFT"), pressed("DPAD_DOWN") - pressed("DPAD_UP")]
@@ -1558,14 +1538,11 @@ OBS_GAP = 3                                        # pixels between related spri
 def load_skins(path, width=None):
     """Every skin under `path`: an OBS layout .json, a .png, or a folder (searched at any depth) of either
     -> list of Skins, presets `width` pixels wide (None: their own size)."""
-    path, skins = Path(path), []
-    folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
-    for folder in folders:
-        layouts = [p for p in sorted(folder.glob("*.json")) if b'"elements"' in p.read_bytes()]
-        skins += [load_preset(p, width) for p in layouts]
-        skins += [load_picture(p) for p in sorted(folder.glob("*.png")) if not layouts]
-    if path.is_file():
-        skins = [load_preset(path, width) if path.suffix == ".json" else load_picture(path)]
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    layouts = [p for p in files if p.suffix == ".json" and b'"elements"' in p.read_bytes()]
+    pictures = [p for p in files if p.suffix == ".png" and p.parent not in {q.parent for q in layouts}]
+    skins = [load_preset(p, width) for p in layouts] + [load_picture(p) for p in pictures]
     if others := skins.count(None):
         print(f"{path}: layouts without a pad's control, passed over: {others}", file=sys.stderr)
     skins = list(filter(None, skins))
@@ -1592,8 +1569,7 @@ def load_picture(png):
                     center, travel = numbers(stick["center"], 2), numbers(stick["travel"], 2)
                     [radius] = numbers([stick.get("radius", max(travel))], 1)
                     skin.sticks[side] = {"center": center, "travel": travel, "radius": radius}
-            bbox = geometry.get("bbox")
-            skin.bbox = numbers(bbox, 4) if isinstance(bbox, list) and len(bbox) == 4 else None
+            skin.bbox = numbers(geometry["bbox"], 4) if geometry.get("bbox") else None
     return skin
 
 
@@ -1606,20 +1582,18 @@ def numbers(values, n):
 
 
 def load_preset(layout, width=None):
-    """An OBS input-overlay preset: layout JSON + the atlas PNG beside it, of its name, or of its size, or the
-    smallest that holds its sprites -> Skin; None for a layout without a pad's control (a keyboard)."""
+    """An OBS input-overlay preset: layout JSON + the atlas PNG beside it, of its name or of its size -> Skin;
+    None for a layout without a pad's control (a keyboard)."""
     with reading(layout, "an OBS input-overlay layout with its atlas PNG beside it"):
         preset = read_json(layout, dict)
         elements = [e for e in preset["elements"] if e["type"] in (0, 2, 5, 6, 7, 8)]
         if not any(e["type"] for e in elements):
             return None
-        ends = np.max([np.add(e["mapping"][:2], e["mapping"][2:]) for e in elements], 0)
+        own = preset.get("default_width"), preset.get("default_height")
 
         def misfit(png):
             with Image.open(png) as picture:
-                size = picture.size
-            own = preset.get("default_width"), preset.get("default_height")
-            return png.stem != layout.stem, size != own, (size < ends).any(), size, png
+                return png.stem != layout.stem, picture.size != own, png
 
         atlas = premultiply(read_rgba(min(layout.parent.glob("*.png"), key=misfit)))
         right, below = np.max([np.add(e["pos"], e["mapping"][2:]) for e in elements], 0)
@@ -1738,8 +1712,9 @@ def scaled(part, scale):
         size = math.ceil(w * scale) + 2, math.ceil(h * scale) + 2
         return cv2.warpAffine(blur, shift, size, flags=cv2.INTER_LINEAR)
 
-    return Part(part.control, (int(left), int(top)), [s if s is None else resize(s) for s in part.sprites],
-                (part.travel[0] * scale, part.travel[1] * scale), part.grow)
+    sprites = [s if s is None else resize(s) for s in part.sprites]
+    travel = tuple(v * scale for v in part.travel)
+    return replace(part, at=(int(left), int(top)), sprites=sprites, travel=travel)
 
 
 # ---- skins of our own drawing: weights/pads.json has their layouts, labels, shapes, looks
@@ -1819,19 +1794,16 @@ def random_skin(rng):
     if body and rng.random() < 0.2:
         body = (*body, rng.uniform(0.15, 0.7))
     line = choose(None, away(tone(), 200), away(WHITE, 200))
+    cap = choose(shaded(BLACK, 0.3, 0.9), away(tone(), 60), away(tone(), 120), None if line else WHITE)
+    alike = cap and mix(cap, choose(BLACK, WHITE), rng.uniform(0.05, 0.12))
+    well = choose(None, shaded(BLACK, 0.1, 0.6), shaded(WHITE, 0.05, 0.3), alike, tone(0, 24), tone(0, 24))
+    if well and rng.random() < 0.4:
+        line = None                                # nothing but their tones parts cap and well
     button = choose(None, away(tone(), 60), shaded(BLACK, 0.2, 0.7), shaded(WHITE, 0.1, 0.5))
     label = choose(away(WHITE, 150), away(tone(), 200), None if button or line else WHITE)
-    lit = away(choose(WHITE, tone(), (255, 240, 80), (90, 255, 120), (255, 70, 70), (80, 190, 255)), 150)
+    lit = away(choose(tone(), *PADS["random_lights"]), 150)
     if rng.random() < 0.15:
         lit = (*lit, rng.uniform(0.4, 0.8))
-    cap = choose(shaded(BLACK, 0.3, 0.9), away(tone(), 60), away(tone(), 120), None if line else WHITE)
-    well = choose(None, shaded(BLACK, 0.1, 0.6), shaded(WHITE, 0.05, 0.3))
-    rare = rng.random()
-    if rare < 0.35:                                # a black hole under a cap that is lighter than it
-        well = tone(0, 24)
-        cap = mix(well, choose(WHITE, ground), rng.uniform(0.06, 0.5))
-    elif cap and rare < 0.5:                       # cap and well nearly alike, no line
-        well, line = mix(cap, choose(BLACK, WHITE), rng.uniform(0.05, 0.12)), None
     styles = {name: choose(*options) for name, options in PADS["random_options"].items()}
     styles |= {name: rng.uniform(low, high) for name, (low, high) in PADS["random_ranges"].items()}
     look = Look(body, line, button=button, label=label, cap=cap, well=well, lit=lit, **styles)
@@ -1973,14 +1945,11 @@ def centred(control, x, y, sprites, travel=(0.0, 0.0)):
 
 
 def dished(canvas, depth, r):
-    """A cap of radius r shaded like a photographed one: light from above left, a concave dish, a dark rim."""
+    """A cap of radius r shaded like a photographed one: light from above left, a concave dish."""
     y, x = (np.mgrid[:len(canvas), :len(canvas)] - len(canvas) // 2) / r
-    radius = np.hypot(x, y)
-    slope = np.where(radius < 0.68, 0.35 * (x + y), -0.45 * (x + y))
-    gain = 1 + depth * (slope - 0.7 * np.clip(radius - 0.85, 0, 1) * 4)
-    edge = depth * 26 * (radius < 0.68) * (radius > 0.55)
-    canvas[..., :3] = np.clip(canvas[..., :3] * gain[..., None] + edge[..., None] * (canvas[..., 3:] / 255),
-                              0, canvas[..., 3:])
+    slope = np.where(np.hypot(x, y) < 0.68, 0.35, -0.45) * (x + y)
+    gain = 1 + depth * slope[..., None]
+    canvas[..., :3] = np.clip(canvas[..., :3] * gain, 0, canvas[..., 3:])
     return canvas
 
 
@@ -2292,7 +2261,7 @@ class Worker:
     def _start(self):
         system = multiprocessing.get_context("spawn")
         self.pipe, theirs = system.Pipe()
-        self.child, self.fresh = system.Process(target=worker, args=(theirs, self.args), daemon=True), True
+        self.child = system.Process(target=worker, args=(theirs, self.args), daemon=True)
         heed = signal.signal(signal.SIGINT, signal.SIG_IGN)            # the child inherits it: Ctrl-C is ours
         self.child.start()
         signal.signal(signal.SIGINT, heed)
@@ -2313,17 +2282,14 @@ class Worker:
 
     def __call__(self, video, name):
         """What work_for(args)(video, name) returns, or {"status": "error" or "busy", "reason": ..}."""
-        while True:
-            fresh, self.fresh = self.fresh, False
-            try:
-                self.pipe.send((video, name))
-                return self.pipe.recv()
-            except (OSError, EOFError):            # the child has ended
-                how = self._end()
-                self._start()
-            if fresh:                              # else it may have been the video before
-                return {"status": "error", "reason": f"{video}: expected a video that OpenCV decodes, found "
-                        f"one at which its process ends ({how}): save it again with another program"}
+        try:
+            self.pipe.send((video, name))
+            return self.pipe.recv()
+        except (OSError, EOFError):                # the child has ended
+            how = self._end()
+            self._start()
+            return {"status": "error", "reason": f"{video}: expected a video that OpenCV decodes, found one "
+                    f"at which its process ends ({how}): save it again with another program"}
 
     def __enter__(self):
         return self
@@ -2336,6 +2302,7 @@ class Worker:
 def worker(pipe, args):
     """The child of a Worker: answers its start and then each job that comes through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Windows lets no child inherit it
+    tqdm.set_lock(threading.RLock())               # its own is for several processes, and outlives a kill
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
     work, answer = None, None
@@ -2357,8 +2324,7 @@ def work_for(args):
         return lambda video, folder: label_one(video, folder, args)
     skins = load_skins(args.templates) if args.templates else our_skins()
     net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
-    locator = load_locator() if net else None
-    matcher = Matcher(skins, net, Path(args.out) / f"templates-{rank_and_world()[0]}.npz", locator)
+    matcher = Matcher(skins, net, load_locator() if net else None)
     settings = fingerprint(matcher.key, [(s.name, s.family, s.buttons, s.sticks) for s in skins], args.every)
     return lambda video, name: extract_one(video, name, matcher, args, settings)
 
@@ -2438,19 +2404,6 @@ def write_json(path, value):
     """JSON under a temporary name, then renamed."""
     text = json.dumps(value, ensure_ascii=False) + "\n"
     write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-
-
-def cached(path, key, make):
-    """The list of arrays that make() returns, kept in the .npz `path` (None: not kept) under `key` for the
-    next time."""
-    with suppress(Exception):                # whatever zip files raise: a broken cache is only a slower start
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) == key:
-                return [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
-    arrays = make()
-    if path:
-        write_atomic(path, lambda tmp: np.savez(tmp, *arrays, key=key))
-    return arrays
 
 
 def fingerprint(*parts):

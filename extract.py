@@ -47,6 +47,8 @@ from tqdm import tqdm
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)    # we report errors ourselves, in one line
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
+WEIGHTS = Path(__file__).parent / "weights"
+
 
 # ---- the action: 25 floats, 21 buttons in the released order, then left x, left y, right x, right y
 # The paper says 20 (16 buttons + 4 axes) in its body and 16 x 24 in its appendix; the released labels have 17
@@ -109,14 +111,13 @@ def extract_one(video, name, matcher, args, settings):
         places, most = localise_all(*sample_frames(video), matcher)
         for unused in folders[len(places):]:
             discard(unused)
-        for folder, find in zip(folders, places):
-            cut_clip(video, folder, matcher, find, len(places), args.every, key)
+        clips = [cut_clip(video, folder, find, len(places), args.every, key)
+                 for folder, find in zip(folders, places)]
     if not places:
         return {"status": "none", "run": key, "inliers": most,
                 "reason": f"best of {len(matcher.skins)} templates has {most} inliers, {MIN_INLIERS} and "
                           "agreeing edges are needed"}
-    clip = read_clip(folders[0])
-    told = {k: clip[k] for k in ("template", "box", "inliers", "edges", "places")}
+    told = {k: clips[0][k] for k in ("template", "box", "inliers", "edges", "places")}
     return {"status": "found", "run": key, **told}
 
 
@@ -180,7 +181,7 @@ class Find:
     inliers: int                          # distinct matches that agree on the pose; of the locator: controls
     edges: float = 0.0                             # edge_agreement() in the picture it was found in
     there: np.ndarray | None = None                # bool (n,): the sampled frames in which it stands
-    by: str = "template"                           # or "locator"
+    by: str = "locator"                            # or what matched: xfeat, sift
 
     @property
     def box(self):
@@ -197,8 +198,8 @@ def sample_frames(path, n=SAMPLES):
     """At most n frames spread over a video -> (list of uint8 (h, w) grey, the same as uint8 (h', w', 3) RGB,
     1280 wide at most)."""
     capture, kept = open_video(path), []
-    total = describe(capture)["n"]
-    if total > 100 * n:                            # a seek costs the decoding of some 100 frames
+    total = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    if 100 * n < total < 1e9:                      # a seek costs the decoding of some 100 frames
         for number in np.linspace(0, total - 1, n + 2)[1:-1]:
             capture.set(cv2.CAP_PROP_POS_FRAMES, int(number))
             ok, bgr = capture.read()
@@ -275,8 +276,8 @@ class Matcher:
     def shortlist(self, points, descriptors):
         """Which templates are worth a full look: those whose strongest features' nearest neighbours agree
         best."""
-        if len(self.skins) <= 2 * FINALISTS or len(points) < 4:
-            return range(len(self.skins))
+        if len(points) < 4:
+            return []
         scores = []
         for ours, few in self.features:
             cosine = few[:COARSE_FEATURES] @ descriptors.T
@@ -295,7 +296,7 @@ class Matcher:
         if affine is None or not plausible(affine, size, shape) or spread(ours[inside], size) < 4:
             return None
         inliers = distinct(ours[inside], theirs[inside], tolerance)
-        return Find(self.skins[i], affine, inliers)
+        return Find(self.skins[i], affine, inliers, by=self.kind)
 
 
 def flat_template(skin):
@@ -460,7 +461,7 @@ def locate(net, frames, pictures):
     if not sure[-1] or sure.sum() - 1 < MIN_CONTROLS or there[sure].mean() < MIN_PRESENCE:
         return None
     skin, corner = located_skin(picture[..., :3], places, sure, frames[0].shape[1] / w)
-    find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1, by="locator")
+    find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1)
     edges = np.array([edge_agreement(f, find.flat, find.affine) for f in frames])
     return replace(find, edges=float(np.median(edges)), there=edges > np.median(edges) / 2)
 
@@ -480,8 +481,7 @@ def located_skin(picture, places, sure, scale):
     for name, (x, y, travel, radius) in zip(PLACES, (places - (x0, y0, 0, 0)) * scale):
         if name in STICKS and named.pop(name, None):
             sticks[name] = {"center": [x, y], "travel": [travel, travel], "radius": radius}
-    opaque = np.full((*rgb.shape[:2], 1), 255, np.uint8)
-    part = Part("", (0, 0), [np.dstack([rgb, opaque])])
+    part = Part("", (0, 0), [cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA)])
     pad = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]             # what shows a control is part of it
     named.pop("pad")
     return Skin("located", "generic", size, [part], named, sticks, pad), np.array([x0, y0]) * scale
@@ -626,7 +626,7 @@ def locator_net():
 def load_locator(path=None):
     """The trained locator (default: weights/locator.safetensors beside this script)."""
     from safetensors.torch import load_file
-    path, net = Path(path or Path(__file__).parent / "weights" / "locator.safetensors"), locator_net().eval()
+    path, net = Path(path or WEIGHTS / "locator.safetensors"), locator_net().eval()
     with reading(path, "weights of the locator (parse.py train --locator makes them)"):
         net.load_state_dict(load_file(path))
     return net
@@ -653,7 +653,7 @@ def overlap(a, b):
 
 
 # ---- cutting the clip
-def cut_clip(video, folder, matcher, find, places, every, key):
+def cut_clip(video, folder, find, places, every, key):
     """Write the clip folder of a found overlay, the first of so many places -> clip.json's dict."""
     info, skin = video_info(video), find.skin
     affine, (x0, y0, x1, y1) = corners_convention(find.affine), visible_box(skin)
@@ -662,7 +662,7 @@ def cut_clip(video, folder, matcher, find, places, every, key):
     clip = {"video": video.name, "game": video.stem, "fps": info["fps"], "size": info["size"],
             "box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name, "controller": skin.family,
             "affine": rounded(affine, 6), "inliers": find.inliers, "every": every,
-            "matcher": matcher.kind if find.by == "template" else find.by, "lag": 0, "places": places,
+            "matcher": find.by, "lag": 0, "places": places,
             "edges": round(find.edges, 3), "hole": cutter.hole, "pad": cutter.pad, "run": key}
     clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
@@ -975,7 +975,7 @@ def load_xfeat(path=None):
     name."""
     import torch
     from safetensors.torch import load_file
-    path, net = Path(path or Path(__file__).parent / "weights" / "xfeat.safetensors"), xfeat_net().eval()
+    path, net = Path(path or WEIGHTS / "xfeat.safetensors"), xfeat_net().eval()
     with reading(path, "XFeat weights (ours, or the official xfeat.pt)"):
         ours = path.suffix == ".safetensors"
         state = load_file(path) if ours else torch.load(path, map_location="cpu", weights_only=True)
@@ -1067,7 +1067,7 @@ class Frames:
         size."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        bgr = decode_picture(np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]]), cv2.IMREAD_COLOR)
+        bgr = decode_picture(np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]]))
         self.shape = self.shape or np.shape(bgr)
         if bgr is None or bgr.shape != self.shape:
             raise UserError(f"{self.path}: expected JPEGs of one size, found frame {i} broken or of another "
@@ -1139,17 +1139,13 @@ def check_replaceable(folder):
     Busy where parse.py is at it."""
     if not os.path.lexists(folder):
         return
-    wrong = "a link or a file"
-    if folder.is_dir() and not folder.is_symlink():
+    with reading(folder, "nothing there or a clip of extract.py's (move it away or give another --out)"):
         foreign = [e.name for e in os.scandir(folder) if e.is_dir(follow_symlinks=False)
                    or not (e.name in CLIP_FILES or e.name.startswith(".tmp-"))]
-        made = False
-        with suppress(UserError):
-            made = "run" in read_json(folder / "clip.json", dict)
-        wrong = f"{min(foreign)!r} in it" if foreign else "" if made else "no clip.json of extract.py's in it"
-    if wrong:
-        raise UserError(f"{folder}: expected nothing there or a clip of extract.py's, found {wrong}: "
-                        "move it away or give another --out")
+        if folder.is_symlink() or foreign:
+            raise ValueError("a link" if folder.is_symlink() else f"{min(foreign)!r} in it")
+        if "run" not in read_json(folder / "clip.json", dict):
+            raise ValueError("a clip of another script")
     with lock(folder / ".lock"):
         pass
 
@@ -1182,9 +1178,9 @@ def clip_lock(folder):
     return lock(folder.with_name(f".lock-{fingerprint(folder.name.casefold())}"))
 
 
-def rank_and_world():
-    """(number of this process, how many there are) under torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID,
-    SLURM_NTASKS), in each task of a Slurm array; (0, 1) alone."""
+def shard(items):
+    """This process's share of a list of work, under torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID,
+    SLURM_NTASKS), in each task of a Slurm array; all of it alone."""
     env, rank, world = os.environ, 0, 1
     for name, count in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
         if name in env and count in env:
@@ -1194,13 +1190,7 @@ def rank_and_world():
     if low + (tasks - 1) * step != high:
         raise UserError(f"SLURM_ARRAY_TASK_*: expected one range, found {tasks} tasks in {low}-{high}: give "
                         "--array=0-99 or the like")
-    return (task - low) // step * world + rank, world * tasks
-
-
-def shard(items):
-    """This process's share of a list of work."""
-    rank, world = rank_and_world()
-    return list(items)[rank::world]
+    return list(items)[(task - low) // step * world + rank::world * tasks]
 
 
 def cores():
@@ -1210,7 +1200,7 @@ def cores():
 
 # ---- video and pictures in and out
 PROBED = 300                                       # frames that tell a video's rate
-VIDEO_ENDINGS = set(".mp4 .mkv .webm .avi .mov .m4v .flv .ts .mpg .mpeg .wmv .ogv .gif".split())
+VIDEO_ENDINGS = ".mp4 .mkv .webm .avi .mov .m4v .flv .ts .mpg .mpeg .wmv .ogv .gif".split()
 
 
 def open_video(path):
@@ -1223,19 +1213,13 @@ def open_video(path):
 
 
 def video_info(path):
-    """A video's describe(), with the rate at which its first frames are shown."""
+    """{"fps": the rate at which a video's first frames are shown, "size": (w, h), "n": its frames as the
+    container says, which may be wrong or 0}."""
     capture = open_video(path)
-    info = describe(capture)
-    return info | {"fps": usual_rate(list(islice(presented(capture), PROBED)), info["fps"])}
-
-
-def describe(capture):
-    """What an open capture's container says: {"fps" (the mean; 30 where it says none), "size": (w, h), "n":
-    frames, which may be wrong or 0}."""
     fps, n = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     size = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    fps, n = float(fps) if 1 <= fps <= 1000 else 30.0, int(n) if 0 < n < 1e9 else 0
-    return {"fps": fps, "size": size, "n": n}
+    fps = usual_rate(list(islice(presented(capture), PROBED)), float(fps) if 1 <= fps <= 1000 else 30.0)
+    return {"fps": fps, "size": size, "n": int(n) if 0 < n < 1e9 else 0}
 
 
 def usual_rate(times, fps):
@@ -1349,12 +1333,12 @@ def shrink(rgb):
     return cv2.resize(rgb, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
-def decode_picture(data, flags):
-    """The bytes uint8 (k,) of a PNG or JPEG -> cv2.imdecode's array; None for anything else, and for a header
+def decode_picture(data):
+    """The bytes uint8 (k,) of a PNG or JPEG -> uint8 (h, w, 3) BGR; None for anything else, and for a header
     that asks for more than MOST_PIXELS: a few bytes could take all memory."""
     with suppress(Exception), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
         if picture.width * picture.height <= MOST_PIXELS:
-            return cv2.imdecode(data, flags)
+            return cv2.imdecode(data, cv2.IMREAD_COLOR)
 
 
 def read_rgba(path):
@@ -1719,7 +1703,7 @@ def scaled(part, scale):
 
 # ---- skins of our own drawing: weights/pads.json has their layouts, labels, shapes, looks
 PAD_SIZE = (400, 290)                              # layouts are places [x, y] on this canvas
-PADS = json.loads((Path(__file__).parent / "weights" / "pads.json").read_text(encoding="utf-8"))
+PADS = json.loads((WEIGHTS / "pads.json").read_text(encoding="utf-8"))
 LAYOUTS, POLYGONS = PADS["layouts"], PADS["polygons"]                   # corners from (-1, -1) to (1, 1)
 FACES = {"NORTH": (0, -1), "EAST": (1, 0), "SOUTH": (0, 1), "WEST": (-1, 0)}
 ARROWS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
@@ -1729,15 +1713,15 @@ BLACK, WHITE, GREY = (0, 0, 0), (255, 255, 255), (90, 90, 90)
 @dataclass
 class Look:
     """How a pad of ours is drawn: all that varies between two skins of one family. Colours: (r, g, b[, alpha
-    0..1])."""
-    body: tuple | None = (60, 60, 66)           # fill; None = see-through
-    line: tuple | None = None                   # outline of the body and the controls
+    0..1]) or None."""
+    body: tuple = (60, 60, 66)           # fill; None = see-through
+    line: tuple = None                   # outline of the body and the controls
     width: float = 2.0                          # of that outline
-    button: tuple | None = (30, 30, 34)     # fill of the controls at rest; None = only their outline or label
-    label: tuple | None = (235, 235, 235)       # ink of the labels; None = unlabelled
+    button: tuple = (30, 30, 34)     # fill of the controls at rest; None = only their outline or label
+    label: tuple = (235, 235, 235)       # ink of the labels; None = unlabelled
     colored: bool = True                        # face buttons labelled in the family's colours
-    cap: tuple | None = (20, 20, 22)
-    well: tuple | None = (44, 44, 48)
+    cap: tuple = (20, 20, 22)
+    well: tuple = (44, 44, 48)
     lit: tuple = (255, 240, 80)                 # what pressed looks like
     press: str = "light"                   # face buttons and small ones: one of when_pressed()'s ways or blob
     press_thumb: str = "light"
@@ -1778,10 +1762,10 @@ def random_skin(rng):
         color = rng.integers(low, high, 3).tolist()
         return tuple(color if rng.random() < 0.45 else color[:1] * 3)
 
-    def away(color, least):
+    def away(color):
         """The colour, moved away from the ground where it hardly differs from it."""
         far = BLACK if sum(ground) > 380 else WHITE
-        return color if abs(sum(color) - sum(ground)) > least else mix(color, far, 0.7)
+        return color if abs(sum(color) - sum(ground)) > 130 else mix(color, far, 0.7)
 
     def shaded(end, low, high):
         """The ground, moved towards black or white by a random share."""
@@ -1793,15 +1777,15 @@ def random_skin(rng):
     ground = body or tone(0, 120)
     if body and rng.random() < 0.2:
         body = (*body, rng.uniform(0.15, 0.7))
-    line = choose(None, away(tone(), 200), away(WHITE, 200))
-    cap = choose(shaded(BLACK, 0.3, 0.9), away(tone(), 60), away(tone(), 120), None if line else WHITE)
+    line = choose(None, away(tone()), away(WHITE))
+    cap = choose(shaded(BLACK, 0.3, 0.9), away(tone()), away(tone()), None if line else WHITE)
     alike = cap and mix(cap, choose(BLACK, WHITE), rng.uniform(0.05, 0.12))
     well = choose(None, shaded(BLACK, 0.1, 0.6), shaded(WHITE, 0.05, 0.3), alike, tone(0, 24), tone(0, 24))
     if well and rng.random() < 0.4:
         line = None                                # nothing but their tones parts cap and well
-    button = choose(None, away(tone(), 60), shaded(BLACK, 0.2, 0.7), shaded(WHITE, 0.1, 0.5))
-    label = choose(away(WHITE, 150), away(tone(), 200), None if button or line else WHITE)
-    lit = away(choose(tone(), *PADS["random_lights"]), 150)
+    button = choose(None, away(tone()), shaded(BLACK, 0.2, 0.7), shaded(WHITE, 0.1, 0.5))
+    label = choose(away(WHITE), away(tone()), None if button or line else WHITE)
+    lit = away(choose(tone(), *PADS["random_lights"]))
     if rng.random() < 0.15:
         lit = (*lit, rng.uniform(0.4, 0.8))
     styles = {name: choose(*options) for name, options in PADS["random_options"].items()}
@@ -2172,15 +2156,11 @@ def find_videos(paths):
     its folder's where two would share clips or the name is too long."""
     videos = []
     for path in map(Path, paths):
-        if path.is_dir():
-            videos += sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
-        elif path.exists():
-            videos.append(path)
-        else:
-            raise UserError(f"{path}: expected a video or a folder, found nothing there: check the path")
-    if not videos:
-        raise UserError(f"{' '.join(map(str, paths))}: expected videos ({' '.join(sorted(VIDEO_ENDINGS))}), "
-                        "found none in there")
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
+        videos += [path] if path.is_file() else found
+        if not found and not path.is_file():
+            raise UserError(f"{path}: expected a video or a folder with some ({' '.join(VIDEO_ENDINGS)}), "
+                            "found none: check the path")
     videos = list(dict.fromkeys(unicode(p).absolute() for p in videos))
     stems = Counter(p.stem.casefold() for p in videos)                   # some disks mind no case
 

@@ -1180,7 +1180,7 @@ def test_a_new_file_has_the_usual_rights(tmp_path):
 def anywhere():
     """A matcher and what it might find in any video."""
     skins = [extract.random_skin(np.random.default_rng(0))]
-    return types.SimpleNamespace(skins=skins, kind="sift"), extract.Find(skins[0], pose(0.3, 20, 20), 50)
+    return types.SimpleNamespace(skins=skins), extract.Find(skins[0], pose(0.3, 20, 20), 50)
 
 
 def test_truth_beside_a_video_goes_into_its_clip(tmp_path, monkeypatch):
@@ -1202,7 +1202,7 @@ def test_a_cut_that_fails_leaves_the_clip_before_and_no_half(tmp_path, monkeypat
     """A clip has its name only once it is whole: not while frames are written, not when the last file can't
     be."""
     video, clip = film(tmp_path / "v.mp4", 6), tmp_path / "clip"
-    cut = lambda key: extract.cut_clip(video, clip, *anywhere(), 1, 1, key)
+    cut = lambda key: extract.cut_clip(video, clip, anywhere()[1], 1, 1, key)
     seen, write = [], extract.write_json
 
     def last(path, value):

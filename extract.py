@@ -86,14 +86,13 @@ def run_extract(args):
         writable(args.sheet)
     out.mkdir(parents=True, exist_ok=True)
     jobs = shard(label_jobs(videos, args.labels) if args.labels else videos)
-    told, failed = work_through(jobs, args) if jobs else (0, 0)
-    if not told:
+    statuses = work_through(jobs, args) if jobs else []
+    if not statuses:
         print(f"nothing to do: all {len(jobs)} of this share are done")
     if args.sheet:
         contact_sheet(args.sheet, shard(videos), out)
-    if failed and failed == len(jobs):             # torchrun ends all processes when one fails: a share may
-        what = "chunks" if args.labels else "videos"
-        raise UserError(f"{failed} of {failed} {what} can't be used: see the lines above")
+    if jobs and statuses.count("error") == len(jobs):        # torchrun ends all when one fails: a share may
+        raise UserError(f"{len(jobs)} of {len(jobs)} can't be used: see the lines above")
 
 
 def extract_one(video, name, matcher, args, settings):
@@ -832,10 +831,10 @@ def cut_labelled(folder, meta, video, out, every, key):
         seen = (1 <= span) & (span <= limit) & (0 <= middle) & (middle <= limit)
         scale = np.divide(info["size"], limit)
         box = np.multiply([*low, *(low + span)], [*scale, *scale])
-        area = meta.get("bbox_game_area")          # in shares of the frame
-        window = area and [min(max(round(area[edge] * side), 0), side)
-                           for edge, side in zip(("xtl", "ytl", "xbr", "ybr"), info["size"] * 2)]
-        if not seen.all() or window and not (window[0] < window[2] and window[1] < window[3]):
+        area = meta.get("bbox_game_area") or {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}   # shares of the frame
+        edges = np.multiply([area[edge] for edge in ("xtl", "ytl", "xbr", "ybr")], info["size"] * 2)
+        window = [int(v) for v in np.clip(np.round(edges), 0, info["size"] * 2)]          # NaN: ValueError
+        if not seen.all() or window[0] >= window[2] or window[1] >= window[3]:
             raise ValueError(f"boxes {[*low, *span]} and {window} in a picture of {limit}")
         if len(actions) != chunk or last <= first:
             raise ValueError(f"{len(actions)} rows of actions over {first}-{last} s")
@@ -1291,10 +1290,10 @@ class VideoWriter:
         writable(path)
         self.tmp = temporary(path)
         fourcc = cv2.VideoWriter_fourcc(*codec)
-        self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, fourcc, fps, tuple(size))
+        self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, fourcc, fps, size)
         if not self.writer.isOpened():
             remove(self.tmp)
-            raise UserError(f"{path}: can't open a {codec} encoder for {tuple(size)} at {fps} frames/s: "
+            raise UserError(f"{path}: can't open a {codec} encoder for {size} at {fps} frames/s: "
                             "try a name ending in .avi")
 
     def add(self, rgb):
@@ -1546,8 +1545,7 @@ def load_picture(png):
             geometry = read_json(note, dict)
             skin.family = str(geometry.get("controller") or skin.family)
             boxes = geometry.get("buttons", {})
-            shown = geometry.get("visible_buttons", boxes)
-            skin.buttons = {n: numbers(b["box"], 4) for n, b in boxes.items() if n in BUTTON and n in shown}
+            skin.buttons = {n: numbers(b["box"], 4) for n, b in boxes.items() if n in BUTTON}
             for side, stick in geometry.get("sticks", {}).items():
                 if side in STICKS:
                     center, travel = numbers(stick["center"], 2), numbers(stick["travel"], 2)
@@ -1779,8 +1777,8 @@ def random_skin(rng):
         body = (*body, rng.uniform(0.15, 0.7))
     line = choose(None, away(tone()), away(WHITE))
     cap = choose(shaded(BLACK, 0.3, 0.9), away(tone()), away(tone()), None if line else WHITE)
-    alike = cap and mix(cap, choose(BLACK, WHITE), rng.uniform(0.05, 0.12))
-    well = choose(None, shaded(BLACK, 0.1, 0.6), shaded(WHITE, 0.05, 0.3), alike, tone(0, 24), tone(0, 24))
+    well = choose(None, shaded(BLACK, 0.1, 0.6), shaded(WHITE, 0.05, 0.3), tone(0, 24), tone(0, 24),
+                  mix(cap or ground, choose(BLACK, WHITE), 0.08))
     if well and rng.random() < 0.4:
         line = None                                # nothing but their tones parts cap and well
     button = choose(None, away(tone()), shaded(BLACK, 0.2, 0.7), shaded(WHITE, 0.1, 0.5))
@@ -2057,8 +2055,8 @@ def rounded_corners(x0, y0, x1, y1, r):
 
 # ---- backdrops: pictures that could be any game
 def backdrop(rng, h, w):
-    """A random picture that could be a game's, uint8 (h, w, 3): one of three scenes, marks on it, then a
-    camera's faults."""
+    """A random picture that could be a game's, uint8 (h, w, 3): one of three scenes, marks on it, then
+    blur and light."""
     hue = rng.uniform(0, 180) + rng.normal(0, rng.uniform(2, 60), 6)     # colours that go together
     saturation, value = (255 * rng.beta(*rng.uniform(0.6, 4, 2), 6) for _ in range(2))
     hsv = np.stack([hue % 180, saturation, value], 1).astype(np.uint8)
@@ -2067,8 +2065,6 @@ def backdrop(rng, h, w):
     marks(rng, image, np.vstack([colours, rng.integers(0, 256, (4, 3)), [WHITE, BLACK]]))
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 2.5))
-    if rng.random() < 0.2:
-        image = cv2.add(image, rng.integers(0, 30, (h, w, 1), np.uint8).repeat(3, 2))
     return cv2.convertScaleAbs(image, alpha=rng.uniform(0.5, 1.2), beta=rng.uniform(0, 40))
 
 
@@ -2128,10 +2124,10 @@ def terrain(rng, h, w, colours):
 
 
 def marks(rng, image, colours):
-    """Draw, in place, what lies over games: text, bars, crosses, blobs, discs and keys with letters. Like
-    buttons, but no pad."""
+    """Draw, in place, what lies over games: text, crosses, discs and bars with letters. Like buttons, but no
+    pad."""
     h, w = image.shape[:2]
-    for kind in rng.integers(0, 5, rng.integers(0, 30)):
+    for kind in rng.integers(0, 4, rng.integers(0, 30)):
         x, y = rng.integers(0, (w, h)).tolist()
         s, fill = int(h * rng.choice([0.02, 0.04, 0.06, 0.12]) + 4), int(rng.choice([-1, 1, 2, 3]))
         colour, other = rng.choice(colours, 2).tolist()
@@ -2139,14 +2135,11 @@ def marks(rng, image, colours):
         if kind == 0:
             cv2.drawMarker(image, (x, y), colour, cv2.MARKER_CROSS, 2 * s, max(s // 3, 1))
         elif kind == 1:
-            corners = (x, y) + rng.normal(0, s, (rng.integers(3, 7), 2))
-            cv2.fillPoly(image, [corners.astype(np.int32)], colour, cv2.LINE_AA)
-        elif kind == 2:
             cv2.circle(image, (x + s // 2, y - s // 2), s, colour, fill, cv2.LINE_AA)
-        elif kind == 3:
+        elif kind == 2:
             cv2.rectangle(image, (x - s // 4, y + s // 4), (x + s * len(word), y - s), colour, fill)
-        if kind > 1:                               # the fourth has nothing but its word
-            word = word[0] if kind == 2 else word
+        if kind > 0:                               # the last has nothing but its word
+            word = word[0] if kind == 1 else word
             cv2.putText(image, word, (x, y), int(rng.integers(8)), s / 30, other, 1 + s // 20, cv2.LINE_AA)
 
 
@@ -2165,10 +2158,10 @@ def find_videos(paths):
     stems = Counter(p.stem.casefold() for p in videos)                   # some disks mind no case
 
     def name(path):
-        stem, parent = path.stem, path.parent.name
+        stem = path.stem
         if stems[stem.casefold()] == 1 and len(stem.encode()) <= 248 and stem[-7:-1].casefold() != "_place":
             return stem
-        short = f"{parent}_{stem}".encode()[:230].decode(errors="ignore")          # names have 255 bytes
+        short = f"{path.parent.name}_{stem}".encode()[:230].decode(errors="ignore")        # of 255
         return f"{short}_{fingerprint(str(path))[:6]}"
 
     return [(path, name(path)) for path in videos]
@@ -2203,9 +2196,9 @@ BAR = {"mininterval": 1, "leave": False, "disable": None}            # tqdm's, o
 
 
 def work_through(jobs, args):
-    """Do all jobs (video, name of its clip or folder of its labels), and report -> how many were not done
-    before, and how many failed."""
-    told, failed = 0, 0
+    """Do all jobs (video, name of its clip or folder of its labels), and report -> the statuses of those
+    that were not done before."""
+    statuses = []
     print("preparing the templates", flush=True)
     with Worker(args) as work, tqdm(jobs, unit=" videos", **BAR) as bar:
         for i, (video, name) in enumerate(bar, 1):
@@ -2213,13 +2206,13 @@ def work_through(jobs, args):
             answer = work(video, name)
             if answer is None:
                 continue
-            line = {"video": str(video), "status": "", "template": None, "box": None, "inliers": 0,
+            line = {"video": str(video), "template": None, "box": None, "inliers": 0,
                     "reason": "", **answer, "seconds": round(time.time() - start, 2)}
             if args.labels:
                 line["chunk"] = name.name
             if line["status"] != "busy":
                 log_line(Path(args.out), line)
-            told, failed = told + 1, failed + (line["status"] == "error")
+            statuses.append(line["status"])
             what = line["reason"]
             if line["status"] == "found":
                 box = [round(v) for v in line["box"]]
@@ -2227,7 +2220,7 @@ def work_through(jobs, args):
             bar.clear()
             print(f"video {i}/{len(jobs)} | {video.name} | {line['status']} | {what} | "
                   f"{line['seconds']:.1f} s", flush=True)
-    return told, failed
+    return statuses
 
 
 class Worker:

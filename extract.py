@@ -179,7 +179,7 @@ class Find:
     affine: np.ndarray                         # (2, 3) template pixels -> video pixels, between pixel centres
     inliers: int                          # distinct matches that agree on the pose; of the locator: controls
     edges: float = 0.0                             # edge_agreement() in the picture it was found in
-    there: np.ndarray | None = None                # bool (n,): the sampled frames in which it stands
+    there: np.ndarray = None                       # bool (n,): the sampled frames in which it stands
     by: str = "locator"                            # or what matched: xfeat, sift
 
     @property
@@ -1217,7 +1217,7 @@ def video_info(path):
     capture = open_video(path)
     fps, n = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     size = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    fps = usual_rate(list(islice(presented(capture), PROBED)), float(fps) if 1 <= fps <= 1000 else 30.0)
+    fps = usual_rate(list(islice(presented(capture), PROBED)), fps if 1 <= fps <= 1000 else 30.0)
     return {"fps": fps, "size": size, "n": int(n) if 0 < n < 1e9 else 0}
 
 
@@ -1416,7 +1416,7 @@ class Skin:
     parts: list
     buttons: dict = field(default_factory=dict)    # NAME -> [x0, y0, x1, y1]
     sticks: dict = field(default_factory=dict)     # left / right -> {"center", "travel", "radius"}
-    bbox: list | None = None                     # [x0, y0, x1, y1] of the visible pad, where its JSON says it
+    bbox: list = None                            # [x0, y0, x1, y1] of the visible pad, where its JSON says it
 
     @functools.cached_property
     def base(self):
@@ -1712,11 +1712,11 @@ BLACK, WHITE, GREY = (0, 0, 0), (255, 255, 255), (90, 90, 90)
 class Look:
     """How a pad of ours is drawn: all that varies between two skins of one family. Colours: (r, g, b[, alpha
     0..1]) or None."""
-    body: tuple = (60, 60, 66)           # fill; None = see-through
-    line: tuple = None                   # outline of the body and the controls
+    body: tuple = (60, 60, 66)                  # fill; None = see-through
+    line: tuple = None                          # outline of the body and the controls
     width: float = 2.0                          # of that outline
-    button: tuple = (30, 30, 34)     # fill of the controls at rest; None = only their outline or label
-    label: tuple = (235, 235, 235)       # ink of the labels; None = unlabelled
+    button: tuple = (30, 30, 34)            # fill of the controls at rest; None = only their outline or label
+    label: tuple = (235, 235, 235)              # ink of the labels; None = unlabelled
     colored: bool = True                        # face buttons labelled in the family's colours
     cap: tuple = (20, 20, 22)
     well: tuple = (44, 44, 48)

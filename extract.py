@@ -13,7 +13,7 @@ where the overlay moves; one per chunk with --labels), written whole or not at a
     template.png, pressed.png      uint8 (h, w, 4): the template at rest and, where it is known, with every
                                    control pressed, at the size of the crops
 (with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in
-DATA/extract.jsonl, an empty DATA/.lock-HASH a clip, and the templates' features in DATA/templates-RANK.npz.
+DATA/extract.jsonl, and an empty DATA/.lock-HASH a clip.
 This file is also the home of what every stage shares: the 25-dim action, the clip folder, video in and out,
 shrink() and draw().
 """
@@ -24,12 +24,12 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -39,7 +39,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
 
 import cv2
 import numpy as np
@@ -48,6 +47,8 @@ from tqdm import tqdm
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)    # we report errors ourselves, in one line
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 # ---- the action: 25 floats, 21 buttons in the released order, then left x, left y, right x, right y
@@ -85,55 +86,42 @@ def run_extract(args):
     if args.sheet:
         writable(args.sheet)
     out.mkdir(parents=True, exist_ok=True)
-    if args.labels:
-        jobs = label_jobs(videos, args.labels)
-        folders = [Path(folder).name for _, (folder, _) in jobs]
-    else:
-        done = journal(out)
-        jobs = [({"video": str(video)}, (name, done.get(str(video), {}))) for video, name in videos]
-        folders = [place for _, name in videos for place in place_names(name)]
-    keep_apart(videos, out, folders)
-    jobs = shard(jobs)
-    told, failed = work_through(jobs, args) if jobs else (0, 0)
-    if not told:
+    jobs = shard(label_jobs(videos, args.labels) if args.labels else videos)
+    statuses = work_through(jobs, args) if jobs else []
+    if not statuses:
         print(f"nothing to do: all {len(jobs)} of this share are done")
     if args.sheet:
         contact_sheet(args.sheet, shard(videos), out)
-    if failed and failed == len(jobs):             # torchrun ends all processes when one fails: a share may
-        what = "chunks" if args.labels else "videos"
-        raise UserError(f"{failed} of {failed} {what} can't be used: see the lines above")
+    if jobs and statuses.count("error") == len(jobs):        # torchrun ends all when one fails: a share may
+        raise UserError(f"{len(jobs)} of {len(jobs)} can't be used: see the lines above")
 
 
-def extract_one(video, name, old, matcher, args, settings):
-    """One video: localise and cut -> what its line of extract.jsonl (`old` before) says of it; None where its
-    result is whole and of these settings."""
-    key = fingerprint(settings, video.stat().st_size, video.stat().st_mtime_ns)
-    folders = [Path(args.out) / place for place in place_names(name)]
-    line = {"status": "none", "run": key}
+def extract_one(video, name, matcher, args, settings):
+    """One video: localise and cut -> what its line of extract.jsonl says of it; None where its last line and
+    its clips are of these settings."""
+    out, file = Path(args.out), video.stat()
+    key = fingerprint(settings, file.st_size, file.st_mtime_ns)
+    folders = [out / place for place in place_names(name)]
     with clip_lock(folders[0]):
-        clip = whole_clip(folders[0], key)
-        if clip and not all(whole_clip(f, key) for f in folders[1:clip.get("places")]):
-            clip = None
-        if old.get("run") == key and (clip or old.get("status") == "none"):
+        old = journal(out).get(str(video), {})
+        if old.get("run") == key and all(made_by(key, f) for f in folders[:old.get("places", 0)]):
             return None
-        if not clip:                               # there is one after a kill between the folder and its line
-            for folder in folders:
-                check_replaceable(folder)
-            places, most = localise_all(*sample_frames(video), matcher) if matcher else ([None], 0)
-            line["inliers"] = most
-            line["reason"] = "" if places else (f"best of {len(matcher.skins)} templates has {most} inliers, "
-                                                f"{MIN_INLIERS} and agreeing edges are needed")
-            for unused in folders[len(places):]:
-                discard(unused)
-            for folder, find in reversed(list(zip(folders, places))):    # the first last: it says all is done
-                clip = cut_clip(video, folder, matcher, find, len(places), args, key)
-    if clip:
-        keys = "template", "box", "inliers", "edges", "places"
-        line |= {"status": "found" if matcher else "plain", **{k: clip[k] for k in keys if k in clip}}
-        truth = video.with_suffix(".truth.npy")
-        if matcher and os.path.isfile(truth) and not (folders[0] / "truth.npy").exists():
-            line["reason"] = f"{truth.name} left out: expected float32 ({clip['n']}, {A})"
-    return line
+        for folder in folders:
+            check_replaceable(folder)
+        places, most = localise_all(*sample_frames(video), matcher) if matcher else ([None], 0)
+        for unused in folders[len(places):]:
+            discard(unused)
+        clips = [cut_clip(video, folder, find, len(places), args, key)
+                 for folder, find in zip(folders, places)]
+    if not places:
+        return {"status": "none", "run": key, "inliers": most,
+                "reason": f"best of {len(matcher.skins)} templates has {most} inliers, {MIN_INLIERS} and "
+                          "agreeing edges are needed"}
+    told = {k: clips[0][k] for k in ("template", "box", "inliers", "edges", "places") if k in clips[0]}
+    truth = video.with_suffix(".truth.npy")
+    if matcher and os.path.isfile(truth) and not (folders[0] / "truth.npy").exists():
+        told["reason"] = f"{truth.name} left out: expected float32 ({clips[0]['n']}, {A})"
+    return {"status": "found" if matcher else "plain", "run": key, **told}
 
 
 # ---- localisation
@@ -195,8 +183,8 @@ class Find:
     affine: np.ndarray                         # (2, 3) template pixels -> video pixels, between pixel centres
     inliers: int                          # distinct matches that agree on the pose; of the locator: controls
     edges: float = 0.0                             # edge_agreement() in the picture it was found in
-    there: np.ndarray | None = None                # bool (n,): the sampled frames in which it stands
-    by: str = "template"                           # or "locator"
+    there: np.ndarray = None                       # bool (n,): the sampled frames in which it stands
+    by: str = "locator"                            # or what matched: xfeat, sift
 
     @property
     def box(self):
@@ -213,31 +201,27 @@ def sample_frames(path, n=SAMPLES):
     """At most n frames spread over a video -> (list of uint8 (h, w) grey, the same as uint8 (h', w', 3) RGB,
     1280 wide at most)."""
     capture, kept = open_video(path), []
-    total = describe(capture)["n"]
-    if total > 100 * n:                            # a seek costs the decoding of some 100 frames
+    total = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    if 100 * n < total < 1e9:                      # a seek costs the decoding of some 100 frames
         for number in np.linspace(0, total - 1, n + 2)[1:-1]:
             capture.set(cv2.CAP_PROP_POS_FRAMES, int(number))
             ok, bgr = capture.read()
             kept += [grey_and_small(bgr)] if ok else []
     if len(kept) < n // 2:                         # a short video, or one without an index: read it through
-        kept = read_through(open_video(path), n, max(total // n, 1))
+        kept = read_through(path, n)
     if not kept:
         raise UserError(f"{path}: expected a video with frames, found none that decode: download it again")
     return list(zip(*kept))
 
 
-def read_through(capture, n, stride):
-    """n (fewer of a shorter video) frames spread over all of an open capture, decoded in order -> list of
-    grey_and_small(): every stride-th frame, and of twice too many every second."""
-    kept, number = [], 0
-    while capture.grab():
-        if number % stride == 0:
-            ok, bgr = capture.retrieve()
-            kept += [grey_and_small(bgr)] if ok else []
-            if len(kept) > 2 * n:
-                kept, stride = kept[::2], stride * 2
-        number += 1
-    return [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, n).round().astype(int))] if kept else []
+def read_through(path, n):
+    """n frames (all of a shorter video) spread over a video, decoded in order -> list of grey_and_small()."""
+    total, capture = sum(1 for _ in presented(open_video(path))), open_video(path)
+    wanted, kept = set(np.linspace(0, total - 1, n).astype(int)), []
+    for number, _ in enumerate(presented(capture)):
+        ok, bgr = capture.retrieve() if number in wanted else (False, None)
+        kept += [grey_and_small(bgr)] if ok else []
+    return kept
 
 
 def grey_and_small(bgr):
@@ -261,18 +245,16 @@ class Matcher:
     """Finds templates in pictures by local features: XFeat's where a net is given, else SIFT's, without
     torch."""
 
-    def __init__(self, skins, net=None, cache=None, locator=None):
-        """net: load_xfeat()'s. locator: load_locator()'s. The templates' features are kept in the file
-        `cache`."""
+    def __init__(self, skins, net=None, locator=None):
+        """net: load_xfeat()'s. locator: load_locator()'s."""
         self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
         flats = [flat_template(s) for s in skins]
         weights = [] if net is None else [p.detach().numpy() for p in net.parameters()]
         self.key = fingerprint(*(flat for flat, _ in flats), *weights)
-        view = ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),)
-        make = lambda: sum((self.describe(flat, view) for flat, _ in flats), ())
-        arrays = cached(cache, self.key, make)
-        points = [p / scale for p, (_, scale) in zip(arrays[::2], flats)]
-        self.features = list(zip(points, arrays[1::2]))                  # in template pixels
+        self.features = []                         # of each skin, in template pixels
+        for flat, scale in flats:
+            points, descriptors = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
+            self.features.append((points / scale, descriptors))
 
     def describe(self, gray, views=VIEWS):
         """Features of a grey picture brought to each width of views -> points (k, 2) in its own pixels,
@@ -297,8 +279,8 @@ class Matcher:
     def shortlist(self, points, descriptors):
         """Which templates are worth a full look: those whose strongest features' nearest neighbours agree
         best."""
-        if len(self.skins) <= 2 * FINALISTS or len(points) < 4:
-            return range(len(self.skins))
+        if len(points) < 4:
+            return []
         scores = []
         for ours, few in self.features:
             cosine = few[:COARSE_FEATURES] @ descriptors.T
@@ -317,7 +299,7 @@ class Matcher:
         if affine is None or not plausible(affine, size, shape) or spread(ours[inside], size) < 4:
             return None
         inliers = distinct(ours[inside], theirs[inside], tolerance)
-        return Find(self.skins[i], affine, inliers)
+        return Find(self.skins[i], affine, inliers, by=self.kind)
 
 
 def flat_template(skin):
@@ -460,7 +442,7 @@ def recolour(find, pictures, width, skins):
 
 # ---- the locator: where a pad that no template knows has its controls [ours]
 PLACES = (*(b for b in BUTTONS if b not in LEGACY), *STICKS, "pad")      # 20 things that it looks for
-WINDOW, CELL = 192, 4               # pixels a side of the windows that it sees, and of a cell of its heat maps
+WINDOW, CELL = 192, 4             # pixels a side of the windows that it sees and of a cell of its heat maps
 MIN_CONTROLS, MIN_PRESENCE = 8, 0.9        # for a find: of 19, and how surely they are there on average
 LAST_WINDOWS = ((1.25, 0.02, 0), (1.4, -0.03, 0.03), (1.5, 0, 0), (1.65, 0.05, -0.05), (1.5, 0.04, 0.04))
 
@@ -471,18 +453,18 @@ def locate(net, frames, pictures):
     where it saw most; the result is the median of the last looks."""
     picture = motion_picture(np.stack(pictures))
     h, w = picture.shape[:2]
-    there, places = see_windows(net, picture, list(windows_over(w, h)))
-    for _ in range(2):
-        seen = there[:, -1] * there[:, :-1].sum(1)
-        best = places[np.argsort(-seen)[:4], -1]
-        there, places = see_windows(net, picture, [closer(pad, zoom) for pad in best for zoom in (1.3, 1.7)])
-    pad = places[(there[:, -1] * there[:, :-1].sum(1)).argmax(), -1]
-    there, places = (np.median(part, 0) for part in see_windows(net, picture, [closer(pad, *how) for how in LAST_WINDOWS]))
+    windows = list(windows_over(w, h))
+    for closest in (4, 4, 1):
+        there, places = see_windows(net, picture, windows)
+        best = np.argsort(-there[:, -1] * there[:, :-1].sum(1))[:closest]
+        zooms = LAST_WINDOWS if closest == 1 else ((1.3,), (1.7,))
+        windows = [closer(pad, *zoom) for pad in places[best, -1] for zoom in zooms]
+    there, places = (np.median(part, 0) for part in see_windows(net, picture, windows))
     sure = there > 0.5
     if not sure[-1] or sure.sum() - 1 < MIN_CONTROLS or there[sure].mean() < MIN_PRESENCE:
         return None
     skin, corner = located_skin(picture[..., :3], places, sure, frames[0].shape[1] / w)
-    find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1, by="locator")
+    find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1)
     edges = np.array([edge_agreement(f, find.flat, find.affine) for f in frames])
     return replace(find, edges=float(np.median(edges)), there=edges > np.median(edges) / 2)
 
@@ -502,9 +484,8 @@ def located_skin(picture, places, sure, scale):
     for name, (x, y, travel, radius) in zip(PLACES, (places - (x0, y0, 0, 0)) * scale):
         if name in STICKS and named.pop(name, None):
             sticks[name] = {"center": [x, y], "travel": [travel, travel], "radius": radius}
-    opaque = np.full((*rgb.shape[:2], 1), 255, np.uint8)
-    part = Part("", (0, 0), [np.dstack([rgb, opaque])])
-    pad = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]               # what shows a control is part of it
+    part = Part("", (0, 0), [cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA)])
+    pad = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]             # what shows a control is part of it
     named.pop("pad")
     return Skin("located", "generic", size, [part], named, sticks, pad), np.array([x0, y0]) * scale
 
@@ -536,10 +517,10 @@ def motion_picture(pictures):
 def windows_over(w, h):
     """Square windows (x, y, side) that overlap by half, in four sizes, all over a picture of (w, h)."""
     for side in w * np.array([0.2, 0.4, 0.8, 1.2]):
-        steps = [max(math.ceil((length - side) / (side / 2)) + 1, 1) for length in (w, h)]
-        spans = [np.linspace(0, length - side, n) if n > 1 else [(length - side) / 2]
-                 for length, n in zip((w, h), steps)]
-        yield from ((x, y, side) for y in spans[1] for x in spans[0])
+        def starts(length):
+            n = math.ceil((length - side) / (side / 2)) + 1
+            return np.linspace(0, length - side, n) if n > 1 else [(length - side) / 2]
+        yield from ((x, y, side) for y in starts(h) for x in starts(w))
 
 
 def closer(pad, zoom, dx=0, dy=0):
@@ -648,7 +629,7 @@ def locator_net():
 def load_locator(path=None):
     """The trained locator (default: weights/locator.safetensors beside this script)."""
     from safetensors.torch import load_file
-    path, net = Path(path or Path(__file__).parent / "weights" / "locator.safetensors"), locator_net().eval()
+    path, net = Path(path or WEIGHTS / "locator.safetensors"), locator_net().eval()
     with reading(path, "weights of the locator (parse.py train --locator makes them)"):
         net.load_state_dict(load_file(path))
     return net
@@ -675,7 +656,7 @@ def overlap(a, b):
 
 
 # ---- cutting the clip
-def cut_clip(video, folder, matcher, find, places, args, key):
+def cut_clip(video, folder, find, places, args, key):
     """Write the clip folder of a found overlay, the first of so many places -> clip.json's dict. find None:
     the frames alone, for sample.py label."""
     info, every = video_info(video), args.every
@@ -692,14 +673,13 @@ def cut_clip(video, folder, matcher, find, places, args, key):
     cutter = Cutter(info["size"], every, [ax - 1, ay - 1, bx + 1, by + 1], skin, find.affine)
     clip |= {"box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name, "controller": skin.family,
              "affine": rounded(affine, 6), "inliers": find.inliers, "edges": round(find.edges, 3),
-             "matcher": matcher.kind if find.by == "template" else find.by, "hole": cutter.hole,
-             "pad": cutter.pad}
+             "matcher": find.by, "hole": cutter.hole, "pad": cutter.pad}
     clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
     with new_folder(folder) as tmp:
         clip["n"] = cutter.run(video, tmp, info)
-        with suppress(UserError):
-            truth = read_npy(video.with_suffix(".truth.npy"), np.float32, (clip["n"], A))
-            write_npy(tmp / "truth.npy", truth)
+        truth = video.with_suffix(".truth.npy")
+        if truth.exists():
+            write_npy(tmp / "truth.npy", read_npy(truth, np.float32, (clip["n"], A)))
         how = cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR
         for name, drawn in (("template", draw(skin)), ("pressed", draw_pressed(skin))):
             if name == "template" or any(p.control for p in skin.parts):
@@ -751,22 +731,20 @@ class Cutter:
         frames, pads = FramesWriter(folder, "frames"), FramesWriter(folder, "pads") if self.pad else None
         waiting, n, cuts = deque(), 0, []
 
-        def encode(row, count, bgr):
-            """In a thread: a decoded frame that fills rows -> its JPEGs, a list of (writer, row, JPEG)."""
-            rows, jpegs = range(row, row + count), []
-            wanted = [k for k in rows if k % self.every == 0]
-            if wanted:
-                jpeg = frames.encode(self.policy(bgr))
-                jpegs += [(frames, k, jpeg) for k in wanted]
+        def encode(rows, bgr):
+            """In a thread: a decoded frame that fills rows -> a list of (writer, the rows it keeps, JPEG)."""
+            jpegs, kept = [], [k for k in rows if k % self.every == 0]
+            if kept:
+                jpegs.append((frames, kept, frames.encode(self.policy(bgr))))
             if pads:
-                jpeg = pads.encode(self.crop(bgr))
-                jpegs += [(pads, k, jpeg) for k in rows]
+                jpegs.append((pads, rows, pads.encode(self.crop(bgr))))
             return jpegs
 
         def write(most):
             while len(waiting) > most:
-                for writer, row, jpeg in waiting.popleft().result():
-                    writer.add_bytes(row, jpeg)
+                for writer, rows, jpeg in waiting.popleft().result():
+                    for row in rows:
+                        writer.add_bytes(row, jpeg)
 
         with ThreadPoolExecutor(2) as pool:
             decoded = decode_video(video, info["fps"], first, pause)
@@ -774,10 +752,9 @@ class Cutter:
             for row, bgr, count, cut in bar:
                 if row >= end:
                     break
-                count = min(count, end - row)
                 cuts += [row - first] if cut else []
-                waiting.append(pool.submit(encode, row - first, count, bgr))
-                n = row - first + count
+                n = min(row + count, end) - first
+                waiting.append(pool.submit(encode, range(row - first, n), bgr))
                 write(AHEAD)
             write(0)
         for writer in filter(None, (frames, pads)):
@@ -827,15 +804,12 @@ def dense(actions, confidence=None):
 # ---- the released labels (CC BY-NC 4.0)
 def label_jobs(videos, labels):
     """Every chunk under NVIDIA's SHARD/<video_id>/<video_id>_chunk_NNNN/ whose video is among `videos` ->
-    jobs for work_through()."""
+    list of (video, the chunk's folder)."""
     files, jobs = sorted(Path(labels).rglob("metadata.json")), []
     for path in files:
-        meta = read_json(path, dict)
-        source = meta.get("original_video")
-        wanted = isinstance(source, dict) and source.get("video_id")
-        holders = [video for video, name in videos if wanted and str(wanted) in name]
-        if holders:
-            jobs.append(({"video": str(holders[0]), "chunk": path.parent.name}, (str(path.parent), meta)))
+        with reading(path, "original_video.video_id"):
+            wanted = read_json(path, dict)["original_video"]["video_id"]
+            jobs += [(video, path.parent) for video, name in videos if wanted and wanted in name][:1]
     if not jobs:
         raise UserError(f"{labels}: expected SHARD/<video_id>/<video_id>_chunk_NNNN/metadata.json of these "
                         f"videos, found {len(files)} metadata.json, none of them: unpack the SHARD_*.tar.gz "
@@ -843,12 +817,12 @@ def label_jobs(videos, labels):
     return jobs
 
 
-def label_one(video, folder, meta, args):
+def label_one(video, folder, args):
     """One released chunk -> as extract_one()."""
-    target = Path(args.out) / folder.name
-    key = fingerprint(args.every, video.stat().st_size, video.stat().st_mtime_ns, meta)
+    meta, target, file = read_json(folder / "metadata.json", dict), Path(args.out) / folder.name, video.stat()
+    key = fingerprint(args.every, file.st_size, file.st_mtime_ns, meta)
     with clip_lock(target):
-        if whole_clip(target, key):
+        if made_by(key, target):
             return None
         check_replaceable(target)
         clip = cut_labelled(folder, meta, video, target, args.every, key)
@@ -858,41 +832,40 @@ def label_one(video, folder, meta, args):
 def cut_labelled(folder, meta, video, out, every, key):
     """One released chunk + its video -> a clip folder with actions, at the video's own rate -> clip.json's
     dict."""
-    info = video_info(video)
+    info, actions = video_info(video), label_actions(folder)
     with reading(folder / "metadata.json", "original_video, chunk_size and bbox_controller_overlay"):
-        source = meta["original_video"]
+        source, chunk = meta["original_video"], int(meta["chunk_size"])
+        first, last = (float(source[when]) for when in ("start_time", "end_time"))
         height, width = source["resolution"]
-        start, end, chunk = float(source["start_time"]), float(source["end_time"]), int(meta["chunk_size"])
-        sx, sy = info["size"][0] / width, info["size"][1] / height
-        x, y, w, h = meta["bbox_controller_overlay"]
-        first, last = round(start * info["fps"]), round(end * info["fps"])
-        area = meta.get("bbox_game_area")          # in shares of the frame
-        window = area and [min(max(round(area[edge] * side), 0), side)
-                           for edge, side in zip(("xtl", "ytl", "xbr", "ybr"), info["size"] * 2)]
-        spans = (x, w, width), (y, h, height)
-        seen = all(1 <= span <= side and 0 <= low + span / 2 <= side for low, span, side in spans)
-        if not seen or window and not (window[0] < window[2] and window[1] < window[3]):
-            raise ValueError(f"boxes {[x, y, w, h]} and {window} in a picture of {info['size']}")
-    actions = label_actions(folder)
-    if len(actions) != chunk or end <= start:
-        raise UserError(f"{folder}: expected {chunk} rows over {start}-{end} s, found {len(actions)}: "
-                        "download this shard again")
-    cutter = Cutter(info["size"], every, [x * sx, y * sy, (x + w) * sx, (y + h) * sy], window=window)
+        low, span = np.reshape(meta["bbox_controller_overlay"], (2, 2))
+        middle, limit = low + span / 2, (width, height)
+        seen = (1 <= span) & (span <= limit) & (0 <= middle) & (middle <= limit)
+        scale = np.divide(info["size"], limit)
+        box = np.multiply([*low, *(low + span)], [*scale, *scale])
+        area = meta.get("bbox_game_area") or {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}   # shares of the frame
+        edges = np.multiply([area[edge] for edge in ("xtl", "ytl", "xbr", "ybr")], info["size"] * 2)
+        window = [int(v) for v in np.clip(np.round(edges), 0, info["size"] * 2)]          # NaN: ValueError
+        if not seen.all() or window[0] >= window[2] or window[1] >= window[3]:
+            raise ValueError(f"boxes {[*low, *span]} and {window} in a picture of {limit}")
+        if len(actions) != chunk or last <= first:
+            raise ValueError(f"{len(actions)} rows of actions over {first}-{last} s")
+    begin, end = round(first * info["fps"]), round(last * info["fps"])
+    cutter = Cutter(info["size"], every, box, window=window)
     with new_folder(out) as tmp:
-        n = cutter.run(video, tmp, info, first, last, math.inf)          # labels count a pause's seconds too
-        if n < 0.5 * (last - first):
-            raise UserError(f"{video}: expected frames {first}-{last} of chunk {folder.name}, found {n}: "
+        n = cutter.run(video, tmp, info, begin, end, math.inf)           # labels count a pause's seconds too
+        if n < 0.5 * (end - begin):
+            raise UserError(f"{video}: expected frames {begin}-{end} of chunk {folder.name}, found {n}: "
                             "download the whole video")
         seconds = (np.arange(n) + 0.5) / info["fps"]                # frames and label rows may differ in rate
-        actions = actions[np.minimum(seconds * chunk / (end - start), chunk - 1).astype(int)]
+        actions = actions[np.minimum(seconds * chunk / (last - first), chunk - 1).astype(int)]
         write_npy(tmp / "actions.npy", actions)
         write_npy(tmp / "confidence.npy", np.ones(n, np.float32))
         write_npy(tmp / "keep.npy", dense(actions))
+        affine = np.c_[np.diag(scale), box[:2]]
         clip = {"video": video.name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n,
-                "size": info["size"], "box": [x * sx, y * sy, w * sx, h * sy], "template": "released labels",
-                "controller": meta.get("controller_type", "generic"),
-                "affine": [[sx, 0, x * sx], [0, sy, y * sy]], "inliers": 0, "matcher": "labels",
-                "every": every, "lag": 0, "hole": cutter.hole, "run": key}
+                "size": info["size"], "box": [*box[:2], *(span * scale)], "template": "released labels",
+                "controller": meta.get("controller_type", "generic"), "affine": rounded(affine, 6),
+                "inliers": 0, "matcher": "labels", "every": every, "lag": 0, "hole": cutter.hole, "run": key}
         write_json(tmp / "clip.json", clip)
     return clip
 
@@ -1009,20 +982,14 @@ def xfeat_net():
 
 def load_xfeat(path=None):
     """A trained network: ours (weights/xfeat.safetensors beside this script) or the official xfeat.pt, by
-    name. Every batch norm is folded into the convolution before it: a fifth faster."""
+    name."""
     import torch
     from safetensors.torch import load_file
-    from torch import nn
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-    path = Path(path or Path(__file__).parent / "weights" / "xfeat.safetensors")
-    net = xfeat_net().eval()
+    path, net = Path(path or WEIGHTS / "xfeat.safetensors"), xfeat_net().eval()
     with reading(path, "XFeat weights (ours, or the official xfeat.pt)"):
         ours = path.suffix == ".safetensors"
         state = load_file(path) if ours else torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fine_matcher.")})
-    for block in net.modules():
-        if isinstance(block, nn.Sequential) and len(block) > 1 and isinstance(block[1], nn.BatchNorm2d):
-            block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
     return net
 
 
@@ -1041,8 +1008,9 @@ def root_sift(gray, limit):
 # ---- the clip folder
 QUALITY = 90                         # JPEG: 1-2 GB an hour of frames
 MOST_PIXELS = 1 << 26                              # of one picture: 8192 x 8192
-CLIP_FILES = set("clip.json template.png pressed.png frames.npy frames_index.npy pads.npy pads_index.npy actions.npy "
-                 "confidence.npy keep.npy truth.npy human.npy cuts.npy .lock .DS_Store Thumbs.db".split())
+CLIP_FILES = set("clip.json template.png pressed.png frames.npy frames_index.npy pads.npy pads_index.npy "
+                 "actions.npy confidence.npy keep.npy truth.npy human.npy cuts.npy .lock .DS_Store "
+                 "Thumbs.db".split())
 REDO = "delete the clip folder and run its stage again"
 
 
@@ -1109,7 +1077,7 @@ class Frames:
         size."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        bgr = decode_picture(np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]]), cv2.IMREAD_COLOR)
+        bgr = decode_picture(np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]]))
         self.shape = self.shape or np.shape(bgr)
         if bgr is None or bgr.shape != self.shape:
             raise UserError(f"{self.path}: expected JPEGs of one size, found frame {i} broken or of another "
@@ -1169,24 +1137,11 @@ def clips_in(data):
     return list(map(unicode, folders))
 
 
-def whole_clip(folder, key):
-    """clip.json of a clip of the same video and settings whose files all open and have n rows; else None."""
-    try:
-        clip = read_clip(folder)
-        rows = [Frames(folder).n]
-        if "pad" in clip:
-            read_rgba(folder / "template.png")
-        if (folder / "pads.npy").exists():
-            pads = Frames(folder, "pads")
-            rows += [pads.n, len(pads)]
-        elif not clip.get("plain"):                # of released labels, or dropped when it was read
-            n = rows[0]
-            read_npy(folder / "actions.npy", np.float32, (n, A))
-            read_npy(folder / "confidence.npy", np.float32, (n,))
-            read_npy(folder / "keep.npy", bool, (n,))
-    except UserError:
-        return None
-    return clip if clip.get("run") == key and set(rows) == {clip.get("n")} else None
+def made_by(key, folder):
+    """Whether a clip of the same video and settings is at `folder`. A clip has its name only once it is
+    whole."""
+    with suppress(UserError):
+        return read_clip(folder).get("run") == key
 
 
 def check_replaceable(folder):
@@ -1194,17 +1149,13 @@ def check_replaceable(folder):
     Busy where parse.py is at it."""
     if not os.path.lexists(folder):
         return
-    wrong = "a link or a file"
-    if folder.is_dir() and not folder.is_symlink():
+    with reading(folder, "nothing there or a clip of extract.py's (move it away or give another --out)"):
         foreign = [e.name for e in os.scandir(folder) if e.is_dir(follow_symlinks=False)
                    or not (e.name in CLIP_FILES or e.name.startswith(".tmp-"))]
-        made = False
-        with suppress(UserError):
-            made = "run" in read_json(folder / "clip.json", dict)
-        wrong = f"{min(foreign)!r} in it" if foreign else "" if made else "no clip.json of extract.py's in it"
-    if wrong:
-        raise UserError(f"{folder}: expected nothing there or a clip of extract.py's, found {wrong}: "
-                        "move it away or give another --out")
+        if folder.is_symlink() or foreign:
+            raise ValueError("a link" if folder.is_symlink() else f"{min(foreign)!r} in it")
+        if "run" not in read_json(folder / "clip.json", dict):
+            raise ValueError("a clip of another script")
     with lock(folder / ".lock"):
         pass
 
@@ -1237,9 +1188,9 @@ def clip_lock(folder):
     return lock(folder.with_name(f".lock-{fingerprint(folder.name.casefold())}"))
 
 
-def rank_and_world():
-    """(number of this process, how many there are) under torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID,
-    SLURM_NTASKS), in each task of a Slurm array; (0, 1) alone."""
+def shard(items):
+    """This process's share of a list of work, under torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID,
+    SLURM_NTASKS), in each task of a Slurm array; all of it alone."""
     env, rank, world = os.environ, 0, 1
     for name, count in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
         if name in env and count in env:
@@ -1249,13 +1200,7 @@ def rank_and_world():
     if low + (tasks - 1) * step != high:
         raise UserError(f"SLURM_ARRAY_TASK_*: expected one range, found {tasks} tasks in {low}-{high}: give "
                         "--array=0-99 or the like")
-    return (task - low) // step * world + rank, world * tasks
-
-
-def shard(items):
-    """This process's share of a list of work."""
-    rank, world = rank_and_world()
-    return list(items)[rank::world]
+    return list(items)[(task - low) // step * world + rank::world * tasks]
 
 
 def cores():
@@ -1265,7 +1210,7 @@ def cores():
 
 # ---- video and pictures in and out
 PROBED = 300                                       # frames that tell a video's rate
-VIDEO_ENDINGS = set(".mp4 .mkv .webm .avi .mov .m4v .flv .ts .mpg .mpeg .wmv .ogv .gif".split())
+VIDEO_ENDINGS = ".mp4 .mkv .webm .avi .mov .m4v .flv .ts .mpg .mpeg .wmv .ogv .gif".split()
 
 
 def open_video(path):
@@ -1278,19 +1223,13 @@ def open_video(path):
 
 
 def video_info(path):
-    """A video's describe(), with the rate at which its first frames are shown."""
+    """{"fps": the rate at which a video's first frames are shown, "size": (w, h), "n": its frames as the
+    container says, which may be wrong or 0}."""
     capture = open_video(path)
-    info = describe(capture)
-    return info | {"fps": usual_rate(list(islice(presented(capture), PROBED)), info["fps"])}
-
-
-def describe(capture):
-    """What an open capture's container says: {"fps" (the mean; 30 where it says none), "size": (w, h), "n":
-    frames, which may be wrong or 0}."""
     fps, n = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     size = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    fps, n = float(fps) if 1 <= fps <= 1000 else 30.0, int(n) if 0 < n < 1e9 else 0
-    return {"fps": fps, "size": size, "n": n}
+    fps = usual_rate(list(islice(presented(capture), PROBED)), fps if 1 <= fps <= 1000 else 30.0)
+    return {"fps": fps, "size": size, "n": int(n) if 0 < n < 1e9 else 0}
 
 
 def usual_rate(times, fps):
@@ -1362,10 +1301,10 @@ class VideoWriter:
         writable(path)
         self.tmp = temporary(path)
         fourcc = cv2.VideoWriter_fourcc(*codec)
-        self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, fourcc, fps, tuple(size))
+        self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, fourcc, fps, size)
         if not self.writer.isOpened():
             remove(self.tmp)
-            raise UserError(f"{path}: can't open a {codec} encoder for {tuple(size)} at {fps} frames/s: "
+            raise UserError(f"{path}: can't open a {codec} encoder for {size} at {fps} frames/s: "
                             "try a name ending in .avi")
 
     def add(self, rgb):
@@ -1377,9 +1316,7 @@ class VideoWriter:
         """Finish the file and give it its name; UserError where not all frames are in it: OpenCV's writer is
         silent on a full disk."""
         self.writer.release()
-        capture = cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG)
-        found = sum(1 for _ in presented(capture))
-        capture.release()
+        found = sum(1 for _ in presented(cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG)))
         if found != self.n:
             remove(self.tmp)
             raise UserError(f"{self.path}: expected {self.n} frames in the finished video, found {found}: "
@@ -1403,46 +1340,29 @@ def shrink(rgb):
     in training and in play. A picture of that size is returned itself, not a copy."""
     if rgb.shape[:2] == (SIDE, SIDE):
         return rgb
-    if min(rgb.shape[:2]) < SIDE:
-        return cv2.resize(rgb, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    four = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).astype(np.uint16)       # equal, in 60-75 % of the time: SIMD
-    return cv2.resize(four, (SIDE, SIDE), interpolation=cv2.INTER_AREA)[..., :3].astype(np.uint8)
+    return cv2.resize(rgb, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
-def decode_picture(data, flags):
-    """The bytes uint8 (k,) of a PNG or JPEG -> cv2.imdecode's array; None for anything else, and for a header
+def decode_picture(data):
+    """The bytes uint8 (k,) of a PNG or JPEG -> uint8 (h, w, 3) BGR; None for anything else, and for a header
     that asks for more than MOST_PIXELS: a few bytes could take all memory."""
-    head, size = data.tobytes(), b""
-    if head[:4] == b"\x89PNG":
-        size = head[16:24]
-    elif head[:2] == b"\xff\xd8":
-        at = 2                                 # the chunks of a JPEG: 255, kind, length; filling of more 255s
-        while not size and head[at:at + 1] == b"\xff":
-            kind = head[at + 1:at + 2]
-            if b"\xc0" <= kind <= b"\xcf" and kind not in b"\xc4\xc8\xcc":
-                size = head[at + 5:at + 9]
-            at += 1 if kind == b"\xff" else 2 + int.from_bytes(head[at + 2:at + 4], "big")
-    high, wide = (int.from_bytes(side, "big") for side in (size[:len(size) // 2], size[len(size) // 2:]))
-    return cv2.imdecode(data, flags) if 0 < high * wide <= MOST_PIXELS else None
+    with suppress(Exception), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
+        if picture.width * picture.height <= MOST_PIXELS:
+            return cv2.imdecode(data, cv2.IMREAD_COLOR)
 
 
 def read_rgba(path):
     """A PNG or JPEG file as uint8 (h, w, 4) RGBA, straight alpha. UserError when it is no picture."""
     with reading(path, f"a PNG or JPEG picture of at most {MOST_PIXELS} pixels"):
-        data = np.fromfile(path, np.uint8)         # imread can't open non-ASCII names on Windows
-        image = decode_picture(data, cv2.IMREAD_UNCHANGED)
-        if image is None:
-            raise ValueError("something else")
-        image = image if image.dtype == np.uint8 else (image / 257).astype(np.uint8)
-    code = {2: cv2.COLOR_GRAY2RGBA, 3: cv2.COLOR_BGR2RGBA, 4: cv2.COLOR_BGRA2RGBA}
-    return cv2.cvtColor(image, code[image.shape[2] if image.ndim == 3 else 2])
+        with Image.open(path, formats=("PNG", "JPEG")) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"one of {picture.size}")
+            return np.array(picture.convert("RGBA"))
 
 
 def save_png(path, rgba):
     """Write a uint8 RGB(A) picture as PNG, atomically."""
-    code = cv2.COLOR_RGBA2BGRA if rgba.shape[2] == 4 else cv2.COLOR_RGB2BGR
-    png = cv2.imencode(".png", cv2.cvtColor(rgba, code))[1]
-    write_atomic(path, lambda tmp: tmp.write_bytes(png))
+    write_atomic(path, lambda tmp: Image.fromarray(rgba).save(tmp, "PNG"))
 
 
 # ---- messages
@@ -1508,7 +1428,7 @@ class Skin:
     parts: list
     buttons: dict = field(default_factory=dict)    # NAME -> [x0, y0, x1, y1]
     sticks: dict = field(default_factory=dict)     # left / right -> {"center", "travel", "radius"}
-    bbox: list | None = None                     # [x0, y0, x1, y1] of the visible pad, where its JSON says it
+    bbox: list = None                            # [x0, y0, x1, y1] of the visible pad, where its JSON says it
 
     @functools.cached_property
     def base(self):
@@ -1557,9 +1477,8 @@ def draw_part(canvas, part, action):
         sprite = part.sprites[1 if pressed(THUMB[part.control]) else free]
         sprite = tilted(sprite, dx, dy, part.tilt) if part.tilt and (dx or dy) else sprite
         x, y = x + dx * part.travel[0], y + dy * part.travel[1]
-        if x % 1 or y % 1:                         # sticks move by parts of a pixel
-            (h, w), shift = sprite.shape[:2], np.float32([[1, 0, x % 1], [0, 1, y % 1]])
-            sprite = cv2.warpAffine(sprite, shift, (w + 1, h + 1), flags=cv2.INTER_LINEAR)
+        (h, w), shift = sprite.shape[:2], np.float32([[1, 0, x % 1], [0, 1, y % 1]])
+        sprite = cv2.warpAffine(sprite, shift, (w + 1, h + 1))           # sticks move by parts of a pixel
         x, y = math.floor(x), math.floor(y)
     elif part.control == "DPAD":
         state = [pressed("DPAD_RIGHT") - pressed("DPAD_LEFT"), pressed("DPAD_DOWN") - pressed("DPAD_UP")]
@@ -1623,14 +1542,11 @@ OBS_GAP = 3                                        # pixels between related spri
 def load_skins(path, width=None):
     """Every skin under `path`: an OBS layout .json, a .png, or a folder (searched at any depth) of either
     -> list of Skins, presets `width` pixels wide (None: their own size)."""
-    path, skins = Path(path), []
-    folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
-    for folder in folders:
-        layouts = [p for p in sorted(folder.glob("*.json")) if b'"elements"' in p.read_bytes()]
-        skins += [load_preset(p, width) for p in layouts]
-        skins += [load_picture(p) for p in sorted(folder.glob("*.png")) if not layouts]
-    if path.is_file():
-        skins = [load_preset(path, width) if path.suffix == ".json" else load_picture(path)]
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    layouts = [p for p in files if p.suffix == ".json" and b'"elements"' in p.read_bytes()]
+    pictures = [p for p in files if p.suffix == ".png" and p.parent not in {q.parent for q in layouts}]
+    skins = [load_preset(p, width) for p in layouts] + [load_picture(p) for p in pictures]
     if others := skins.count(None):
         print(f"{path}: layouts without a pad's control, passed over: {others}", file=sys.stderr)
     skins = list(filter(None, skins))
@@ -1650,15 +1566,13 @@ def load_picture(png):
             geometry = read_json(note, dict)
             skin.family = str(geometry.get("controller") or skin.family)
             boxes = geometry.get("buttons", {})
-            shown = geometry.get("visible_buttons", boxes)
-            skin.buttons = {n: numbers(b["box"], 4) for n, b in boxes.items() if n in BUTTON and n in shown}
+            skin.buttons = {n: numbers(b["box"], 4) for n, b in boxes.items() if n in BUTTON}
             for side, stick in geometry.get("sticks", {}).items():
                 if side in STICKS:
                     center, travel = numbers(stick["center"], 2), numbers(stick["travel"], 2)
                     [radius] = numbers([stick.get("radius", max(travel))], 1)
                     skin.sticks[side] = {"center": center, "travel": travel, "radius": radius}
-            bbox = geometry.get("bbox")
-            skin.bbox = numbers(bbox, 4) if isinstance(bbox, list) and len(bbox) == 4 else None
+            skin.bbox = numbers(geometry["bbox"], 4) if geometry.get("bbox") else None
     return skin
 
 
@@ -1671,20 +1585,18 @@ def numbers(values, n):
 
 
 def load_preset(layout, width=None):
-    """An OBS input-overlay preset: layout JSON + the atlas PNG beside it, of its name, or of its size, or the
-    smallest that holds its sprites -> Skin; None for a layout without a pad's control (a keyboard)."""
+    """An OBS input-overlay preset: layout JSON + the atlas PNG beside it, of its name or of its size -> Skin;
+    None for a layout without a pad's control (a keyboard)."""
     with reading(layout, "an OBS input-overlay layout with its atlas PNG beside it"):
         preset = read_json(layout, dict)
         elements = [e for e in preset["elements"] if e["type"] in (0, 2, 5, 6, 7, 8)]
         if not any(e["type"] for e in elements):
             return None
-        ends = np.max([np.add(e["mapping"][:2], e["mapping"][2:]) for e in elements], 0)
+        own = preset.get("default_width"), preset.get("default_height")
 
         def misfit(png):
             with Image.open(png) as picture:
-                size = picture.size
-            own = preset.get("default_width"), preset.get("default_height")
-            return png.stem != layout.stem, size != own, (size < ends).any(), size, png
+                return png.stem != layout.stem, picture.size != own, png
 
         atlas = premultiply(read_rgba(min(layout.parent.glob("*.png"), key=misfit)))
         right, below = np.max([np.add(e["pos"], e["mapping"][2:]) for e in elements], 0)
@@ -1740,25 +1652,22 @@ def family_of(name):
 
 
 def measured(name, family, size, parts, width=None):
-    """Parts -> Skin at `width`, its geometry read off the parts: a button's box is where its sprites have
-    ink; where only a small part of that changes when it is pressed (one arm of a d-pad), it is that part. The
-    canvas has room for the sticks' whole travel."""
+    """Parts -> Skin at `width`, its geometry read off the parts, on a canvas with room for the sticks' whole
+    travel."""
     scale = width / size[0] if width else 1
     size = (width, max(1, round(size[1] * scale))) if width else size
-    parts = [p for p in parts if any(s is not None for s in p.sprites)]
-    skin = Skin(name, family, size, [scaled(p, scale) for p in parts])
-    for part in skin.parts:
-        seen = [s for s in part.sprites if s is not None]
-        h, w = np.max([s.shape[:2] for s in seen], 0)
-        seen = np.stack([np.pad(s, ((0, h - s.shape[0]), (0, w - s.shape[1]), (0, 0))) for s in seen])
-        x, y, w, h = cv2.boundingRect(np.uint8(seen[..., 3].max(0) > 24))
+    parts = [scaled(p, scale) for p in parts if any(s is not None for s in p.sprites)]
+    ends = [stick_reach(p) for p in parts if p.control in STICKS]
+    low = np.floor(np.min([(0, 0), *(end[0] for end in ends)], 0)).astype(int)
+    high = np.ceil(np.max([size, *(end[1] for end in ends)], 0)).astype(int)
+    for part in parts:
+        part.at = tuple((part.at - low).tolist())
+    skin = Skin(name, family, tuple((high - low).tolist()), parts)
+    for part in parts:
+        x0, y0, x1, y1 = box = ink_box(part)
+        center, w, h = [(x0 + x1) / 2, (y0 + y1) / 2], x1 - x0, y1 - y0
         if not part.control or not w:
             continue
-        change = cv2.boundingRect(np.uint8(np.ptp(seen, 0).max(2) > 24))
-        if part.control not in (*STICKS, "DPAD") and 0.05 < change[2] * change[3] / (w * h) < 0.5:
-            x, y, w, h = change
-        x0, y0, x1, y1 = box = [x + part.at[0], y + part.at[1], x + w + part.at[0], y + h + part.at[1]]
-        center, w, h = [(x0 + x1) / 2, (y0 + y1) / 2], x1 - x0, y1 - y0
         if part.control in STICKS:
             skin.sticks[part.control] = {"center": center, "travel": list(part.travel), "radius": (w + h) / 4}
             if not np.array_equal(*part.sprites[:2]):
@@ -1769,23 +1678,28 @@ def measured(name, family, size, parts, width=None):
                 skin.buttons["DPAD_" + direction.upper()] = list(around(cx, cy, w / 6, h / 6))
         else:
             skin.buttons[part.control] = box
-    return with_room(skin)
+    return skin
 
 
-def with_room(skin):
-    """The skin on a canvas that its sticks do not leave at full travel."""
-    reach = [np.add(s["travel"], s["radius"]) for s in skin.sticks.values()]
-    centers = [s["center"] for s in skin.sticks.values()]
-    low = np.floor(np.min([(0, 0), *np.subtract(centers, reach)], 0)).astype(int)
-    high = np.ceil(np.max([skin.size, *np.add(centers, reach)], 0)).astype(int)
-    if not low.any() and tuple(high) == tuple(skin.size):
-        return skin
-    move = lambda box: [*(np.reshape(box, (-1, 2)) - low).ravel().tolist()]
-    parts = [replace(p, at=tuple(move(p.at))) for p in skin.parts]
-    sticks = {side: {**s, "center": move(s["center"])} for side, s in skin.sticks.items()}
-    boxes = {name: move(box) for name, box in skin.buttons.items()}
-    return replace(skin, size=tuple((high - low).tolist()), parts=parts, buttons=boxes, sticks=sticks,
-                   bbox=skin.bbox and move(skin.bbox))
+def ink_box(part):
+    """The box [x0, y0, x1, y1] on the canvas where a part's sprites have ink; where only a small part of that
+    changes when it is pressed (one arm of a d-pad), it is that part."""
+    seen = [s for s in part.sprites if s is not None]
+    h, w = np.max([s.shape[:2] for s in seen], 0)
+    seen = np.stack([np.pad(s, ((0, h - s.shape[0]), (0, w - s.shape[1]), (0, 0))) for s in seen])
+    x, y, w, h = cv2.boundingRect(np.uint8(seen[..., 3].max(0) > 24))
+    change = cv2.boundingRect(np.uint8(np.ptp(seen, 0).max(2) > 24))
+    if part.control not in (*STICKS, "DPAD") and 0.05 < change[2] * change[3] / max(w * h, 1) < 0.5:
+        x, y, w, h = change
+    left, top = part.at
+    return [x + left, y + top, x + w + left, y + h + top]
+
+
+def stick_reach(part):
+    """The corners (2, 2) of what a stick's cap covers at full travel, on the canvas."""
+    low, high = np.reshape(ink_box(part), (2, 2))
+    reach = np.add(part.travel, (high - low).sum() / 4)
+    return [(low + high) / 2 - reach, (low + high) / 2 + reach]
 
 
 def scaled(part, scale):
@@ -1801,13 +1715,14 @@ def scaled(part, scale):
         size = math.ceil(w * scale) + 2, math.ceil(h * scale) + 2
         return cv2.warpAffine(blur, shift, size, flags=cv2.INTER_LINEAR)
 
-    return Part(part.control, (int(left), int(top)), [s if s is None else resize(s) for s in part.sprites],
-                (part.travel[0] * scale, part.travel[1] * scale), part.grow)
+    sprites = [s if s is None else resize(s) for s in part.sprites]
+    travel = tuple(v * scale for v in part.travel)
+    return replace(part, at=(int(left), int(top)), sprites=sprites, travel=travel)
 
 
 # ---- skins of our own drawing: weights/pads.json has their layouts, labels, shapes, looks
 PAD_SIZE = (400, 290)                              # layouts are places [x, y] on this canvas
-PADS = json.loads((Path(__file__).parent / "weights" / "pads.json").read_text(encoding="utf-8"))
+PADS = json.loads((WEIGHTS / "pads.json").read_text(encoding="utf-8"))
 LAYOUTS, POLYGONS = PADS["layouts"], PADS["polygons"]                   # corners from (-1, -1) to (1, 1)
 FACES = {"NORTH": (0, -1), "EAST": (1, 0), "SOUTH": (0, 1), "WEST": (-1, 0)}
 ARROWS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
@@ -1817,24 +1732,24 @@ BLACK, WHITE, GREY = (0, 0, 0), (255, 255, 255), (90, 90, 90)
 @dataclass
 class Look:
     """How a pad of ours is drawn: all that varies between two skins of one family. Colours: (r, g, b[, alpha
-    0..1])."""
-    body: tuple | None = (60, 60, 66)           # fill; None = see-through
-    line: tuple | None = None                   # outline of the body and the controls
+    0..1]) or None."""
+    body: tuple = (60, 60, 66)                  # fill; None = see-through
+    line: tuple = None                          # outline of the body and the controls
     width: float = 2.0                          # of that outline
-    button: tuple | None = (30, 30, 34)     # fill of the controls at rest; None = only their outline or label
-    label: tuple | None = (235, 235, 235)       # ink of the labels; None = unlabelled
+    button: tuple = (30, 30, 34)            # fill of the controls at rest; None = only their outline or label
+    label: tuple = (235, 235, 235)              # ink of the labels; None = unlabelled
     colored: bool = True                        # face buttons labelled in the family's colours
-    cap: tuple | None = (20, 20, 22)
-    well: tuple | None = (44, 44, 48)
+    cap: tuple = (20, 20, 22)
+    well: tuple = (44, 44, 48)
     lit: tuple = (255, 240, 80)                 # what pressed looks like
-    press: str = "light"                        # face buttons and small ones: one of press()'s ways
+    press: str = "light"                   # face buttons and small ones: one of when_pressed()'s ways or blob
     press_thumb: str = "light"
     press_dpad: str = "light"
     press_top: str = "light"                    # shoulders and triggers
     stick: str = "cap"                          # cap dot ring knurl
     dpad: str = "cross"                         # cross four arrows
     shape: str = "ellipse"                      # of the face buttons
-    trigger: str = "button"                    # button up down left right (the last four grow with the value)
+    trigger: str = ""                           # up down left right: it grows there with its value
     trigger_shape: str = "rect"                 # rect horn ellipse
     thumb: str = "cap"                     # where L3 / R3 shows: cap label none behind (a disc under the cap)
     glow: bool = False                          # the cap is lit while it is off centre
@@ -1845,9 +1760,8 @@ class Look:
     radius: float = 20.0                        # of the caps, pixels
     travel: float = 12.0                        # of the caps, pixels
     size: float = 12.0                          # radius of a face button
-    spread: float = 25.0                        # of the face buttons round their centre
+    spread: float = 25 / 12                     # of the face buttons round their centre, in their radii
     spill: float = 0.7                          # how far the well reaches beyond a cap at rest, in travels
-    jitter: dict = field(default_factory=dict)  # control -> (dx, dy), and "body" -> offsets of the outline
 
 
 def our_skins():
@@ -1857,115 +1771,83 @@ def our_skins():
 
 
 def random_skin(rng):
-    """A pad that no one has seen: family, layout, colours, styles and press effects drawn from rng ->
+    """A pad that no one has seen: family, places, colours, styles and press effects drawn from rng ->
     Skin."""
     def choose(*options):
         return options[rng.integers(len(options))]
 
     def tone(low=0, high=256):
         """A colour; more often than not a grey."""
-        coloured = rng.random() < 0.45
-        return tuple(rng.integers(low, high, 3).tolist()) if coloured else (int(rng.integers(low, high)),) * 3
+        color = rng.integers(low, high, 3).tolist()
+        return tuple(color if rng.random() < 0.45 else color[:1] * 3)
 
-    def away(color, least):
+    def away(color):
         """The colour, moved away from the ground where it hardly differs from it."""
         far = BLACK if sum(ground) > 380 else WHITE
-        return color if abs(sum(color[:3]) - sum(ground)) > least else mix(color, far, 0.7)
+        return color if abs(sum(color) - sum(ground)) > 130 else mix(color, far, 0.7)
 
-    def darker(low, high):
-        """The ground, moved towards black by a random share."""
-        return mix(ground, BLACK, rng.uniform(low, high))
-
-    def lighter(low, high):
-        return mix(ground, WHITE, rng.uniform(low, high))
+    def shaded(end, low, high):
+        """The ground, moved towards black or white by a random share."""
+        return mix(ground, end, rng.uniform(low, high))
 
     family = choose(*LAYOUTS)
+    place = {key: np.add(spot, rng.uniform(-7, 7, np.shape(spot))) for key, spot in LAYOUTS[family].items()}
     body = choose(None, tone(), tone(), tone(0, 70), tone(190, 256))
+    ground = body or tone(0, 120)
     if body and rng.random() < 0.2:
         body = (*body, rng.uniform(0.15, 0.7))
-    ground = body[:3] if body else tone(0, 120)
-    if body:
-        line = choose(None, away(tone(), 200), away(WHITE, 200))
-    else:
-        line = choose(None, tone(150, 256), WHITE, tone(0, 60))
-    button = choose(None, away(tone(), 60), darker(0.2, 0.7), lighter(0.1, 0.5))
-    label = choose(None, away(WHITE, 150), away(tone(), 200)) if button or line else away(WHITE, 150)
-    lit = choose(WHITE, tone(120, 256), (255, 240, 80), (90, 255, 120), (255, 70, 70), (80, 190, 255), tone())
-    lit = away(lit, 150)
+    line = choose(None, away(tone()), away(WHITE))
+    cap = choose(shaded(BLACK, 0.3, 0.9), away(tone()), away(tone()), None if line else WHITE)
+    well = choose(None, shaded(BLACK, 0.1, 0.6), shaded(WHITE, 0.05, 0.3), tone(0, 24), tone(0, 24),
+                  mix(cap or ground, choose(BLACK, WHITE), 0.08))
+    if well and rng.random() < 0.4:
+        line = None                                # nothing but their tones parts cap and well
+    button = choose(None, away(tone()), shaded(BLACK, 0.2, 0.7), shaded(WHITE, 0.1, 0.5))
+    label = choose(away(WHITE), away(tone()), None if button or line else WHITE)
+    lit = away(choose(tone(), *PADS["random_lights"]))
     if rng.random() < 0.15:
         lit = (*lit, rng.uniform(0.4, 0.8))
-    effects = "light light white tint faint ring dark move show grow blob blob".split()
-    effects += ["fill", "fill"] if line or label else []
-    if button is None and line is None:
-        effects = "light white fill ring blob".split()
-    calm = [e for e in effects if e not in ("move", "grow", "show", "white", "blob")]
-    cap = choose(darker(0.3, 0.9), away(tone(), 60), away(tone(), 120), None if line else WHITE)
-    well = choose(None, darker(0.1, 0.6), lighter(0.05, 0.3))
-    if cap and rng.random() < 0.18:                # dark on dark: cap and well nearly alike, no line
-        well, line = mix(cap, choose(BLACK, WHITE), rng.uniform(0.05, 0.12)), None
-    look = Look(
-        body, line, button=button, label=label, cap=cap, well=well, lit=lit,
-        press=choose(*effects), press_thumb=choose(*calm), press_dpad=choose(*effects),
-        press_top=choose(*effects), colored=bool(rng.random() < 0.5),
-        glow=bool(rng.random() < 0.08), dish=choose(0.0, 0.0, rng.uniform(0.3, 1)),
-        shade=choose(0.0, 0.0, rng.uniform(0.3, 1.2)),
-        missing=tuple(b for b in ("GUIDE", "BACK", "START", *THUMB.values()) if rng.random() < 0.06),
-        **{name: choose(*options) for name, options in PADS["random_options"].items()},
-        **{name: rng.uniform(low, high) for name, (low, high) in PADS["random_ranges"].items()})
-    look.spread = look.size * rng.uniform(1.75, 2.3)
-    look.spill = choose(0.0, 0.1, 0.7, rng.uniform(0, 1))
-    if rng.random() < 0.35:                        # a black hole under a cap that is lighter than it
-        look.well = tone(0, 24)
-        look.cap = choose(mix(look.well, WHITE, rng.uniform(0.06, 0.3)),
-                          mix(look.well, ground, rng.uniform(0.2, 0.7)))
-    moved = "left right dpad face GUIDE BACK START LEFT_TRIGGER RIGHT_TRIGGER".split()
-    look.jitter = {control: rng.uniform(-7, 7, 2) for control in moved}
-    look.jitter["body"] = rng.uniform(-7, 7, (len(LAYOUTS[family]["half"]), 2))
-    return pad_skin(f"random_{family}", family, look)
+    styles = {name: choose(*options) for name, options in PADS["random_options"].items()}
+    styles |= {name: rng.uniform(low, high) for name, (low, high) in PADS["random_ranges"].items()}
+    look = Look(body, line, button=button, label=label, cap=cap, well=well, lit=lit, **styles)
+    return pad_skin(f"random_{family}", family, look, place)
 
 
-def pad_skin(name, family, look):
-    """A pad of our own drawing -> Skin. Deterministic in its arguments."""
-    place, parts = LAYOUTS[family], []
-    brand = next((b for b in ("xbox", "ps", "switch") if family.startswith(b)), "generic")
-    words = PADS["brands"][brand]
+def pad_skin(name, family, look, place=None):
+    """A pad of our own drawing -> Skin. place: its layout, {control: [x, y], .., "half": right outline}, by
+    default the family's."""
+    place, words = place or LAYOUTS[family], PADS["brands"][re.match("[a-z]+", family)[0]]
+    parts, inks = [], words["inks"] if look.colored else {}
 
-    def jittered(control, x, y):
-        dx, dy = look.jitter.get(control, (0, 0))
-        return x + dx, y + dy
-
-    def button(control, x, y, rx, ry, kind, label_ink=look.label, how=look.press, fill=look.button, grow="",
-               bare=False):
+    def button(control, x, y, rx, ry, kind, how=look.press, fill=look.button, grow="", bare=False):
         if control in look.missing:
             return
-        x, y = jittered(control, x, y)
         m = 5                                      # room for strokes, moves and growth
         left, top = math.floor(x - rx - m), math.floor(y - ry - m)
         box = [v - corner for v, corner in zip(around(x, y, rx, ry), (left, top) * 2)]
         label = words["labels"][control] if look.label and not bare else ""
-        sprites = press(look, how, (2 * (rx + m) + 1, 2 * (ry + m) + 1), kind, box, fill, label, label_ink)
+        ink = inks.get(control, look.label)
+        sprites = press(look, how, (2 * (rx + m) + 1, 2 * (ry + m) + 1), kind, box, fill, label, ink)
         parts.append(Part(control, (left, top), sprites, grow=grow))
 
-    top = place["half"][2][1]
-    grow = "" if look.trigger == "button" else look.trigger
-    mirrored = {"left": "right", "right": "left"}.get(grow, grow)
-    for control, x, grows in (("LEFT_TRIGGER", 92, grow), ("RIGHT_TRIGGER", 308, mirrored)):
-        button(control, x, top - 27, 24, 13, look.trigger_shape, how=look.press_top, grow=grows)
-    button("LEFT_SHOULDER", 96, top - 2, 32, 8, "rect", how=look.press_top)
-    button("RIGHT_SHOULDER", 304, top - 2, 32, 8, "rect", how=look.press_top)
+    mirrored = {"left": "right", "right": "left"}.get(look.trigger, look.trigger)
+    for side, grow in (("LEFT", look.trigger), ("RIGHT", mirrored)):
+        control = f"{side}_TRIGGER"
+        button(control, *place[control], 24, 13, look.trigger_shape, look.press_top, grow=grow)
+    for control in ("LEFT_SHOULDER", "RIGHT_SHOULDER"):
+        button(control, *place[control], 32, 8, "rect", look.press_top)
     body = Part("", (0, 0), [pad_body(family, look, place["half"])])
     parts.insert(len(parts) if look.press_top == "show" else 0, body)   # under shoulders that are always seen
-    x, y = jittered("face", *place["face"])
+    x, y = place["face"]
     for control, (dx, dy) in FACES.items():
-        button(control, x + dx * look.spread, y + dy * look.spread, look.size, look.size, look.shape,
-               words["inks"][control] if look.colored else look.label)
-    small = {"ps": (5, 9, "rect"), "generic": (8, 7, "rect")}.get(brand, (8, 7, "ellipse"))
+        away = look.size * look.spread
+        button(control, x + dx * away, y + dy * away, look.size, look.size, look.shape)
     for control in ("BACK", "START"):
-        button(control, *place[control.lower()], *small)
-    button("GUIDE", *place["guide"], 11, 11, "ellipse")
-    dpad_parts(parts, button, look, *jittered("dpad", *place["dpad"]))
+        button(control, *place[control], *words["small"])
+    button("GUIDE", *place["GUIDE"], 11, 11, "ellipse")
+    dpad_parts(parts, button, look, *place["dpad"])
     for side in STICKS:
-        stick_parts(parts, button, look, side, *jittered(side, *place[side]))
+        stick_parts(parts, button, look, side, *place[side])
     return measured(name, family, PAD_SIZE, parts)
 
 
@@ -1973,7 +1855,7 @@ def pad_body(family, look, half):
     """The body's picture, uint8 (290, 400, 4) premultiplied: outline, shading, touch pad. half: its right
     outline."""
     canvas, (w, h) = blank(*PAD_SIZE), PAD_SIZE
-    half = np.float32(half) + np.float32(look.jitter.get("body", 0))
+    half = np.float32(half)
     half[[0, -1], 0] = w / 2
     ring = np.concatenate([half, (half * (-1, 1) + (w, 0))[-2:0:-1]])
     t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]            # a quadratic B-spline through the ring
@@ -2000,43 +1882,35 @@ def pad_body(family, look, half):
 
 def dpad_parts(parts, button, look, x, y):
     """The d-pad: a cross with lit arms, four buttons, or four arrows."""
-    cross = look.dpad == "cross"
+    cross, arrows = look.dpad == "cross", look.dpad == "arrows"
     if cross:
-        m = 31                                     # 27 pixels and room for strokes
-        left, top = int(x) - m, int(y) - m
-        canvas, box = blank(2 * m, 2 * m), around(x - left, y - top, 27, 27)
-        paint(canvas, look.button, "cross", box)
-        if look.line or not look.button:
-            paint(canvas, look.line or look.label or look.lit, "cross", box, look.width)
-        parts.append(Part("", (left, top), [canvas]))
+        line = look.line or (None if look.button else look.label or look.lit)
+        parts.append(centred("", x, y, [painted("cross", 27, (look.button, 0), (line, look.width))]))
     how = "show" if cross and look.press_dpad in ("light", "grow", "move") else look.press_dpad
-    bare = look.dpad == "arrows" or cross and how == "show"
+    bare, fill = arrows or cross and how == "show", look.button or arrows and look.label
     for arrow, (dx, dy) in ARROWS.items():
-        kind, fill = (arrow, look.button or look.label) if look.dpad == "arrows" else ("rect", look.button)
-        button("DPAD_" + arrow.upper(), x + dx * 19, y + dy * 19, 8, 8, kind, how=how, fill=fill, bare=bare)
+        kind = arrow if arrows else "rect"
+        button("DPAD_" + arrow.upper(), x + dx * 19, y + dy * 19, 8, 8, kind, how, fill, bare=bare)
 
 
 def stick_parts(parts, button, look, side, x, y):
     """A stick: its well, its moving cap with the pressed state, and L3 / R3 as a disc or a label where the
     skin has it so."""
-    r, travel, thumb, line = look.radius, look.travel, THUMB[side], look.line
+    r, travel, thumb, line, cap = look.radius, look.travel, THUMB[side], look.line, look.cap
     clicks = thumb not in look.missing and look.thumb
 
     reach = {"dot": travel + r * 0.4, "ring": max(r, travel) * 1.1}.get(look.stick, r + travel * look.spill)
-    m = int(reach) + 4
-    well, box = blank(2 * m, 2 * m), around(m, m, reach, reach)
-    paint(well, look.well, "ellipse", box)
-    if line or not look.well and look.stick != "cap":
-        paint(well, line or look.label or look.lit, "ellipse", box, look.width)
-    parts.append(Part("", (int(x) - m, int(y) - m), [well]))
+    edge = line or (None if look.well or look.stick == "cap" else look.label or look.lit)
+    parts.append(centred("", x, y, [painted("ellipse", reach, (look.well, 0), (edge, look.width))]))
 
     r = r * 0.42 if look.stick == "dot" else r
-    m = math.ceil(r) + 4
-    cap = look.cap if look.stick != "ring" else None
+    cap = None if look.stick == "ring" else cap
+    line = line if line or cap else look.label or look.lit
+    shown = cap or look.body or GREY               # of a cap that is drawn as an outline only
 
-    def face(fill, line=line, width=look.width):
-        canvas, box = blank(2 * m, 2 * m), around(m, m, r, r)
-        paint(canvas, fill, "ellipse", box)
+    def face(fill=cap, line=line, width=look.width, **_):
+        canvas = painted("ellipse", r, (fill, 0))
+        box = around(len(canvas) // 2, len(canvas) // 2, r, r)
         if fill and (look.stick == "knurl" or look.shade):
             paint(canvas, mix(fill, WHITE, 0.14), "ellipse", inset(box, 0.3 * r, 0.3 * r))
             paint(canvas, mix(fill, BLACK if sum(fill[:3]) > 200 else WHITE, 0.25), "ellipse", box, 1.5)
@@ -2045,73 +1919,82 @@ def stick_parts(parts, button, look, side, x, y):
             paint(canvas, line, "ellipse", inset(box, 0.35 * r, 0.35 * r), width * 0.7)
         return dished(canvas, look.dish, r) if look.dish else canvas
 
-    line = line if line or cap else look.label or look.lit
-    shown = cap or GREY                            # of a cap that is drawn as an outline only
-    pressed = {"tint": (mix(cap or look.body or GREY, look.lit, 0.45), line),
-               "faint": (mix(shown, look.lit, 0.18), line),
-               "dark": (mix(shown, BLACK, 0.6), line),
-               "fill": (line or look.lit, cap),
-               "ring": (cap, look.lit, max(look.width, 2.5) * 1.4),
-               "light": (look.lit[:3], line)}[look.press_thumb]
-    sprites = [face(cap, line), face(*(pressed if clicks == "cap" else (cap, line)))]
+    pressed = when_pressed(look, look.press_thumb, shown, line, None)
+    if look.press_thumb == "fill":
+        pressed["line"] = cap
+    sprites = [face(), face(**pressed) if clicks == "cap" else face()]
     if look.glow:
-        sprites.append(face(mix(cap or look.body or GREY, look.lit, 0.6), line))
+        sprites.append(face(mix(shown, look.lit, 0.6)))
     if clicks == "behind":
-        blob = r * look.blob * 1.3
-        k = int(blob) + 2
-        disc = paint(blank(2 * k, 2 * k), look.lit, "ellipse", around(k, k, blob, blob))
-        parts.append(Part(thumb, (int(x) - k, int(y) - k), [None, disc]))
-    parts.append(Part(side, (int(x) - m, int(y) - m), sprites, (travel, travel)))
+        parts.append(centred(thumb, x, y, [None, painted("ellipse", r * look.blob * 1.3, (look.lit, 0))]))
+    parts.append(centred(side, x, y, sprites, (travel, travel)))
     if clicks == "label":
         button(thumb, x, y + reach + 12, 16, 9, "rect")
 
 
-def dished(canvas, depth, r):
-    """A cap of radius r shaded like a photographed one: light from above left, a concave dish, a dark rim."""
-    y, x = (np.mgrid[:len(canvas), :len(canvas)] - len(canvas) // 2) / r
-    radius = np.hypot(x, y)
-    slope = np.where(radius < 0.68, 0.35 * (x + y), -0.45 * (x + y))
-    gain = 1 + depth * (slope - 0.7 * np.clip(radius - 0.85, 0, 1) * 4)
-    edge = depth * 26 * (radius < 0.68) * (radius > 0.55)
-    canvas[..., :3] = np.clip(canvas[..., :3] * gain[..., None] + edge[..., None] * (canvas[..., 3:] / 255),
-                              0, canvas[..., 3:])
+def painted(kind, r, *coats):
+    """A shape of half size r in the middle of a see-through square, painted in coats (colour, stroke)."""
+    m = math.ceil(r) + 4
+    canvas = blank(2 * m, 2 * m)
+    for color, stroke in coats:
+        paint(canvas, color, kind, around(m, m, r, r), stroke)
     return canvas
 
 
-def press(look, how, size, kind, box, fill, label, label_ink):
-    """The sprites [at rest, pressed] of a control of `kind` in `box` of a canvas of `size`: pressed looks as
-    `how` says, light white tint faint ring fill dark move show grow blob."""
-    lit, (x0, y0, x1, y1) = look.lit, box
+def centred(control, x, y, sprites, travel=(0.0, 0.0)):
+    """The Part whose square sprites have their middle at (x, y)."""
+    m = len(sprites[-1]) // 2
+    return Part(control, (int(x) - m, int(y) - m), sprites, travel)
 
-    def face(fill=fill, label_ink=label_ink, line=look.line, width=look.width, box=box):
-        canvas, (x0, y0, x1, y1) = blank(*size), box
+
+def dished(canvas, depth, r):
+    """A cap of radius r shaded like a photographed one: light from above left, a concave dish."""
+    y, x = (np.mgrid[:len(canvas), :len(canvas)] - len(canvas) // 2) / r
+    slope = np.where(np.hypot(x, y) < 0.68, 0.35, -0.45) * (x + y)
+    gain = 1 + depth * slope[..., None]
+    canvas[..., :3] = np.clip(canvas[..., :3] * gain, 0, canvas[..., 3:])
+    return canvas
+
+
+def press(look, how, size, kind, box, fill, label, ink):
+    """The sprites [at rest, pressed] of a control of `kind` in `box` of a canvas of `size`: pressed looks as
+    `how` says, one of when_pressed()'s ways or blob."""
+    x0, y0, x1, y1 = box
+
+    def face(fill=fill, ink=ink, line=look.line, width=look.width, box=box):
+        canvas = blank(*size)
         paint(canvas, fill, kind, box)
         paint(canvas, line, kind, box, width)
         if label:
             drawn = label if label in (*"^ox#", *ARROWS) else "text"
-            inner = inset(box, (x1 - x0) * 0.24, (y1 - y0) * 0.24)
-            paint(canvas, label_ink, drawn, inner, 0 if drawn in ARROWS else 1.6, label)
+            inner = inset(box, (box[2] - box[0]) * 0.24, (box[3] - box[1]) * 0.24)
+            paint(canvas, ink, drawn, inner, 0 if drawn in ARROWS else 1.6, label)
         return canvas
 
-    rest, shown = face(), fill or look.body or GREY
+    rest = face()
     if how == "blob":
         r = min(x1 - x0, y1 - y0) / 2 * look.blob
-        return [rest, paint(rest.copy(), lit, "ellipse", around((x0 + x1) / 2, (y0 + y1) / 2, r, r))]
-    if how == "light" and len(lit) == 4:           # a see-through light over what is at rest
-        return [rest, paint(rest.copy(), lit, kind, box)]
-    bright = dict(fill=lit, label_ink=label_ink and (mix(lit, BLACK, 0.8) if sum(lit[:3]) > 380 else WHITE))
-    pressed = face(**{
-        "light": bright,
-        "show": bright,
-        "white": dict(fill=lit, label_ink=None, line=lit),
-        "faint": dict(fill=mix(shown, lit, 0.14)),
-        "tint": dict(fill=mix(shown, lit, 0.45)),
-        "fill": dict(fill=look.line or label_ink or lit, label_ink=shown),
-        "dark": dict(fill=mix(shown, BLACK, 0.6), label_ink=label_ink and mix(label_ink, BLACK, 0.4)),
-        "ring": dict(line=lit, width=max(look.width, 2.5) * 1.4, box=inset(box, -1, -1)),
-        "move": dict(fill=mix(shown, lit, 0.2), box=(x0, y0 + 3, x1, y1 + 3)),
-        "grow": dict(bright, box=inset(box, -3, -3))}[how])
-    return [None if how == "show" else rest, pressed]
+        return [rest, paint(rest.copy(), look.lit, "ellipse", around((x0 + x1) / 2, (y0 + y1) / 2, r, r))]
+    if how == "light" and len(look.lit) == 4:      # a see-through light over what is at rest
+        return [rest, paint(rest.copy(), look.lit, kind, box)]
+    moved = {"ring": inset(box, -1, -1), "move": (x0, y0 + 3, x1, y1 + 3), "grow": inset(box, -3, -3)}
+    changed = when_pressed(look, how, fill or look.body or GREY, look.line, ink)
+    return [None if how == "show" else rest, face(**changed, box=moved.get(how, box))]
+
+
+def when_pressed(look, how, shown, line, ink):
+    """What changes in the fill, ink, line and width of a control when it is pressed, as `how` says: light
+    show grow white faint tint move fill dark ring. shown: the colour that its fill has or seems to have."""
+    lit = look.lit[:3]
+    bright = {"fill": lit, "ink": ink and (mix(lit, BLACK, 0.8) if sum(lit) > 380 else WHITE)}
+    return {"light": bright, "show": bright, "grow": bright,
+            "white": {"fill": lit, "ink": None, "line": lit},
+            "faint": {"fill": mix(shown, lit, 0.14)},
+            "tint": {"fill": mix(shown, lit, 0.45)},
+            "move": {"fill": mix(shown, lit, 0.2)},
+            "fill": {"fill": line or ink or lit, "ink": shown},
+            "dark": {"fill": mix(shown, BLACK, 0.6), "ink": ink and mix(ink, BLACK, 0.4)},
+            "ring": {"line": lit, "width": max(look.width, 2.5) * 1.4}}[how]
 
 
 def blank(w, h):
@@ -2193,264 +2076,121 @@ def rounded_corners(x0, y0, x1, y1, r):
 
 # ---- backdrops: pictures that could be any game
 def backdrop(rng, h, w):
-    """A random picture that could be a game's, uint8 (h, w, 3): one of seven scenes, marks on it, then a
-    camera's faults."""
-    colours = palette(rng, 6)
-    scene = (tiles, landscape, corridor, road, starfield, terrain, menu)[rng.integers(7)]
-    coarse = int(rng.choice([1, 1, 1, 2, 4]))                            # old consoles: large pixels
-    image = scene(rng, max(h // coarse, 32), max(w // coarse, 32), colours)
-    if rng.random() < 0.3:                                               # uneven light
-        image = cv2.convertScaleAbs(image * (0.4 + clouds(rng, *image.shape[:2], 2)[..., None]))
-    marks(rng, image, np.vstack([colours, palette(rng, 3), [WHITE, BLACK]]).astype(np.uint8))
-    how = cv2.INTER_NEAREST if rng.random() < 0.7 else cv2.INTER_LINEAR
-    image = cv2.resize(image, (w, h), interpolation=how)
+    """A random picture that could be a game's, uint8 (h, w, 3): one of three scenes, marks on it, then
+    blur and light."""
+    hue = rng.uniform(0, 180) + rng.normal(0, rng.uniform(2, 60), 6)     # colours that go together
+    saturation, value = (255 * rng.beta(*rng.uniform(0.6, 4, 2), 6) for _ in range(2))
+    hsv = np.stack([hue % 180, saturation, value], 1).astype(np.uint8)
+    colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
+    image = (tiles, corridor, terrain)[rng.integers(3)](rng, h, w, colours)
+    marks(rng, image, np.vstack([colours, rng.integers(0, 256, (4, 3)), [WHITE, BLACK]]))
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 2.5))
-    if rng.random() < 0.2:
-        image = cv2.add(image, rng.integers(0, 30, (h, w, 1), np.uint8).repeat(3, 2))
     return cv2.convertScaleAbs(image, alpha=rng.uniform(0.5, 1.2), beta=rng.uniform(0, 40))
 
 
-def palette(rng, n):
-    """n RGB colours, uint8 (n, 3), that go together: hues around one or two, bright or dark or pale as a
-    set."""
-    hue = rng.uniform(0, 180) + rng.choice([0, 30, 90]) * rng.integers(0, 2, n)
-    hue += rng.normal(0, rng.uniform(2, 25), n)
-    saturation, value = (255 * rng.beta(*rng.uniform(0.6, 4, 2), n) for _ in range(2))
-    hsv = np.stack([hue % 180, saturation, value], 1).astype(np.uint8)
-    return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
-
-
-def pick(rng, colours):
-    """One of the colours, as OpenCV's drawing functions take it."""
-    return rng.choice(colours).tolist()
-
-
-def point(rng, w, h):
-    """A random place of a picture: x, y."""
-    return int(rng.integers(0, w)), int(rng.integers(0, h))
-
-
-def clouds(rng, h, w, octaves=4, smooth=True):
+def clouds(rng, h, w):
     """Value noise, float32 (h, w) in [0, 1]: random grids, each twice as fine and about half as strong,
     enlarged and added."""
     total, cells, fade = np.zeros((h, w), np.float32), rng.integers(2, 9), rng.uniform(0.4, 0.9)
-    for octave in range(octaves):
+    how = cv2.INTER_LINEAR if rng.random() < 0.6 else cv2.INTER_NEAREST
+    for octave in range(rng.integers(2, 8)):
         grid = rng.random((cells * h // w + 2, cells), np.float32) * fade ** octave
-        total += cv2.resize(grid, (w, h), interpolation=cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST)
+        total += cv2.resize(grid, (w, h), interpolation=how)
         cells *= 2
     return cv2.normalize(total, None, 0, 1, cv2.NORM_MINMAX)
 
 
-def ramp(x, colours):
-    """Grey x in [0, 1], float32 (h, w) -> uint8 (h, w, 3): a gradient through the colours."""
-    grey, given = np.linspace(0, 1, 256), np.linspace(0, 1, len(colours))
-    table = np.stack([np.interp(grey, given, channel) for channel in colours.T], 1)
-    return table.astype(np.uint8)[(np.clip(x, 0, 1) * 255).astype(np.uint8)]
-
-
-def pixel_art(rng, size, colours):
-    """A mirrored figure: uint8 (size, size, 3) and its mask, bool (size, size)."""
-    n = int(rng.integers(3, 9))
-    half = rng.integers(-len(colours) // 2, len(colours), (2 * n, n))    # negative: see-through
-    grid = np.hstack([half, half[:, ::-1]]).astype(np.int32)
-    grid = cv2.resize(grid, (size, size), interpolation=cv2.INTER_NEAREST)
-    return colours[grid], grid >= 0
-
-
 def tile(rng, s, colours):
-    """One uint8 (s, s, 3) tile of a tile set: plain, bricks, bevelled block, checks, stripes, pixel noise or
-    a figure."""
-    image = np.full((s, s, 3), colours[0], np.uint8)
+    """One uint8 (s, s, 3) tile of a tile set: bricks, checks or a symmetric figure of 8 x 8 pixels."""
     y, x = np.mgrid[:s, :s]
-    kind, half, joint = rng.integers(7), max(s // 2, 2), max(s // 12, 1)
-    if kind == 1:
-        image[(y % half < joint) | ((x + half // 2 * (y // half % 2)) % half < joint)] = colours[1]
-    elif kind == 2:
-        image[:joint] = image[:, :joint] = colours[1]
-        image[-joint:] = image[:, -joint:] = colours[2]
-    elif kind == 3:
-        image[(y // half + x // half) % 2 == 0] = colours[1]
-    elif kind == 4:
-        image[(x * rng.integers(0, 2) + y) % half < half // 2] = colours[1]
-    elif kind == 5:
-        noise = rng.integers(0, 3, (8, 8)).astype(np.uint8)
-        image = colours[:3][cv2.resize(noise, (s, s), interpolation=cv2.INTER_NEAREST)]
-    elif kind == 6:
-        art, mask = pixel_art(rng, s, colours)
-        image[mask] = art[mask]
-    return image
+    half, joint = max(s // 2, 2), max(s // 12, 1)
+    bricks = (y % half < joint) | ((x + y // half * (half // 2)) % half < joint)
+    figure = rng.integers(0, rng.integers(1, 7), (8, 4), np.uint8)       # of one colour: plain
+    figure = cv2.resize(np.hstack([figure, figure[:, ::-1]]), (s, s), interpolation=cv2.INTER_NEAREST)
+    kinds = bricks.astype(int), (y // half + x // half) % 2, figure
+    return rng.permutation(colours)[kinds[rng.integers(3)]]
 
 
 def tiles(rng, h, w, colours):
-    """A 2-D level: a map of random tiles whose regions follow noise, over sky."""
-    s = int(rng.integers(h // 24, h // 6 + 4))
+    """A 2-D level: a map of random tiles whose regions follow noise."""
+    s = int(rng.integers(h // 24 + 1, h // 6 + 4))
     rows, columns = h // s + 1, w // s + 1
-    kit = np.stack([tile(rng, s, rng.permutation(colours)) for _ in range(6)])
-    kit[0] = colours[0]
-    region = clouds(rng, rows, columns, 3, smooth=False) + rng.normal(0, rng.uniform(0, 0.3), (rows, columns))
+    kit = np.stack([tile(rng, s, colours) for _ in range(6)])
+    region = clouds(rng, rows, columns) + rng.normal(0, 0.1, (rows, columns))
     chosen = kit[np.clip(region * 6, 0, 5).astype(int)]                  # (rows, columns, s, s, 3)
     return chosen.swapaxes(1, 2).reshape(s * rows, s * columns, 3)[:h, :w].copy()
 
 
-def landscape(rng, h, w, colours):
-    """Sky, layers of hills or skylines, textured ground, platforms."""
-    down = np.linspace(0, 1, h, dtype=np.float32)[:, None]
-    image = ramp(down + rng.uniform(0, 0.5) * clouds(rng, h, w, 3), colours[:3])
-    jagged = rng.random() < 0.4                                          # skylines of houses instead of hills
-    for layer, colour in enumerate(colours[3:].tolist()):
-        heights = clouds(rng, 1, w, 4, smooth=not jagged)[0] * rng.uniform(0.1, 0.5) * h
-        top = (h * (0.4 + 0.15 * layer) + heights).astype(np.int32)
-        hill = np.vstack([np.stack([np.arange(w), top], 1), [[w, h], [0, h]]])
-        cv2.fillPoly(image, [hill.astype(np.int32)], colour)
-    for _ in range(rng.integers(0, 8)):
-        limits = (0, w), (h // 4, h), (w // 20, w // 4)
-        x, y, length = (int(rng.integers(low, high)) for low, high in limits)
-        cv2.rectangle(image, (x, y), (x + length, y + h // 30), pick(rng, colours), -1)
-    return image
-
-
 def corridor(rng, h, w, colours):
-    """First person: textured floor, ceiling and walls in perspective, dark with distance. Drawn at half size,
-    enlarged."""
-    hh, hw = h // 2, w // 2
-    texture = np.stack([cv2.resize(tile(rng, 64, rng.permutation(colours)), (64, 64)) for _ in range(3)])
-    texture = np.clip(texture * rng.uniform(0.6, 1.2, (3, 64, 64, 1)), 0, 255)
-    x = np.linspace(-1, 1, hw, dtype=np.float32)[None]
-    y = np.linspace(-0.6, 0.6, hh, dtype=np.float32)[:, None] - rng.uniform(-0.1, 0.1)
-    bends = np.sort(rng.uniform(-1, 1, 6))
-    depth = np.interp(x, bends, rng.uniform(0.7, 6, 6)).astype(np.float32)         # of the wall, by column
-    flat = 0.5 / np.maximum(np.abs(y), 1e-3)                            # where the ray meets floor or ceiling
-    wall = depth < flat
-    distance = np.where(wall, depth, flat)
-    u = np.where(wall, x * 3 + depth, x * distance) * 48 + rng.integers(0, 64)
+    """First person: textured floor, ceiling and walls in perspective, dark with distance."""
+    texture = np.stack([tile(rng, 64, colours) for _ in range(3)])
+    x = np.linspace(-1, 1, w)
+    y = np.linspace(-0.6, 0.6, h)[:, None] - rng.uniform(-0.1, 0.1)
+    depth = np.interp(x, np.sort(rng.uniform(-1, 1, 6)), rng.uniform(0.7, 6, 6))   # of the wall, by column
+    flat = 0.5 / np.maximum(abs(y), 1e-3)                               # where the ray meets floor or ceiling
+    wall, distance = depth < flat, np.minimum(depth, flat)
+    u = np.where(wall, x * 3 + depth, x * distance) * 48
     v = np.where(wall, y * depth + 0.5, distance) * 63
-    which = np.where(wall, 0, np.where(y > 0, 1, 2))
-    shade = np.clip(rng.uniform(0.8, 2.5) / (0.5 + distance), 0, 1.3)[..., None]
-    shown = texture[which, v.astype(int) % 64, u.astype(int) % 64]
-    return cv2.resize(np.clip(shown * shade, 0, 255).astype(np.uint8), (w, h))
-
-
-def road(rng, h, w, colours):
-    """A racing game: sky, a winding road with kerbs and centre line, striped grass."""
-    image = ramp(np.linspace(0, 1, h, dtype=np.float32)[:, None] * np.ones((1, w), np.float32), colours[:2])
-    horizon = int(h * rng.uniform(0.3, 0.6))
-    z = 1 / np.linspace(0.02, 1, h - horizon, dtype=np.float32)[:, None]
-    side = np.abs(np.linspace(-1, 1, w, dtype=np.float32)[None] - 0.02 * rng.normal() * z) * z
-    stripe = (np.sin(z * rng.uniform(2, 8) + rng.uniform(0, 6)) > 0).astype(int)
-    line, lane, kerb = side < 0.03, side < 0.7, side < 0.8
-    image[horizon:] = colours[np.select([line, lane, kerb], [2 + stripe, 4, 5 - stripe], stripe)]
-    return image
-
-
-def starfield(rng, h, w, colours):
-    """Space or night: a dark ground, stars of several sizes, a planet with a ring."""
-    image = ramp(clouds(rng, h, w, 4) * rng.uniform(0.1, 0.5), np.vstack([[BLACK], colours[:2]]))
-    stars = rng.integers(0, w, 120), rng.integers(0, h, 120), rng.choice([0, 0, 0, 1, 2], 120)
-    for x, y, r in np.stack(stars, 1).tolist():
-        cv2.circle(image, (x, y), r, pick(rng, colours), -1)
-    centre, r = point(rng, w, h), int(rng.integers(h // 20, h // 4))
-    cv2.circle(image, centre, r, colours[3].tolist(), -1, cv2.LINE_AA)
-    tilt = rng.uniform(-40, 40)
-    cv2.ellipse(image, centre, (int(r * 1.7), r // 3), tilt, 0, 360, colours[4].tolist(), 2, cv2.LINE_AA)
-    return image
+    shown = texture[np.where(wall, 0, 1 + (y < 0)), v.astype(int) % 64, u.astype(int) % 64]
+    return np.clip(shown / (0.4 + 0.5 * distance)[..., None], 0, 255).astype(np.uint8)
 
 
 def terrain(rng, h, w, colours):
-    """Seen from above or close by: grass, rock, water; noise at several octaves, smooth or in few flat
-    colours."""
-    x = clouds(rng, h, w, int(rng.integers(2, 8)), smooth=rng.random() < 0.7)
-    return ramp(np.floor(x * 6) / 6 if rng.random() < 0.4 else x, colours)
-
-
-def menu(rng, h, w, colours):
-    """A dialogue or inventory: panels with borders, slots in a grid, lines of text."""
-    image = ramp(np.linspace(0, 1, w, dtype=np.float32)[None] * np.ones((h, 1), np.float32), colours[:2])
-    for _ in range(rng.integers(1, 5)):
-        x, y = point(rng, w, h)
-        s, rows, columns = (int(rng.integers(low, high)) for low, high in ((h // 20, h // 6), (1, 6), (1, 8)))
-        panel = (x - s // 2, y - s // 2), (x + s * columns, y + s * rows)
-        cv2.rectangle(image, *panel, colours[2].tolist(), -1)
-        for row, column in np.ndindex(rows, columns):
-            left, top = x + s * column, y + s * row
-            slot = (left, top), (left + s * 3 // 4, top + s * 3 // 4)
-            cv2.rectangle(image, *slot, colours[3].tolist(), int(rng.choice([-1, 1, 2])))
-    return image
+    """Seen from above or close by: grass, rock, water: noise through a gradient of the colours or in flat
+    ones."""
+    x = clouds(rng, h, w) * 5
+    x = np.floor(x) if rng.random() < 0.4 else x
+    return np.stack([np.interp(x, range(6), channel) for channel in colours.T], 2).astype(np.uint8)
 
 
 def marks(rng, image, colours):
-    """Draw, in place, what lies over games: sprites, text, bars, rings, crosses, keys. Like buttons, but no
+    """Draw, in place, what lies over games: text, crosses, discs and bars with letters. Like buttons, but no
     pad."""
     h, w = image.shape[:2]
-    letters = list("ABXYLRZ0123456789:%HPSCORELVTIMEGAMEOVER ")
-    for kind in rng.integers(0, 8, rng.integers(0, 30)):
-        (x, y), s = point(rng, w, h), int(h * rng.choice([0.02, 0.04, 0.06, 0.12]) + 4)
-        colour, other, fill = pick(rng, colours), pick(rng, colours), int(rng.choice([-1, 1, 2, 3]))
-        word = "".join(rng.choice(letters, rng.integers(1, 12)))
-        if kind < 2:
-            art, mask = pixel_art(rng, s, colours)
-            spot = image[y:y + s, x:x + s]
-            art, mask = (a[:len(spot), :spot.shape[1]] for a in (art, mask))
-            spot[mask] = art[mask]
+    for kind in rng.integers(0, 4, rng.integers(0, 30)):
+        x, y = rng.integers(0, (w, h)).tolist()
+        s, fill = int(h * rng.choice([0.02, 0.04, 0.06, 0.12]) + 4), int(rng.choice([-1, 1, 2, 3]))
+        colour, other = rng.choice(colours, 2).tolist()
+        word = "".join(rng.choice([*"ABXYLR0123456789:%HPSCOTIME "], rng.integers(1, 8)))
+        if kind == 0:
+            cv2.drawMarker(image, (x, y), colour, cv2.MARKER_CROSS, 2 * s, max(s // 3, 1))
+        elif kind == 1:
+            cv2.circle(image, (x + s // 2, y - s // 2), s, colour, fill, cv2.LINE_AA)
         elif kind == 2:
-            font = int(rng.integers(0, 8))
-            cv2.putText(image, word, (x, y), font, s / 30, colour, max(fill, 1), cv2.LINE_AA)
-        elif kind == 3:
-            cv2.rectangle(image, (x, y), (x + 5 * s, y + s // 2), other, -1)
-            cv2.rectangle(image, (x + 2, y + 2), (x + int(5 * s * rng.random()), y + s // 2 - 2), colour, -1)
-        elif kind == 4:
-            cv2.circle(image, (x, y), s // 2, colour, fill, cv2.LINE_AA)
-            cv2.putText(image, word[0], (x - s // 4, y + s // 4), 0, s / 40, other, 1, cv2.LINE_AA)
-        elif kind == 5:
-            cv2.line(image, (x - s, y), (x + s, y), colour, max(s // 3, 1))
-            cv2.line(image, (x, y - s), (x, y + s), colour, max(s // 3, 1))
-        elif kind == 6:
-            for i in range(rng.integers(1, 8)):
-                left, letter = x + i * s, word[i % len(word)]
-                cv2.rectangle(image, (left, y), (left + s * 4 // 5, y + s * 4 // 5), colour, fill)
-                cv2.putText(image, letter, (left + s // 5, y + s * 3 // 5), 0, s / 45, other, 1, cv2.LINE_AA)
-        else:
-            corners = np.array([x, y]) + rng.normal(0, s, (rng.integers(3, 7), 2))
-            cv2.fillPoly(image, [corners.astype(np.int32)], colour, cv2.LINE_AA)
+            cv2.rectangle(image, (x - s // 4, y + s // 4), (x + s * len(word), y - s), colour, fill)
+        if kind > 0:                               # the last has nothing but its word
+            word = word[0] if kind == 1 else word
+            cv2.putText(image, word, (x, y), int(rng.integers(8)), s / 30, other, 1 + s // 20, cv2.LINE_AA)
 
 
 # ---- videos to work at, and what became of them
 def find_videos(paths):
     """Files and folders -> list of (video path, clip name), a folder's sorted: the name is the file's, with
-    its folder's where two would share clips."""
+    its folder's where two would share clips or the name is too long."""
     videos = []
     for path in map(Path, paths):
-        if path.is_dir():
-            videos += sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
-        elif path.exists():
-            videos.append(path)
-        else:
-            raise UserError(f"{path}: expected a video or a folder, found nothing there: check the path")
-    if not videos:
-        raise UserError(f"{' '.join(map(str, paths))}: expected videos ({' '.join(sorted(VIDEO_ENDINGS))}), "
-                        "found none in there")
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
+        videos += [path] if path.is_file() else found
+        if not found and not path.is_file():
+            raise UserError(f"{path}: expected a video or a folder with some ({' '.join(VIDEO_ENDINGS)}), "
+                            "found none: check the path")
     videos = list(dict.fromkeys(unicode(p).absolute() for p in videos))
-    places = {p: [name.casefold() for name in place_names(p.stem)] for p in videos}  # some disks mind no case
-    wanted = Counter(sum(places.values(), []))
-    unique = {p: all(wanted[name] == 1 for name in names) for p, names in places.items()}
-    named = lambda p: f"{p.parent.name}_{p.stem}".encode()[:230].decode(errors="ignore")
-    return [(p, p.stem if unique[p] and len(p.stem.encode()) <= 248      # of 255 bytes, _place2 takes 7
-             else f"{named(p)}_{fingerprint(str(p))[:6]}") for p in videos]
+    stems = Counter(p.stem.casefold() for p in videos)                   # some disks mind no case
+
+    def name(path):
+        stem = path.stem
+        if stems[stem.casefold()] == 1 and len(stem.encode()) <= 248 and stem[-7:-1].casefold() != "_place":
+            return stem
+        short = f"{path.parent.name}_{stem}".encode()[:230].decode(errors="ignore")        # of 255
+        return f"{short}_{fingerprint(str(path))[:6]}"
+
+    return [(path, name(path)) for path in videos]
 
 
 def place_names(name):
     """The names of a video's clip folders: one for each place that its overlay may take."""
     return [name, f"{name}_place2", f"{name}_place3"]
-
-
-def keep_apart(videos, out, names):
-    """UserError where a clip's folder, one of `names` in `out`, holds a video: it is replaced as a whole."""
-    out, names = out.resolve(), {name.casefold() for name in names}
-    for video, _ in videos:
-        path = video.resolve()
-        if path.is_relative_to(out) and path.relative_to(out).parts[0].casefold() in names:
-            raise UserError(f"--out {out}: expected a folder where no clip takes a video's place, found "
-                            f"{path}: give another --out")
 
 
 def journal(out):
@@ -2467,48 +2207,41 @@ def journal(out):
 def log_line(out, line):
     """Append one line to DATA/extract.jsonl in a single write, so that several processes may share the
     file."""
-    text = json.dumps(line, ensure_ascii=False) + "\n"
-    with open(out / "extract.jsonl", "a+b", buffering=0) as f:
-        if f.seek(0, os.SEEK_END):
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n":                 # a kill cut the last line
-                text = "\n" + text
-        f.write(text.encode())
+    path, text = out / "extract.jsonl", json.dumps(line, ensure_ascii=False) + "\n"
+    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")   # a kill cut the last line
+    with open(path, "ab", buffering=0) as f:
+        f.write(("\n" * cut + text).encode())
 
 
 BAR = {"mininterval": 1, "leave": False, "disable": None}            # tqdm's, on a terminal only
 
 
 def work_through(jobs, args):
-    """Do all jobs, each (what its line begins with, words for the worker), and report -> how many were not
-    done before, and how many failed."""
-    told, failed, out = 0, 0, Path(args.out)
-    if not args.labels:
-        print("preparing the templates", flush=True)
+    """Do all jobs (video, name of its clip or folder of its labels), and report -> the statuses of those
+    that were not done before."""
+    statuses = []
+    print("preparing the templates", flush=True)
     with Worker(args) as work, tqdm(jobs, unit=" videos", **BAR) as bar:
-        for i, (line, job) in enumerate(bar, 1):
+        for i, (video, name) in enumerate(bar, 1):
             start = time.time()
-            answer = work(line["video"], *job)
-            answer = answer.get("line", answer)
+            answer = work(video, name)
             if answer is None:
                 continue
-            told += 1
-            line |= {"status": "", "template": None, "box": None, "inliers": 0, "reason": "", **answer}
-            line["seconds"] = round(time.time() - start, 2)
-            failed += line["status"] == "error"
+            line = {"video": str(video), "template": None, "box": None, "inliers": 0,
+                    "reason": "", **answer, "seconds": round(time.time() - start, 2)}
+            if args.labels:
+                line["chunk"] = name.name
             if line["status"] != "busy":
-                log_line(out, line)
+                log_line(Path(args.out), line)
+            statuses.append(line["status"])
             what = line["reason"]
             if line["status"] == "found":
-                box, places = [round(v) for v in line["box"]], line.get("places", 1)
+                box = [round(v) for v in line["box"]]
                 what = f"{line['template']} | box {box} | {line['inliers']} inliers"
-                what += f" | {places} places in turn" if places > 1 else ""
-                what += f" | {line['reason']}" if line["reason"] else ""
-            what += f" | {line['seconds']:.1f} s"
             bar.clear()
-            name = Path(line["video"]).name
-            print(f"video {i}/{len(jobs)} | {name} | {line['status']} | {what}", flush=True)
-    return told, failed
+            print(f"video {i}/{len(jobs)} | {video.name} | {line['status']} | {what} | "
+                  f"{line['seconds']:.1f} s", flush=True)
+    return statuses
 
 
 class Worker:
@@ -2516,47 +2249,41 @@ class Worker:
     ends its process, that is an error of the job's video, and a new child goes on. The child ends with us."""
 
     def __init__(self, args):
-        self.args = {name: value for name, value in vars(args).items() if name != "run"}
+        self.args = args
         self._start()
 
     def _start(self):
-        command, pipe = [sys.executable, os.path.abspath(__file__), WORKER], subprocess.PIPE
-        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)   # no Ctrl-C
-        ready, self.fresh = self._ask(self.args), True
-        if ready != {}:
-            how = self._end()
-            raise UserError(ready["reason"] if ready else f"the process for videos ended at its start: {how}")
-
-    def _ask(self, question):
-        """Send a JSON value -> the child's answer, a dict; None where it ended instead."""
+        system = multiprocessing.get_context("spawn")
+        self.pipe, theirs = system.Pipe()
+        self.child = system.Process(target=worker, args=(theirs, self.args), daemon=True)
+        heed = signal.signal(signal.SIGINT, signal.SIG_IGN)            # the child inherits it: Ctrl-C is ours
+        self.child.start()
+        signal.signal(signal.SIGINT, heed)
+        theirs.close()
         try:
-            self.child.stdin.write(json.dumps(question).encode() + b"\n")
-            self.child.stdin.flush()
-            return json.loads(self.child.stdout.readline() or "null")
-        except (OSError, ValueError):              # it ended within its answer
-            return None
+            trouble = self.pipe.recv()
+        except (OSError, EOFError):
+            trouble = {"reason": f"the process for videos ended at its start: {self._end()}"}
+        if trouble:
+            raise UserError(trouble["reason"])
 
     def _end(self):
-        """End the child -> how it ended."""
-        self.child.stdout.close()
-        with suppress(OSError):
-            self.child.stdin.close()
-        code = self.child.wait()
-        sweep(self.args["out"])
+        """Wait for the child's end -> how it ended."""
+        self.child.join()
+        sweep(self.args.out)
+        code = self.child.exitcode
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
-    def __call__(self, *job):
-        """{"line": what work_for(args)(*job) returns} or {"status": "error" or "busy", "reason": ..}."""
-        while True:
-            answer, fresh = self._ask(job), self.fresh
-            self.fresh = False
-            if answer is not None:
-                return answer
+    def __call__(self, video, name):
+        """What work_for(args)(video, name) returns, or {"status": "error" or "busy", "reason": ..}."""
+        try:
+            self.pipe.send((video, name))
+            return self.pipe.recv()
+        except (OSError, EOFError):                # the child has ended
             how = self._end()
             self._start()
-            if fresh:                              # else it may have been the video before
-                return {"status": "error", "reason": f"{job[0]}: expected a video that OpenCV decodes, "
-                        f"found one at which its process ends ({how}): save it again with another program"}
+            return {"status": "error", "reason": f"{video}: expected a video that OpenCV decodes, found one "
+                    f"at which its process ends ({how}): save it again with another program"}
 
     def __enter__(self):
         return self
@@ -2565,50 +2292,39 @@ class Worker:
         self.child.kill()
         self._end()
 
-WORKER = "--worker"                                # the one word of a worker's command line
 
-
-def worker():
-    """The child of a Worker: reads its args and then jobs as lines of JSON, and answers each by another."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Windows has no sessions
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                                  # what libraries print is no answer
-    jobs, work = SimpleQueue(), None
-
-    def listen():
-        for line in open(0, "rb", closefd=False):
-            jobs.put(json.loads(line))
-        os._exit(0)                                # our parent has ended, also in the middle of a job
-
-    threading.Thread(target=listen, daemon=True).start()
+def worker(pipe, args):
+    """The child of a Worker: answers its start and then each job that comes through the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Windows lets no child inherit it
+    tqdm.set_lock(threading.RLock())               # its own is for several processes, and outlives a kill
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
+    work, answer = None, None
     while True:
-        job = jobs.get()
         try:
-            if work is None:
-                work, answer = work_for(argparse.Namespace(**job)), {}
+            if work:
+                answer = work(*pipe.recv())
             else:
-                answer = {"line": work(*job)}
-        except UserError as e:
-            answer = {"status": "busy" if isinstance(e, Busy) else "error", "reason": str(e)}
-        except OSError as e:
-            answer = {"status": "error", "reason": file_trouble(e)}
-        print(json.dumps(answer), file=answers, flush=True)
+                work = work_for(args)
+        except (UserError, OSError) as e:
+            reason = str(e) if isinstance(e, UserError) else file_trouble(e)
+            answer = {"status": "busy" if isinstance(e, Busy) else "error", "reason": reason}
+        pipe.send(answer)
 
 
 def work_for(args):
     """The function that does one job of these args."""
     if args.labels:
-        return lambda video, folder, meta: label_one(Path(video), Path(folder), meta, args)
+        return lambda video, folder: label_one(video, folder, args)
     if args.plain:
         settings = fingerprint("plain", args.every, args.game)
-        return lambda video, name, old: extract_one(Path(video), name, old, None, args, settings)
+        return lambda video, name: extract_one(video, name, None, args, settings)
     skins = load_skins(args.templates) if args.templates else our_skins()
     net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
-    locator = load_locator() if net else None
-    matcher = Matcher(skins, net, Path(args.out) / f"templates-{rank_and_world()[0]}.npz", locator)
+    matcher = Matcher(skins, net, load_locator() if net else None)
     settings = fingerprint(matcher.key, [(s.name, s.family, s.buttons, s.sticks) for s in skins], args.every,
                            args.game)
-    return lambda video, name, old: extract_one(Path(video), name, old, matcher, args, settings)
+    return lambda video, name: extract_one(video, name, matcher, args, settings)
 
 
 def contact_sheet(path, videos, out):
@@ -2616,35 +2332,25 @@ def contact_sheet(path, videos, out):
     beside it."""
     lines = journal(out)
     shown = [(video, out / name, lines[str(video)]) for video, name in videos if str(video) in lines]
-    if not shown:                                  # a share of no videos
-        return
     page = Image.new("RGB", (1280, (len(shown) + 1) // 2 * 200), (32, 32, 32))
     for i, (video, folder, line) in enumerate(shown):
-        x, y, pictures = i % 2 * 640, i // 2 * 200, []
+        left, top, pictures = i % 2 * 640, i // 2 * 200, []
         if line["status"] != "error":
-            frame = middle_frame(video)
-            pictures = [(0, 320, frame)]
+            frame = sample_frames(video, 2)[1][-1]
+            pictures = [frame]
         if line["status"] == "found":
-            cv2.rectangle(frame, list(map(int, line["box"])), (0, 255, 0), 1 + frame.shape[1] // 400)
-            pictures.append((480, 160, over(96, read_rgba(folder / "template.png"))))
+            scale = frame.shape[1] / read_clip(folder)["size"][0]
+            cv2.rectangle(frame, [round(v * scale) for v in line["box"]], (0, 255, 0), 4)
+            pictures.append(over(96, read_rgba(folder / "template.png")))
             if (folder / "pads.npy").exists():     # else dropped when they were read
-                pads = Frames(folder, "pads")
-                pictures.append((320, 160, pads[len(pads) // 2]))
-        for left, width, picture in pictures:
-            picture = Image.fromarray(picture)
-            picture.thumbnail((width, 176))
-            page.paste(picture, (x + left, y))
+                pictures.append(Frames(folder, "pads")[0])
+        for x, picture in enumerate(map(Image.fromarray, pictures)):
+            picture.thumbnail((210, 176))
+            page.paste(picture, (left + 213 * x, top))
         text = f"{folder.name}: {line['status']} {line['template'] or ''} {line['inliers']} inliers"
-        ImageDraw.Draw(page).text((x + 6, y + 182), text)
-    save_png(path, np.asarray(page))
-
-
-def middle_frame(video):
-    """uint8 (h, w, 3) RGB, one frame from the middle of a video; black where it can't be sought."""
-    capture = open_video(video)
-    capture.set(cv2.CAP_PROP_POS_FRAMES, describe(capture)["n"] // 2)
-    ok, bgr = capture.read()
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB) if ok else np.zeros((176, 320, 3), np.uint8)
+        ImageDraw.Draw(page).text((left + 6, top + 182), text)
+    if shown:                                      # a share may have no videos
+        save_png(path, np.asarray(page))
 
 
 def run_templates(args):
@@ -2653,8 +2359,8 @@ def run_templates(args):
     out.mkdir(parents=True, exist_ok=True)
     for skin in skins:
         save_png(out / f"{skin.name}.png", draw(skin))
-        buttons = {n: {"center": [(x0 + x1) / 2, (y0 + y1) / 2], "box": [x0, y0, x1, y1]}
-                   for n, (x0, y0, x1, y1) in skin.buttons.items()}
+        buttons = {name: {"center": [(x0 + x1) / 2, (y0 + y1) / 2], "box": [x0, y0, x1, y1]}
+                   for name, (x0, y0, x1, y1) in skin.buttons.items()}
         write_json(out / f"{skin.name}.json", {
             "name": skin.name, "controller": skin.family, "size": skin.size, "bbox": visible_box(skin),
             "buttons": buttons, "sticks": skin.sticks})
@@ -2696,19 +2402,6 @@ def write_json(path, value):
     """JSON under a temporary name, then renamed."""
     text = json.dumps(value, ensure_ascii=False) + "\n"
     write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-
-
-def cached(path, key, make):
-    """The list of arrays that make() returns, kept in the .npz `path` (None: not kept) under `key` for the
-    next time."""
-    with suppress(Exception):                # whatever zip files raise: a broken cache is only a slower start
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) == key:
-                return [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
-    arrays = make()
-    if path:
-        write_atomic(path, lambda tmp: np.savez(tmp, *arrays, key=key))
-    return arrays
 
 
 def fingerprint(*parts):
@@ -2892,8 +2585,6 @@ def file_trouble(e):
 def main(argv=None):
     """Parse the command line; without a sub-command's name the main command runs."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == [WORKER]:
-        return worker()
     if argv[:1] == ["templates"]:
         parser = ArgumentParser(prog="extract.py templates", allow_abbrev=False,
                         description="Write our own templates as PNG + JSON.")

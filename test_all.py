@@ -400,19 +400,14 @@ def test_obs_preset_draws_each_element_type_by_its_rules(tmp_path):
 
 
 def test_a_folder_of_presets_gives_its_pads(tmp_path, capfd):
-    """Layouts at any depth take, of the pictures beside them, that of their name, of their size, the smallest
-    that holds them, in this order; keyboards are passed over, and their pictures too."""
+    """Layouts at any depth take, of the pictures beside them, that of their name or else of their size;
+    keyboards are passed over, and their pictures too."""
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
     for side, name in ((30, "small"), (60, "large"), (90, "named")):
         extract.save_png(folder / f"{name}.png", np.full((side, side, 4), [side, side, side, 255], np.uint8))
-    layouts = {                                                          # name: default size, a sprite's x
-        "named": (30, 0),
-        "own": (60, 0),
-        "tight": (0, 5),
-        "wide": (0, 20)}
-    for name, (side, x) in layouts.items():
-        stick = {"type": 5, "pos": [0, 0], "mapping": [x, 0, 20, 20], "side": 0, "stick_radius": 5}
+    for name, side in (("named", 30), ("own", 60)):                      # name: default size
+        stick = {"type": 5, "pos": [0, 0], "mapping": [0, 0, 20, 20], "side": 0, "stick_radius": 5}
         layout = {"default_width": side, "default_height": side, "elements": [stick]}
         extract.write_json(folder / f"{name}.json", layout)
     keyboard = tmp_path / "wasd"
@@ -421,7 +416,7 @@ def test_a_folder_of_presets_gives_its_pads(tmp_path, capfd):
     keys = [{"type": kind, "pos": [0, 0], "mapping": [0, 0, 5, 5]} for kind in (0, 1, 9)]
     extract.write_json(keyboard / "wasd.json", {"elements": keys})
     skins = extract.load_skins(tmp_path)
-    assert [extract.draw(skin)[9, 9, 0] for skin in skins] == [90, 60, 30, 60]
+    assert [extract.draw(skin)[9, 9, 0] for skin in skins] == [90, 60]
     assert capfd.readouterr().err == f"{tmp_path}: layouts without a pad's control, passed over: 1\n"
     with pytest.raises(UserError, match="wasd: expected"):
         extract.load_skins(keyboard)
@@ -796,13 +791,13 @@ def test_clip_folder_is_what_the_design_says(extracted):
 
 def tree(folder):
     """{path: content} of all files in a folder, those that extract.py keeps beside clips left out."""
-    ours = re.compile(r"extract\.jsonl|templates-0\.npz|\.lock(-\w+)?")
+    ours = re.compile(r"extract\.jsonl|\.lock(-\w+)?")
     files = [p for p in folder.rglob("*") if p.is_file() and not ours.fullmatch(p.name)]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def test_extract_again_mends_what_is_not_whole_and_skips_what_is(extracted, tmp_path, capfd):
-    """After a kill in the middle of a clip two processes go on at once; then a file of the clip goes."""
+def test_extract_again_cuts_what_is_missing_and_skips_what_is_done(extracted, tmp_path, capfd):
+    """After a kill in the middle of a clip two processes go on at once; then the clip goes."""
     folder, flags, _ = extracted
     whole, out = tree(folder / "data"), tmp_path / "out"
     argv = [folder / "with.mp4", folder / "without.mp4", "--out", out, *flags]
@@ -820,7 +815,7 @@ def test_extract_again_mends_what_is_not_whole_and_skips_what_is(extracted, tmp_
         _, err = process.communicate()
         assert process.returncode == 0 and err == b"", err               # no progress in a log
     assert tree(out) == whole and "cuts.npy" not in {Path(name).name for name in whole}
-    (out / "with" / "frames.npy").unlink()
+    shutil.rmtree(out / "with")
     assert run(extract.main, *argv) == 0
     assert tree(out) == whole
     capfd.readouterr()
@@ -899,7 +894,7 @@ def test_clips_of_different_videos_do_not_share_a_folder(tmp_path):
     for name in ("a.mp4", "a_place2.mp4", "b.mp4", "C.mp4", "c.mkv", f"{long}.mp4", f"{long}!.ts"):
         (tmp_path / name).touch()
     names = {video.name: name for video, name in extract.find_videos([tmp_path])}
-    assert [video for video, name in names.items() if name == Path(video).stem] == ["b.mp4"]
+    assert [video for video, name in names.items() if name == Path(video).stem] == ["a.mp4", "b.mp4"]
     places = {place.lower() for name in names.values() for place in extract.place_names(name)}
     assert len(places) == 21 and max(len(place.encode()) for place in places) <= 255
 
@@ -1197,8 +1192,8 @@ def test_no_clip_takes_the_place_of_a_video(tmp_path, quick, capfd, labelled):
     labels.mkdir(parents=True)
     extract.write_json(labels / "metadata.json", {"original_video": {"video_id": "t"}})
     flags = ["--labels", labels] if labelled else quick
-    fails_in_one_line(capfd, extract.main, videos, "--out", videos, *flags, says="t.mp4")
-    assert video.exists() and not (videos / "extract.jsonl").exists()
+    fails_in_one_line(capfd, extract.main, videos, "--out", videos, *flags, says="1 of 1")
+    assert video.exists() and "'t.mp4' in it" in lines_of(videos)["t.mp4"]["reason"]
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
@@ -1226,20 +1221,21 @@ def test_a_new_file_has_the_usual_rights(tmp_path):
 def anywhere():
     """A matcher and what it might find in any video."""
     skins = [extract.random_skin(np.random.default_rng(0))]
-    return types.SimpleNamespace(skins=skins, kind="sift"), extract.Find(skins[0], pose(0.3, 20, 20), 50)
+    return types.SimpleNamespace(skins=skins), extract.Find(skins[0], pose(0.3, 20, 20), 50)
 
 
 def test_truth_beside_a_video_goes_into_its_clip(tmp_path, monkeypatch):
-    """Or its report line says why not."""
+    """Or the video is refused."""
     matcher, find = anywhere()
     monkeypatch.setattr(extract, "localise_all", lambda *_: ([find], 50))
     video, truth = film(tmp_path / "v.mp4", 6), np.full((7, 25), 0.5, np.float32)
     for n in (6, 7):
         np.save(tmp_path / "v.truth.npy", truth[:n])
         args = argparse.Namespace(out=tmp_path / str(n), every=1)
-        line, carried = extract.extract_one(video, "v", {}, matcher, args, ()), args.out / "v" / "truth.npy"
-        assert line["status"] == "found" and carried.exists() == (n == 6)
-        assert ("v.truth.npy left out: expected float32 (6, 25)" in line.get("reason", "")) == (n == 7)
+        wrong = pytest.raises(UserError, match=r"v.truth.npy: .* float32 \(6, 25\)")
+        with wrong if n == 7 else contextlib.nullcontext():
+            assert extract.extract_one(video, "v", matcher, args, ())["status"] == "found"
+        assert (args.out / "v").exists() == (n == 6)
     assert np.array_equal(np.load(tmp_path / "6" / "v" / "truth.npy"), truth[:6])
 
 
@@ -1248,7 +1244,7 @@ def test_a_cut_that_fails_leaves_the_clip_before_and_no_half(tmp_path, monkeypat
     be."""
     video, clip = film(tmp_path / "v.mp4", 6), tmp_path / "clip"
     args = argparse.Namespace(every=1, game=None)
-    cut = lambda key: extract.cut_clip(video, clip, *anywhere(), 1, args, key)
+    cut = lambda key: extract.cut_clip(video, clip, anywhere()[1], 1, args, key)
     seen, write = [], extract.write_json
 
     def last(path, value):
@@ -1265,21 +1261,7 @@ def test_a_cut_that_fails_leaves_the_clip_before_and_no_half(tmp_path, monkeypat
     assert seen == [False, True] and tree(tmp_path) == before
     assert sorted(os.listdir(tmp_path)) == ["clip", "v.mp4"]
     cut("third")
-    assert extract.whole_clip(clip, "third")
-
-
-def test_a_clip_is_whole_when_all_its_files_open_and_agree(tmp_path):
-    clip, empty = cut_by_us(tmp_path / "clip"), cut_by_us(tmp_path / "empty", n=0)
-    assert extract.whole_clip(clip, "a key")["n"] == 6
-    assert extract.whole_clip(clip, "another key") is None               # an old one is no new one
-    for name, content in tree(clip).items():
-        for spoiled in (content[:-20], b""):
-            (clip / name).write_bytes(spoiled)
-            assert extract.whole_clip(clip, "a key") is None, name
-        (clip / name).write_bytes(content)
-    for name in ("pads.npy", "pads_index.npy"):                          # whole files of no rows
-        shutil.copy(empty / name, clip)
-    assert extract.whole_clip(clip, "a key") is None
+    assert extract.made_by("third", clip)
 
 
 # ------------------------------------------------------------------------------------------ two at one thing
@@ -1300,7 +1282,7 @@ def test_a_clip_that_is_being_read_is_not_replaced(tmp_path):
     clip = cut_by_us(tmp_path / "clip")
     with extract.lock(clip / ".lock"), pytest.raises(extract.Busy):      # parse.py's, while it reads
         extract.discard(clip)
-    assert extract.whole_clip(clip, "a key")
+    assert extract.made_by("a key", clip)
     extract.discard(clip)
     assert os.listdir(tmp_path) == []
 
@@ -1308,21 +1290,18 @@ def test_a_clip_that_is_being_read_is_not_replaced(tmp_path):
 # ---------------------------------------------------------------------------- one video is not the whole run
 @pytest.mark.skipif(os.name == "nt", reason="ends a process by a signal")
 def test_a_decoder_that_ends_its_process_is_its_videos_error(tmp_path, quick):
-    """The first video of a child is to blame for its end; a later one is tried again: the one before may have
-    done it."""
-    video = str(film(tmp_path / "v.mp4"))
+    """And a new child takes the next."""
+    video = film(tmp_path / "v.mp4")
     args = argparse.Namespace(
         out=str(tmp_path), every=1, labels=None, xfeat=None, plain=False, game=None,
         matcher="sift", templates=str(quick[3]))
     with extract.Worker(args) as work:
         work.child.kill()
-        answer = work(video, "v", {})
+        answer = work(video, "v")
         assert answer["status"] == "error" and "SIGKILL" in answer["reason"] and "v.mp4" in answer["reason"]
-        assert work(video, "v", {})["line"]["status"] == "none"          # by a new child
-        work.child.kill()
-        assert work(video, "w", {})["line"]["status"] == "none"          # by another new child
+        assert work(video, "v")["status"] == "none"
         last = work.child
-    assert last.poll() is not None                                       # no child outlives the run
+    assert not last.is_alive()                                      # no child outlives the run
 
 
 def test_one_videos_trouble_stops_no_other_video(tmp_path, quick, capfd):
@@ -1446,10 +1425,10 @@ def test_released_labels_out_of_range_refuse_their_chunk(tmp_path, name, value):
     else:
         says = "in row 0"
         labels, video = released(tmp_path, {name: [value] * 30})
-    [(_, (folder, meta))] = extract.label_jobs([(video, video.stem)], labels)
+    [(_, folder)] = extract.label_jobs([(video, video.stem)], labels)
     args = argparse.Namespace(out=tmp_path, every=1)
     with pytest.raises(UserError, match=f"abc123_chunk_0000.*{says}"):
-        extract.label_one(video, Path(folder), meta, args)
+        extract.label_one(video, folder, args)
     assert not (tmp_path / "abc123_chunk_0000").exists()
 # ------------------------------------------------------------------------------------------------------ parse
 RNG = np.random.default_rng

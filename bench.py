@@ -83,17 +83,14 @@ def pick_tasks(names):
     """Names of tasks and games -> names of tasks; none = all."""
     for name in names or ():
         if name not in TASKS and name not in GAMES:
-            some = ", ".join([*GAMES, *list(TASKS)[:3]])
-            raise UserError(f"expected games or tasks ({some}, ...), found {name!r}: give others")
+            raise UserError(f"expected games or tasks ({', '.join(GAMES)}, {min(TASKS)}, ...), found "
+                            f"{name!r}: give others")
     return [t for t in TASKS if not names or t in names or t.split("/")[0] in names]
 
 
 def by_game(tasks):
-    """Names of tasks -> {game: its tasks among them}."""
-    groups = {}
-    for task in tasks:
-        groups.setdefault(task.split("/")[0], []).append(task)
-    return groups
+    """Names of tasks, game after game -> {game: its tasks among them}."""
+    return {game: [*group] for game, group in itertools.groupby(tasks, lambda task: task.split("/")[0])}
 
 
 def chosen(args, names):
@@ -161,29 +158,28 @@ def record_folder(out, tasks, number, seed, n, ckpt=None, euler=None):
     ckpt: a model that takes turns with the script; human.npy says where the script played, only that is kept.
     """
     game, seed = PLAYABLE[tasks[0]].game, f"{seed} {number}"
-    path = out / f"{game.__name__.lower()}-{number:03}"
-    clip = {"video": "", "game": game.__name__.lower(), "fps": game.fps, "n": n, "size": [extract.SIDE] * 2,
+    path = out / f"{game.name}-{number:03}"
+    clip = {"video": "", "game": game.name, "fps": game.fps, "n": n, "size": [extract.SIDE] * 2,
             "every": 1, "lag": 0, "player": str(ckpt or "scripted"), "seed": seed}
     if (path / "clip.json").is_file():
         if extract.read_clip(path) != clip:
             raise UserError(f"{path}: expected what these flags record, found another: give another --out")
         return f"{path.name}: recorded already"
-    tmp = extract.temporary(path)
-    tmp.mkdir()
-    writer, actions = extract.FramesWriter(tmp, "frames"), np.zeros((n, extract.A), np.float32)
-    begins, scripted = np.zeros(n, bool), np.ones(n, bool)
     policy = learned(ckpt, euler) if ckpt else None
-    for i, (frame, actions[i], begins[i], scripted[i]) in enumerate(film(tasks, seed, n, policy)):
-        writer.add(i, frame)
-    writer.close(n)
-    arrays = {"actions": actions, "truth": actions, "confidence": np.ones(n, np.float32),
-              "keep": extract.dense(actions) & scripted,         # what the model did is nothing to learn from
-              "cuts": begins | (~scripted & np.roll(scripted, 1))}         # no chunk goes on past these
-    for file, array in (arrays | ({"human": scripted} if policy else {})).items():
-        extract.write_npy(tmp / f"{file}.npy", array)
-    extract.write_json(tmp / "clip.json", clip)
-    os.replace(tmp, path)
-    return f"{path.name}: {n} frames, {int(begins.sum())} episodes"
+    with extract.new_folder(path) as tmp:
+        writer, rows = extract.FramesWriter(tmp, "frames"), []
+        for i, (frame, *row) in enumerate(film(tasks, seed, n, policy)):
+            writer.add(i, frame)
+            rows.append(row)
+        writer.close(n)
+        actions, begins, scripted = map(np.array, zip(*rows))
+        arrays = {"actions": actions, "truth": actions, "confidence": np.ones(n, np.float32),
+                  "keep": extract.dense(actions) & scripted,     # what the model did is nothing to learn from
+                  "cuts": begins | (~scripted & np.roll(scripted, 1))}     # no chunk goes on past these
+        for file, array in (arrays | ({"human": scripted} if policy else {})).items():
+            extract.write_npy(tmp / f"{file}.npy", array)
+        extract.write_json(tmp / "clip.json", clip)
+    return f"{path.name}: {n} frames, {begins.sum()} episodes"
 
 
 def record_video(out, tasks, number, seed, n, corner=None, size=(640, 360)):
@@ -193,7 +189,7 @@ def record_video(out, tasks, number, seed, n, corner=None, size=(640, 360)):
     corner: (to the right?, low?); it, the pad, its size and opacity are drawn at random.
     """
     game, seed = PLAYABLE[tasks[0]].game, f"{seed} {number}"
-    name = f"{game.__name__.lower()}-{number:03}"
+    name = f"{game.name}-{number:03}"
     if (out / f"{name}.json").is_file():
         return f"{name}: recorded already"
     rng = random.Random(f"overlay {name} {seed}")
@@ -203,13 +199,14 @@ def record_video(out, tasks, number, seed, n, corner=None, size=(640, 360)):
     high = round(skin.size[1] * scale)
     right, low = corner or (rng.random() < 0.5, rng.random() < 0.5)
     x, y = size[0] - wide - 8 if right else 8, size[1] - high - 8 if low else 8
-    truth = np.zeros((n, extract.A), np.float32)
+    truth = []
     with extract.VideoWriter(out / f"{name}.mp4", game.fps, size) as video:
-        for i, (frame, truth[i], *_) in enumerate(film(tasks, seed, n)):
+        for frame, action, *_ in film(tasks, seed, n):
             picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
-            put_pad(picture[y:y + high, x:x + wide], skin, truth[i], opacity)
+            put_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
             video.add(picture)
-    extract.write_npy(out / f"{name}.truth.npy", truth)
+            truth.append(action)
+    extract.write_npy(out / f"{name}.truth.npy", np.array(truth))
     x0, y0, x1, y1 = (v * scale for v in extract.visible_box(skin))
     box = [x + x0, y + y0, x1 - x0, y1 - y0]
     extract.write_json(out / f"{name}.json", {"box": box, "template": skin.name})
@@ -221,8 +218,8 @@ def record_video(out, tasks, number, seed, n, corner=None, size=(640, 360)):
 def suite(args):
     """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P
     3.2]."""
-    tasks = chosen(args, args.tasks)
-    game, policy, films, began = PLAYABLE[tasks[0]].game, None, {}, time.monotonic()
+    tasks, began = chosen(args, args.tasks), time.monotonic()
+    game, policy = PLAYABLE[tasks[0]].game, None
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
@@ -234,40 +231,38 @@ def suite(args):
                             "a chunk of this checkpoint: give a smaller number")
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
     players = ["random"] if args.env and "script" not in game.table else ["random", "scripted"]
-    players += MASHING if args.mashing else []
-    table = completion(tasks, players, args.n, args.seed, 1 if args.env else args.workers)
+    mashing = MASHING if args.mashing else []
+    table = completion(tasks, players + mashing, args.n, args.seed, 1 if args.env else args.workers)
     if policy:
-        if args.video:
-            films = {task: folder(args.out) / f"{task.replace('/', '-')}.mp4" for task in tasks}
-        ended = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.envs, films,
-                           args.delay, not args.no_overlap)
-        for task in tasks:
-            table[task]["model"] = ended[task]
-    if args.mashing:
-        for row in table.values():
-            mashed = [row.pop(who) for who in MASHING]
-            row["best of mashing"] = max(mashed, key=lambda ended: ended[:, 0].sum())
+        films = folder(args.out) if args.video else None
+        table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.envs,
+                                    films, args.delay, not args.no_overlap)
+    mashed = [table.pop(who) for who in mashing]
+    if mashed:
+        wins = lambda ended: ended[:, 0].sum()
+        table["best of mashing"] = {task: max((ended[task] for ended in mashed), key=wins) for task in tasks}
     rows = rows_of(table)
     show_rows(rows)
     if args.env:
-        for who, row in rows[tasks[0]].items():
+        for who, row in rows["all"].items():
             print(f"{who}: return {row['score']:.2f} +- {row['deviation']:.2f}")
     if args.out:
-        names = "ckpt", "n", "seed", "actions_per_chunk", "delay", "no_overlap"
-        meta = {name: getattr(args, name) for name in names}
-        meta |= {"machine": machine(), "seconds": round(time.monotonic() - began)}
-        extract.write_json(folder(args.out) / "suite.json", meta | {"rows": rows})
+        extract.write_json(folder(args.out) / "suite.json", facts(args, began) | {"rows": rows})
         chart(Path(args.out) / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
 
 
+def facts(args, began):
+    """What was asked for, on what machine it ran, and for how long."""
+    return vars(args) | {"run": args.run.__name__, "machine": machine(),
+                         "seconds": round(time.monotonic() - began)}
+
+
 def completion(tasks, players, n, seed, workers):
-    """n rollouts of each task by each player that is no model -> {task: {player: float (n, 2): won,
+    """n rollouts of each task by each player that is no model -> {player: {task: float (n, 2): won,
     score}}."""
     jobs = [(task, who, n, seed) for who in players for task in tasks]
-    table = {task: {} for task in tasks}
-    for (task, who, *_), ended in zip(jobs, in_processes(rollouts, jobs, workers)):
-        table[task][who] = ended
-    return table
+    ended = in_processes(rollouts, jobs, workers)
+    return {who: dict(zip(tasks, ended)) for who in players}
 
 
 def rollouts(task, who, n, seed):
@@ -285,7 +280,7 @@ def rollouts(task, who, n, seed):
 def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, delay=0, overlap=True):
     """n rollouts of each task, `envs` games at a time, one batch of chunks for all of them.
 
-    films: {task: file}, where the first rollout of a task is filmed. All tasks have one rate. delay: a chunk
+    films: a folder, where the first rollout of each task is filmed. All tasks have one rate. delay: a chunk
     comes so many steps after its frame. Meanwhile the one before it is played on and its own first steps
     pass; without `overlap` the last action is held, then it is played from its start.
     Returns {task: float (n, 2): won, score}.
@@ -296,39 +291,44 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, delay=0
     jobs = deque((task, i) for i in range(n) for task in tasks)
     ended = {task: [] for task in tasks}
     session = sample.Session(policy, seed=seed, envs=min(envs, len(jobs)))
-    slots = [None] * session.envs                      # of each: game, task, film, actions to come
-    with contextlib.ExitStack() as last:
-        progress = last.enter_context(tqdm(total=len(jobs), mininterval=10, leave=False, disable=None))
+
+    def rollout(s):
+        """Game after game in environment s: yields its frame, is sent a chunk for it."""
+        while jobs:
+            task, i = jobs.popleft()
+            game = PLAYABLE[task].game(task, PLAYED + seed + i)
+            session.reset(s, seed + i - s)             # environment s adds s: the same noise in any place
+            coming, chunk = deque([neutral()] * lead), [neutral()]
+            filmed = films and i == 0
+            with new_film(films / film_name(task), fps) if filmed else contextlib.nullcontext() as video:
+                while not game.over:
+                    held = [chunk[-1]] * wait
+                    chunk = (yield game.render())[past:past + per_chunk]
+                    coming.extend([*held, *chunk])     # after what was planned before
+                    for _ in range(wait + per_chunk):
+                        action = coming.popleft()
+                        if video:
+                            video.add(beside_pad(game.render(), action))
+                        game.advance(action)
+                        if game.over:
+                            break
+            ended[task].append((game.won, game.score))
+            progress.update()
+        while True:
+            yield game.render()                        # to fill the batch
+
+    with tqdm(total=len(jobs), mininterval=10, leave=False, disable=None) as progress:
+        slots = [rollout(s) for s in range(session.envs)]
+        frames = [next(slot) for slot in slots]
         while sum(map(len, ended.values())) < progress.total:
-            for s, slot in enumerate(slots):
-                if jobs and (slot is None or slot.game.over):
-                    task, i = jobs.popleft()
-                    game, video = PLAYABLE[task].game(task, PLAYED + seed + i), None
-                    if films and i == 0:
-                        video = last.enter_context(extract.VideoWriter(films[task], fps, FILM))
-                    slots[s] = types.SimpleNamespace(game=game, task=task, video=video, last=neutral(),
-                                                     coming=deque([neutral()] * lead))
-                    session.reset(s, seed + i - s)     # environment s adds s: the same noise in any place
-            chunks = at_rate(session.predict(np.stack([slot.game.render() for slot in slots])), config, fps)
-            for slot, chunk in zip(slots, chunks):
-                if not slot.game.over:
-                    chunk = chunk[past:past + per_chunk]
-                    slot.coming.extend([*[slot.last] * wait, *chunk])      # after what was planned before
-                    slot.last = chunk[-1]
-                    play_chunk(slot, wait + per_chunk)
-                    if slot.game.over:
-                        ended[slot.task].append((slot.game.won, slot.game.score))
-                        progress.update()
+            chunks = at_rate(session.predict(np.stack(frames)), config, fps)
+            frames = [slot.send(chunk) for slot, chunk in zip(slots, chunks)]
     return {task: np.array(rows, float) for task, rows in ended.items()}
 
 
-def play_chunk(slot, steps):
-    """At most so many of the actions to come, in a game of play_model."""
-    while steps and not slot.game.over:
-        action, steps = slot.coming.popleft(), steps - 1
-        if slot.video:
-            slot.video.add(beside_pad(slot.game.render(), action))
-        slot.game.advance(action)
+def film_name(task):
+    """The file of a task's film."""
+    return f"{task.replace('/', '-')}.mp4"
 
 
 def at_rate(chunks, config, fps):
@@ -338,17 +338,18 @@ def at_rate(chunks, config, fps):
 
 
 def rows_of(table):
-    """Rollouts {task: {player: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
-    groups = {task: [task] for task in table}
-    ours = [TASKS[task] for task in table if task in TASKS]
+    """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
+    tasks = next(iter(table.values()))
+    groups = {task: [task] for task in tasks}
+    ours = [TASKS[task] for task in tasks if task in TASKS]
     for task in ours:
         groups.setdefault(f"type: {task.kind}", []).append(task.name)
     for task in ours:
         groups.setdefault(f"family: {task.game.family}", []).append(task.name)
-    groups["all"] = list(table)
-    players = table[groups["all"][0]]
-    pooled = lambda who, tasks: np.concatenate([table[task][who] for task in tasks])
-    return {name: {who: share(pooled(who, tasks)) for who in players} for name, tasks in groups.items()}
+    groups["all"] = tasks
+    pooled = lambda ended, group: np.concatenate([ended[task] for task in group])
+    return {name: {who: share(pooled(ended, group)) for who, ended in table.items()}
+            for name, group in groups.items()}
 
 
 def share(ended):
@@ -369,11 +370,10 @@ def wilson(wins, n, z=1.96):
 
 def show_rows(rows):
     """Print the share of rollouts completed, the 95 % interval in brackets."""
-    players = list(rows["all"])
-    print(f"{'':24}" + "".join(f"{who:>20}" for who in players))
+    print(f"{'':24}" + "".join(f"{who:>20}" for who in rows["all"]))
     for name, row in rows.items():
         cells = [f"{r['rate']:>8.0%} [{r['low']:4.0%},{r['high']:5.0%}]" for r in row.values()]
-        print(f"{name:24}" + "".join(cells) + f"  n {row[players[0]]['n']}")
+        print(f"{name:24}" + "".join(cells) + f"  n {row['random']['n']}")
 
 
 # ---- the demo: the whole chain
@@ -382,8 +382,7 @@ def demo(args):
     """Play -> videos -> overlays found -> actions read -> two models trained -> they play, beside random,
     scripted."""
     out, began, tasks = folder(args.out), time.monotonic(), pick_tasks(args.tasks or DEMO)
-    shaping = ("tasks", "minutes", "videos", "steps", "batch", "lr", "seed")
-    asked = {name: getattr(args, name) for name in shaping}
+    asked = vars(args) | {"run": "demo", "out": "", "n": 0}            # --out may be moved, -n differ
     before = out / "arguments.json"
     if before.is_file() and extract.read_json(before, dict) != asked:
         raise UserError(f"{before}: expected the flags of this run, found others: give a new --out")
@@ -403,22 +402,22 @@ def demo(args):
 
     with stage(out, "find the overlays (extract.py)") as say:
         run_scripts(*[["extract.py", videos, "--out", clips]] * min(extract.cores(), len(jobs)))
-        known = {p.stem: extract.read_json(p, dict) for p in sorted(videos.glob("*.json"))}
-        found = {name: extract.read_clip(clips / name) for name in known
-                 if (clips / name / "clip.json").is_file()}
-        if not found:
+        ious = {}
+        for path in sorted(videos.glob("*.json")):
+            clip, known = clips / path.stem, extract.read_json(path, dict)
+            if (clip / "clip.json").is_file():
+                shutil.copy(path.with_suffix(".truth.npy"), clip / "truth.npy")
+                ious[path.stem] = extract.overlap(*(box_corners(said["box"])
+                                                    for said in (known, extract.read_clip(clip))))
+        if not ious:
             raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
-        ious = {name: extract.overlap(box_corners(clip["box"]), box_corners(known[name]["box"]))
-                for name, clip in found.items()}
-        finding = f"{len(found)} of {len(known)}, IoU {np.mean([*ious.values()]):.3f}"
+        finding = f"{len(ious)} of {len(jobs)}, IoU {np.mean([*ious.values()]):.3f}"
         say(finding)
-        for name in found:
-            shutil.copy(videos / f"{name}.truth.npy", clips / name / "truth.npy")
 
     with stage(out, "read the actions (parse.py)") as say:
-        run_scripts(*[["parse.py", "run", clips]] * min(extract.cores(), len(found)))
-        scores = parse.mean_of([parse.score(*actions_and_truth(clips / name), clip["geometry"])
-                                for name, clip in found.items()])
+        run_scripts(*[["parse.py", "run", clips]] * min(extract.cores(), len(ious)))
+        scores = parse.mean_of([parse.score(*actions_and_truth(clips / name),
+                                            extract.read_clip(clips / name)["geometry"]) for name in ious])
         left, right = (scores.get(f"{side} R2", math.nan) for side in ("left", "right"))
         reading = f"stick R2 {left:.2f} left, {right:.2f} right, button F1 {scores['F1']:.2f}"
         say(reading)
@@ -430,23 +429,19 @@ def demo(args):
 
     with stage(out, "play the tasks") as say:
         table = completion(tasks, ["random", "scripted"], args.n, args.seed, extract.cores())
-        films = {task: out / f"{task.replace('/', '-')}.mp4" for task in tasks}
         for who, run in runs.items():
-            filmed = films if who == "model" else None
-            ended = play_model(sample.Policy(run, "cpu"), tasks, args.n, 8, args.seed, films=filmed)
-            for task in tasks:
-                table[task][who] = ended[task]
+            table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, 8, args.seed,
+                                    films=out if who == "model" else None)
         rows = rows_of(table)
         say(", ".join(f"{who} {row['rate']:.0%}" for who, row in rows["all"].items()))
 
-    best = max(ious, key=ious.get)
-    story(videos / f"{best}.mp4", clips / best, films, rows, finding, reading).save(out / "demo.png")
+    story(out, videos / f"{max(ious, key=ious.get)}.mp4", tasks, rows, finding, reading)
     show_rows(rows)
     better = sum(rows[task]["model"]["low"] > rows[task]["random"]["high"] for task in tasks)
-    seconds = round(time.monotonic() - began)
-    print(f"above random by an interval: {better} of {len(tasks)} tasks | {seconds} s | {out / 'demo.png'}")
-    figures = {"iou": ious, "parser": scores, "rows": rows, "seconds": seconds, "machine": machine()}
-    extract.write_json(out / "demo.json", asked | {"n": args.n} | figures)
+    said = facts(args, began)
+    print(f"above random by an interval: {better} of {len(tasks)} tasks | {said['seconds']} s | "
+          f"{out / 'demo.png'}")
+    extract.write_json(out / "demo.json", said | {"iou": ious, "parser": scores, "rows": rows})
 
 
 def train_runs(args, steps, runs):
@@ -456,9 +451,8 @@ def train_runs(args, steps, runs):
              "--val", 0, "--every", steps, "--no-augment", "--dropout", 0, "--ema", 0.999]
     commands = []
     for run, words in runs.items():
-        done = (run / "model.safetensors").is_file() and M.read_meta(run)[0]["step"] >= steps
-        begun = (run / "state.safetensors").is_file()
-        if not done:
+        if not (run / "model.safetensors").is_file() or M.read_meta(run)[0]["step"] < steps:
+            begun = (run / "state.safetensors").is_file()
             commands.append(["train.py", *(["--resume", run] if begun else [*words, *quick, "--out", run])])
     run_scripts(*commands)
 
@@ -474,56 +468,50 @@ def box_corners(box):
     return x, y, x + w, y + h
 
 
-def story(video, clip, films, rows, finding, reading):
-    """The demo's page, 1600 x 820: a video with the box found, its crop, what was read from it, the model
-    at play, what it completes; finding, reading: the figures of extract.py and parse.py, in words."""
-    page = Image.new("RGB", (1600, 820), "#fafafa")
+def story(out, video, tasks, rows, finding, reading):
+    """The demo's page, OUT/demo.png, 1600 x 820: a video with the box found, its crop, what was read from it,
+    the model at play, what it completes; finding, reading: the figures of extract.py and parse.py, in
+    words."""
+    page, clip = Image.new("RGB", (1600, 820), "#fafafa"), out / "clips" / video.stem
     pen, meta, (actions, truth) = ImageDraw.Draw(page), extract.read_clip(clip), actions_and_truth(clip)
 
-    def write(x, y, text, size=18):
-        pen.text((x, y), text, "#14141e", ImageFont.load_default(size), "ls")
-
-    def show(rgb, x, y, w):
-        h = round(w * rgb.shape[0] / rgb.shape[1])
-        page.paste(Image.fromarray(rgb).resize((w, h)), (x, y))
+    def show(x, y, text, rgb, w):
+        pen.text((x, y - 10), text, "#14141e", ImageFont.load_default(16), "ls")
+        page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
     change = np.convolve(np.abs(np.diff(truth, axis=0)).sum(1), np.ones(150), "valid")
     start = int(change.argmax()) if len(change) else 0         # of five seconds with much to read
     now = min(start + 75, meta["n"] - 1)
     skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
 
-    write(20, 36, f"1  a video with one of our pads; extract.py finds it among them: {finding}", 16)
     frame = next(rgb for i, rgb in extract.read_video(video) if i == now)
-    show(frame, 20, 50, 640)
+    show(20, 50, f"1  a video with one of our pads; extract.py finds it among them: {finding}", frame, 640)
     box = np.multiply(box_corners(meta["box"]), 640 / frame.shape[1]) + (20, 50, 20, 50)
     pen.rectangle([*box], outline="#00ff00", width=3)
-    write(700, 36, "2  the crop")
-    show(extract.Frames(clip, "pads")[now], 700, 60, 300)
-    write(1020, 36, f"3  parse.py reads it: {reading}", 16)
-    high = round(300 * skin.size[1] / skin.size[0])
-    pad = np.full((high, 300, 3), 235, np.uint8)
-    put_pad(pad, skin, actions[now], mark=True)
-    show(pad, 1020, 60, 300)
-    write(1350, 200, "grey: true, red: read", 14)
-    read = slice(start, start + 150)
-    presses = truth[read, :21].sum(0)
-    often = [b for b in np.argsort(-presses)[:3] if presses[b]]
-    columns = dict(zip(("left x", "left y", "right x", "right y"), range(21, 25)))
-    columns |= {extract.BUTTONS[b].lower(): b for b in often}
-    for k, (label, column) in enumerate(columns.items()):
-        write(700, 330 + 28 * k, label, 13)
+    crop = Image.fromarray(extract.Frames(clip, "pads")[now])
+    crop = np.asarray(crop.resize((360, 360 * skin.size[1] // skin.size[0])))
+    show(700, 50, "2  the crop    3  the true action, below it what parse.py reads",
+         sample.beside(crop, skin, truth[now], actions[now]), 580)
+    names = *extract.BUTTONS, "left x", "left y", "right x", "right y"
+    shown = slice(start, start + 150)
+    for k, column in enumerate([21, 22, 23, 24, *np.argsort(-truth[shown, :21].sum(0))[:3]]):
+        y = 334 + 28 * k
+        pen.text((700, y), names[column].lower(), "#14141e", ImageFont.load_default(13), "ls")
         for values, ink, thick in (truth, "#bebec8", 5), (actions, INKS["model"], 2):
-            high = values[read, column] * (-11 if column > 20 else -16)
-            pen.line([(840 + 5 * t, 326 + 28 * k + float(dy)) for t, dy in enumerate(high)], ink, thick)
+            line = [(840 + 5 * t, y - 4 - 12 * float(v)) for t, v in enumerate(values[shown, column])]
+            pen.line(line, ink, thick)
+    pen.text((700, y + 20), f"grey: true, red: read; {reading}", "#14141e", ImageFont.load_default(13), "ls")
 
-    write(20, 530, "4  train.py learns from what was read; the model plays")
-    for k, task in enumerate(list(films)[:3]):
-        frames = [rgb for _, rgb in extract.read_video(films[task])]
-        show(frames[len(frames) // 2], 20 + 290 * k, 550, 280)
-        write(20 + 290 * k, 735, task, 15)
-    write(900, 530, f"5  tasks completed, n {rows[task]['model']['n']} each; thin lines: 95 % intervals")
-    shown = {name: row for name, row in rows.items() if ":" not in name}
-    bars(pen, shown, (1010, 560), 560, 12)
-    return page
+    for k, task in enumerate(tasks[:3]):
+        frames = [rgb for _, rgb in extract.read_video(out / film_name(task))]
+        words = f"4  the model that learned from this plays {task}" if k == 0 else task
+        show(20 + 290 * k, 570, words, frames[len(frames) // 2], 280)
+    n = rows[tasks[0]]["model"]["n"]
+    chart(out / "tasks.png", f"5  tasks completed, n {n} each; thin lines: 95 % intervals",
+          {name: row for name, row in rows.items() if ":" not in name})
+    table = Image.open(out / "tasks.png")
+    table.thumbnail((700, 290))
+    page.paste(table, (890, 540))
+    page.save(out / "demo.png")
 
 
 # ---- transfer: what pre-training on other games is worth
@@ -531,19 +519,20 @@ def story(video, clip, films, rows, finding, reading):
 def transfer(args):
     """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on
     so many minutes of it, against a fresh model with the same minutes and steps."""
-    games = list(by_game(pick_tasks(args.games)))
+    games, began = list(by_game(pick_tasks(args.games))), time.monotonic()
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
-    trials = list(itertools.product(games, args.minutes, args.seeds))
-    own = lambda game, minutes, seed: out / "few" / f"{game}-{minutes:g}-{seed}"
+    whole = {game: out / "data" / game for game in GAMES}
+    few = {trial: out / "few" / "{}-{:g}-{}".format(*trial)
+           for trial in itertools.product(games, args.minutes, args.seeds)}
     with stage(out, "record") as say:
-        jobs = [job for game in GAMES for job in clips_of(out / "data" / game, game, args.others, 0)]
-        for game, minutes, seed in trials:
-            jobs += clips_of(own(game, minutes, seed), game, minutes, 1000 + seed)
+        jobs = [job for game, path in whole.items() for job in clips_of(path, game, args.others, 0)]
+        for (game, minutes, seed), path in few.items():
+            jobs += clips_of(path, game, minutes, 1000 + seed)
         for line in in_processes(record_folder, jobs, args.workers):
             print(line)
-        say(f"{args.others:g} minutes of each game, {len(trials)} small recordings of held-out ones")
+        say(f"{args.others:g} minutes of each game, {len(few)} small recordings of held-out ones")
 
     def completed(run, game, seed):
         """{task: share completed} of a game by a run's model."""
@@ -551,14 +540,15 @@ def transfer(args):
         return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
 
     for game in games:
+        first = out / f"pre-{game}"
         with stage(out, f"{game}: pre-train on the others") as say:
-            others, first = [out / "data" / name for name in GAMES if name != game], out / f"pre-{game}"
+            others = [path for name, path in whole.items() if name != game]
             train_runs(args, args.pretrain, {first: [*others, "--preset", args.preset, "--balance"]})
             say(f"without any of its own data {np.mean([*completed(first, game, 0).values()]):.0%}")
         starts = {"post-trained": ["--ckpt", first], "scratch": ["--preset", args.preset]}
         for minutes, seed in itertools.product(args.minutes, args.seeds):
             with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
-                data = own(game, minutes, seed)
+                data = few[game, minutes, seed]
                 runs = {who: out / f"{who}-{data.name}" for who in starts}
                 words = {run: [data, "--seed", seed, *starts[who]] for who, run in runs.items()}
                 train_runs(args, args.steps, words)
@@ -572,9 +562,7 @@ def transfer(args):
         gained = percent(row, "gain") if row["gain"] else "none: scratch completes nothing"
         print(f"{name:26} post-trained {post:.1%} | scratch {scratch:.1%} | "
               f"{percent(row, 'points')} points | gain {gained} | n {row['n']}")
-    said = {name: str(value) for name, value in vars(args).items() if name != "run"}
-    figures = {"args": said, "machine": machine(), "results": results, "gains": gains}
-    extract.write_json(out / "transfer.json", figures)
+    extract.write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
     chart(out / "transfer.png", f"completion of held-out games, {len(games) * len(args.seeds)} pairs",
           {name: row["bars"] for name, row in gains.items()})
 
@@ -694,29 +682,25 @@ def throughput(args):
     """Microseconds of a step of each game; frames a second of each stage of the chain, on recordings of its
     own."""
     for name, kind in GAMES.items():
-        steps, took = 0, 0.0
+        steps, began = 0, time.perf_counter()
         for task in pick_tasks([name]):
-            game = kind(task, 0)
-            player, began = Blind(game), time.perf_counter()
+            game = kind(task)
+            player = Blind(game)
             while not game.over:
                 game.step(player.act())
-            steps, took = steps + game.t, took + time.perf_counter() - began
-        print(f"{name:12} {1e6 * took / steps:8.0f} us a step with its picture")
+            steps += game.t
+        print(f"{name:12} {1e6 * (time.perf_counter() - began) / steps:8.0f} us a step with its picture")
     with tempfile.TemporaryDirectory() as tmp:
-        out, n = Path(tmp), args.seconds * FPS
-        for i in range(2):                             # the second time the templates are drawn and described
-            video = out / f"swarm-{i:03}.mp4"
-            stages = {"record": lambda: record_video(out, ["swarm/bugs"], i, 0, n),
-                      "decode": lambda: sum(1 for _ in extract.read_video(video)),
-                      "extract.py": lambda: extract.main([str(video), "--out", f"{tmp}/clips"]),
-                      "parse.py": lambda: parse.main(["run", f"{tmp}/clips"])}
-            for name, work in stages.items():
-                began = time.perf_counter()
-                with contextlib.redirect_stdout(io.StringIO()):
-                    work()
-                speed = n / (time.perf_counter() - began)
-                if i:
-                    print(f"{name:12} {speed:8.0f} frames/s of a video of {args.seconds} s")
+        n, number = args.seconds * FPS, itertools.count()
+        latest = lambda: max(Path(tmp).glob("*.mp4"))
+        stages = {"record": lambda: record_video(Path(tmp), ["swarm/bugs"], next(number), 0, n),
+                  "decode": lambda: sum(1 for _ in extract.read_video(latest())),
+                  "extract.py": lambda: extract.main([str(latest()), "--out", f"{tmp}/clips"]),
+                  "parse.py": lambda: parse.main(["run", f"{tmp}/clips"])}
+        with contextlib.redirect_stdout(io.StringIO()):   # the second time the templates are drawn, described
+            took = best_of(2, torch.device("cpu"), *stages.values())
+        for name, seconds in zip(stages, took):
+            print(f"{name:12} {n / seconds:8.0f} frames/s of a video of {args.seconds} s")
 
 
 # ---- players
@@ -852,9 +836,10 @@ def foreign_task(args):
             raise ValueError(", ".join(unknown) or "fps or seconds of 0")
         if not {"return", "info"} & table["success"].keys():
             raise ValueError("no success by return or info")
-        fields = {"fps": table["fps"], "late": tuple(table.get("late", Game.late)), "table": table,
-                  "idle": [], "keys": sorted(words & extract.BUTTON.keys()) or ["SOUTH"]}
-        game = type(re.sub(r"\W+", "_", args.env), (Foreign,), fields)
+        name = re.sub(r"\W+", "_", args.env)
+        fields = {"name": name.lower(), "fps": table["fps"], "late": tuple(table.get("late", Game.late)),
+                  "table": table, "idle": [], "keys": sorted(words & extract.BUTTON.keys()) or ["SOUTH"]}
+        game = type(name, (Foreign,), fields)
         PLAYABLE[args.env] = Task(args.env, game, "theirs", 0, table["seconds"], {}, False, table["frame"])
     return args.env
 
@@ -1143,7 +1128,6 @@ class Game:
 
 INKS = {"random": "#a0a0aa", "scripted": "#5aa05a", "model": "#dc3c28", "true labels": "#3c6edc",
         "best of mashing": "#c89628", "post-trained": "#dc3c28", "scratch": "#3c6edc"}
-FILM = 896, 512                                    # a game at twice its size, the pad beside it
 
 
 def folder(path):
@@ -1213,59 +1197,44 @@ def skins():
     return extract.our_skins()
 
 
-def put_pad(ground, skin, action, opacity=1.0, mark=False):
-    """Draw the pad over a region (h, w, 3) of a picture, in place; mark: with arrows where its sticks are
-    pushed."""
+def put_pad(ground, skin, action, opacity=1.0):
+    """Draw the pad over a region (h, w, 3) of a picture, in place."""
     rgba = cv2.resize(extract.draw(skin, action), ground.shape[1::-1], interpolation=cv2.INTER_AREA)
-    alpha = rgba[..., 3:] * (opacity / 255)
-    ground[:] = (rgba[..., :3] * alpha + ground * (1 - alpha) + 0.5).astype(np.uint8)
-    scale = ground.shape[1] / skin.size[0]
-    for side, stick in skin.sticks.items() if mark else ():
-        centre, push = complex(*stick["center"]) * scale, complex(*action[extract.STICKS[side]])
-        reach = stick["radius"] * scale
-        line(ground, centre, centre + reach * push, "ff28c8", 4)
-        disc(ground, centre + reach * push, max(round(reach / 3), 3), "ff28c8")
+    ground[:] = extract.over(ground, rgba, opacity)
+
+
+def new_film(path, fps):
+    """A video for what beside_pad() gives."""
+    return extract.VideoWriter(path, fps, sample.page_size(512, 512, skins()[0], 1))
 
 
 def beside_pad(frame, action):
-    """A frame of a film, uint8 (512, 896, 3): the game, and the pad pressed as the action says."""
-    skin, (w, h) = skins()[0], FILM
-    picture = np.full((h, w, 3), 24, np.uint8)
-    picture[:, :h] = cv2.resize(frame, (h, h), interpolation=cv2.INTER_NEAREST)
-    high = round(360 * skin.size[1] / skin.size[0])
-    put_pad(picture[(h - high) // 2:(h + high) // 2, 524:884], skin, action, mark=True)
-    return picture
+    """A frame of a film, uint8 (512, 768, 3): the game, and the pad pressed as the action says."""
+    return sample.beside(cv2.resize(frame, (512, 512), interpolation=cv2.INTER_NEAREST), skins()[0], action)
 
 
 def chart(path, title, rows):
-    """A table {row: {player: {"rate", "low", "high"}}} as bars, a picture of its own."""
-    high = sum(9 * len(row) + 10 for row in rows.values())
-    page = Image.new("RGB", (900, 90 + high), "#fafafa")
-    pen = ImageDraw.Draw(page)
+    """A table {row: {player: {"rate", "low", "high"}}} as a picture of bars, a group for each row; a thin
+    line is the interval. Above them stands which colour is whose."""
+    end = 70 + sum(9 * len(row) + 10 for row in rows.values())
+    page = Image.new("RGB", (900, end + 20), "#fafafa")
+    pen, font, left, wide, y = ImageDraw.Draw(page), ImageFont.load_default(13), 190, 680, 70
     pen.text((20, 30), title, "#14141e", ImageFont.load_default(18), "ls")
-    bars(pen, rows, (190, 70), 680, 9)
-    page.save(path)
-
-
-def bars(pen, rows, corner, wide, thick):
-    """A table of shares as bars of `thick` pixels, a group for each row, 100 % at `wide`; a thin line is the
-    interval. Above it stands which colour is whose."""
-    (left, top), font = corner, ImageFont.load_default(13)
-    end = top + sum(thick * len(row) + 10 for row in rows.values())
     for mark in (0, 0.25, 0.5, 0.75, 1):
         x = left + wide * mark
-        pen.line((x, top, x, end), "#d7d7dc")
+        pen.line((x, y, x, end), "#d7d7dc")
         pen.text((x, end + 12), f"{mark:.0%}", "#14141e", font, "ms")
     for i, who in enumerate(next(iter(rows.values()))):
-        pen.text((left + 130 * i, top - 4), who, INKS[who], font, "ls")
+        pen.text((left + 130 * i, y - 4), who, INKS[who], font, "ls")
     for name, row in rows.items():
-        pen.text((left - 8, top + thick * len(row) / 2), name, "#14141e", font, "rm")
+        pen.text((left - 8, y + 4.5 * len(row)), name, "#14141e", font, "rm")
         for who, r in row.items():
-            pen.rectangle((left, top, left + wide * r["rate"], top + thick - 2), INKS[who])
-            low, high, y = left + wide * r["low"], left + wide * r["high"], top + thick / 2 - 1
-            pen.line((low, y, high, y), "#14141e")
-            top += thick
-        top += 10
+            rate, low, high = (left + wide * r[key] for key in ("rate", "low", "high"))
+            pen.rectangle((left, y, rate, y + 7), INKS[who])
+            pen.line((low, y + 3.5, high, y + 3.5), "#14141e")
+            y += 9
+        y += 10
+    page.save(path)
 
 
 def games(args):
@@ -2762,7 +2731,7 @@ class Dojo(Game):
 for kind in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo):
     row, game = ROWS_OF_GAMES[kind.__name__.lower()], kind.__name__.lower()
     GAMES[game] = kind
-    for name, value in {**row, **row["look"]}.items():
+    for name, value in {"name": game, **row, **row["look"]}.items():
         setattr(kind, name, value)                     # family, keys, attack and all of "look"
     for task, fields in row["tasks"].items():
         TASKS[f"{game}/{task}"] = Task(f"{game}/{task}", kind, **fields)

@@ -929,7 +929,7 @@ def located_scene(rng, skin, backdrops):
         for _ in range(rng.integers(1, 6)):
             distract(rng, frames, views)
     if rng.random() < 0.86:
-        put_pad(rng, skin, frames, places)
+        place_pad(rng, skin, frames, places)
     if rng.random() < 0.3:
         distract(rng, frames, views)
     if rng.random() < 0.6:
@@ -941,7 +941,7 @@ def located_scene(rng, skin, backdrops):
     return (extract.motion_picture(np.stack(frames))[None], places[None]),
 
 
-def put_pad(rng, skin, frames, places):
+def place_pad(rng, skin, frames, places):
     """Draw a skin into the frames, in place, at one place and size in some states, and fill in its places."""
     bounds = np.reshape(extract.visible_box(skin), (2, 2))
     w, h = bounds[1] - bounds[0]

@@ -1409,7 +1409,7 @@ class View:
         self.skin = extract.pad_skin("xbox_360", "xbox_360", look)
         if window:
             self.window = f"play.py: what the model sees of {env.name}"
-            left, top, zoom = beside(env.box(), env.capture.screen(), self.SIZE)
+            left, top, zoom = free_room(env.box(), env.capture.screen(), self.SIZE)
             with reading("--show", "a screen for a window"):
                 cv2.namedWindow(self.window, cv2.WINDOW_NORMAL | cv2.WINDOW_GUI_NORMAL)
                 cv2.resizeWindow(self.window, [int(side * zoom) for side in self.SIZE])
@@ -1452,7 +1452,7 @@ class View:
             self.video.close()
 
 
-def beside(box, screen, size):
+def free_room(box, screen, size):
     """Where a window of `size` has the most room beside a game's box, over which it would be captured ->
     (left, top, how much of its size fits); 40 pixels are for its frame."""
     (left, top, width, height), (x, y, wide, high) = box, screen

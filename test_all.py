@@ -1231,7 +1231,7 @@ def test_truth_beside_a_video_goes_into_its_clip(tmp_path, monkeypatch):
     video, truth = film(tmp_path / "v.mp4", 6), np.full((7, 25), 0.5, np.float32)
     for n in (6, 7):
         np.save(tmp_path / "v.truth.npy", truth[:n])
-        args = argparse.Namespace(out=tmp_path / str(n), every=1)
+        args = argparse.Namespace(out=tmp_path / str(n), every=1, game=None)
         wrong = pytest.raises(UserError, match=r"v.truth.npy: .* float32 \(6, 25\)")
         with wrong if n == 7 else contextlib.nullcontext():
             assert extract.extract_one(video, "v", matcher, args, ())["status"] == "found"
@@ -1490,17 +1490,18 @@ def test_folded_head_equals_published_order():
 
 
 def test_parser_shapes_and_missing_panels():
-    """An 11 x 11 grid that is a distribution; a masked panel can hold anything."""
+    """An 11 x 11 grid that is a distribution; a panel of zeros is not known, so it changes no contrast."""
     model = parse.Parser().eval()
-    sticks = torch.randint(0, 256, (2, 3, parse.STICK_SIDE, parse.STICK_SIDE, 3), dtype=torch.uint8)
-    mask = torch.tensor([[1.0, 1, 0]] * 2)
+    shape = 2, parse.PANELS, parse.STICK_SIDE, parse.STICK_SIDE, 3
+    sticks = torch.randint(1, 256, shape, dtype=torch.uint8)
     other = sticks.clone()
-    other[:, 2] = 255 - other[:, 2]
+    other[:, 3] = 0
     with torch.no_grad():
+        three = parse.montage(other)
+        assert (three[:, 9:] == 0).all() and abs(three[:, :9].mean()) < 0.01
         log_p, click = model.sticks(sticks)
         assert log_p.shape == (2, 11, 11) and click.shape == (2,)
         assert torch.allclose(log_p.exp().sum((1, 2)), torch.ones(2), atol=1e-5)
-        assert torch.equal(model.sticks(sticks, mask)[0], model.sticks(other, mask)[0])
         assert not torch.equal(model.sticks(sticks)[0], model.sticks(other)[0])
 
 
@@ -4386,10 +4387,10 @@ def test_the_video_shows_frame_and_pad_and_keeps_time(env, tmp_path):
 
 def test_the_preview_lies_beside_the_game():
     screen = 0, 0, 1920, 1080
-    assert play.beside((0, 0, 900, 720), screen, (912, 512)) == (940, 40, 1)
-    assert play.beside((0, 0, 1920, 500), screen, (912, 512)) == (0, 580, 500 / 512)
+    assert play.free_room((0, 0, 900, 720), screen, (912, 512)) == (940, 40, 1)
+    assert play.free_room((0, 0, 1920, 500), screen, (912, 512)) == (0, 580, 500 / 512)
     with pytest.raises(UserError, match="--show: expected room"):
-        play.beside(screen, screen, (912, 512))
+        play.free_room(screen, screen, (912, 512))
 
 
 def test_a_window_without_a_screen_is_one_line(env, monkeypatch):

@@ -99,9 +99,11 @@ def settle(pad, places, spread, reads):
                             for low, begin, end, high in pieces(len(logits))])
         actions[:, [BUTTON[b] for b in closeups.buttons]] = p > 0.5
         sure.append(1.1 * np.abs(np.tanh(reads.buttons / 2)).mean(1))
-    there = np.clip((reads.likeness / max(pad.usual, 0.05) - 0.25) / 0.4, 0, 1)
-    most = 1.0 if pad.known else 0.89                          # a foreign pad's buttons may be named otherwise
-    return actions, (there * np.clip(np.min(sure, 0), 0, most)).astype(np.float32)
+    seen = reads.likeness / max(pad.usual, 0.05)
+    there = np.clip((seen - 0.25) / 0.4, 0, 1)
+    most = 1.0 if pad.known else 0.89                          # a foreign pad's buttons may have other names
+    certain = np.clip(np.min(sure, 0), 0, most)
+    return actions, (there * certain).astype(np.float32)
 
 
 class Reads(NamedTuple):
@@ -177,7 +179,9 @@ class Pad:
     def read_all(self, pads):
         """All n frames -> places of the sticks float32 (n, k, 2), smoothed; their spread (n, k); Reads
         without grids, which are 100 times as large: only a piece of them is held."""
-        k, reads, done, pads = len(self.closeups.sticks), [], 0, copy.copy(pads)
+        k = len(self.closeups.sticks)
+        reads, done = [], 0
+        pads = copy.copy(pads)
         places = np.zeros((len(pads), k, 2), np.float32)
         spread = np.zeros((len(pads), k))
         grids = np.zeros((0, k, GRID, GRID), np.float32)
@@ -213,7 +217,7 @@ def rest_pictures(model, before, now, median, drawn):
     if drawn is None:
         rest, _ = at_rest(model, before, now, median)
         return at_rest(model, before, now, rest)[0]
-    alike = [np.array([likeness(a, b) for a, b in zip(d, m)]) for d, m in zip(drawn, median)]
+    alike = likenesses(drawn, median)
     rest, doubted = beside_template(model, median, drawn, alike)
     rest, few = at_rest(model, before, now, rest)
     for picture, old, wrong in zip(rest, median, map(np.logical_and, doubted, few)):
@@ -226,12 +230,18 @@ def rest_pictures(model, before, now, median, drawn):
 
 def one_skin(drawn, median):
     """Do template and video show one skin? By the close-ups of both."""
-    return np.median([likeness(a, b) for d, m in zip(drawn, median) for a, b in zip(d, m)]) > ONE_SKIN
+    return np.median(np.concatenate(likenesses(drawn, median))) > ONE_SKIN
+
+
+def likenesses(drawn, median):
+    """likeness() of each close-up of two pictures -> [of sticks (k,), of buttons (m,)]."""
+    return [np.array([likeness(a, b) for a, b in zip(*kinds)]) for kinds in zip(drawn, median)]
 
 
 def changed(rest, drawn, pressed):
     """The pad at rest as the video shows it, changed as the template changes when it is pressed, uint8."""
-    return np.clip(rest.astype(int) + pressed - drawn.astype(int), 0, 255).astype(np.uint8)
+    change = pressed.astype(int) - drawn
+    return np.clip(rest + change, 0, 255).astype(np.uint8)
 
 
 def beside_template(model, median, drawn, alike):
@@ -240,7 +250,8 @@ def beside_template(model, median, drawn, alike):
     template may be wrong, as it hardly differs there from the median picture, or is unlike the pad also where
     controls do rest."""
     grids, clicks, logits = net_reads(model, [montages(m[None], m[None], d) for m, d in zip(median, drawn)])
-    away = (np.hypot(*decode(np.exp(grids)).T) > 0.5) & (grids.max((1, 2)) > math.log(0.15))
+    plain = grids.max((1, 2)) > math.log(0.15)
+    away = plain & (np.hypot(*decode(np.exp(grids)).T) > 0.5)
     seldom = [away | (clicks > 3), logits > 3]
     if len(logits):                                    # far less alike than the others: the net need say less
         seldom[1] |= (alike[1] < np.median(alike[1]) - 0.25) & (logits > 2)
@@ -395,7 +406,9 @@ def normalise(values, known=False):
         return values
     values = values - rest
     reach = np.percentile(np.hypot(*values.T), 99)
-    return np.clip(values / (reach if reach > 0.3 else 1), -1, 1).astype(np.float32)
+    if reach > 0.3:
+        values = values / reach
+    return np.clip(values, -1, 1).astype(np.float32)
 
 
 def resting_place(values, known):
@@ -405,7 +418,8 @@ def resting_place(values, known):
     bins = np.linspace(-1, 1, 21)                              # their middles
     counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]
     x, y = (0, 0) if known else np.percentile(values, (2, 98), 0).mean(0)
-    counts *= np.exp(-0.5 * (np.hypot(bins[:, None] - x, bins - y) / 0.3) ** 2)
+    away = np.hypot(bins[:, None] - x, bins - y)
+    counts *= np.exp(-0.5 * (away / 0.3) ** 2)
     mode = bins[list(np.unravel_index(counts.argmax(), counts.shape))]
     near = np.abs(values - mode).max(1) < 0.1
     return values[near].mean(0) if len(values) >= 30 and near.mean() >= 0.05 else None
@@ -485,7 +499,8 @@ def net_reads(model, panels, batch=256):
     places = [model.sticks(t) for t in sticks]
 
     def joined(parts, *shape):
-        out = torch.cat([torch.zeros(0, *shape), *(part.float().cpu() for part in parts)]).numpy()
+        parts = [part.float().cpu() for part in parts]
+        out = torch.cat([torch.zeros(0, *shape), *parts]).numpy()
         if not np.isfinite(out).all():
             raise UserError("expected numbers from the reader, found NaN or infinity: "
                             "its weights are damaged, give another --ckpt")
@@ -534,9 +549,11 @@ def montage(panels):
     mask = panels.flatten(2).any(2)[:, :, None, None, None].float()
     x = panels.float()
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
-    var, mean = torch.var_mean(x[:, :, ::2, ::2], (2, 3), correction=0, keepdim=True)    # (B, panel, 1, 1, C)
+    fewer = x[:, :, ::2, ::2]
+    var, mean = torch.var_mean(fewer, (2, 3), correction=0, keepdim=True)                # (B, panel, 1, 1, C)
     center = (mean * weight).sum(1, keepdim=True)          # each colour's mean over the panels that are there
-    var = ((var + (mean - center).square()) * weight).sum(1, keepdim=True).mean(-1, keepdim=True)
+    var = var + (mean - center).square()
+    var = (var * weight).sum(1, keepdim=True).mean(-1, keepdim=True)
     x = (x - center) * (mask / (var.sqrt() + 6))               # 6 grey levels: noise is not blown up
     return x.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
 
@@ -619,7 +636,8 @@ class ReducedAttention(nn.Module):
             kv = self.self["sr"](as_map(x, hw)).flatten(2).transpose(1, 2)
             kv = self.self["layer_norm"](kv)                                   # (B, N / reduction^2, D)
         each = zip(self.self.values(), (x, kv, kv))
-        q, k, v = (layer(t).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer, t in each)
+        each = (layer(t).unflatten(2, (self.heads, -1)) for layer, t in each)
+        q, k, v = (t.transpose(1, 2) for t in each)
         x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, N, D / heads)
         return self.output["dense"](x.transpose(1, 2).flatten(2))
 
@@ -655,7 +673,8 @@ class Head(nn.Module):
         fuse = self.linear_fuse.weight[:, :, 0, 0].chunk(len(maps), 1)[::-1]   # joined coarse to fine
         total = 0
         for x, c, f in zip(maps, self.linear_c, fuse):
-            x = F.conv2d(x, (f @ c["proj"].weight)[..., None, None], f @ c["proj"].bias)
+            weight = f @ c["proj"].weight
+            x = F.conv2d(x, weight[..., None, None], f @ c["proj"].bias)
             if x.shape[2:] != maps[0].shape[2:]:
                 x = F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
             total = total + x                                                  # (B, 64, H / 4, W / 4)
@@ -709,7 +728,8 @@ def train_net(args):
         lr = peak * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / (steps + 1)))
         # --- one step: everything below the next line is book-keeping
         model.train()
-        batches = [pool.draw(generator, int(args.batch * share)) for pool, share in zip(pools, kind.batches)]
+        counts = [int(args.batch * share) for share in kind.batches]
+        batches = [pool.draw(generator, count) for pool, count in zip(pools, counts)]
         loss = kind.loss(model, generator, *batches)
         total = sum(loss.values())
         if not math.isfinite(total.item()):                    # or it would spoil the mean and the file
@@ -756,8 +776,10 @@ def parser_loss(model, generator, sticks, buttons):
 def locator_loss(model, generator, batch):
     """Cross-entropy of each place's heat map, in which "not here" is one more cell, and the log error of the
     sizes at the true place."""
-    rng = np.random.default_rng(torch.randint(1 << 31, (), generator=generator).item())
-    pairs = (a_window(rng, *(part.numpy() for part in pair)) for pair in zip(*batch))
+    seed = torch.randint(1 << 31, (), generator=generator)
+    rng = np.random.default_rng(seed.item())
+    pictures, truths = (part.numpy() for part in batch)
+    pairs = (a_window(rng, *pair) for pair in zip(pictures, truths))
     windows, places = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))           # (B, 20, 4)
     log_p, sizes = model(windows)
     here = ~places[..., 0].isnan()
@@ -765,12 +787,17 @@ def locator_loss(model, generator, batch):
     away = (cells - torch.nan_to_num(places[..., :2, None])) / (0.6 * extract.CELL)
     bumps = torch.exp(-0.5 * away ** 2)                                        # (B, 20, xy, 48)
     grid = bumps[:, :, 1, :, None] * bumps[:, :, 0, None, :]
-    grid = grid / grid.sum((2, 3), keepdim=True).clamp(min=1e-6) * here[..., None, None]
-    label = torch.cat([grid.flatten(2), (~here).float()[..., None]], 2)
+    grid = grid / grid.sum((2, 3), keepdim=True).clamp(min=1e-6)
+    grid = grid * here[..., None, None]
+    elsewhere = (~here).float()[..., None]
+    label = torch.cat([grid.flatten(2), elsewhere], 2)
     got = (sizes * grid[:, :, None]).sum((3, 4))
-    wrong = (got - places[..., 2:].clamp(min=1).log().nan_to_num()).abs().mean(2) * here
-    return {"heat": -(label * log_p).sum(2).mean(), "size": wrong.sum() / here.sum().clamp(min=1),
-            "pad": wrong[:, -1].sum() / here[:, -1].sum().clamp(min=1)}        # once more: the overlay's box
+    true = places[..., 2:].clamp(min=1).log().nan_to_num()
+    wrong = (got - true).abs().mean(2) * here
+    count = here.sum(0).clamp(min=1)                                           # (20,)
+    return {"heat": -(label * log_p).sum(2).mean(),
+            "size": wrong.sum() / count.sum(),
+            "pad": wrong[:, -1].sum() / count[-1]}                             # once more: the overlay's box
 
 
 def a_window(rng, picture, places):
@@ -779,10 +806,12 @@ def a_window(rng, picture, places):
     whole, pad = len(picture), places[-1]
     first, last, smallest = np.zeros(2), np.full(2, whole), 130
     if not np.isnan(pad[0]) and rng.random() < 0.85:
-        first, last = pad[:2] + pad[2:] / 2, pad[:2] - pad[2:] / 2             # it ends after, begins before
+        first = pad[:2] + pad[2:] / 2                                          # the window ends after it
+        last = pad[:2] - pad[2:] / 2                                           # and begins before it
         smallest = min(max(1.05 * pad[2:].max(), smallest), whole - 2)
     side = rng.uniform(smallest, whole)
-    first, last = np.clip(first - side, 0, whole - side), np.clip(last, 0, whole - side)
+    first = np.clip(first - side, 0, whole - side)
+    last = np.clip(last, 0, whole - side)
     corner = first + rng.random(2) * (last - first)
     cut = extract.window(picture, *corner, side)
     if rng.random() < 0.15:
@@ -791,9 +820,16 @@ def a_window(rng, picture, places):
         cut[..., :3] = cut[..., rng.permutation(3)]
     if rng.random() < 0.1:
         cut[..., 3:] = 0                                                       # as if the game stood still
-    places = np.hstack([places[:, :2] - corner, places[:, 2:]]) * (extract.WINDOW / side)
-    places[((places[:, :2] < 0) | (places[:, :2] >= extract.WINDOW)).any(1)] = np.nan
-    return cut, places
+    k = extract.WINDOW / side
+    places = k * np.hstack([places[:, :2] - corner, places[:, 2:]])
+    return cut, only_inside(places, extract.WINDOW)
+
+
+def only_inside(places, side):
+    """The places (20, 4), nan where their middle is outside a square picture."""
+    x, y = places[:, :2].T
+    inside = (0 <= x) & (x < side) & (0 <= y) & (y < side)
+    return np.where(inside[:, None], places, np.nan).astype(np.float32)
 
 
 def turn_and_mask(generator, panels, grid=None):
@@ -826,11 +862,13 @@ class Pool:
     def add(self, *tensors):
         """Store these rows over the oldest."""
         if self.data is None:
-            self.data = [torch.empty((self.size, *t.shape[1:]), dtype=t.dtype) for t in tensors]
+            empty = lambda t: torch.empty((self.size, *t.shape[1:]), dtype=t.dtype)
+            self.data = [*map(empty, tensors)]
         rows = (self.at + torch.arange(len(tensors[0]))) % self.size
         for store, t in zip(self.data, tensors):
             store[rows] = t
-        self.at, self.n = (self.at + len(rows)) % self.size, min(self.n + len(rows), self.size)
+        self.at = (self.at + len(rows)) % self.size
+        self.n = min(self.n + len(rows), self.size)
 
     def draw(self, generator, count):
         """`count` rows of each tensor, with replacement."""
@@ -880,7 +918,8 @@ def scene(rng, skin, backdrops):
     actions = random_play(rng, FRAMES)
     film = Film(rng, backdrops, overlay.w, overlay.h)
     known = rng.random() < 0.5
-    geometry = misplaced(rng, skin, rng.choice([0, 0.15]) if known else rng.choice([0.1, 0.5, 1, 1]))
+    much = rng.choice([0, 0.15]) if known else rng.choice([0.1, 0.5, 1, 1])
+    geometry = misplaced(rng, skin, much)
     closeups = Closeups(geometry, overlay.pad)
     sprites = [overlay.sprite(extract.draw(skin, a)) for a in actions]
     views = [film.step() for _ in actions]
@@ -901,8 +940,10 @@ def scene(rng, skin, backdrops):
     overlay.passes = overlay.passes * (rng.random() < 0.3)     # a median over a video hardly shows its codec
     rest = [np.sort(cuts, 0)[RESTS // 2] for cuts in closeups.all(overlay.crops(rests))]    # a fast np.median
     [down] = overlay.crops([down])
-    down = cv2.convertScaleAbs(down, alpha=rng.uniform(0.85, 1.1), beta=rng.uniform(-12, 12))
-    down = closeups(down) if known else np.uint8([0, 0])       # drawn, not seen: its light is a little off
+    gain = rng.uniform(0.85, 1.1)                              # drawn, not seen: its light is a little off
+    lift = rng.uniform(-12, 12)
+    down = cv2.convertScaleAbs(down, alpha=gain, beta=lift)
+    down = closeups(down) if known else np.uint8([0, 0])
     before = [np.concatenate([cuts[:1], cuts[:-1]]) for cuts in now]
     sticks, buttons = map(montages, before, now, rest, down)
     values = np.zeros((FRAMES, len(closeups.sticks), 2), np.float32)
@@ -911,8 +952,9 @@ def scene(rng, skin, backdrops):
     for i, side in enumerate(closeups.sticks):
         true = np.divide(skin.sticks[side]["travel"], geometry["sticks"][side]["travel"])
         values[:, i] = np.clip(actions[:, STICKS[side]] * true, -1, 1)
-        if THUMB[side] in skin.buttons and on_stick(skin.buttons[THUMB[side]], skin.sticks[side]):
-            clicks[:, i] = actions[:, BUTTON[THUMB[side]]]
+        thumb = THUMB[side]
+        if thumb in skin.buttons and on_stick(skin.buttons[thumb], skin.sticks[side]):
+            clicks[:, i] = actions[:, BUTTON[thumb]]
     return (sticks, values.reshape(-1, 2), clicks.ravel()), (buttons, pressed.ravel())
 
 
@@ -936,8 +978,9 @@ def located_scene(rng, skin, backdrops):
         quality = rng.integers(40, 92)
         frames = [jpeg(frame, quality) for frame in frames]
     if rng.random() < 0.3:
-        light = rng.uniform(0.7, 1.1), rng.uniform(-10, 20)
-        frames = [cv2.convertScaleAbs(frame, alpha=light[0], beta=light[1]) for frame in frames]
+        gain = rng.uniform(0.7, 1.1)
+        lift = rng.uniform(-10, 20)
+        frames = [cv2.convertScaleAbs(frame, alpha=gain, beta=lift) for frame in frames]
     return (extract.motion_picture(np.stack(frames))[None], places[None]),
 
 
@@ -945,7 +988,8 @@ def place_pad(rng, skin, frames, places):
     """Draw a skin into the frames, in place, at one place and size in some states, and fill in its places."""
     bounds = np.reshape(extract.visible_box(skin), (2, 2))
     w, h = bounds[1] - bounds[0]
-    scale = np.exp(rng.uniform(*np.log([60, 230]))) / max(w, 0.8 * h)
+    wide = np.exp(rng.uniform(*np.log([60, 230])))
+    scale = wide / max(w, 0.8 * h)
     size = np.multiply(skin.size, (scale, scale * rng.uniform(0.85, 1.18)))
     size = np.maximum(size, 20).astype(int)
     k = size / skin.size                                       # template -> scene pixels
@@ -965,19 +1009,22 @@ def place_pad(rng, skin, frames, places):
         sprite = extract.premultiply(extract.draw(skin, action))
         sprite = cv2.resize(sprite, size.tolist(), interpolation=cv2.INTER_AREA)
         sprite = cv2.GaussianBlur(sprite, (0, 0), blur) if blur else sprite
-        sprite = cv2.warpAffine(sprite, np.c_[np.eye(2), corner], (SCENE, SCENE)) * np.float32(opacity)
-        frame[:] = np.rint(sprite[..., :3] + frame * (1 - sprite[..., 3:] / 255))
+        sprite = cv2.warpAffine(sprite, np.c_[np.eye(2), corner], (SCENE, SCENE))
+        rgb, alpha = np.split(sprite * np.float32(opacity), [3], 2)
+        frame[:] = np.rint(rgb + frame * (1 - alpha / 255))
     boxes = {name: np.reshape(box, (2, 2)) for name, box in skin.buttons.items()}
     boxes["pad"] = bounds
     for i, name in enumerate(extract.PLACES):
         if name in boxes:
             low, high = boxes[name]
-            places[i] = *((low + high) / 2 * k + corner), *((high - low) * k)
+            places[i, :2] = (low + high) / 2 * k + corner
+            places[i, 2:] = (high - low) * k
         elif name in skin.sticks:
             stick = skin.sticks[name]
             travel = max(np.mean(stick["travel"]), 0.25 * stick["radius"])
-            places[i] = *(stick["center"] * k + corner), travel * k.mean(), stick["radius"] * k.mean()
-    places[((places[:, :2] < 0) | (places[:, :2] >= SCENE)).any(1)] = np.nan
+            places[i, :2] = stick["center"] * k + corner
+            places[i, 2:] = travel * k.mean(), stick["radius"] * k.mean()
+    places[:] = only_inside(places, SCENE)
 
 
 def distract(rng, frames, views):
@@ -1002,18 +1049,21 @@ def distract(rng, frames, views):
             hidden = layer[max(y, 0):, max(x, 0):][:h, :w]
             hidden[:] = piece[:len(hidden), :hidden.shape[1]]
         elif kind == "panel":
-            cv2.rectangle(layer, (x, y), (x + w, y + h), inks[0], -1)
-            cv2.rectangle(layer, (x, y), (x + w, y + h), inks[1], 2)
+            corners = (x, y), (x + w, y + h)
+            cv2.rectangle(layer, *corners, inks[0], -1)
+            cv2.rectangle(layer, *corners, inks[1], 2)
         elif kind == "word":
             write(layer, letters[:8], (x, y + 10), ink, size)
         elif kind == "keys":
             for i, letter in enumerate(letters):
                 left, top = x + i % columns * step, y + i // columns * step
                 key, label = inks if rng.random() < often else inks[::-1]
-                cv2.rectangle(layer, (left, top), (left + step - 3, top + step - 3), key, -1)
+                right, bottom = left + step - 3, top + step - 3
+                cv2.rectangle(layer, (left, top), (right, bottom), key, -1)
                 write(layer, letter, (left + 2, top + step - 6), label, step / 40)
         else:
-            cv2.circle(layer, (x, y), int(h) // 2, ink, -1 if opacity > 0.6 else 2, cv2.LINE_AA)
+            filled = -1 if opacity > 0.6 else 2
+            cv2.circle(layer, (x, y), int(h) // 2, ink, filled, cv2.LINE_AA)
         frame[:] = cv2.addWeighted(layer, opacity, frame, 1 - opacity, 0)
 
 
@@ -1050,7 +1100,9 @@ def random_play(rng, n):
 def tilt(rng, square):
     """Where a stick is pushed to: often full tilt, often along an axis."""
     along = rng.random() < 0.4
-    angle = rng.integers(8) * np.pi / 4 + rng.normal(0, 0.08) if along else rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(0, 2 * np.pi)
+    if along:
+        angle = rng.integers(8) * np.pi / 4 + rng.normal(0, 0.08)
     v = np.array([np.cos(angle), np.sin(angle)])
     v = v / np.abs(v).max() if square else v
     return v * (1 if rng.random() < 0.5 else rng.uniform(0.1, 1))
@@ -1102,19 +1154,24 @@ def relight(rng, sprite):
     or larger, with a ring, a spot or a see-through disc on it, or tinted."""
     h, w = sprite.shape[:2]
     rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)
-    ink = rng.uniform(0, 255, 3) if rng.random() < 0.6 else rng.choice([0, 255]) * np.ones(3)
+    ink = rng.choice([0, 255]) * np.ones(3)
+    if rng.random() < 0.6:
+        ink = rng.uniform(0, 255, 3)
     share = rng.uniform(0.35, 1)
     how = rng.integers(5)
     if how == 0:
         rgb = alpha - rgb
     elif how == 1:
-        larger = cv2.getRotationMatrix2D(((w - 1) / 2, (h - 1) / 2), 0, rng.choice([0.8, 0.88, 1.12]))
+        middle = (w - 1) / 2, (h - 1) / 2
+        larger = cv2.getRotationMatrix2D(middle, 0, rng.choice([0.8, 0.88, 1.12]))
         return cv2.warpAffine(sprite, larger, (w, h), flags=cv2.INTER_LINEAR)
     elif how < 4:
         inked = cv2.boundingRect(np.uint8(sprite[..., 3] > 24))
         size = rng.uniform(0.3, 0.9) if how == 2 else rng.uniform(0.8, 1)
         rx, ry = (max(int(side / 2 * size), 1) for side in inked[2:])
-        stroke = -1 if how == 3 or rng.random() < 0.4 else max(int(min(rx, ry) * rng.uniform(0.15, 0.5)), 1)
+        stroke = -1
+        if how == 2 and rng.random() < 0.6:
+            stroke = max(int(min(rx, ry) * rng.uniform(0.15, 0.5)), 1)
         spot = np.zeros((h, w), np.uint8)
         middle = inked[0] + inked[2] // 2, inked[1] + inked[3] // 2
         cv2.ellipse(spot, middle, (rx, ry), 0, 0, 360, 255, stroke, cv2.LINE_AA)
@@ -1123,7 +1180,8 @@ def relight(rng, sprite):
         alpha = alpha * (1 - cover) + 255 * cover
     else:
         rgb = rgb * (1 - share) + ink * alpha / 255 * share
-    return np.dstack([np.minimum(rgb, alpha), alpha]).clip(0, 255).astype(np.uint8)
+    painted = np.dstack([np.minimum(rgb, alpha), alpha])
+    return painted.clip(0, 255).astype(np.uint8)
 
 
 def misplaced(rng, skin, much):
@@ -1160,7 +1218,9 @@ class Film:
         for _ in range(rng.integers(0, 4)):
             source = rng.integers(len(backdrops))
             at = rng.uniform(0, 1, 2) * (w, h)
-            self.sprites.append([source, at, rng.normal(0, 6, 2), rng.integers(6, max(7, h // 3))])
+            velocity = rng.normal(0, 6, 2)
+            side = rng.integers(6, max(7, h // 3))
+            self.sprites.append([source, at, velocity, side])
 
     def cut(self):
         """Another backdrop, or another place in it."""
@@ -1218,7 +1278,8 @@ class Overlay:
         gamma = np.exp(rng.normal(0, 0.2))
         gain = rng.uniform(0.75, 1.1)
         lift = rng.uniform(0, 20)
-        lut = np.clip(255 * gain * (np.arange(256) / 255) ** gamma + lift, 0, 255).astype(np.uint8)
+        grey = np.arange(256) / 255
+        lut = np.clip(255 * gain * grey ** gamma + lift, 0, 255).astype(np.uint8)
         self.lut = lut if rng.random() < 0.4 else None
         self.jpeg = 90 if rng.random() < 0.6 else None
 
@@ -1255,7 +1316,8 @@ def codec(rng, frames):
     for frame in frames[1:]:
         last = out[-1]
         change = cv2.addWeighted(frame, 0.5, last, -0.5, 128)
-        blocks = cv2.resize(cv2.absdiff(frame, last), None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA)
+        moved = cv2.absdiff(frame, last)
+        blocks = cv2.resize(moved, None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA)
         still = (blocks.max(2) < keep).astype(np.uint8)
         still = cv2.resize(still, frame.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         change[still > 0] = 128
@@ -1278,7 +1340,8 @@ def as_wide_as(template, width):
     size = max(round(width), 1), max(round(width * h / w), 1)
     small = cv2.resize(extract.premultiply(template), size, interpolation=cv2.INTER_AREA)
     blurred = cv2.resize(small, (w, h), interpolation=cv2.INTER_LINEAR)
-    straight = np.minimum(blurred[..., :3] * (255 / np.maximum(blurred[..., 3:], 1)), 255)
+    alpha = np.maximum(blurred[..., 3:], 1)
+    straight = np.minimum(blurred[..., :3] * (255 / alpha), 255)
     return np.dstack([straight.astype(np.uint8), blurred[..., 3:]])
 
 
@@ -1295,14 +1358,19 @@ def in_the_videos_light(templates, picture):
             beside = template[..., 3] < 25
             ground = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
             full = alpha * (rgb - ground)
-            opacity = ((picture - ground) * full).sum() / max((full ** 2).sum(), 1)
+            share = ((picture - ground) * full).sum() / max((full ** 2).sum(), 1)
+            opacity = np.clip(share, 0.3, 1)
             fitted = solid.sum() >= 200 and rgb[solid].std() >= 8
-            gain, lift = np.polyfit(rgb[solid].ravel(), picture[solid].ravel(), 1) if fitted else (1, 0)
+            if fitted:
+                gain, lift = np.polyfit(rgb[solid].ravel(), picture[solid].ravel(), 1)
+                gain = np.clip(gain, 0.3, 1.1)
         if fitted:
-            seen = alpha * np.clip(np.clip(gain, 0.3, 1.1) * rgb + lift, 0, 255) + (1 - alpha) * picture
+            lit = np.clip(gain * rgb + lift, 0, 255)
+            seen = alpha * lit + (1 - alpha) * picture
         else:
-            seen = np.clip(ground + np.clip(opacity, 0.3, 1) * alpha * (rgb - ground), 0, 255)
-            seen[template[..., 3] < 25] = picture[template[..., 3] < 25]
+            seen = np.clip(ground + opacity * alpha * (rgb - ground), 0, 255)
+            beside = template[..., 3] < 25
+            seen[beside] = picture[beside]
         drawn.append(np.rint(seen).astype(np.uint8))
     return drawn
 
@@ -1434,7 +1502,9 @@ def r2(got, true):
     """R2 of one stick (n, 2), both axes together: an axis that hardly moves counts with the little it varies;
     nan: it never moves."""
     varies = ((true - true.mean(0)) ** 2).sum()
-    return float(1 - ((got - true) ** 2).sum() / varies) if varies > 4e-4 * len(true) else math.nan
+    if varies <= 4e-4 * len(true):
+        return math.nan
+    return float(1 - ((got - true) ** 2).sum() / varies)
 
 
 FIGURES = ("left R2", "right R2", "stick R2", "accuracy", "F1", "false", "confidence", "right")
@@ -1449,7 +1519,8 @@ def score(actions, truth, geometry):
     got = actions[:, shown] > 0.5
     true = truth[:, shown] > 0.5
     occurs = true.any(0)
-    f1 = 2 * (got & true).sum(0) / np.maximum(got.sum(0) + true.sum(0), 1)
+    both = got.sum(0) + true.sum(0)
+    f1 = 2 * (got & true).sum(0) / np.maximum(both, 1)
     sticks = {f"{s} R2": r2(actions[:, STICKS[s]], truth[:, STICKS[s]]) for s in geometry["sticks"]}
     return {**sticks, "stick R2": mean(sticks.values()), "accuracy": mean((got == true).mean(0)),
             "F1": mean(f1[occurs]), "false": got[:, ~occurs].sum()}
@@ -1526,7 +1597,9 @@ def pictures(folder, high, k=None):
     confidence, *labels = read_rows(folder, n, *names)
     ground = extract.over(32, extract.read_rgba(folder / "template.png"), 0.6)
     ground = Image.fromarray(ground).resize(geometry["size"])
-    rows, busy, w = np.arange(n), np.abs(labels[0]).sum(1), high * 4 // 3
+    rows = np.arange(n)
+    busy = np.abs(labels[0]).sum(1)
+    w = high * 4 // 3
     if k:
         rows = [part[busy[part].argmax()] for part in np.array_split(rows, min(k, n))]
     for i in rows:
@@ -1572,9 +1645,11 @@ def check_locator(net, scenes):
     there, seen = (np.concatenate(part) for part in zip(*looks))
     places = places.numpy()
     here = ~np.isnan(places[..., 0])
-    near = np.hypot(*(seen - places)[..., :2].transpose(2, 0, 1)) < 0.05 * places[:, -1:, 2]
-    return {"recall": round(float((near & (there > 0.5))[here].mean()), 4),
-            "false": round(float((there > 0.5)[~here].mean()), 4)}
+    x, y = (seen - places)[..., :2].transpose(2, 0, 1)
+    near = np.hypot(x, y) < 0.05 * places[:, -1:, 2]
+    found = there > 0.5
+    return {"recall": round(float((near & found)[here].mean()), 4),
+            "false": round(float(found[~here].mean()), 4)}
 
 
 def check(model, scenes):

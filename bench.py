@@ -43,7 +43,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import extract
@@ -120,11 +120,16 @@ def record(args):
     if args.ckpt:
         learned(args.ckpt, args.euler)                                   # names a wrong file now, in one line
     count = max(round(args.minutes * 60 * game.fps / n), 1)
-    out = folder(args.out)
-    jobs = [(out, group, i, args.seed, n) for group in by_game(tasks).values() for i in range(count)]
+    jobs = recordings(folder(args.out), tasks, count, args.seed, n)
     work = record_video if args.video else functools.partial(record_folder, ckpt=args.ckpt, euler=args.euler)
     for i, line in enumerate(in_processes(work, jobs, 1 if args.env else args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line}", flush=True)
+
+
+def recordings(out, tasks, count, seed, n):
+    """Jobs for record_folder or record_video: so many of each game, n steps long."""
+    return [(out / f"{PLAYABLE[group[0]].game.name}-{i:03}", group, f"{seed} {i}", n)
+            for group in by_game(tasks).values() for i in range(count)]
 
 
 def film(tasks, seed, n, policy=None):
@@ -152,13 +157,12 @@ def film(tasks, seed, n, policy=None):
         env.advance(action)
 
 
-def record_folder(out, tasks, number, seed, n, ckpt=None, euler=None):
+def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
     """A clip folder of n steps of one game, as play.py's recorder leaves it -> a line to print.
 
     ckpt: a model that takes turns with the script; human.npy says where the script played, only that is kept.
     """
-    game, seed = PLAYABLE[tasks[0]].game, f"{seed} {number}"
-    path = out / f"{game.name}-{number:03}"
+    game = PLAYABLE[tasks[0]].game
     clip = {"video": "", "game": game.name, "fps": game.fps, "n": n, "size": [extract.SIDE] * 2,
             "every": 1, "lag": 0, "player": str(ckpt or "scripted"), "seed": seed}
     if (path / "clip.json").is_file():
@@ -182,17 +186,15 @@ def record_folder(out, tasks, number, seed, n, ckpt=None, euler=None):
     return f"{path.name}: {n} frames, {begins.sum()} episodes"
 
 
-def record_video(out, tasks, number, seed, n, corner=None, size=(640, 360)):
-    """NAME.mp4 with one of our pads over it, NAME.truth.npy float32 (n, 25), NAME.json: where the pad is -> a
+def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
+    """PATH.mp4 with one of our pads over it, PATH.truth.npy float32 (n, 25), PATH.json: where the pad is -> a
     line.
 
     corner: (to the right?, low?); it, the pad, its size and opacity are drawn at random.
     """
-    game, seed = PLAYABLE[tasks[0]].game, f"{seed} {number}"
-    name = f"{game.name}-{number:03}"
-    if (out / f"{name}.json").is_file():
-        return f"{name}: recorded already"
-    rng = random.Random(f"overlay {name} {seed}")
+    if path.with_suffix(".json").is_file():
+        return f"{path.name}: recorded already"
+    rng = random.Random(f"overlay {path.name} {seed}")
     skin = rng.choice(skins())
     wide, opacity = round(size[0] * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
     scale = wide / skin.size[0]
@@ -200,17 +202,17 @@ def record_video(out, tasks, number, seed, n, corner=None, size=(640, 360)):
     right, low = corner or (rng.random() < 0.5, rng.random() < 0.5)
     x, y = size[0] - wide - 8 if right else 8, size[1] - high - 8 if low else 8
     truth = []
-    with extract.VideoWriter(out / f"{name}.mp4", game.fps, size) as video:
+    with extract.VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
         for frame, action, *_ in film(tasks, seed, n):
             picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
             put_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
             video.add(picture)
             truth.append(action)
-    extract.write_npy(out / f"{name}.truth.npy", np.array(truth))
+    extract.write_npy(path.with_suffix(".truth.npy"), np.array(truth))
     x0, y0, x1, y1 = (v * scale for v in extract.visible_box(skin))
     box = [x + x0, y + y0, x1 - x0, y1 - y0]
-    extract.write_json(out / f"{name}.json", {"box": box, "template": skin.name})
-    return f"{name}.mp4: {n} frames, {skin.name} {wide} px"
+    extract.write_json(path.with_suffix(".json"), {"box": box, "template": skin.name})
+    return f"{path.name}.mp4: {n} frames, {skin.name} {wide} px"
 
 
 # ---- the suite: what is completed
@@ -391,14 +393,14 @@ def demo(args):
     runs = {"model": out / "model", "true labels": out / "model-truth"}
 
     with stage(out, "play on video") as say:
-        games = by_game(tasks)
         steps = round(args.minutes * 60 * FPS / args.videos)
         low_left = False, True                         # one channel keeps its pad in one place
-        jobs = [(videos, group, i, args.seed, steps, low_left)
-                for group in games.values() for i in range(args.videos)]
-        for line in in_processes(record_video, jobs, extract.cores()):
+        jobs = recordings(videos, tasks, args.videos, args.seed, steps)
+        work = functools.partial(record_video, corner=low_left)
+        for line in in_processes(work, jobs, extract.cores()):
             print(line)
-        say(f"{len(jobs)} mp4 of {', '.join(games)}, {len(jobs) * steps / FPS / 60:.1f} minutes at 640 x 360")
+        minutes = len(jobs) * steps / FPS / 60
+        say(f"{len(jobs)} mp4 of {', '.join(by_game(tasks))}, {minutes:.1f} minutes at 640 x 360")
 
     with stage(out, "find the overlays (extract.py)") as say:
         run_scripts(*[["extract.py", videos, "--out", clips]] * min(extract.cores(), len(jobs)))
@@ -488,9 +490,9 @@ def story(out, video, tasks, rows, finding, reading):
     box = np.multiply(box_corners(meta["box"]), 640 / frame.shape[1]) + (20, 50, 20, 50)
     pen.rectangle([*box], outline="#00ff00", width=3)
     crop = Image.fromarray(extract.Frames(clip, "pads")[now])
-    crop = np.asarray(crop.resize((360, 360 * skin.size[1] // skin.size[0])))
+    crop = np.asarray(crop.resize((320, 320 * skin.size[1] // skin.size[0])))
     show(700, 50, "2  the crop    3  the true action, below it what parse.py reads",
-         sample.beside(crop, skin, truth[now], actions[now]), 580)
+         sample.beside(crop, skin, truth[now], actions[now]), 480)
     names = *extract.BUTTONS, "left x", "left y", "right x", "right y"
     shown = slice(start, start + 150)
     for k, column in enumerate([21, 22, 23, 24, *np.argsort(-truth[shown, :21].sum(0))[:3]]):
@@ -575,7 +577,7 @@ def percent(row, name):
 def clips_of(out, game, minutes, seed):
     """Jobs for record_folder: so many minutes of all tasks of a game, in clips of half a minute at most."""
     steps, count = round(min(minutes, 0.5) * 60 * FPS), max(round(minutes * 2), 1)
-    return [(folder(out), pick_tasks([game]), i, seed, steps) for i in range(count)]
+    return recordings(folder(out), pick_tasks([game]), count, seed, steps)
 
 
 def gains_of(results):
@@ -693,7 +695,7 @@ def throughput(args):
     with tempfile.TemporaryDirectory() as tmp:
         n, number = args.seconds * FPS, itertools.count()
         latest = lambda: max(Path(tmp).glob("*.mp4"))
-        stages = {"record": lambda: record_video(Path(tmp), ["swarm/bugs"], next(number), 0, n),
+        stages = {"record": lambda: record_video(Path(tmp) / f"{next(number)}", ["swarm/bugs"], "0 0", n),
                   "decode": lambda: sum(1 for _ in extract.read_video(latest())),
                   "extract.py": lambda: extract.main([str(latest()), "--out", f"{tmp}/clips"]),
                   "parse.py": lambda: parse.main(["run", f"{tmp}/clips"])}
@@ -1271,7 +1273,7 @@ class Thing(types.SimpleNamespace):
 @functools.lru_cache(512)
 def colour(code):
     """'f80' or 'ff8800' -> (255, 136, 0)."""
-    return tuple(bytes.fromhex(code if len(code) == 6 else "".join(2 * c for c in code)))
+    return ImageColor.getrgb(f"#{code}")
 
 
 @functools.lru_cache(2048)
@@ -2735,6 +2737,35 @@ for kind in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider,
         setattr(kind, name, value)                     # family, keys, attack and all of "look"
     for task, fields in row["tasks"].items():
         TASKS[f"{game}/{task}"] = Task(f"{game}/{task}", kind, **fields)
+
+
+class TaskEnv(play.gymnasium.Env if play.gymnasium else object):
+    """A task as a Gymnasium environment, registered where that package is: gymnasium.make(
+    "NitroGen/crypt-exit-v0"). Frames uint8 (256, 256, 3), actions float (25,), a reward for each point."""
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
+    if play.gymnasium:
+        observation_space, action_space = play.GameEnv.observation_space, play.GameEnv.action_space
+
+    def __init__(self, task, render_mode="rgb_array"):
+        self.task, self.render_mode = task, render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.game = TASKS[self.task].game(self.task, int(self.np_random.integers(PLAYED)))
+        return self.game.render(), {}
+
+    def step(self, action):
+        game, before = self.game, self.game.score
+        frame, ended = game.step(action), game.won or game.health <= 0
+        return frame, float(game.score - before), ended, game.over and not ended, {"won": game.won}
+
+    def render(self):
+        return self.game.render()
+
+
+for task in TASKS if play.gymnasium else ():
+    name = f"NitroGen/{task.replace('/', '-')}-v0"
+    play.gymnasium.register(name, TaskEnv, kwargs={"task": task})
 
 
 # ---- command line

@@ -4907,6 +4907,20 @@ def test_game_is_a_function_of_task_seed_and_actions(name):
         assert not np.array_equal(played(task, 6, bench.Blind, 1)[1][0], a[0])
 
 
+@pytest.mark.parametrize("name", ["NitroGen/crypt-exit-v0", "NitroGen/swarm-gems-v0"])
+def test_tasks_are_gymnasium_environments(name):
+    gymnasium = pytest.importorskip("gymnasium", reason="needs the package gymnasium")
+    from gymnasium.utils.env_checker import check_env
+    env = gymnasium.make(name)
+    check_env(env.unwrapped)
+    env.reset(seed=3)
+    player, done, points = bench.Scripted(env.unwrapped.game, 3), False, 0
+    while not done:
+        _, reward, ended, late, info = env.step(player.act())
+        done, points = ended or late, points + reward
+    assert info["won"] and ended and not late and points == env.unwrapped.game.task.goal
+
+
 def test_ten_games_look_different():
     """Nearest neighbour by colour histogram names the game of a frame of another seed."""
     def look(frame):

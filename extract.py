@@ -1566,7 +1566,8 @@ def load_picture(png):
             geometry = read_json(note, dict)
             skin.family = str(geometry.get("controller") or skin.family)
             boxes = geometry.get("buttons", {})
-            skin.buttons = {n: numbers(b["box"], 4) for n, b in boxes.items() if n in BUTTON}
+            shown = geometry.get("visible_buttons", boxes)
+            skin.buttons = {n: numbers(b["box"], 4) for n, b in boxes.items() if n in BUTTON and n in shown}
             for side, stick in geometry.get("sticks", {}).items():
                 if side in STICKS:
                     center, travel = numbers(stick["center"], 2), numbers(stick["travel"], 2)

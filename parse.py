@@ -75,7 +75,7 @@ def label_clip(model, folder, clip, pads):
                 "give NAME.json with boxes and centres beside its PNG")
     speed = n / (time.time() - began)
     pressed = actions[:, :len(BUTTONS)].any(1).mean()
-    advice = ("" if confidence.mean() >= 0.9 else " | unsure: give the overlay's skin with extract.py "
+    advice = ("" if confidence.mean() >= 0.8 else " | unsure: give the overlay's skin with extract.py "
               "--templates, or fit the reader to it with parse.py train --skins")
     return (f"{n} frames | confidence {confidence.mean():.2f} | kept {keep.mean():.0%} | "
             f"pressed {pressed:.0%} | {speed:.0f} frames/s, {speed / clip['fps']:.1f} x real time{advice}")

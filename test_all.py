@@ -132,8 +132,8 @@ def test_a_reader_that_has_read_enough_is_no_fault(command, tmp_path):
     assert shown.stderr.read() == b"" and shown.wait() == 141
 
 
-BUDGET = {"extract": 26010, "parse": 12500, "model": 5900, "train": 9410,         # tokens; they may only fall
-          "sample": 4290, "play": 12672, "bench": 29177, "test_all": 51817}
+BUDGET = {"extract": 25860, "parse": 18390, "model": 6090, "train": 8510,         # tokens; they may only fall
+          "sample": 8160, "play": 12672, "bench": 28970, "test_all": 57800}
 
 
 def code_lines(name):
@@ -405,19 +405,33 @@ def test_a_folder_of_presets_gives_its_pads(tmp_path, capfd):
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
     for side, name in ((30, "small"), (60, "large"), (90, "named")):
-        extract.save_png(folder / f"{name}.png", np.full((side, side, 4), [side, side, side, 255], np.uint8))
-    for name, side in (("named", 30), ("own", 60)):                      # name: default size
-        stick = {"type": 5, "pos": [0, 0], "mapping": [0, 0, 20, 20], "side": 0, "stick_radius": 5}
+        extract.save_png(
+            folder / f"{name}.png",
+            np.full((side, side, 4), [side, side, side, 255], np.uint8),
+        )
+    for name, side in (("named", 30), ("own", 60)):  # name: default size
+        stick = {
+            "type": 5,
+            "pos": [0, 0],
+            "mapping": [0, 0, 20, 20],
+            "side": 0,
+            "stick_radius": 5,
+        }
         layout = {"default_width": side, "default_height": side, "elements": [stick]}
         extract.write_json(folder / f"{name}.json", layout)
     keyboard = tmp_path / "wasd"
     keyboard.mkdir()
     shutil.copy(folder / "small.png", keyboard)
-    keys = [{"type": kind, "pos": [0, 0], "mapping": [0, 0, 5, 5]} for kind in (0, 1, 9)]
+    keys = [
+        {"type": kind, "pos": [0, 0], "mapping": [0, 0, 5, 5]} for kind in (0, 1, 9)
+    ]
     extract.write_json(keyboard / "wasd.json", {"elements": keys})
     skins = extract.load_skins(tmp_path)
     assert [extract.draw(skin)[9, 9, 0] for skin in skins] == [90, 60]
-    assert capfd.readouterr().err == f"{tmp_path}: layouts without a pad's control, passed over: 1\n"
+    assert (
+        capfd.readouterr().err
+        == f"{tmp_path}: layouts without a pad's control, passed over: 1\n"
+    )
     with pytest.raises(UserError, match="wasd: expected"):
         extract.load_skins(keyboard)
 
@@ -461,43 +475,75 @@ def test_video_round_trip_keeps_number_and_order(tmp_path):
     assert i == 39
 
 
-@pytest.mark.parametrize("times, fps, fills, cuts", [
-    (np.round(np.arange(50) * 1000 / 60), 60, [1] * 50, []),             # containers round to milliseconds
-    ([0, 100, 200, 233, 267], 30, [1, 3, 3, 1, 1], []),                  # a slow stretch is repeated
-    ([0, 10, 20, 33, 67], 30, [1, 0, 1, 0, 1], []),                      # a fast one is thinned
-    ([0, 33, 67, 33, 67, 100], 30, [1, 1, 1, 0, 0, 1], []),              # a stamp out of order
-    ([0, 0, 0], 30, [1, 1, 1], []),                                      # no clock in the file
-    ([0, 0, 0, -167, -133, -100], 30, [1] * 6, [3]),                     # ... before it has begun
-    ([900, 933, 967, 0, 100], 30, [1, 1, 1, 1, 3], [3]),                 # joined segments
-    ([0, 33, 1967, 2000], 30, [1, 1, 58, 1], []),                        # a stall
-    ([0, 33, 2067, 2100, 9e9], 30, [1] * 5, [2, 4])])                    # a pause; a stamp that is nonsense
+@pytest.mark.parametrize(
+    "times, fps, fills, cuts",
+    [
+        (
+            np.round(np.arange(50) * 1000 / 60),
+            60,
+            [1] * 50,
+            [],
+        ),  # containers round to milliseconds
+        (
+            [0, 100, 200, 233, 267],
+            30,
+            [1, 3, 3, 1, 1],
+            [],
+        ),  # a slow stretch is repeated
+        ([0, 10, 20, 33, 67], 30, [1, 0, 1, 0, 1], []),  # a fast one is thinned
+        ([0, 33, 67, 33, 67, 100], 30, [1, 1, 1, 0, 0, 1], []),  # a stamp out of order
+        ([0, 0, 0], 30, [1, 1, 1], []),  # no clock in the file
+        ([0, 0, 0, -167, -133, -100], 30, [1] * 6, [3]),  # ... before it has begun
+        ([900, 933, 967, 0, 100], 30, [1, 1, 1, 1, 3], [3]),  # joined segments
+        ([0, 33, 1967, 2000], 30, [1, 1, 58, 1], []),  # a stall
+        ([0, 33, 2067, 2100, 9e9], 30, [1] * 5, [2, 4]),
+    ],
+)  # a pause; a stamp that is nonsense
 def test_slots_turn_variable_rate_into_constant_rate(times, fps, fills, cuts):
     found = list(extract.slots(iter(times), fps))
     assert [count for count, _ in found] == fills
     assert [i for i, (_, cut) in enumerate(found) if cut] == cuts
 
 
-@pytest.mark.parametrize("rate", [15, 24000 / 1001, 25, 30000 / 1001, 30, 50, 60000 / 1001, 60, 120, 240])
-@pytest.mark.parametrize("digits", [0, 3])                               # of the milliseconds in a container
+@pytest.mark.parametrize(
+    "rate", [15, 24000 / 1001, 25, 30000 / 1001, 30, 50, 60000 / 1001, 60, 120, 240]
+)
+@pytest.mark.parametrize("digits", [0, 3])  # of the milliseconds in a container
 def test_the_rate_is_that_of_the_commonest_interval(rate, digits):
     times = np.round(np.arange(300) * 1000 / rate, digits)
-    assert extract.usual_rate(times, rate) == rate                       # exactly, of a constant one
+    assert extract.usual_rate(times, rate) == rate  # exactly, of a constant one
     stalls = np.cumsum(np.arange(300) % 20 == 7) * 400
     assert abs(extract.usual_rate(times + stalls, 0.6 * rate) / rate - 1) < 3e-3
-    assert extract.usual_rate(times * 0, 30.0) == extract.usual_rate(times[:9], 30.0) == 30       # unknown
+    assert (
+        extract.usual_rate(times * 0, 30.0) == extract.usual_rate(times[:9], 30.0) == 30
+    )  # unknown
 
 
 @needs_shared
-@pytest.mark.parametrize("name, n, cuts", [
-    ("ts_clock_starts_again/segments.ts", 300, [60, 120, 180, 240]),     # each of its frames once
-    ("mkv_begins_before_zero/cut.mkv", 300, [99]),
-    ("vfr_recording_with_pause/paused.mp4", 600, [240])])                # 20 s beside the pause
+@pytest.mark.parametrize(
+    "name, n, cuts",
+    [
+        (
+            "ts_clock_starts_again/segments.ts",
+            300,
+            [60, 120, 180, 240],
+        ),  # each of its frames once
+        ("mkv_begins_before_zero/cut.mkv", 300, [99]),
+        ("vfr_recording_with_pause/paused.mp4", 600, [240]),
+    ],
+)  # 20 s beside the pause
 def test_a_clock_that_breaks_is_a_cut(tmp_path, name, n, cuts):
     video = SHARED / "cases" / name
     info = extract.video_info(video)
-    assert info["fps"] == 30 and extract.Cutter(info["size"], 1, [0] * 4).run(video, tmp_path, info) == n
+    assert (
+        info["fps"] == 30
+        and extract.Cutter(info["size"], 1, [0] * 4).run(video, tmp_path, info) == n
+    )
     assert extract.Frames(tmp_path).n == len(extract.Frames(tmp_path)) == n
-    assert np.flatnonzero(extract.read_npy(tmp_path / "cuts.npy", bool, (n,))).tolist() == cuts
+    assert (
+        np.flatnonzero(extract.read_npy(tmp_path / "cuts.npy", bool, (n,))).tolist()
+        == cuts
+    )
 
 
 def test_a_full_disk_or_an_odd_letter_is_no_traceback(monkeypatch, capfd):
@@ -712,26 +758,45 @@ def test_extract_finds_the_overlay_and_nothing_else(extracted):
 def middles(clip):
     """Where a clip's buttons and sticks are in its video, by name: float (k, 2) each."""
     geometry, affine = clip["geometry"], np.array(clip["affine"])
-    places = {name: np.reshape(box, (2, 2)).mean(0) for name, box in geometry["buttons"].items()}
+    places = {
+        name: np.reshape(box, (2, 2)).mean(0)
+        for name, box in geometry["buttons"].items()
+    }
     places |= {side: stick["center"] for side, stick in geometry["sticks"].items()}
     return {name: affine @ (*place, 1) for name, place in places.items()}
 
 
 @pytest.mark.parametrize("templates, by", [("bare", "xfeat"), ("others", "locator")])
-def test_a_pad_without_a_geometry_gets_the_locators(tmp_path, extracted, small_templates, templates, by):
+def test_a_pad_without_a_geometry_gets_the_locators(
+    tmp_path, extracted, small_templates, templates, by
+):
     """A picture of the very pad says where it is, but not its controls; those of other pads say nothing."""
     (tmp_path / templates).mkdir()
     if templates == "bare":
         shutil.copy(small_templates / f"{PHOTO}.png", tmp_path / templates)
     else:
-        extract.save_png(tmp_path / templates / "switch.png", extract.draw(extract.random_skin(RNG(4))))
-    argv = [extracted[0] / "with.mp4", "--out", tmp_path / "d", "--templates", tmp_path / templates]
+        extract.save_png(
+            tmp_path / templates / "switch.png",
+            extract.draw(extract.random_skin(RNG(4))),
+        )
+    argv = [
+        extracted[0] / "with.mp4",
+        "--out",
+        tmp_path / "d",
+        "--templates",
+        tmp_path / templates,
+    ]
     assert run(extract.main, *argv) == 0
     clip = extract.read_clip(tmp_path / "d" / "with")
-    assert clip["matcher"] == by and clip["geometry"]["sticks"].keys() == {"left", "right"}
+    assert clip["matcher"] == by and clip["geometry"]["sticks"].keys() == {
+        "left",
+        "right",
+    }
     x, y, w, h = clip["box"]
     assert extract.overlap((x, y, x + w, y + h), extracted[2]) > 0.7
-    found, true = middles(clip), middles(extract.read_clip(extracted[0] / "data" / "with"))
+    found, true = middles(clip), middles(
+        extract.read_clip(extracted[0] / "data" / "with")
+    )
     off = [np.hypot(*(found[name] - true[name])) for name in true if name in found]
     assert len(off) >= len(true) - 2 and np.median(off) < 0.015 * w, off
 
@@ -740,7 +805,12 @@ def test_what_is_no_pad_is_not_located():
     net, rng = extract.load_locator(), RNG(0)
     still = extract.backdrop(rng, 480, 640)
     for pictures in ([still] * 5, [extract.backdrop(rng, 480, 640) for _ in range(5)]):
-        assert extract.locate(net, [cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in pictures], pictures) is None
+        assert (
+            extract.locate(
+                net, [cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in pictures], pictures
+            )
+            is None
+        )
 
 
 def test_an_overlay_that_moves_has_two_places(tmp_path, small_templates, ours):
@@ -827,55 +897,80 @@ def test_progress_is_seen_on_a_terminal(extracted, tmp_path):
     """Of the videos by the command itself, of one video's frames by its child; lines stay whole."""
     import fcntl
     import termios
+
     folder, flags, _ = extracted
     screen, side = os.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    argv = [sys.executable, HERE / "extract.py", folder / "with.mp4", "--out", tmp_path, *flags]
+    argv = [
+        sys.executable,
+        HERE / "extract.py",
+        folder / "with.mp4",
+        "--out",
+        tmp_path,
+        *flags,
+    ]
     process, shown = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=side), b""
     os.close(side)
-    with contextlib.suppress(OSError):                                   # once nobody holds the other side
+    with contextlib.suppress(OSError):  # once nobody holds the other side
         while part := os.read(screen, 4096):
             shown += part
     said = process.communicate()[0].decode().splitlines()
     assert b" 0/1 [" in shown and re.search(rb"with.mp4: .* \d+/75 \[", shown), shown
-    assert said[0] == "preparing the templates" and said[1].startswith("video 1/1 | with.mp4 | found")
+    assert said[0] == "preparing the templates" and said[1].startswith(
+        "video 1/1 | with.mp4 | found"
+    )
 
 
 SRUN = [{"SLURM_PROCID": i, "SLURM_NTASKS": 3} for i in range(3)]
-RANGE = {                                          # --array=2-14:4
+RANGE = {  # --array=2-14:4
     "SLURM_ARRAY_TASK_MIN": 2,
     "SLURM_ARRAY_TASK_MAX": 14,
     "SLURM_ARRAY_TASK_STEP": 4,
-    "SLURM_ARRAY_TASK_COUNT": 4}
+    "SLURM_ARRAY_TASK_COUNT": 4,
+}
 ARRAY = [RANGE | {"SLURM_ARRAY_TASK_ID": i} for i in (2, 6, 10, 14)]
 
 
-@pytest.mark.parametrize("processes", {
-    "alone": [{"SLURM_PROCID": 1}],                                  # a number without a count loses nothing
-    "torchrun": [{"RANK": i, "WORLD_SIZE": 7} for i in range(7)],
-    "srun": SRUN,
-    "array": ARRAY,
-    "array x srun": [task | step for task in ARRAY for step in SRUN],
-    "array x torchrun": [task | SRUN[0] | {"RANK": i, "WORLD_SIZE": 2} for task in ARRAY for i in range(2)],
-}.items(), ids=lambda launcher: launcher[0])
+@pytest.mark.parametrize(
+    "processes",
+    {
+        "alone": [{"SLURM_PROCID": 1}],  # a number without a count loses nothing
+        "torchrun": [{"RANK": i, "WORLD_SIZE": 7} for i in range(7)],
+        "srun": SRUN,
+        "array": ARRAY,
+        "array x srun": [task | step for task in ARRAY for step in SRUN],
+        "array x torchrun": [
+            task | SRUN[0] | {"RANK": i, "WORLD_SIZE": 2}
+            for task in ARRAY
+            for i in range(2)
+        ],
+    }.items(),
+    ids=lambda launcher: launcher[0],
+)
 def test_processes_share_the_work(processes):
     shares = []
     for names in processes[1]:
-        with mock.patch.dict(os.environ, {name: str(value) for name, value in names.items()}):
+        with mock.patch.dict(
+            os.environ, {name: str(value) for name, value in names.items()}
+        ):
             shares.append(extract.shard(range(1000)))
     assert sorted(sum(shares, [])) == list(range(1000))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_an_array_that_is_no_range_is_one_line():
-    names = ARRAY[1] | {"SLURM_ARRAY_TASK_COUNT": 3}                     # --array=2,6,14
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in names.items()}):
+    names = ARRAY[1] | {"SLURM_ARRAY_TASK_COUNT": 3}  # --array=2,6,14
+    with mock.patch.dict(
+        os.environ, {name: str(value) for name, value in names.items()}
+    ):
         with pytest.raises(UserError, match="3 tasks in 2-14"):
             extract.shard(range(5))
 
 
 @pytest.mark.parametrize("flags, game", [((), "my game"), (("--game", "pong"), "pong")])
-def test_plain_clips_are_frames_alone_of_the_game_that_the_folder_names(tmp_path, capfd, flags, game):
+def test_plain_clips_are_frames_alone_of_the_game_that_the_folder_names(
+    tmp_path, capfd, flags, game
+):
     (tmp_path / "my game").mkdir()
     film(tmp_path / "my game" / "v.mp4", 6)
     argv = [tmp_path / "my game", "--out", tmp_path / "data", "--plain", *flags]
@@ -884,9 +979,12 @@ def test_plain_clips_are_frames_alone_of_the_game_that_the_folder_names(tmp_path
     names = {path.name for path in (tmp_path / "data/v").iterdir()}
     assert names == {"clip.json", "frames.npy", "frames_index.npy"}
     assert (clip["game"], clip["n"], "hole" in clip) == (game, 6, False)
-    assert extract.Frames(tmp_path / "data/v")[3].min() > 100                         # nothing is masked
+    assert extract.Frames(tmp_path / "data/v")[3].min() > 100  # nothing is masked
     capfd.readouterr()
-    assert run(extract.main, *argv) == 0 and "nothing to do: all 1" in capfd.readouterr().out
+    assert (
+        run(extract.main, *argv) == 0
+        and "nothing to do: all 1" in capfd.readouterr().out
+    )
 
 
 def test_clips_of_different_videos_do_not_share_a_folder(tmp_path):
@@ -1221,7 +1319,9 @@ def test_a_new_file_has_the_usual_rights(tmp_path):
 def anywhere():
     """A matcher and what it might find in any video."""
     skins = [extract.random_skin(np.random.default_rng(0))]
-    return types.SimpleNamespace(skins=skins), extract.Find(skins[0], pose(0.3, 20, 20), 50)
+    return types.SimpleNamespace(skins=skins), extract.Find(
+        skins[0], pose(0.3, 20, 20), 50
+    )
 
 
 def test_truth_beside_a_video_goes_into_its_clip(tmp_path, monkeypatch):
@@ -1234,7 +1334,9 @@ def test_truth_beside_a_video_goes_into_its_clip(tmp_path, monkeypatch):
         args = argparse.Namespace(out=tmp_path / str(n), every=1, game=None)
         wrong = pytest.raises(UserError, match=r"v.truth.npy: .* float32 \(6, 25\)")
         with wrong if n == 7 else contextlib.nullcontext():
-            assert extract.extract_one(video, "v", matcher, args, ())["status"] == "found"
+            assert (
+                extract.extract_one(video, "v", matcher, args, ())["status"] == "found"
+            )
         assert (args.out / "v").exists() == (n == 6)
     assert np.array_equal(np.load(tmp_path / "6" / "v" / "truth.npy"), truth[:6])
 
@@ -1698,7 +1800,9 @@ def test_reads_a_pad_it_never_saw(tmp_path, capsys):
     assert clip[1:] == family[3:] == every[3:] == band[5:] and family[1] == skin.family
     assert float(band[1]) <= confidence <= float(band[3])
     [actions] = parse.read_rows(tmp_path / "clip", 150, "actions")
-    assert np.isin(actions[:, :21], (0, 1)).all() and not parse.unread(tmp_path / "clip", 150)
+    assert np.isin(actions[:, :21], (0, 1)).all() and not parse.unread(
+        tmp_path / "clip", 150
+    )
     assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any()
 
 
@@ -1721,6 +1825,7 @@ def test_run_resumes_and_redoes_what_is_broken(tmp_path, capsys, skin):
     def read(*flags):
         assert run(parse.main, "run", tmp_path / "data", "--ckpt", weights, *flags) == 0
         return file.read_bytes()
+
     first = read()
     capsys.readouterr()
     assert read() == first and "read already" in capsys.readouterr().out
@@ -1734,7 +1839,9 @@ def test_run_resumes_and_redoes_what_is_broken(tmp_path, capsys, skin):
 def test_false_presses_count_where_the_truth_never_presses():
     """F1 leaves such buttons out: 3 frames of EAST would go unseen."""
     truth, read = np.zeros((2, 9, 25), np.float32)
-    truth[:5, BUTTON["SOUTH"]] = read[:6, BUTTON["SOUTH"]] = read[:3, BUTTON["EAST"]] = 1
+    truth[:5, BUTTON["SOUTH"]] = read[:6, BUTTON["SOUTH"]] = read[
+        :3, BUTTON["EAST"]
+    ] = 1
     figures = parse.score(read, truth, {"buttons": ["EAST", "SOUTH"], "sticks": []})
     assert figures["false"] == 3 and figures["F1"] == 10 / 11
 
@@ -1752,7 +1859,15 @@ def test_a_clip_needs_its_pads_no_more_once_it_is_read(tmp_path, capfd, skin):
     assert "its pads were dropped: to read it anew" in said[2]
     assert run(parse.main, "show", tmp_path, "--out", tmp_path / "page.png") == 0
     (tmp_path / "a" / "actions.npy").unlink()
-    fails_in_one_line(capfd, parse.main, "run", tmp_path, "--ckpt", weights, says="pads.npy: expected a")
+    fails_in_one_line(
+        capfd,
+        parse.main,
+        "run",
+        tmp_path,
+        "--ckpt",
+        weights,
+        says="pads.npy: expected a",
+    )
 
 
 def test_what_was_read_can_be_seen(tmp_path, capfd, skin):
@@ -1760,13 +1875,21 @@ def test_what_was_read_can_be_seen(tmp_path, capfd, skin):
     clip = tmp_path / "a"
     out = tmp_path / "a.png"
     drawn_clip(clip, skin, n=7)
-    fails_in_one_line(capfd, parse.main, "show", clip, "--out", out, says="read by parse.py run")
+    fails_in_one_line(
+        capfd, parse.main, "show", clip, "--out", out, says="read by parse.py run"
+    )
     truth, read = np.zeros((2, 25))
     truth[BUTTON["START"]] = read[BUTTON["EAST"]] = read[STICKS["left"].start] = 1
-    pad = np.asarray(parse.redrawn(parse.Image.new("RGB", skin.size), vars(skin), read, truth))
+    pad = np.asarray(
+        parse.redrawn(parse.Image.new("RGB", skin.size), vars(skin), read, truth)
+    )
     x, y = np.int32(skin.sticks["left"]["center"])
     assert tuple(pad[y, x + skin.size[0] // 11]) == (255, 215, 0)
-    for button, middle, red in ("EAST", 255, True), ("START", 0, True), ("BACK", 0, False):
+    for button, middle, red in (
+        ("EAST", 255, True),
+        ("START", 0, True),
+        ("BACK", 0, False),
+    ):
         x0, y0, x1, y1 = np.int32(skin.buttons[button])
         assert tuple(pad[(y0 + y1) // 2, (x0 + x1) // 2]) == (middle, 0, 0)
         assert (pad[y0:y1, x0:x1] == (255, 0, 0)).all(2).any() == red
@@ -1776,7 +1899,9 @@ def test_what_was_read_can_be_seen(tmp_path, capfd, skin):
         assert run(parse.main, "show", folder, "--out", out) == 0
         assert extract.read_rgba(out).shape[:2] == size
     film = tmp_path / "a.avi"
-    fails_in_one_line(capfd, parse.main, "show", tmp_path, "--out", film, says="one clip")
+    fails_in_one_line(
+        capfd, parse.main, "show", tmp_path, "--out", film, says="one clip"
+    )
     assert run(parse.main, "show", clip, "--out", film) == 0
     assert len([*extract.read_video(film)]) == 7
 
@@ -2810,20 +2935,34 @@ def test_split_is_by_clip_stable_and_leaves_each_game_on_both_sides(tmp_path):
     assert {c.game for c in held} == {c.game for c in some} == set("abc")
     assert set(train.split(clips[::-1][3:], 0.2)[1]) <= set(held)
     assert train.split(clips, 0) == (clips, [])
-    assert train.split(clips[:1], 0.1) == (clips[:1], [])                      # two rows can't be parted
+    assert train.split(clips[:1], 0.1) == (clips[:1], [])  # two rows can't be parted
 
 
 def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over(tmp_path):
     config = replace(TOY4, frames=2, frame_spacing=8)
-    clips = [train.Clip(make_clip(tmp_path / "own", 60), config),
-             *(train.Clip(make_clip(tmp_path / f"{i}", 8, game="two"), config) for i in range(2))]
+    clips = [
+        train.Clip(make_clip(tmp_path / "own", 60), config),
+        *(
+            train.Clip(make_clip(tmp_path / f"{i}", 8, game="two"), config)
+            for i in range(2)
+        ),
+    ]
     training, held = train.split(clips, 0.1)
-    assert [(c.game, len(c.rows)) for c in training + held] == [("squares", 54), ("two", 8), ("two", 8),
-                                                                ("squares", 6)]
+    assert [(c.game, len(c.rows)) for c in training + held] == [
+        ("squares", 54),
+        ("two", 8),
+        ("two", 8),
+        ("squares", 6),
+    ]
     first, last = training[0], held[1]
     assert (first.rows.max(), last.rows.min()) == (53, 54)
-    assert row_numbers(first.chunk(52)[0]) == [52, 52, 53, 53] and first.lengths[-1] == 2
-    assert last.pictures(0)[1].tolist() == [False, True]                 # what came before is not shown
+    assert (
+        row_numbers(first.chunk(52)[0]) == [52, 52, 53, 53] and first.lengths[-1] == 2
+    )
+    assert last.pictures(0)[1].tolist() == [
+        False,
+        True,
+    ]  # what came before is not shown
     means = sample.mean_actions([last])["squares"]
     assert means[23] == pytest.approx(np.mean(range(54, 60)) / 1000)
 
@@ -2952,33 +3091,61 @@ def test_scores_are_r2_f1_and_f1_of_onsets():
     truth = np.zeros((2, 20, 25), np.float32)
     mask = np.ones((2, 20), bool)
     truth[..., 21] = np.arange(40).reshape(2, 20) / 40
-    truth[0, 5:15, 18] = 1                                            # a press at 5, a release at 15
+    truth[0, 5:15, 18] = 1  # a press at 5, a release at 15
     assert sample.score_chunks(truth, truth, mask) == (1, 1, 1)
     guess = truth.copy()
-    guess[..., 21], guess[..., 18] = truth[..., 21].mean(), 1                     # 10 hits, 30 false alarms
-    assert sample.score_chunks(guess, truth, mask) == pytest.approx((0, 2 * 10 / (2 * 10 + 30), 0), abs=1e-6)
+    guess[..., 21], guess[..., 18] = (
+        truth[..., 21].mean(),
+        1,
+    )  # 10 hits, 30 false alarms
+    assert sample.score_chunks(guess, truth, mask) == pytest.approx(
+        (0, 2 * 10 / (2 * 10 + 30), 0), abs=1e-6
+    )
     for late, onset in (2, 1), (3, 0), (-2, 1):
         assert sample.score_chunks(np.roll(truth, late, 1), truth, mask)[2] == onset
     guess = truth.copy()
-    guess[0, 6:8, 18] = 0                                             # trembles: two presses for one
+    guess[0, 6:8, 18] = 0  # trembles: two presses for one
     assert sample.score_chunks(guess, truth, mask)[2] == 2 * 2 / (4 + 2)
-    assert sample.score_chunks(guess, truth, mask & (np.arange(20) < 15))[2] == 2 * 1 / (3 + 1)
+    assert sample.score_chunks(guess, truth, mask & (np.arange(20) < 15))[
+        2
+    ] == 2 * 1 / (3 + 1)
     assert np.isnan(sample.score_chunks(guess * 0, truth * 0, mask)).all()
 
 
-def test_score_tells_of_each_game_beside_the_blind_and_films_it(squares, toy, tmp_path, capsys):
+def test_score_tells_of_each_game_beside_the_blind_and_films_it(
+    squares, toy, tmp_path, capsys
+):
     film, shots = tmp_path / "film.mp4", []
 
     def beside(*seen):
         shots.append(seen)
         return np.zeros((768, 1152, 3), np.uint8)
+
     with mock.patch.object(sample, "beside", beside):
-        assert run(sample.main, "score", squares, "--ckpt", toy, "--video", film, "--limit", 3) == 0
+        assert (
+            run(
+                sample.main,
+                "score",
+                squares,
+                "--ckpt",
+                toy,
+                "--video",
+                film,
+                "--limit",
+                3,
+            )
+            == 0
+        )
     out = capsys.readouterr().out
-    assert re.search(r"game +n +model R2 +F1 +onset +rest R2", out) and "play is the judge" in out
+    assert (
+        re.search(r"game +n +model R2 +F1 +onset +rest R2", out)
+        and "play is the judge" in out
+    )
     assert re.search(r"\nblue +3 .*\nred +3 .*\nall +6 ", out)
     clip = train.Clip(extract.clips_in(squares)[0], M.load(toy)[0].config)
-    rgb, _, true, said = next(shot for shot in shots if (shot[2] == clip.chunk(0)[0][0]).all())
+    rgb, _, true, said = next(
+        shot for shot in shots if (shot[2] == clip.chunk(0)[0][0]).all()
+    )
     assert extract.video_info(film)["n"] == len(shots) > 60 and said.shape == (25,)
     assert (rgb[1::3, 1::3] == extract.Frames(clip.folder)[0]).all()
 
@@ -2987,8 +3154,17 @@ def test_the_shipped_clip_gives_the_figures_of_the_readme(capsys):
     """Of the shipped policy; the clip is less than a megabyte."""
     weights = HERE / "weights"
     assert sum(path.stat().st_size for path in (weights / "crypt").iterdir()) < 1e6
-    assert run(sample.main, "score", weights / "crypt", "--ckpt", weights / "policy-nano.safetensors") == 0
-    figures = "crypt 74 0.65 0.77 0.50 -0.34 0.00 0.00 0.15 0.53"               # model, rest, repeat
+    assert (
+        run(
+            sample.main,
+            "score",
+            weights / "crypt",
+            "--ckpt",
+            weights / "policy-nano.safetensors",
+        )
+        == 0
+    )
+    figures = "crypt 74 0.65 0.77 0.50 -0.34 0.00 0.00 0.15 0.53"  # model, rest, repeat
     assert figures in " ".join(capsys.readouterr().out.split())
 
 
@@ -2999,7 +3175,7 @@ def test_a_films_page_has_the_frame_and_a_pad_for_each_action():
     page = sample.beside(frame, skin, tilted, extract.neutral(), extract.neutral())
     assert page.shape[1::-1] == sample.page_size(256, 256, skin, 3)
     assert (page[:, :256] == frame).all()
-    pads = [page[i * 85:i * 85 + 85, 256:] for i in range(3)]
+    pads = [page[i * 85 : i * 85 + 85, 256:] for i in range(3)]
     assert (pads[1] == pads[2]).all() and (pads[0] != pads[1]).any()
 
 
@@ -3020,26 +3196,41 @@ def test_the_lag_of_labels_is_found_and_clip_json_can_say_it(tmp_path, capsys):
     meta = extract.read_clip(tmp_path / "late")
     extract.write_json(tmp_path / "late/clip.json", meta | {"lag": 3})
     told = train.Clip(tmp_path / "late", config)
-    assert (told.chunk(7)[0] == true.chunk(7)[0]).all() and told.rows.tolist() == [*range(57)]
+    assert (told.chunk(7)[0] == true.chunk(7)[0]).all() and told.rows.tolist() == [
+        *range(57)
+    ]
     extract.write_json(tmp_path / "late/clip.json", meta | {"lag": "x"})
-    with pytest.raises(UserError, match='clip.json: expected a whole number of rows as "lag"'):
+    with pytest.raises(
+        UserError, match='clip.json: expected a whole number of rows as "lag"'
+    ):
         train.Clip(tmp_path / "late", config)
 
 
 # ------------------------------------------------------------------------------------ inverse dynamics
-SIDES = dict(patch=64, vision_width=64, vision_heads=4, vision_layers=1, vision_ffn=128,
-             mixing=M.Stack(1, 4, 16, 0.0), dit=M.Stack(2, 4, 16, 0.0))
+SIDES = dict(
+    patch=64,
+    vision_width=64,
+    vision_heads=4,
+    vision_layers=1,
+    vision_ffn=128,
+    mixing=M.Stack(1, 4, 16, 0.0),
+    dit=M.Stack(2, 4, 16, 0.0),
+)
 INVERSE = replace(TOY4, hz=30.0, frames=4, future=2, frame_spacing=3, **SIDES)
 
 
-def test_an_inverse_model_sees_frames_before_and_after_and_starts_only_where_all_to_come_is_there(tmp_path):
+def test_an_inverse_model_sees_frames_before_and_after_and_starts_only_where_all_to_come_is_there(
+    tmp_path,
+):
     clip = train.Clip(make_clip(tmp_path / "clip", cuts=np.arange(40) == 20), INVERSE)
     assert INVERSE.offsets == [-3, 0, 3, 6]
     assert clip.rows.tolist() == [*range(14), *range(20, 34)]
     stored = extract.Frames(clip.folder)
     frames, there = clip.pictures(13)
-    assert there.all() and all((frame == stored[i]).all() for frame, i in zip(frames, (10, 13, 16, 19)))
-    frames, there = clip.pictures(14)                                     # the row after the cut
+    assert there.all() and all(
+        (frame == stored[i]).all() for frame, i in zip(frames, (10, 13, 16, 19))
+    )
+    frames, there = clip.pictures(14)  # the row after the cut
     assert there.tolist() == [False, True, True, True] and not frames[0].any()
 
 
@@ -3061,30 +3252,56 @@ def idm(tmp_path_factory):
     return save_model(path, tiny(hz=30.0, frames=4, future=2, frame_spacing=6))
 
 
-def test_an_inverse_model_labels_plain_clips_and_these_train(idm, squares, tmp_path, capfd):
-    plain, short = make_clip(tmp_path / "data/plain", 40), make_clip(tmp_path / "data/short", 5)
+def test_an_inverse_model_labels_plain_clips_and_these_train(
+    idm, squares, tmp_path, capfd
+):
+    plain, short = make_clip(tmp_path / "data/plain", 40), make_clip(
+        tmp_path / "data/short", 5
+    )
     for clip in plain, short:
         (clip / "actions.npy").unlink()
     done = make_clip(tmp_path / "data/done", 30)
     before = (done / "actions.npy").read_bytes()
-    assert run(sample.main, "label", tmp_path / "data", "--ckpt", idm, "--draws", 2) == 0
+    assert (
+        run(sample.main, "label", tmp_path / "data", "--ckpt", idm, "--draws", 2) == 0
+    )
     said = capfd.readouterr().out
-    for line in "2 of 3 clips have no actions yet", "left out 1 clip(s)", "short: 5 rows":
+    for line in (
+        "2 of 3 clips have no actions yet",
+        "left out 1 clip(s)",
+        "short: 5 rows",
+    ):
         assert line in said
-    assert (done / "actions.npy").read_bytes() == before and not (short / "actions.npy").exists()
+    assert (done / "actions.npy").read_bytes() == before and not (
+        short / "actions.npy"
+    ).exists()
     names = "actions", "confidence", "keep"
     actions, confidence, keep = (np.load(plain / f"{name}.npy") for name in names)
     assert extract.read_clip(plain)["labels"] == "inverse" and actions.shape == (40, 25)
-    assert ((0 <= confidence) & (confidence <= 1)).all() and 0 < confidence[:28].mean() < 1
-    assert not confidence[-1] and not keep[-1] and not actions[-1].any()        # its future is not known
+    assert ((0 <= confidence) & (confidence <= 1)).all() and 0 < confidence[
+        :28
+    ].mean() < 1
+    assert (
+        not confidence[-1] and not keep[-1] and not actions[-1].any()
+    )  # its future is not known
     (short / "frames.npy").unlink()
-    fails_in_one_line(capfd, train.main, tmp_path / "data", "--out", tmp_path / "run", *SHORT, says="short")
+    fails_in_one_line(
+        capfd,
+        train.main,
+        tmp_path / "data",
+        "--out",
+        tmp_path / "run",
+        *SHORT,
+        says="short",
+    )
     shutil.rmtree(short)
     extract.write_npy(plain / "keep.npy", keep | (np.arange(40) < 30))
     trained(tmp_path / "data", tmp_path / "run", "--steps 1")
 
 
-def test_labels_are_means_of_draws_and_sure_where_these_agree(idm, tmp_path, monkeypatch):
+def test_labels_are_means_of_draws_and_sure_where_these_agree(
+    idm, tmp_path, monkeypatch
+):
     """Draws that say 1, 1, 1, 0 of SOUTH, and tilt x by 0.5 or by 0.3; a row is in two chunks."""
     clip = train.Clip(make_clip(tmp_path / "clip"), replace(INVERSE, horizon=8), "")
     policy = types.SimpleNamespace(config=clip.config)
@@ -3094,24 +3311,35 @@ def test_labels_are_means_of_draws_and_sure_where_these_agree(idm, tmp_path, mon
         out[..., :21], out[:3, ..., 18], out[..., 21] = 0.1, 0.9, 0.75
         out[::2, ..., 21] = 0.65
         return out
+
     monkeypatch.setattr(sample, "chunks_at", chunks_at)
     actions, confidence = sample.label(policy, clip, 4)
     assert set(actions[:36, 18]) == {1} and not actions[:, :18].any()
-    assert actions[:36, 21] == pytest.approx(0.4) and confidence[:36] == pytest.approx(1 - 4 * 0.75 * 0.25)
+    assert actions[:36, 21] == pytest.approx(0.4) and confidence[:36] == pytest.approx(
+        1 - 4 * 0.75 * 0.25
+    )
 
 
-@pytest.mark.parametrize("line, says", [
-    ("label DATA --ckpt POLICY", "found a policy"), ("label DATA --ckpt IDM", "none of its frames may start"),
-    ("score DATA --ckpt POLICY", "expected actions, found none: add them"),
-    ("image a.png --ckpt IDM --out x.npy", "needs the frames to come"),
-    ("serve --ckpt IDM", "needs the frames to come")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("label DATA --ckpt POLICY", "found a policy"),
+        ("label DATA --ckpt IDM", "none of its frames may start"),
+        ("score DATA --ckpt POLICY", "expected actions, found none: add them"),
+        ("image a.png --ckpt IDM --out x.npy", "needs the frames to come"),
+        ("serve --ckpt IDM", "needs the frames to come"),
+    ],
+)
 def test_what_an_inverse_model_and_a_plain_clip_are_not_for_is_one_line(
     line, says, idm, toy, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(tmp_path)
     extract.save_png(Path("a.png"), pictures(1)[0])
     (make_clip(tmp_path / "data/x", 6) / "actions.npy").unlink()
-    words = [{"DATA": "data", "IDM": idm, "POLICY": toy}.get(word, word) for word in line.split()]
+    words = [
+        {"DATA": "data", "IDM": idm, "POLICY": toy}.get(word, word)
+        for word in line.split()
+    ]
     fails_in_one_line(capfd, sample.main, *words, says=says)
     assert not (tmp_path / "x.npy").exists()
 
@@ -3233,9 +3461,13 @@ def test_fine_tuning_leaves_the_frozen_alone_and_adds_games(squares, tmp_path, p
     assert run(train.main, "--resume", out, "--steps", 3) == 0       # frozen weights come from the run itself
 
 
-def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, tmp_path, monkeypatch):
+def test_frozen_vision_encodes_each_frame_once_and_trains_alike(
+    squares, tmp_path, monkeypatch
+):
     """Tokens on the disk in place of frames: the same losses up to float16, and no look at a frame again."""
-    data = shutil.copytree(squares, tmp_path / "data", ignore=shutil.ignore_patterns(".tokens"))
+    data = shutil.copytree(
+        squares, tmp_path / "data", ignore=shutil.ignore_patterns(".tokens")
+    )
     start = save_start(tmp_path / "start.safetensors", TOY)
     flags = "--freeze vision --no-augment --dropout 0"
     kept = trained(data, tmp_path / "kept", flags, "--ckpt", start)
@@ -3243,7 +3475,9 @@ def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, tmp_pat
     assert len(files) == 6 and len(extract.clips_in(data)) == 6
     monkeypatch.setattr(M.NitroGen, "see", lambda *_: pytest.fail("looked again"))
     again = trained(data, tmp_path / "again", flags, "--ckpt", start)
-    assert {path: path.stat().st_mtime_ns for path in data.glob(".tokens/*.npy")} == files
+    assert {
+        path: path.stat().st_mtime_ns for path in data.glob(".tokens/*.npy")
+    } == files
     assert (losses(again) == losses(kept)).all()
     monkeypatch.undo()
     monkeypatch.setattr(train, "keep_tokens", lambda *_, **__: None)
@@ -3265,8 +3499,14 @@ def test_kept_tokens_are_of_the_frame_and_of_augmentations_of_it(tmp_path):
     close(tokens[2, 7], model.see(torch.from_numpy(turned)[None])[0, 0], 1e-2)
     assert np.abs(tokens[0, 7] - tokens[2, 7]).max() > 0.1
     batch = train.Sampler([clip], TOY, 40, tokens=[path]).load(0)["frames"].numpy()
-    variants = [(tokens[:, i] == x).all((1, 2)).argmax() for i, x in enumerate(batch[:, 0])]
-    assert batch.shape == (40, 1, 64, 96) and set(variants) == {0, 1, 2}               # of each frame in turn
+    variants = [
+        (tokens[:, i] == x).all((1, 2)).argmax() for i, x in enumerate(batch[:, 0])
+    ]
+    assert batch.shape == (40, 1, 64, 96) and set(variants) == {
+        0,
+        1,
+        2,
+    }  # of each frame in turn
 
 
 @pytest.mark.parametrize("full_at", ["state", "model"])                 # the model is written after the state
@@ -3955,13 +4195,25 @@ def vgamepad(monkeypatch):
 
 
 def test_the_virtual_pad_points_up_and_rests_at_the_end(vgamepad):
-    pad, told = play.VirtualPad(mock.Mock(real_pads=[]), "vgamepad"), vgamepad.VX360Gamepad()
+    pad, told = (
+        play.VirtualPad(mock.Mock(real_pads=[]), "vgamepad"),
+        vgamepad.VX360Gamepad(),
+    )
 
-    def report(*buttons, left, right, triggers):             # all that it is told at once, and in this order
+    def report(
+        *buttons, left, right, triggers
+    ):  # all that it is told at once, and in this order
         tell = mock.call
-        return [tell.reset(), *map(tell.press_button, buttons), tell.left_joystick_float(*left),
-                tell.left_trigger_float(triggers), tell.right_joystick_float(*right),
-                tell.right_trigger_float(0), tell.update()]
+        return [
+            tell.reset(),
+            *map(tell.press_button, buttons),
+            tell.left_joystick_float(*left),
+            tell.left_trigger_float(triggers),
+            tell.right_joystick_float(*right),
+            tell.right_trigger_float(0),
+            tell.update(),
+        ]
+
     pad.press(action(SOUTH=1, DPAD_LEFT=1, LEFT_TRIGGER=0.25, left=(0.5, -1), right=(0, 1)))
     pad.close()
     a, left = vgamepad.XUSB_BUTTON.XUSB_GAMEPAD_A, vgamepad.XUSB_BUTTON.XUSB_GAMEPAD_DPAD_LEFT
@@ -4288,12 +4540,19 @@ def test_a_model_that_fails_lets_go_of_the_pad_and_the_game_at_once(env, pause):
 @pytest.mark.parametrize("forward", [True, False])
 def test_any_touch_takes_over_and_is_marked(env, monkeypatch, forward):
     e, log = env(hz=100.0), []
-    monkeypatch.setattr(play, "MARKED", 1e-9)                # the touched ticks alone
+    monkeypatch.setattr(play, "MARKED", 1e-9)  # the touched ticks alone
     rest, touch = [action()], [action(EAST=1)]
-    read = mock.Mock(side_effect=rest * 10 + touch * 10 + rest * 130 + [play.GameGone()])
+    read = mock.Mock(
+        side_effect=rest * 10 + touch * 10 + rest * 130 + [play.GameGone()]
+    )
     recorder = types.SimpleNamespace(add=lambda *row: log.append(row))
-    score = play.play(e, fixed_policy(16), people=[mock.Mock(forward=forward, touch=0.25, read=read)],
-                      handback=0.4, recorder=recorder)
+    score = play.play(
+        e,
+        fixed_policy(16),
+        people=[mock.Mock(forward=forward, touch=0.25, read=read)],
+        handback=0.4,
+        recorder=recorder,
+    )
     assert ("+ctrl" in e.desktop.log) == forward             # a real pad is passed on; keys are seen already
     assert [human for *_, human in log] == [10 <= i < 20 for i in range(150)] and score.human > 10
     assert all(a[BUTTON["EAST"]] == human for _, _, a, human in log)
@@ -4302,8 +4561,13 @@ def test_any_touch_takes_over_and_is_marked(env, monkeypatch, forward):
 
 def test_a_key_starts_and_stops_the_model(env):
     e = env(hz=200.0)
-    e.desktop.held = mock.Mock(side_effect=[set()] * 20 + [{"f8"}] * 10 + [set()] * 30 + [{"f8"}] * 10
-                               + [play.GameGone("enough")])
+    e.desktop.held = mock.Mock(
+        side_effect=[set()] * 20
+        + [{"f8"}] * 10
+        + [set()] * 30
+        + [{"f8"}] * 10
+        + [play.GameGone("enough")]
+    )
     score = play.play(e, fixed_policy(16), hotkey="f8")
     assert score.ticks - score.human == 40 and not e.desktop.down
 
@@ -4330,10 +4594,13 @@ def test_what_is_typed_elsewhere_is_no_play_and_the_mouse_is_a_stick(env):
 
 def test_each_control_of_a_mapping_is_pressed_and_named(env, keys_file, capsys):
     e = env(mapping=keys_file)
-    e.hold = lambda action, seconds: e.pad.press(action)     # at once
+    e.hold = lambda action, seconds: e.pad.press(action)  # at once
     play.try_map(e)
     assert e.desktop.log == "+up -up +left -left +right -right +space -space".split()
-    assert capsys.readouterr().out.splitlines()[::3] == ["left y -1: up", "SOUTH +1: space"]
+    assert capsys.readouterr().out.splitlines()[::3] == [
+        "left y -1: up",
+        "SOUTH +1: space",
+    ]
 
 
 # ---------------------------------------------------------------------------------- play: the recorder
@@ -4577,14 +4844,21 @@ def check_recorded(data, n):
 @pytest.mark.parametrize("cut", [0, 1, 500, 40_000])
 def test_a_recording_cut_anywhere_is_picked_up_at_the_next_start(recorder, tmp_path, capfd, cut):
     record(recorder, 40)
-    data = tmp_path / "copy"                                 # as a kill leaves it, or less of it
+    data = tmp_path / "copy"  # as a kill leaves it, or less of it
     shutil.copytree(recorder.tmp, data / recorder.tmp.name)
     file = data / recorder.tmp.name / "rows.bin"
     os.truncate(file, file.stat().st_size - cut)
-    assert run(play.main, "--human", "--exe", "no such game", "--wait", 0, "--record", data) == 2
+    assert (
+        run(
+            play.main, "--human", "--exe", "no such game", "--wait", 0, "--record", data
+        )
+        == 2
+    )
     clip = data / recorder.tmp.stem
     n = extract.read_clip(clip)["n"]
-    assert 30 <= n <= 40 and (n == 40) == (cut == 0)         # every row is in the file when add() returns
+    assert 30 <= n <= 40 and (n == 40) == (
+        cut == 0
+    )  # every row is in the file when add() returns
     assert capfd.readouterr().out.startswith(f"picked up {clip}: {n} rows")
     check_recorded(data, n)
     play.pick_up(recorder.tmp.parent)
@@ -4911,6 +5185,7 @@ def test_game_is_a_function_of_task_seed_and_actions(name):
 def test_tasks_are_gymnasium_environments(name):
     gymnasium = pytest.importorskip("gymnasium", reason="needs the package gymnasium")
     from gymnasium.utils.env_checker import check_env
+
     env = gymnasium.make(name)
     check_env(env.unwrapped)
     env.reset(seed=3)
@@ -5190,10 +5465,19 @@ def test_model_rollouts_are_the_same_again_in_any_place(toy):
         assert np.array_equal(sorted(one[task][:, 0]), sorted(other[task][:, 0]))
 
 
-@pytest.mark.parametrize("overlap, want", [
-    (True, [-1, -1, 2, 3, 4, 5, 402, 403, 404, 405, 802, 803]),          # each for its own moment
-    (False, [-1, -1, 0, 1, 2, 3, 3, 3, 600, 601, 602, 603])])            # held twice, then from the start
-def test_a_late_chunk_is_played_from_where_it_comes_or_after_a_wait(monkeypatch, overlap, want):
+@pytest.mark.parametrize(
+    "overlap, want",
+    [
+        (
+            True,
+            [-1, -1, 2, 3, 4, 5, 402, 403, 404, 405, 802, 803],
+        ),  # each for its own moment
+        (False, [-1, -1, 0, 1, 2, 3, 3, 3, 600, 601, 602, 603]),
+    ],
+)  # held twice, then from the start
+def test_a_late_chunk_is_played_from_where_it_comes_or_after_a_wait(
+    monkeypatch, overlap, want
+):
     """Step k of the chunk seen at step n is 100 n + k."""
     done, zero = [], np.full(25, -1.0)
 
@@ -5209,9 +5493,14 @@ def test_a_late_chunk_is_played_from_where_it_comes_or_after_a_wait(monkeypatch,
         def advance(self, action):
             done.append(int(action[0]))
             self.over = len(done) == 12
+
     session = lambda policy, seed, envs: types.SimpleNamespace(
-        envs=envs, reset=lambda *_: None,
-        predict=lambda frames: np.repeat(100 * frames[:, None, None] + np.arange(16)[:, None], 25, 2))
+        envs=envs,
+        reset=lambda *_: None,
+        predict=lambda frames: np.repeat(
+            100 * frames[:, None, None] + np.arange(16)[:, None], 25, 2
+        ),
+    )
     monkeypatch.setattr(sample, "Session", session)
     monkeypatch.setattr(bench, "neutral", lambda: zero)
     monkeypatch.setattr(bench, "PLAYABLE", {"steps": types.SimpleNamespace(game=Steps)})

@@ -205,7 +205,7 @@ def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
     with extract.VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
         for frame, action, *_ in film(tasks, seed, n):
             picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
-            put_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
+            paste_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
             video.add(picture)
             truth.append(action)
     extract.write_npy(path.with_suffix(".truth.npy"), np.array(truth))
@@ -505,8 +505,7 @@ def story(out, video, tasks, rows, finding, reading):
 
     for k, task in enumerate(tasks[:3]):
         frames = [rgb for _, rgb in extract.read_video(out / film_name(task))]
-        words = f"4  the model that learned from this plays {task}" if k == 0 else task
-        show(20 + 290 * k, 570, words, frames[len(frames) // 2], 280)
+        show(20 + 290 * k, 570, f"{'' if k else '4  the model plays '}{task}", frames[len(frames) // 2], 280)
     n = rows[tasks[0]]["model"]["n"]
     chart(out / "tasks.png", f"5  tasks completed, n {n} each; thin lines: 95 % intervals",
           {name: row for name, row in rows.items() if ":" not in name})
@@ -1199,7 +1198,7 @@ def skins():
     return extract.our_skins()
 
 
-def put_pad(ground, skin, action, opacity=1.0):
+def paste_pad(ground, skin, action, opacity=1.0):
     """Draw the pad over a region (h, w, 3) of a picture, in place."""
     rgba = cv2.resize(extract.draw(skin, action), ground.shape[1::-1], interpolation=cv2.INTER_AREA)
     ground[:] = extract.over(ground, rgba, opacity)

@@ -1677,7 +1677,7 @@ def test_a_stick_that_seldom_rests_is_read_beside_the_template():
         action = extract.neutral()
         action[STICKS["left"]] = x, y
         pads.append(np.ascontiguousarray(back[:, 2 * t:2 * t + 320]))
-        bench.put_pad(pads[-1], skin, action, 0.8)
+        bench.paste_pad(pads[-1], skin, action, 0.8)
     geometry = {"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}
     template = cv2.resize(extract.draw(skin), (320, 232), interpolation=cv2.INTER_AREA)
     model, off = parse.load_parser(parse.CKPT), []

@@ -74,7 +74,8 @@ TEMPLATE_WIDTH, TEMPLATE_FEATURES = 400, 600       # templates are described at 
 VIEWS = ((2560, 4096), (1280, 2048))               # the picture too: (width, strongest features kept), twice
 COARSE_FEATURES, FINALISTS = 96, 10                # many templates: few features first, then all
 MIN_COSINE, PIXELS = 0.7, 3.0           # of matched features; RANSAC's tolerance in pixels of the larger view
-MIN_EDGES, SAME_SKIN = 0.30, 0.65   # edge agreement: the very skin measures 0.69-0.98, other pads 0.37-0.60
+MIN_EDGES, SAME_SKIN = 0.30, 0.65     # edge agreement: of other pads up to 0.6, of the very skin from 0.65 on
+THIN_SKIN, MANY = 0.5, 150        # or from 0.5 on where there are more inliers than others have: thin lines
 PAD_WIDTH = 320                                 # of the crops: as fine as the overlay is in most 1080p videos
 PAUSE, BACK = 2000, 100       # a clock that leaps or runs back by so many milliseconds breaks: a cut
 AHEAD = 8                                   # frames decoded ahead of the threads that shrink, warp and encode
@@ -138,7 +139,7 @@ def localise_all(frames, pictures, matcher):
         grey, colour = ([every[i] for i in numbers] for every in (frames, pictures))
         find, inliers = localise(grey, matcher)
         most = max(most, inliers)
-        if find and find.edges >= SAME_SKIN:
+        if find and (find.edges >= SAME_SKIN or find.edges >= THIN_SKIN and find.inliers >= MANY):
             present = [p for p, there in zip(colour, find.there) if there]
             find = replace(find, skin=recolour(find, present, frames[0].shape[1], matcher.skins))
             if not find.skin.buttons and not find.skin.sticks:

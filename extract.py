@@ -566,8 +566,8 @@ def in_halves(picture, change, *how, **more):
 
 
 def locator_net():
-    """The locator: convolutions down to stride 32 and up again to a heat map of 48 x 48 cells for each of
-    PLACES; untrained."""
+    """The locator, 733 k parameters: convolutions down to stride 32 and up again to a heat map of 48 x 48
+    cells for each of PLACES; untrained."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -2302,16 +2302,17 @@ def worker(pipe, args):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
     work, answer = None, None
-    while True:
-        try:
-            if work:
-                answer = work(*pipe.recv())
-            else:
-                work = work_for(args)
-        except (UserError, OSError) as e:
-            reason = str(e) if isinstance(e, UserError) else file_trouble(e)
-            answer = {"status": "busy" if isinstance(e, Busy) else "error", "reason": reason}
-        pipe.send(answer)
+    with suppress(EOFError, BrokenPipeError):      # nobody listens any more
+        while True:
+            try:
+                if work:
+                    answer = work(*pipe.recv())
+                else:
+                    work = work_for(args)
+            except (UserError, OSError) as e:
+                reason = str(e) if isinstance(e, UserError) else file_trouble(e)
+                answer = {"status": "busy" if isinstance(e, Busy) else "error", "reason": reason}
+            pipe.send(answer)
 
 
 def work_for(args):

@@ -139,13 +139,13 @@ def localise_all(frames, pictures, matcher):
         grey, colour = ([every[i] for i in numbers] for every in (frames, pictures))
         find, inliers = localise(grey, matcher)
         most = max(most, inliers)
-        if find and (find.edges >= SAME_SKIN or find.edges >= THIN_SKIN and find.inliers >= MANY):
+        known = find and (find.edges >= SAME_SKIN or find.edges >= THIN_SKIN and find.inliers >= MANY)
+        if known:
             present = [p for p, there in zip(colour, find.there) if there]
             find = replace(find, skin=recolour(find, present, frames[0].shape[1], matcher.skins))
-            if not find.skin.buttons and not find.skin.sticks:
-                find = with_geometry(find, locate(matcher.locator, grey, colour))
-        else:
-            find = locate(matcher.locator, grey, colour) if matcher.locator else find
+        if matcher.locator and not (known and (find.skin.buttons or find.skin.sticks)):
+            located = locate(matcher.locator, grey, colour)
+            find = with_geometry(find, located) if known else located
         if not find or any(overlap(find.box, p.box) > 0.5 for p in places):
             break
         places.append(find)
@@ -507,12 +507,8 @@ def motion_picture(pictures):
     """Sampled frames uint8 (n, h, w, 3) -> uint8 (h, w, 5): their median, and how far they are from it, on
     average and at most: an overlay stands still, its caps move in small discs, its buttons blink."""
     median = median_image(pictures)
-    mean, most = np.zeros(median.shape[:2], np.float32), np.zeros(median.shape[:2], np.uint8)
-    for picture in pictures:
-        away = cv2.absdiff(picture, median).max(2)
-        mean += away
-        np.maximum(most, away, out=most)
-    return np.dstack([median, np.uint8(mean / len(pictures)), most])
+    away = np.stack([cv2.absdiff(picture, median).max(2) for picture in pictures])
+    return np.dstack([median, np.uint8(away.mean(0)), away.max(0)])
 
 
 def windows_over(w, h):
@@ -2197,8 +2193,14 @@ def place_names(name):
 
 def journal(out):
     """DATA/extract.jsonl -> {video: its last line's dict}; a line cut off by a kill is passed over."""
-    lines, path = {}, out / "extract.jsonl"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    path = out / "extract.jsonl"
+    return read_journal(path, path.stat().st_size) if path.exists() else {}
+
+
+@functools.lru_cache(1)
+def read_journal(path, size):
+    """journal() of a file of so many bytes: it only grows, and is asked for once a video."""
+    lines, text = {}, path.read_text(encoding="utf-8", errors="replace")
     for line in text.split("\n"):                  # splitlines() would also cut at odd letters of a name
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             line = json.loads(line)

@@ -129,10 +129,15 @@ class Pad:
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # of the whole video
         median = closeups(picture)
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
-        self.rest = rest_pictures(model, before, now, median, drawn)
-        self.known = drawn is not None and one_skin(drawn, median)
+        alike = likenesses(drawn, median) if drawn else None
+        self.rest = rest_pictures(model, before, now, median, drawn, alike)
+        self.known = False
+        if drawn:
+            self.known = np.median(np.concatenate(alike)) > ONE_SKIN
+        if self.known:
+            self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
         self.pressed = np.uint8([0, 0])                        # not known
-        if pressed and self.known:
+        if self.known and pressed:
             self.pressed = [changed(*pictures) for pictures in zip(self.rest, drawn, *pressed)]
         grids, *_ = net_reads(model, map(montages, before, now, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
@@ -147,10 +152,12 @@ class Pad:
     def better_geometry(self):
         """The geometry of a pad that is no known skin, with each stick where it rests in the sampled frames
         and a travel as long as it goes; None where it is so already."""
+        if self.known:
+            return None
         sticks = dict(self.geometry["sticks"])
         for values, side in zip(self.sampled.transpose(1, 0, 2), self.closeups.sticks):
-            rest = resting_place(values, self.known)
-            if self.known or rest is None:
+            rest = resting_place(values, known=False)
+            if rest is None:
                 continue
             center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
             reach = np.percentile(np.hypot(*(values - rest).T), 97)
@@ -208,29 +215,21 @@ def pieces(n):
 
 
 # -------------------------------------------------------------------------------------------- the pad at rest
-def rest_pictures(model, before, now, median, drawn):
+def rest_pictures(model, before, now, median, drawn, alike):
     """What each control looks like at rest -> [sticks uint8 (k, S, S, 3), buttons (m, S, S, 3)].
 
     before, now: close-ups of sampled frames, (samples, k or m, S, S, 3) each; median: those of the video's
-    median picture; drawn: those of the template in the video's light, or None.
+    median picture; drawn: those of the template in the video's light, or None; alike: the likenesses() of
+    both.
     """
     if drawn is None:
         rest, _ = at_rest(model, before, now, median)
         return at_rest(model, before, now, rest)[0]
-    alike = likenesses(drawn, median)
     rest, doubted = beside_template(model, median, drawn, alike)
     rest, few = at_rest(model, before, now, rest)
     for picture, old, wrong in zip(rest, median, map(np.logical_and, doubted, few)):
         picture[wrong] = old[wrong]                       # seen at rest too seldom beside a template in doubt
-    rest, _ = at_rest(model, before, now, rest)
-    if one_skin(drawn, median):
-        rest[0] = drawn[0]                                    # its caps are at rest; the video's may never be
-    return rest
-
-
-def one_skin(drawn, median):
-    """Do template and video show one skin? By the close-ups of both."""
-    return np.median(np.concatenate(likenesses(drawn, median))) > ONE_SKIN
+    return at_rest(model, before, now, rest)[0]
 
 
 def likenesses(drawn, median):

@@ -124,7 +124,7 @@ class Pad:
         at = np.unique(np.linspace(0, len(pads) - 1, SAMPLES).astype(int))
         crops = [pads[i] for i in at]
         self.closeups = closeups = Closeups(geometry, crops[0].shape[1::-1])
-        sampled = closeups.all(pads[max(i - 1, 0)] for i in at), closeups.all(crops)
+        sampled = closeups.all(crops)
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # of the whole video
         self.rest = closeups(picture)
         self.pressed = np.uint8([0, 0])                        # not known
@@ -135,21 +135,19 @@ class Pad:
             self.known = np.median(np.concatenate(alike)) > ONE_SKIN
             self.rest = beside_template(model, self.rest, drawn, alike)
         for _ in range(2):
-            self.rest = at_rest(model, *sampled, self.rest)
+            self.rest, self.sampled = at_rest(model, sampled, self.rest)
         if self.known:
             self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
             if pressed:                                        # what the video shows, changed as the skin is
                 change = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
                 self.pressed = [np.clip(r + c, 0, 255).astype(np.uint8) for r, c in zip(self.rest, change)]
-        grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
-        self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
     def likeness(self, crop):
         """Of the crop's edges to those of the pad at rest: falls towards 0 where the overlay is gone or
         covered."""
-        return likeness(edges(crop), self.outline, centre=False)
+        return likeness(edges(crop), self.outline)
 
     def better_geometry(self):
         """The geometry of a pad that is no known skin, with each stick where it rests in the sampled frames
@@ -234,21 +232,21 @@ def beside_template(model, median, drawn, alike):
     return [np.where(r[:, None, None, None], d, m) for r, d, m in zip(replaced, drawn, median)]
 
 
-def at_rest(model, before, now, rest):
-    """Each control's median over the frames in which the net, given the old rest pictures, sees it at rest
-    -> new rest pictures; as it was where there are few such frames.
+def at_rest(model, sampled, rest):
+    """Each control's median over the sampled frames in which the nets, given the old rest pictures, see it at
+    rest -> new rest pictures, as they were where there are few such frames; places of the sticks (n, k, 2).
 
-    before, now: close-ups of sampled frames, [(samples, k, S, S, 3), (samples, m, S, S, 3)] each.
+    sampled: close-ups of n frames, [(n, k, S, S, 3), (n, m, S, S, 3)]; each serves as its own previous frame.
     """
-    n, k = now[0].shape[:2]
-    grids, clicks, logits = net_reads(model, map(montages, before, now, rest))
-    still = np.hypot(*decode(np.exp(grids)).T) < 0.2
-    quiets = (still & (clicks < 0)).reshape(n, k), (logits < -0.5).reshape(n, -1)
+    n, k = sampled[0].shape[:2]
+    grids, clicks, logits = net_reads(model, map(montages, sampled, sampled, rest))
+    places = decode(np.exp(grids))
+    still = (np.hypot(*places.T) < 0.2) & (clicks < 0)
     rest = [r.copy() for r in rest]
-    for picture, closeups, quiet in zip(rest, now, quiets):
+    for picture, closeups, quiet in zip(rest, sampled, (still.reshape(n, k), logits.reshape(n, -1) < -0.5)):
         for j in np.flatnonzero(quiet.sum(0) >= 8):
             picture[j] = np.median(closeups[quiet[:, j], j], 0)
-    return rest
+    return rest, places.reshape(n, k, 2)
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -629,7 +627,7 @@ def train_net(args):
     steps = args.steps or (600 if args.skins and args.ckpt else 5000)
     peak = (5e-4 if args.ckpt else 2e-3) if args.lr is None else args.lr
     extract.writable(args.out)
-    skins = extract.load_skins(args.skins, kind.width) if args.skins else []
+    skins = extract.load_skins(args.skins, 400) if args.skins else []
     skins = [s for s in skins if any(p.control for p in s.parts)]
     if args.skins and not skins:
         raise UserError(f"--skins {args.skins}: expected OBS input-overlay presets, "
@@ -740,9 +738,7 @@ def masked(generator, panels):
 def locator_loss(model, generator, batch):
     """Cross-entropy of each place's heat map, in which "not here" is one more cell, and the log error of the
     sizes at the true place."""
-    rng = np.random.default_rng(torch.randint(1 << 31, (), generator=generator).item())
-    pairs = [a_window(rng, *pair) for pair in zip(*(part.numpy() for part in batch))]
-    windows, places = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))           # (B, 20, 4)
+    windows, places = batch                                                    # (B, 20, 4)
     log_p, sizes = model(windows)
     here = ~places[..., 0].isnan()
     cells = (torch.arange(extract.WINDOW // extract.CELL) + 0.5) * extract.CELL
@@ -751,43 +747,15 @@ def locator_loss(model, generator, batch):
     got = (sizes * grid[:, :, None]).sum((3, 4))
     true = places[..., 2:].clamp(min=1).log().nan_to_num()
     wrong = (got - true).abs().mean(2) * here
-    pad = -1                                                                   # the overlay's box: once more
-    return {"heat": -(label * log_p).sum(2).mean(),
-            "size": wrong.sum() / here.sum().clamp(min=1),
-            "pad": wrong[:, pad].sum() / here[:, pad].sum().clamp(min=1)}
-
-
-def a_window(rng, picture, places):
-    """One square out of a scene of the locator's, its colours sometimes inverted or exchanged -> uint8 (192,
-    192, 5), places (20, 4) in it. In most cases the whole pad is in it."""
-    whole, pad = len(picture), places[-1]
-    side = rng.uniform(130, whole)
-    x, y = rng.uniform(0, whole - side, 2)
-    if not np.isnan(pad[0]) and rng.random() < 0.85:
-        zoom = max(side / max(pad[2:]), 1.05)
-        x, y, side = extract.closer(pad, zoom, *rng.uniform(-0.5, 0.5, 2) * (1 - 1 / zoom))
-    side = min(side, whole - 2)
-    corner = np.clip((x, y), 0, whole - side)
-    cut = extract.window(picture, *corner, side)
-    rgb, motion = cut[..., :3], cut[..., 3:]
-    rgb[:] = 255 - rgb if rng.random() < 0.15 else rgb
-    rgb[:] = rgb[..., rng.permutation(3)] if rng.random() < 0.3 else rgb
-    motion *= rng.random() > 0.1                                               # or as if the game stood still
-    places = np.hstack([places[:, :2] - corner, places[:, 2:]]) * extract.WINDOW / side
-    return cut, only_inside(places, extract.WINDOW)
-
-
-def only_inside(places, side):
-    """The places (20, 4), nan where their middle is outside a square picture."""
-    inside = ((0 <= places[:, :2]) & (places[:, :2] < side)).all(1)
-    return np.where(inside[:, None], places, np.nan).astype(np.float32)
+    wrong = wrong.sum(0) / here.sum(0).clamp(min=1)                            # (20,), the pad itself last
+    return {"heat": -(label * log_p).sum(2).mean(), "size": wrong.mean(), "pad": wrong[-1]}
 
 
 # ------------------------------------------------------------------------------------------------ the teacher
 # A scene = one skin over one moving background, some frames of play, through one video codec: what a clip
 # folder would hold, with the truth. What differs between channels is drawn per scene: skin, size, opacity ...
 FRAMES, RESTS = 8, 5                       # frames of a scene; pictures that its pad at rest is the median of
-SCENE, SAMPLED = 288, 10                   # pixels a side of the locator's scenes, and their frames
+SAMPLED = 10                               # frames of a scene of the locator's
 
 
 @dataclass(eq=False)
@@ -851,19 +819,19 @@ def scene(rng, skin, backdrops):
 
 
 def located_scene(rng, skin, backdrops):
-    """One scene for the locator -> ((picture uint8 (1, 288, 288, 5), places float32 (1, 20, 4)),): what
+    """One window for the locator -> ((picture uint8 (1, 192, 192, 5), places float32 (1, 20, 4)),): what
     extract.motion_picture() makes of ten frames; each place's x, y and two sizes, nan where it isn't seen."""
-    film = Film(rng, backdrops, (SCENE, SCENE))
+    film = Film(rng, backdrops, (extract.WINDOW, extract.WINDOW))
     move = film.cut if rng.random() < 0.4 else film.step       # sampled so far apart that nothing stays
     frames = [move() for _ in range(SAMPLED)]
     places = np.full((1, len(extract.PLACES), 4), np.nan, np.float32)
     for _ in range(rng.choice([0, 0, 0, 1, 2, 4])):
         distract(rng, frames, film.cut())
-    overlay = Overlay(rng, skin, 60, 230)
-    if rng.random() < 0.86:
-        room = np.subtract(SCENE, overlay.size)
-        spare = 0.1 * np.array(overlay.size)                   # so much of it may be cut off
-        corner = rng.uniform(-spare, np.maximum(room, 1) + spare)
+    overlay = Overlay(rng, skin, 40, 180)
+    if rng.random() < 0.8:
+        spare = rng.choice([0, 0.1, 0.5], p=[0.8, 0.1, 0.1]) * np.array(overlay.size)      # may be cut off
+        room = np.maximum(np.subtract(extract.WINDOW, overlay.size), 1)
+        corner = rng.uniform(-spare, room + spare)
         lazy = rng.choice([1, 3, 12])                          # frames between two samples
         actions = random_play(rng, SAMPLED * lazy)[::lazy]
         actions *= rng.random(extract.A) < rng.uniform(0.2, 1.5)               # some are never used
@@ -877,8 +845,8 @@ def located_scene(rng, skin, backdrops):
 
 
 def places_of(skin, scale, corner):
-    """Where a skin drawn at this scale and corner has extract.PLACES in a picture of the locator's, float32
-    (20, 4): x, y and two sizes."""
+    """Where a skin drawn at this scale and corner has extract.PLACES in a window, float32 (20, 4): x, y and
+    two sizes; nan where it does not show them."""
     boxes = {**skin.buttons, "pad": extract.visible_box(skin)}
     places = np.full((len(extract.PLACES), 4), np.nan)
     for place, name in zip(places, extract.PLACES):
@@ -889,13 +857,15 @@ def places_of(skin, scale, corner):
             stick = skin.sticks[name]
             travel = max(np.mean(stick["travel"]), 0.25 * stick["radius"])
             place[:] = [*stick["center"], travel, stick["radius"]]
-    return only_inside(places * np.tile(scale, 2) + [*corner, 0, 0], SCENE)
+    places = places * np.tile(scale, 2) + [*corner, 0, 0]
+    inside = ((0 <= places[:, :2]) & (places[:, :2] < extract.WINDOW)).all(1)
+    return np.where(inside[:, None], places, np.nan)
 
 
 def distract(rng, frames, piece):
     """Draw something into the frames, in place, that stands still as an overlay does: a piece of another
     picture or none, and marks over it, which now and then are others, as keys light up."""
-    x, y = rng.integers(0, SCENE - 8, 2)
+    x, y = rng.integers(0, extract.WINDOW - 8, 2)
     w, h = rng.integers((8, 6), (120, 70))
     inks = rng.integers(0, 256, (6, 3))
     seeds = rng.integers(1 << 32, size=2)
@@ -1167,22 +1137,20 @@ def in_the_videos_light(templates, picture):
     return drawn
 
 
-def likeness(a, b, centre=True):
-    """Correlation, -1..1, of two pictures, each colour's mean taken off; centre=False: of edge maps, which
-    average 0."""
-    if centre:
-        a, b = (x - x.mean((0, 1), dtype=np.float32) for x in (a, b))
+def likeness(a, b):
+    """Correlation, -1..1, of two pictures (h, w, C), each channel's mean taken off."""
+    a, b = (x - x.mean((0, 1), dtype=np.float32) for x in (a, b))
     scale = np.linalg.norm(a) * np.linalg.norm(b)
     return float((a * b).sum() / (scale + 1e-6))
 
 
 def edges(crop):
-    """Sobel x and y of the crop in grey at half its size, float32 (2, h, w); strong edges are cut off, so
+    """Sobel x and y of the crop in grey at half its size, float32 (h, w, 2); strong edges are cut off, so
     that no single one decides."""
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     slopes = cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)
-    return np.clip(np.stack(slopes), -80, 80)
+    return np.dstack(slopes).clip(-80, 80)
 
 
 def run(args):
@@ -1449,22 +1417,21 @@ def load_parser(path):
 
 class Kind(NamedTuple):
     """What differs between training the reader and the locator. pools, batches: in shares of --pool and
-    --batch; width: of the skins, as larger ones are slower to draw; scenes: new ones a step."""
+    --batch; scenes: new ones a step."""
     net: object
     load: object
     scene: object
     loss: object
     pools: tuple
     batches: tuple
-    width: int
     scenes: int
 
 
 KINDS = {
     "reader": Kind(Parser, load_parser, scene, parser_loss,
-                   pools=(1, 8), batches=(1, 3), width=480, scenes=1),
+                   pools=(1, 8), batches=(1, 3), scenes=1),
     "locator": Kind(extract.locator_net, extract.load_locator, located_scene, locator_loss,
-                    pools=(0.3,), batches=(0.25,), width=300, scenes=2)}
+                    pools=(0.3,), batches=(0.25,), scenes=4)}
 
 
 def main(argv=None):

@@ -139,8 +139,9 @@ class Pad:
         if self.known:
             self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
             if pressed:                                        # what the video shows, changed as the skin is
-                change = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
-                self.pressed = [np.clip(r + c, 0, 255).astype(np.uint8) for r, c in zip(self.rest, change)]
+                changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
+                self.pressed = [(rest + change).clip(0, 255).astype(np.uint8)
+                                for rest, change in zip(self.rest, changes)]
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
@@ -190,8 +191,9 @@ class Pad:
             grids, clicks, logits = net_reads(self.model, [sticks, buttons[new.ravel()]])
             spots = np.cumsum(new).reshape(new.shape) - 1      # of each new read among them
             spots = np.take_along_axis(spots, same, 0)
-            parts.append((grids.reshape(*now[0].shape[:2], GRID, GRID), clicks.reshape(now[0].shape[:2]),
-                          logits[spots], [self.likeness(crop) for crop in crops]))
+            n, k = now[0].shape[:2]
+            alike = [self.likeness(crop) for crop in crops]
+            parts.append((grids.reshape(n, k, GRID, GRID), clicks.reshape(n, k), logits[spots], alike))
         return [*map(np.concatenate, zip(*parts))]
 
 
@@ -224,7 +226,8 @@ def beside_template(model, median, drawn, alike):
 
     median, drawn: their close-ups; alike: likeness() of each pair, [(k,), (m,)].
     """
-    grids, clicks, logits = net_reads(model, [montages(m[None], m[None], d) for m, d in zip(median, drawn)])
+    now = [m[None] for m in median]
+    grids, clicks, logits = net_reads(model, map(montages, now, now, drawn))
     plain = grids.max((1, 2)) > math.log(0.15)
     away = plain & (np.hypot(*decode(np.exp(grids)).T) > 0.5)
     seldom = away | (clicks > 3), logits > 3
@@ -242,8 +245,9 @@ def at_rest(model, sampled, rest):
     grids, clicks, logits = net_reads(model, map(montages, sampled, sampled, rest))
     places = decode(np.exp(grids))
     still = (np.hypot(*places.T) < 0.2) & (clicks < 0)
+    quiets = still.reshape(n, k), logits.reshape(n, -1) < -0.5
     rest = [r.copy() for r in rest]
-    for picture, closeups, quiet in zip(rest, sampled, (still.reshape(n, k), logits.reshape(n, -1) < -0.5)):
+    for picture, closeups, quiet in zip(rest, sampled, quiets):
         for j in np.flatnonzero(quiet.sum(0) >= 8):
             picture[j] = np.median(closeups[quiet[:, j], j], 0)
     return rest, places.reshape(n, k, 2)
@@ -483,7 +487,8 @@ class Parser(nn.Module):
         cells = F.pixel_shuffle(out[:, :-1], SUB)[:, 0]                        # one cell = 0.2 of the travel
         edge = (cells.shape[-1] - GRID) // 2
         grid = cells[:, edge:edge + GRID, edge:edge + GRID]
-        return F.log_softmax(grid.flatten(1), 1).view(grid.shape), out[:, -1].mean((1, 2))
+        log_p = F.log_softmax(grid.flatten(1), 1)
+        return log_p.view(grid.shape), out[:, -1].mean((1, 2))
 
     def buttons(self, panels):
         """uint8 (B, 4, S, S, 3) -> logit of "pressed" (B,)."""
@@ -619,6 +624,7 @@ class Head(nn.Module):
             total = total + F.interpolate(x, maps[0].shape[2:], mode="bilinear")       # (B, 64, H / 4, W / 4)
         return self.classifier(F.relu(self.batch_norm(total)))                 # (B, labels, H / 4, W / 4)
 
+
 # --------------------------------------------------------------------------------------------------- training
 def train_net(args):
     """Train the reader, or with --locator the locator, on drawn scenes; what is checked and written every
@@ -645,14 +651,14 @@ def train_net(args):
     def record(step, losses):
         checked = kind.loss(mean.eval(), torch.Generator().manual_seed(0), *held)
         losses |= {f"held-out {k}": v for k, v in checked.items()}
-        curve.append({"step": step} | {k: round(v.item(), 4) for k, v in losses.items()})
+        losses = {k: round(v.item(), 4) for k, v in losses.items()}
+        curve.append({"step": step, **losses})
         tqdm.write(" | ".join(f"{k} {v}" for k, v in curve[-1].items()))
     if args.ckpt:
         record(0, {})                                          # before, to compare the last one with
     scenes = iter(torch.utils.data.DataLoader(
-        Teacher(args.seed, skins, kind.scene), batch_size=None, num_workers=args.workers,
-        prefetch_factor=8 if args.workers else None))
-    pools = [deque(maxlen=int(args.pool * share)) for share in kind.pools]     # slow to render, used often
+        Teacher(args.seed, skins, kind.scene), batch_size=None, num_workers=args.workers))
+    pools = [deque(maxlen=math.ceil(args.pool * share)) for share in kind.pools]       # each is used often
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02, betas=(0.9, 0.98))
     warmup = min(200, steps // 10 + 1)
     for step in tqdm(range(1, steps + 1), "train", mininterval=10):
@@ -827,9 +833,9 @@ def located_scene(rng, skin, backdrops):
     places = np.full((1, len(extract.PLACES), 4), np.nan, np.float32)
     for _ in range(rng.choice([0, 0, 0, 1, 2, 4])):
         distract(rng, frames, film.cut())
-    overlay = Overlay(rng, skin, 40, 180)
+    overlay = Overlay(rng, skin, 50, 180)
     if rng.random() < 0.8:
-        spare = rng.choice([0, 0.1, 0.5], p=[0.8, 0.1, 0.1]) * np.array(overlay.size)      # may be cut off
+        spare = np.multiply(overlay.size, rng.choice([0, 0, 0, 0.1, 0.3]))     # so much of it may be cut off
         room = np.maximum(np.subtract(extract.WINDOW, overlay.size), 1)
         corner = rng.uniform(-spare, room + spare)
         lazy = rng.choice([1, 3, 12])                          # frames between two samples
@@ -841,7 +847,7 @@ def located_scene(rng, skin, backdrops):
         places[0] = places_of(skin, np.divide(overlay.size, skin.size), corner)
     if rng.random() < 0.3:
         distract(rng, frames, film.cut())
-    return (extract.motion_picture(np.stack([*overlay.seen(frames)]))[None], places),
+    return (extract.motion_picture(np.stack(overlay.seen(frames)))[None], places),
 
 
 def places_of(skin, scale, corner):
@@ -876,7 +882,8 @@ def distract(rng, frames, piece):
         hidden = frame[y:y + h, x:x + w]
         layer = piece[:h, :w][:len(hidden), :hidden.shape[1]] if solid else hidden
         layer = layer.copy()
-        extract.marks(np.random.default_rng(rng.choice(seeds, p=[1 - often, often])), layer, inks)
+        seed = seeds[int(rng.random() < often)]
+        extract.marks(np.random.default_rng(seed), layer, inks)
         hidden[:] = cv2.addWeighted(layer, opacity, hidden, 1 - opacity, 0)
 
 
@@ -893,30 +900,29 @@ def random_play(rng, n):
     actions[:, [BUTTON[b] for b in LEGACY]] = 0
     for s in STICKS.values():
         idle = rng.choice([0.1, 0.35, 0.8])
-        square = rng.random() < 0.3
+        speed = rng.choice([0.3, 0.6, 1])
         noise = rng.choice([0, 0, 0.03])
-        speed = 1.0
-        at = goal = tilt(rng, idle, square)
+        at = goal = tilt(rng, idle)
         for t in range(n):
-            if rng.random() < 0.2:
-                goal = tilt(rng, idle, square)
-                speed = rng.choice([0.3, 0.7, 3])
-            step = goal - at
-            at = at + step * min(1, speed / (np.hypot(*step) + 1e-6))
+            goal = tilt(rng, idle) if rng.random() < 0.2 else goal
+            at = at + (goal - at) * speed
             actions[t, s] = np.clip(at + rng.normal(0, 1, 2) * noise, -1, 1)
     return actions
 
 
-def tilt(rng, idle, square):
-    """Where a stick is pushed to: home, or often to full tilt, often along an axis."""
+def tilt(rng, idle):
+    """Where a stick is pushed to: home, or often to full tilt, often along an axis, in a round or a square
+    gate."""
     along = rng.integers(8) * np.pi / 4 + rng.normal(0, 0.08)
     angle = along if rng.random() < 0.4 else rng.uniform(0, 2 * np.pi)
     v = np.array([np.cos(angle), np.sin(angle)])
-    v = v / np.abs(v).max() if square else v
+    v /= rng.choice([1, 1, np.abs(v).max()])
     return v * rng.choice([1, rng.uniform(0.1, 1)]) * (rng.random() >= idle)
 
 
 # -------------------------------------------------------------------------------------------------- machinery
+
+
 # ------------------------------------------------------------------------------ what a drawn video is made of
 def restyle(rng, skin):
     """A skin as another author might have made it: other colours, a thinner body, other pressed looks, darker
@@ -924,7 +930,8 @@ def restyle(rng, skin):
     order, gain = range(3), rng.uniform(0.6, 1.1)
     if rng.random() < 0.5:
         order, gain = rng.permutation(3), rng.uniform(0.5, 1.2, 3)
-    recoloured, inverted, relit, moved = rng.random(4) < (0.7, 0.15, 0.35, 0.2)
+    recoloured, inverted = rng.random(2) < (0.7, 0.15)
+    relit = rng.choice([0, 0, 0.3, 1])                         # the share of its controls
     body = rng.uniform(0.15, 0.8) if rng.random() < 0.3 else 1
     cap = rng.uniform(0.2, 0.6) if rng.random() < 0.15 else 1
     longer = rng.uniform(0.6, 1.4) if rng.random() < 0.5 else 1
@@ -938,16 +945,10 @@ def restyle(rng, skin):
 
     parts = []
     for p in skin.parts:
-        on_cap = p.control in STICKS
-        look = cap if on_cap else 1, 1 if p.control else body
+        look = cap if p.control in STICKS else 1, 1 if p.control else body
         sprites = [s if s is None else paint(s, *look) for s in p.sprites]
-        if on_cap and sprites[0] is not None:
-            if rng.random() < 0.3 and THUMB[p.control] in skin.buttons:
-                sprites[1] = relight(rng, sprites[0])
-            if moved:
-                sprites[2:] = [relight(rng, sprites[0])]
-        elif relit and len(sprites) == 2 and sprites[0] is not None:
-            sprites[1] = relight(rng, sprites[0])
+        if len(sprites) in (2, 3) and sprites[0] is not None and rng.random() < relit:
+            sprites[-1] = relight(rng, sprites[0])             # pressed, or of a stick: moved
         parts.append(replace(p, sprites=sprites, travel=np.multiply(p.travel, longer), tilt=tilt))
     sticks = {side: {**stick, "travel": [*np.multiply(stick["travel"], longer)]}
               for side, stick in skin.sticks.items()}
@@ -961,17 +962,20 @@ def relight(rng, sprite):
     rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)
     how = rng.choice(["size", "spot", "spot", "tint", "tint"])
     if how == "size":
-        larger = cv2.getRotationMatrix2D(((w - 1) / 2, (h - 1) / 2), 0, rng.choice([0.8, 0.88, 1.12]))
+        middle = (w - 1) / 2, (h - 1) / 2
+        larger = cv2.getRotationMatrix2D(middle, 0, rng.choice([0.8, 0.88, 1.12]))
         return cv2.warpAffine(sprite, larger, (w, h))
     cover = alpha / 255
     if how == "spot":
         x, y, *size = cv2.boundingRect(np.uint8(sprite[..., 3] > 24))
-        rx, ry = (np.multiply(size, rng.uniform(0.3, 1) / 2).astype(int) + 1).tolist()
+        share = rng.uniform(0.15, 0.5)
+        rx, ry = (int(side * share) + 1 for side in size)
         middle = x + size[0] // 2, y + size[1] // 2
         stroke = rng.choice([-1, -1, min(rx, ry) // 3 + 1])
-        cover = cv2.ellipse(np.zeros((h, w)), middle, (rx, ry), 0, 0, 360, 1, int(stroke))[..., None]
+        spot = np.zeros((h, w, 1))
+        cover = cv2.ellipse(spot, middle, (rx, ry), 0, 0, 360, 1, int(stroke))
     cover = cover * rng.uniform(0.25, 1)
-    inks = rng.uniform(0, 255, 3), np.full(3, rng.choice([0, 255])), 255 - rgb               # or the opposite
+    inks = rng.uniform(0, 255, 3), rng.choice([0, 255]), 255 - rgb             # the last is the opposite
     rgb = rgb * (1 - cover) + inks[rng.integers(3)] * cover
     return np.uint8(np.dstack([rgb, alpha * (1 - cover) + 255 * cover]))
 
@@ -1003,11 +1007,13 @@ class Film:
         self.backdrops = backdrops
         self.size = size                                       # (w, h)
         self.velocity = rng.normal(0, rng.choice([0, 0, 0, 1, 4, 12]), 2)
-        self.shake = rng.choice([0, 0, 0, 0, 1, 6])
+        self.shake = rng.choice([0, 0, 0, 6])
         self.growth = rng.normal(1, rng.choice([0, 0, 0, 0.03]))
         self.cuts = rng.choice([0, 0, 0, 0.3])
-        self.pieces = [(backdrops[i], rng.integers(6, 40), rng.random(2) * size, rng.normal(0, 6, 2))
-                       for i in rng.integers(len(backdrops), size=rng.integers(0, 4))]
+        self.pieces = []
+        for i in rng.integers(len(backdrops), size=rng.integers(0, 4)):
+            side = rng.integers(6, 40)
+            self.pieces.append((backdrops[i][:side, :side], rng.random(2) * size, rng.normal(0, 6, 2)))
         self.cut()
 
     def cut(self):
@@ -1031,30 +1037,29 @@ class Film:
         self.at = self.at + self.velocity + self.rng.normal(0, 1, 2) * self.shake
         self.zoom = self.zoom * self.growth
         view = self.window()
-        for image, side, at, velocity in self.pieces:
+        for piece, at, velocity in self.pieces:
             at += velocity
             x, y = at.astype(int) % self.size
-            hidden = view[y:y + side, x:x + side]
-            hidden[:] = image[:len(hidden), :hidden.shape[1]]
+            hidden = view[y:, x:][:len(piece), :len(piece)]
+            hidden[:] = piece[:len(hidden), :hidden.shape[1]]
         return view
 
 
 class Overlay:
     """How one video shows one skin: size, opacity, quality, and where the crop lies a little wrong."""
 
-    def __init__(self, rng, skin, narrow, wide):
-        """narrow, wide: bounds of its width."""
+    def __init__(self, rng, skin, *widths):
+        """widths: the least and the largest in the video."""
         self.rng = rng
         self.skin = skin
         shape = np.divide(skin.size, skin.size[0])
-        width = np.exp(rng.uniform(*np.log([narrow, wide])))
+        width = np.exp(rng.uniform(*np.log(widths)))
         self.size, self.pad = (np.maximum(shape * w, 16).astype(int).tolist() for w in (width, 320))
         self.opacity = 1.0 if rng.random() < 0.25 else rng.uniform(0.5, 1)
         middle = np.divide(self.size, 2) + rng.normal(0, 0.6, 2)               # a pose is a little wrong
         step = np.divide(self.size, self.pad) * rng.normal(1, 0.008)
         self.warp = closeup_map(middle, step, np.array(self.pad))              # crop -> video pixels
         self.passes = rng.choice([0, 1, 1, 2])                 # through a codec
-        self.blur = rng.uniform(0.4, 1.2) if rng.random() < 0.2 else 0
         self.light = light(rng) if rng.random() < 0.4 else (1, 0)
 
     def over(self, view, action, corner=(0, 0)):
@@ -1064,20 +1069,18 @@ class Overlay:
         sprite = cv2.resize(extract.premultiply(rgba), self.size, interpolation=cv2.INTER_AREA)
         sprite = cv2.warpAffine(sprite, np.c_[np.eye(2), corner], view.shape[1::-1])
         sprite = sprite * np.float32(self.opacity)
-        return np.rint(sprite[..., :3] + view * (1 - sprite[..., 3:] / 255)).astype(np.uint8)
+        behind = view * (1 - sprite[..., 3:] / 255)
+        return np.rint(sprite[..., :3] + behind).astype(np.uint8)
 
     def seen(self, frames):
-        """Frames as the video shows them, one by one."""
+        """Frames as the video shows them."""
         for _ in range(self.passes):
             frames = [*codec(self.rng, frames)]
-        for frame in frames:
-            frame = cv2.GaussianBlur(frame, (0, 0), self.blur) if self.blur else frame
-            yield cv2.convertScaleAbs(frame, None, *self.light)
+        return [cv2.convertScaleAbs(frame, None, *self.light) for frame in frames]
 
     def crops(self, frames):
-        """Frames -> crops as extract.py would cut them, one by one."""
-        for frame in self.seen(frames):
-            yield jpeg(warped(frame, self.warp, self.pad), extract.QUALITY)
+        """Frames -> crops as extract.py would cut them."""
+        return [jpeg(warped(frame, self.warp, self.pad), extract.QUALITY) for frame in self.seen(frames)]
 
 
 def light(rng):
@@ -1092,7 +1095,8 @@ def codec(rng, frames):
     keep = rng.choice([0, 1, 3, 6])
     last = jpeg(frames[0], quality)
     for frame in frames:
-        blocks = cv2.resize(cv2.absdiff(frame, last), None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA)
+        change = cv2.absdiff(frame, last)
+        blocks = cv2.resize(change, None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA)
         moved = np.uint8(blocks.max(2) >= keep)
         moved = cv2.resize(moved, frame.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         last = np.where(moved[..., None], jpeg(frame, quality), last)

@@ -124,7 +124,7 @@ class Pad:
         at = np.unique(np.linspace(0, len(pads) - 1, SAMPLES).astype(int))
         crops = [pads[i] for i in at]
         self.closeups = closeups = Closeups(geometry, crops[0].shape[1::-1])
-        sampled = closeups.all(crops)
+        sampled = closeups.all(pads[max(i - 1, 0)] for i in at), closeups.all(crops)
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # of the whole video
         self.rest = closeups(picture)
         self.pressed = np.uint8([0, 0])                        # not known
@@ -133,15 +133,17 @@ class Pad:
         if drawn:
             alike = [np.array([*map(likeness, *kinds)]) for kinds in zip(drawn, self.rest)]
             self.known = np.median(np.concatenate(alike)) > ONE_SKIN
-            self.rest = beside_template(model, self.rest, drawn, alike)
-        for _ in range(2):
-            self.rest, self.sampled = at_rest(model, sampled, self.rest)
+            self.rest, seldom_seen = beside_template(model, self.rest, drawn, alike)
+        self.rest = at_rest(model, *sampled, self.rest, seldom_seen if drawn else self.rest)
+        self.rest = at_rest(model, *sampled, self.rest, self.rest)
         if self.known:
             self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
             if pressed:                                        # what the video shows, changed as the skin is
                 changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
                 self.pressed = [(rest + change).clip(0, 255).astype(np.uint8)
                                 for rest, change in zip(self.rest, changes)]
+        grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
+        self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
@@ -222,7 +224,8 @@ def pieces(n):
 def beside_template(model, median, drawn, alike):
     """What each control looks like at rest -> [sticks uint8 (k, S, S, 3), buttons (m, S, S, 3)]: as in the
     video's median picture, but as on the template where the net, given that as rest, sees the control
-    deflected or pressed in the median picture: it seldom rests.
+    deflected or pressed in the median picture: it seldom rests. And the same two arrays for controls that no
+    frame shows at rest: there the template must be unlike the picture, and right where controls do rest.
 
     median, drawn: their close-ups; alike: likeness() of each pair, [(k,), (m,)].
     """
@@ -230,27 +233,33 @@ def beside_template(model, median, drawn, alike):
     grids, clicks, logits = net_reads(model, map(montages, now, now, drawn))
     plain = grids.max((1, 2)) > math.log(0.15)
     away = plain & (np.hypot(*decode(np.exp(grids)).T) > 0.5)
-    seldom = away | (clicks > 3), logits > 3
-    replaced = [s & (a < 0.95) for a, s in zip(alike, seldom)]      # what looks as it does at rest is at rest
-    return [np.where(r[:, None, None, None], d, m) for r, d, m in zip(replaced, drawn, median)]
+    seldom = [away | (clicks > 3), logits > 3]
+    if len(logits):                                    # far less alike than the others: the net need say less
+        seldom[1] |= (alike[1] < np.median(alike[1]) - 0.25) & (logits > 2)
+    calm = np.concatenate([a[~s] for a, s in zip(alike, seldom)])
+    faithful = len(calm) > 0 and np.median(calm) > 0.8
+
+    def rest(most):
+        replaced = [s & (a < most) for a, s in zip(alike, seldom)]
+        return [np.where(r[:, None, None, None], d, m) for r, d, m in zip(replaced, drawn, median)]
+    return rest(0.95), rest(0.85 if faithful else -1)
 
 
-def at_rest(model, sampled, rest):
-    """Each control's median over the sampled frames in which the nets, given the old rest pictures, see it at
-    rest -> new rest pictures, as they were where there are few such frames; places of the sticks (n, k, 2).
+def at_rest(model, before, now, rest, seldom_seen):
+    """Each control's median over the frames in which the nets, given the old rest pictures, see it at rest ->
+    new rest pictures; those of `seldom_seen` where there are few such frames.
 
-    sampled: close-ups of n frames, [(n, k, S, S, 3), (n, m, S, S, 3)]; each serves as its own previous frame.
+    before, now: close-ups of sampled frames, [(samples, k, S, S, 3), (samples, m, S, S, 3)] each.
     """
-    n, k = sampled[0].shape[:2]
-    grids, clicks, logits = net_reads(model, map(montages, sampled, sampled, rest))
-    places = decode(np.exp(grids))
-    still = (np.hypot(*places.T) < 0.2) & (clicks < 0)
+    n, k = now[0].shape[:2]
+    grids, clicks, logits = net_reads(model, map(montages, before, now, rest))
+    still = (np.hypot(*decode(np.exp(grids)).T) < 0.2) & (clicks < 0)
     quiets = still.reshape(n, k), logits.reshape(n, -1) < -0.5
-    rest = [r.copy() for r in rest]
-    for picture, closeups, quiet in zip(rest, sampled, quiets):
+    rest = [picture.copy() for picture in seldom_seen]
+    for picture, closeups, quiet in zip(rest, now, quiets):
         for j in np.flatnonzero(quiet.sum(0) >= 8):
             picture[j] = np.median(closeups[quiet[:, j], j], 0)
-    return rest, places.reshape(n, k, 2)
+    return rest
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -1122,22 +1131,26 @@ def as_wide_as(template, width):
 
 def in_the_videos_light(templates, picture):
     """Templates, uint8 (h, w, 4), premultiplied, the first at rest, as they would look in the video whose
-    median picture (h, w, 3) is given: over the mean colour beside the first, with the gain and the lift that
-    explain the picture best -> list of uint8 (h, w, 3)."""
+    median picture (h, w, 3) is given: by a line fitted where the first is opaque; where little is, as a share
+    (the overlay's opacity) of it over the mean colour beside it -> list of uint8 (h, w, 3)."""
     drawn = []
     for template in templates:
-        alpha = template[..., 3:] / 255.0
+        full, alpha = np.split(template.astype(float), [3], 2)
+        alpha /= 255
         if not drawn:
+            solid = alpha[..., 0] > 0.8
             beside = alpha[..., 0] < 0.1
-            ground = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
-        full = template[..., :3] - alpha * ground              # what it adds to the ground where it is opaque
-        if not drawn:
-            explains = np.stack([full, np.broadcast_to(alpha, full.shape)], -1).reshape(-1, 2)
-            gain, lift = np.linalg.lstsq(explains, (picture - ground).ravel())[0]
-            gain = np.clip(gain, 0.3, 1.1)
-        seen = np.clip(ground + gain * full + lift * alpha, 0, 255)
+            behind = picture
+            if solid.sum() >= 200 and full[solid].std() >= 8:
+                gain, lift = np.polyfit(full[solid].ravel(), picture[solid].ravel(), 1)
+            else:
+                behind = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
+                added = full - alpha * behind
+                gain = ((picture - behind) * added).sum() / max((added ** 2).sum(), 1)
+                lift = behind * (1 - gain)
+        seen = np.clip(gain, 0.3, 1.1) * full + lift * alpha + (1 - alpha) * behind
         seen[beside] = picture[beside]
-        drawn.append(np.rint(seen).astype(np.uint8))
+        drawn.append(np.rint(seen).clip(0, 255).astype(np.uint8))
     return drawn
 
 

@@ -738,7 +738,8 @@ def bump(places, cells, width):
 def turned(x, axes):
     """A batch, each eighth of it turned and mirrored its own way."""
     eighths = [torch.rot90(part, i, axes) for i, part in enumerate(x.chunk(8))]
-    return torch.cat([part.flip(axes[1]) if i >= 4 else part for i, part in enumerate(eighths)])
+    mirrored = [part.flip(axes[1]) for part in eighths[4:]]
+    return torch.cat(eighths[:4] + mirrored)
 
 
 def masked(generator, panels):
@@ -757,13 +758,16 @@ def locator_loss(model, generator, batch):
     log_p, sizes = model(windows)
     here = ~places[..., 0].isnan()
     cells = (torch.arange(extract.WINDOW // extract.CELL) + 0.5) * extract.CELL
-    grid = bump(places[..., :2].nan_to_num(), cells, 0.6 * extract.CELL) * here[..., None, None]
+    grid = bump(places[..., :2].nan_to_num(), cells, 0.6 * extract.CELL)
+    grid = grid * here[..., None, None]
     label = torch.cat([grid.flatten(2), ~here[..., None]], 2)
     got = (sizes * grid[:, :, None]).sum((3, 4))
     true = places[..., 2:].clamp(min=1).log().nan_to_num()
     wrong = (got - true).abs().mean(2) * here
     wrong = wrong.sum(0) / here.sum(0).clamp(min=1)                            # (20,), the pad itself last
-    return {"heat": -(label * log_p).sum(2).mean(), "size": wrong.mean(), "pad": wrong[-1]}
+    return {"heat": -(label * log_p).sum(2).mean(),
+            "size": wrong.mean(),
+            "pad": wrong[-1]}
 
 
 # ------------------------------------------------------------------------------------------------ the teacher
@@ -873,8 +877,10 @@ def places_of(skin, scale, corner):
             travel = max(np.mean(stick["travel"]), 0.25 * stick["radius"])
             place[:] = [*stick["center"], travel, stick["radius"]]
     places = places * np.tile(scale, 2) + [*corner, 0, 0]
-    inside = ((0 <= places[:, :2]) & (places[:, :2] < extract.WINDOW)).all(1)
-    return np.where(inside[:, None], places, np.nan)
+    xy = places[:, :2]
+    outside = (xy < 0) | (xy >= extract.WINDOW)
+    places[outside.any(1)] = np.nan
+    return places
 
 
 def distract(rng, frames, piece):
@@ -926,7 +932,8 @@ def tilt(rng, idle):
     angle = along if rng.random() < 0.4 else rng.uniform(0, 2 * np.pi)
     v = np.array([np.cos(angle), np.sin(angle)])
     v /= rng.choice([1, 1, np.abs(v).max()])
-    return v * rng.choice([1, rng.uniform(0.1, 1)]) * (rng.random() >= idle)
+    v *= rng.choice([1, rng.uniform(0.1, 1)])
+    return v * (rng.random() >= idle)
 
 
 # -------------------------------------------------------------------------------------------------- machinery
@@ -1063,7 +1070,8 @@ class Overlay:
         self.skin = skin
         shape = np.divide(skin.size, skin.size[0])
         width = np.exp(rng.uniform(*np.log(widths)))
-        self.size, self.pad = (np.maximum(shape * w, 16).astype(int).tolist() for w in (width, 320))
+        sizes = np.maximum([shape * width, shape * 320], 16).astype(int)
+        self.size, self.pad = sizes.tolist()                   # in the video; of the crop
         self.opacity = 1.0 if rng.random() < 0.25 else rng.uniform(0.5, 1)
         middle = np.divide(self.size, 2) + rng.normal(0, 0.6, 2)               # a pose is a little wrong
         step = np.divide(self.size, self.pad) * rng.normal(1, 0.008)
@@ -1156,7 +1164,8 @@ def in_the_videos_light(templates, picture):
 
 def likeness(a, b):
     """Correlation, -1..1, of two pictures (h, w, C), each channel's mean taken off."""
-    a, b = (x - x.mean((0, 1), dtype=np.float32) for x in (a, b))
+    a = a - a.mean((0, 1), dtype=np.float32)
+    b = b - b.mean((0, 1), dtype=np.float32)
     scale = np.linalg.norm(a) * np.linalg.norm(b)
     return float((a * b).sum() / (scale + 1e-6))
 
@@ -1166,7 +1175,7 @@ def edges(crop):
     that no single one decides."""
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    slopes = cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)
+    slopes = [cv2.Sobel(small, cv2.CV_32F, *way) for way in ((1, 0), (0, 1))]
     return np.dstack(slopes).clip(-80, 80)
 
 
@@ -1292,14 +1301,15 @@ def score(actions, truth, geometry):
     mean over the buttons that are pressed at all, "false" counts the frames in which others are read as
     pressed."""
     shown = [BUTTON[b] for b in geometry["buttons"] if b not in LEGACY]
-    got = actions[:, shown] > 0.5
-    true = truth[:, shown] > 0.5
+    got, true = (rows[:, shown] > 0.5 for rows in (actions, truth))
     occurs = true.any(0)
     both = got.sum(0) + true.sum(0)
     f1 = 2 * (got & true).sum(0) / np.maximum(both, 1)
     sticks = {f"{s} R2": r2(actions[:, STICKS[s]], truth[:, STICKS[s]]) for s in geometry["sticks"]}
-    return {**sticks, "stick R2": mean(sticks.values()), "accuracy": mean((got == true).mean(0)),
-            "F1": mean(f1[occurs]), "false": got[:, ~occurs].sum()}
+    return {**sticks, "stick R2": mean(sticks.values()),
+            "accuracy": mean((got == true).mean(0)),
+            "F1": mean(f1[occurs]),
+            "false": got[:, ~occurs].sum()}
 
 
 def mean(values):

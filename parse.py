@@ -1146,18 +1146,19 @@ def in_the_videos_light(templates, picture):
         full, alpha = np.split(template.astype(float), [3], 2)
         alpha /= 255
         if not drawn:
-            solid = alpha[..., 0] > 0.8
+            solid = alpha[..., 0] > 0.78
+            rgb = full[solid] / alpha[solid]
             beside = alpha[..., 0] < 0.1
             behind = picture
-            if solid.sum() >= 200 and full[solid].std() >= 8:
-                gain, lift = np.polyfit(full[solid].ravel(), picture[solid].ravel(), 1)
+            if len(rgb) >= 200 and rgb.std() >= 8:
+                gain, lift = np.polyfit(rgb.ravel(), picture[solid].ravel(), 1)
             else:
                 behind = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
                 added = full - alpha * behind
                 gain = ((picture - behind) * added).sum() / max((added ** 2).sum(), 1)
                 lift = behind * (1 - gain)
         seen = np.clip(gain, 0.3, 1.1) * full + lift * alpha + (1 - alpha) * behind
-        seen[beside] = picture[beside]
+        seen = np.where(alpha < 0.1, picture, seen)
         drawn.append(np.rint(seen).clip(0, 255).astype(np.uint8))
     return drawn
 

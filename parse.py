@@ -133,9 +133,12 @@ class Pad:
         if drawn:
             alike = [np.array([*map(likeness, *kinds)]) for kinds in zip(drawn, self.rest)]
             self.known = np.median(np.concatenate(alike)) > ONE_SKIN
-            self.rest, seldom_seen = beside_template(model, self.rest, drawn, alike)
-        self.rest = at_rest(model, *sampled, self.rest, seldom_seen if drawn else self.rest)
-        self.rest = at_rest(model, *sampled, self.rest, self.rest)
+            median = [cuts[None] for cuts in self.rest]
+            *_, logits = net_reads(model, map(montages, median, median, drawn))
+            held = (logits > 3) & (alike[1] < 0.95)            # most of the time, so that the median shows
+            self.rest[1][held] = drawn[1][held]                # it pressed
+        for _ in range(2):
+            self.rest = at_rest(model, *sampled, self.rest)
         if self.known:
             self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
             if pressed:                                        # what the video shows, changed as the skin is
@@ -220,34 +223,9 @@ def pieces(n):
         yield low, min(begin + PIECE + OVERLAP, n), slice(begin - low, begin - low + PIECE)
 
 
-# -------------------------------------------------------------------------------------------- the pad at rest
-def beside_template(model, median, drawn, alike):
-    """What each control looks like at rest -> [sticks uint8 (k, S, S, 3), buttons (m, S, S, 3)]: as in the
-    video's median picture, but as on the template where the net, given that as rest, sees the control
-    deflected or pressed in the median picture: it seldom rests. And the same two arrays for controls that no
-    frame shows at rest: there the template must be unlike the picture, and right where controls do rest.
-
-    median, drawn: their close-ups; alike: likeness() of each pair, [(k,), (m,)].
-    """
-    now = [m[None] for m in median]
-    grids, clicks, logits = net_reads(model, map(montages, now, now, drawn))
-    plain = grids.max((1, 2)) > math.log(0.15)
-    away = plain & (np.hypot(*decode(np.exp(grids)).T) > 0.5)
-    seldom = [away | (clicks > 3), logits > 3]
-    if len(logits):                                    # far less alike than the others: the net need say less
-        seldom[1] |= (alike[1] < np.median(alike[1]) - 0.25) & (logits > 2)
-    calm = np.concatenate([a[~s] for a, s in zip(alike, seldom)])
-    faithful = len(calm) > 0 and np.median(calm) > 0.8
-
-    def rest(most):
-        replaced = [s & (a < most) for a, s in zip(alike, seldom)]
-        return [np.where(r[:, None, None, None], d, m) for r, d, m in zip(replaced, drawn, median)]
-    return rest(0.95), rest(0.85 if faithful else -1)
-
-
-def at_rest(model, before, now, rest, seldom_seen):
+def at_rest(model, before, now, rest):
     """Each control's median over the frames in which the nets, given the old rest pictures, see it at rest ->
-    new rest pictures; those of `seldom_seen` where there are few such frames.
+    new rest pictures; as it was where there are few such frames.
 
     before, now: close-ups of sampled frames, [(samples, k, S, S, 3), (samples, m, S, S, 3)] each.
     """
@@ -255,7 +233,7 @@ def at_rest(model, before, now, rest, seldom_seen):
     grids, clicks, logits = net_reads(model, map(montages, before, now, rest))
     still = (np.hypot(*decode(np.exp(grids)).T) < 0.2) & (clicks < 0)
     quiets = still.reshape(n, k), logits.reshape(n, -1) < -0.5
-    rest = [picture.copy() for picture in seldom_seen]
+    rest = [r.copy() for r in rest]
     for picture, closeups, quiet in zip(rest, now, quiets):
         for j in np.flatnonzero(quiet.sum(0) >= 8):
             picture[j] = np.median(closeups[quiet[:, j], j], 0)

@@ -131,7 +131,8 @@ class Pad:
         self.known = False
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         if drawn:
-            alike = [np.array([*map(likeness, *kinds)]) for kinds in zip(drawn, self.rest)]
+            both = [map(without_mean, kind) for kind in zip(drawn, self.rest)]
+            alike = [np.array([*map(likeness, *kind)]) for kind in both]
             self.known = np.median(np.concatenate(alike)) > ONE_SKIN
             median = [cuts[None] for cuts in self.rest]
             *_, logits = net_reads(model, map(montages, median, median, drawn))
@@ -205,7 +206,7 @@ class Pad:
 def as_before(before, now, most=0.5):
     """Close-ups of buttons in n frames and in the frames before them, (n, m, S, S, 3) each -> int (n, m): the
     first of these frames in which the button looked as it does now, to `most` grey levels on average."""
-    pairs = np.stack([before, now], 2)
+    pairs = np.stack([before, now], 2)[:, :, :, ::2, ::2]                      # a quarter of the pixels
     every = np.arange(now.shape[1])
     same = np.zeros(now.shape[:2], int)
     for t in range(1, len(now)):
@@ -486,16 +487,16 @@ class Parser(nn.Module):
 def montage(panels):
     """Panels uint8 (B, 4, S, S, 3) -> float (B, 12, S, S): contrast is stretched over all panels together,
     so the same picture elements meet in the first convolution at one scale; what is not known stays 0."""
-    mask = panels.flatten(2).any(2)[:, :, None, None, None].float()
-    x = panels.float()
-    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
-    fewer = x[:, :, ::2, ::2]
-    center = fewer.mean((2, 3), keepdim=True)                                  # (B, panel, 1, 1, C)
-    center = (center * weight).sum(1, keepdim=True)        # each colour's mean over the panels that are there
-    var = (fewer - center).square().mean((2, 3), keepdim=True)
-    var = (var * weight).sum(1, keepdim=True).mean(-1, keepdim=True)
-    x = (x - center) * (mask / (var.sqrt() + 6))               # 6 grey levels: noise is not blown up
-    return x.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
+    known = panels.flatten(2).any(2)[:, None, None, :, None].float()           # (B, 1, 1, 4, 1)
+    weight = known / known.sum(3, keepdim=True).clamp(min=1)
+    x = panels.permute(0, 2, 3, 1, 4).contiguous()                             # (B, S, S, 4, 3)
+    fewer = x[:, ::2, ::2].float()
+    center = fewer.mean((1, 2), keepdim=True)
+    center = (center * weight).sum(3, keepdim=True)        # each colour's mean over the panels that are there
+    var = (fewer - center).square().mean((1, 2), keepdim=True)
+    var = (var * weight).sum(3, keepdim=True).mean(-1, keepdim=True)
+    x = (x - center) * (known / (var.sqrt() + 6))              # 6 grey levels: noise is not blown up
+    return x.flatten(3).permute(0, 3, 1, 2)
 
 
 class SegFormer(nn.Module):
@@ -1142,20 +1143,23 @@ def in_the_videos_light(templates, picture):
 
 
 def likeness(a, b):
-    """Correlation, -1..1, of two pictures (h, w, C), each channel's mean taken off."""
-    a = a - a.mean((0, 1), dtype=np.float32)
-    b = b - b.mean((0, 1), dtype=np.float32)
+    """Correlation, -1..1, of two arrays that average 0."""
     scale = np.linalg.norm(a) * np.linalg.norm(b)
-    return float((a * b).sum() / (scale + 1e-6))
+    return float(np.vdot(a, b) / (scale + 1e-6))
+
+
+def without_mean(closeups):
+    """Close-ups (k, S, S, 3), each colour's mean in each taken off."""
+    return closeups - closeups.mean((1, 2), keepdims=True)
 
 
 def edges(crop):
-    """Sobel x and y of the crop in grey at half its size, float32 (h, w, 2); strong edges are cut off, so
+    """Sobel x and y of the crop in grey at half its size, float32 (2, h, w); strong edges are cut off, so
     that no single one decides."""
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     slopes = [cv2.Sobel(small, cv2.CV_32F, *way) for way in ((1, 0), (0, 1))]
-    return np.dstack(slopes).clip(-80, 80)
+    return np.stack(slopes).clip(-80, 80)
 
 
 def run(args):

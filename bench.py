@@ -42,11 +42,11 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import extract                       # before torch, whose threads it keeps from spinning
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import extract
 import model as M
 import parse
 import play
@@ -2777,7 +2777,8 @@ FLAGS = {
     "--env": dict(metavar="ID", help="a game by others instead: its Gymnasium id"),
     "--table": dict(metavar="FILE.json", help="how a pad plays --env (default: as weights/others.json says)"),
     "--ckpt": dict(help="a .safetensors or a run folder; record: it plays in turns with the script"),
-    "--euler": dict(type=MANY, metavar="K", help="its Euler steps (default: the checkpoint's; transfer: 4)"),
+    "--euler": dict(type=MANY, metavar="K",
+                    help="its Euler steps (default: suite 2, transfer 4, record the checkpoint's)"),
     "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
     "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),
     "--clip": dict(type=TIME, default=30, help="seconds of a clip (default 30)"),
@@ -2821,7 +2822,7 @@ def main(argv=None):
             "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers", minutes=5)
     command(suite, "completion of tasks, beside random and scripted players",
             "--ckpt --tasks --env --table -n --actions-per-chunk --delay --no-overlap --mashing --out "
-            "--video --euler --envs --device --seed --workers", n=50)
+            "--video --euler --envs --device --seed --workers", n=50, euler=extract.PLAY_STEPS)
     command(demo, "the whole chain on embedded games",
             "--out --tasks --minutes --videos --steps --batch --lr -n --seed", minutes=2, steps=1200, n=100)
     p = command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",

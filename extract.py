@@ -47,6 +47,9 @@ from tqdm import tqdm
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)    # we report errors ourselves, in one line
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+# torch's threads spin while they wait for each other: beside another busy process a step took 20 to 200 times
+# as long. libgomp reads this once, when torch is imported: every script that uses it imports this one before.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -64,6 +67,7 @@ THUMB = {"left": "LEFT_THUMB", "right": "RIGHT_THUMB"}                  # a stic
 A = len(BUTTONS) + 4
 SIDE = 256                                         # policy frames are SIDE x SIDE
 HORIZON = 16                                       # steps of a training chunk [P]
+PLAY_STEPS = 2          # Euler steps of a chunk that is played: completes as many tasks as 16 [P] do [O]
 DEAD_ZONE, SURE = 0.15, 0.5             # a stick nearer to its centre does not act; least confidence used [O]
 
 

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import extract                       # before torch, whose threads it keeps from spinning
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save
@@ -37,7 +38,6 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import extract
 from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, Busy, UserError, number
 
 GRID = 11                                  # cells a side of a stick's grid [paper]: -1, -0.8 ... 1

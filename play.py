@@ -1700,7 +1700,7 @@ def flags():
         help="or nobody: press each control of a mapping, name it, and end")
     add("--key", help="the server's secret")
     add("--euler", type=number(int, 1), default=PLAY_STEPS,
-        help=f"Euler steps of --ckpt (default {PLAY_STEPS}; 16 in the paper)")
+        help="Euler steps of --ckpt (default %(default)s; 16 in the paper)")
     add("--cfg", type=number(float), default=0.0, help="guidance of --ckpt, see sample.py (default 0 = off)")
     add("--game", metavar="ID|NAME", help="the game for a model that knows games (default: none)")
     add("--seed", type=number(int, 0), help="of the model's noise (default 0)")

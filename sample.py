@@ -114,8 +114,8 @@ class Policy:
         self.steps = steps or self.config.steps
         with reading(ckpt, "data with a hole of [x0, y0, x1, y1] pixels, if any"):
             x0, y0, x1, y1 = map(int, (self.meta.get("data") or {}).get("hole") or (0, 0, 0, 0))
-        self.hole = slice(y0, y1), slice(x0, x1)
-        self.lock, self.graphs, self.use_graph = threading.Lock(), {}, self.device.type == "cuda"
+        self.hole = ..., slice(y0, y1), slice(x0, x1), slice(3)
+        self.lock, self.graphs = threading.Lock(), {}
         with torch.inference_mode():
             self.times = self.model.times(buckets(self.steps, self.config.buckets).to(self.device))
 
@@ -123,8 +123,8 @@ class Policy:
     def see(self, frames):
         """uint8 (B, F, 256, 256, 3) -> image tokens (B, F, N, V). If every training frame had the overlay
         blacked out, black out the same place here."""
-        frames, (rows, columns) = np.array(frames), self.hole
-        frames[:, :, rows, columns] = 0
+        frames = np.array(frames)
+        frames[self.hole] = 0
         with self.lock:
             return self.model.see(torch.from_numpy(frames).to(self.device))
 
@@ -137,12 +137,11 @@ class Policy:
             x = self.model.assemble(seen, games, keep)                                    # (B, L, V)
             if self.guidance:      # unconditional = the newest frame, no game; the release forgets both games
                 x = torch.cat([x, self.model.assemble(seen[:, -1:])])
-            args, run = (noise, *self.model.mix(x)), self.run
-            if self.use_graph:                             # recorded at the first chunk of each batch size
-                if noise.shape not in self.graphs:
-                    self.graphs[noise.shape] = Graph(self.run, *args)
-                run = self.graphs[noise.shape]
-            return run(*args).float().cpu()
+            args = noise, *self.model.mix(x)
+            if noise.shape not in self.graphs:             # recorded at the first chunk of each batch size
+                graph = Graph(self.run, *args) if self.device.type == "cuda" else self.run
+                self.graphs[noise.shape] = graph
+            return self.graphs[noise.shape](*args).float().cpu()
 
     def run(self, noise, *context):
         """euler() with what this policy has at hand; context: the tensors of a Context."""
@@ -151,14 +150,12 @@ class Policy:
     def game_id(self, game):
         """--game ID|NAME -> the id; None = no game."""
         games = self.config.games
-        if game is None:
-            return 0
-        if game in games:
-            return games.index(game) + 1
-        if str(game).isdecimal() and int(game) <= len(games):
-            return int(game)
-        known = f"its games are {', '.join(games[:20])}" if games else "it was trained without games"
-        raise UserError(f"game {game!r} is not known to {self.name}: {known}")
+        ids = {name: i for i, name in enumerate(games, 1)}
+        ids = {"None": 0} | {str(i): i for i in range(len(games) + 1)} | ids
+        if str(game) not in ids:
+            known = f"its games are {', '.join(games[:20])}" if games else "it was trained without games"
+            raise UserError(f"game {game!r} is not known to {self.name}: {known}")
+        return ids[str(game)]
 
 
 @torch.inference_mode()
@@ -416,11 +413,10 @@ def score_chunks(chunks, truth, mask):
     error, sticks = (chunks - truth)[mask][:, -4:], truth[mask][:, -4:]                      # (actions, 4)
     spread = ((sticks - sticks.mean(0)) ** 2).sum()
     r2 = float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan
-    pressed, true = (np.where(mask[..., None], x[..., :-4] > 0.5, False) for x in (chunks, truth))
-    hits = (pressed & true).sum()
+    pressed, true = (mask[..., None] & (x[..., :-4] > 0.5) for x in (chunks, truth))
     changed, turned = onsets(pressed, mask), onsets(true, mask)
     caught = min((changed & nearby(turned)).sum(), (turned & nearby(changed)).sum())
-    return r2, f1(hits, pressed, true), f1(caught, changed, turned)
+    return r2, f1((pressed & true).sum(), pressed, true), f1(caught, changed, turned)
 
 
 NEAR = 2                                   # actions from a press or release to one that is taken for it
@@ -447,11 +443,10 @@ def print_lags(chunks, starts):
     """For each clip by how many rows, -8 to 8, its labels come later than the chunks say: where these miss
     them least."""
     for clip in dict.fromkeys(clip for clip, _ in starts):
-        mine = [i for i, (other, _) in enumerate(starts) if other is clip]
-        rows, miss = [clip.rows[starts[i][1]] for i in mine], {}
+        mine, miss = [(clip.rows[j], chunk) for (other, j), chunk in zip(starts, chunks) if other is clip], {}
         for lag in range(-8, 9):
-            truth, mask = map(np.stack, zip(*(clip.chunk(row, lag) for row in rows)))
-            miss[lag] = ((chunks[mine] - truth)[mask] ** 2).mean()
+            said = [(chunk - truth)[mask] for row, chunk in mine for truth, mask in [clip.chunk(row, lag)]]
+            miss[lag] = (np.concatenate(said) ** 2).mean()
         best = min(miss, key=miss.get)
         print(f"{clip.folder.name} | lag {best:+} rows: error {miss[best]:.4f}, {miss[0]:.4f} as it is")
 
@@ -486,8 +481,7 @@ def label(policy, clip, draws, seed=0):
     starts = one_after_another([clip], 0.5)
     raw = chunks_at(policy, starts, seed, draws).clamp(0, 1).numpy()
     raw[..., :-4] = raw[..., :-4] > 0.5                                  # each sample's vote
-    total, square = np.zeros((2, clip.n, extract.A))
-    votes = np.zeros((clip.n, 1))
+    votes, total, square = np.zeros((clip.n, 1)), *np.zeros((2, clip.n, extract.A))
     for (_, j), chunk in zip(starts, raw.swapaxes(0, 1)):                                  # (draws, T, 25)
         edges = clip.edges(clip.rows[j])
         rows = np.arange(edges[0], min(edges[-1], clip.end(clip.rows[j])))
@@ -495,10 +489,12 @@ def label(policy, clip, draws, seed=0):
         total[rows] += said.sum(0)
         square[rows] += (said ** 2).sum(0)
         votes[rows] += draws
-    mean = total / np.maximum(votes, 1)
-    confidence = (1 - 4 * (square / np.maximum(votes, 1) - mean ** 2).max(1)) * (votes[:, 0] > 0)
-    mean[votes[:, 0] == 0] = 0, *[0] * 20, *[0.5] * 4
-    return M.actions_out(torch.from_numpy(mean).float()).numpy(), confidence.clip(0, 1).astype(np.float32)
+    n, unheard = np.maximum(votes, 1), votes[:, 0] == 0
+    mean = total / n
+    confidence = (1 - 4 * (square / n - mean ** 2).max(1)).clip(0, 1).astype(np.float32)
+    actions = M.actions_out(torch.from_numpy(mean).float()).numpy()
+    actions[unheard], confidence[unheard] = extract.neutral(), 0
+    return actions, confidence
 
 
 # -------------------------------------------------------------------------------------------------- machinery
@@ -560,10 +556,11 @@ class Server:
     def welcome(self, s):
         """A thread for a new connection. Beyond CLIENTS that have no place yet, the oldest is dropped: silent
         ones lock nobody out."""
+        connection = mpc.Connection(s.dup().detach())
         with self.lock:
             self.due[s] = time.monotonic() + self.PATIENCE
             strangers = [s for s, due in self.due.items() if s not in self.clients and due > 0]
-        threading.Thread(target=self.talk, args=(s,), daemon=True).start()
+        threading.Thread(target=self.talk, args=(s, connection), daemon=True).start()
         if len(strangers) > self.CLIENTS:
             self.shut(strangers[0])
             self.stop.wait(0.02)                           # so each has at least CLIENTS times this long
@@ -580,15 +577,14 @@ class Server:
                 self.due[s] = 0.0
                 s.shutdown(socket.SHUT_RDWR)
 
-    def talk(self, s):
-        """One client from its key to its end."""
-        connection = mpc.Connection(s.dup().detach())
+    def talk(self, s, connection):
+        """One client from its key to its end. s: the socket below the connection, which can be shut down."""
         try:
             if self.key:                           # not in Listener.accept: a silent client holds it up
                 mpc.deliver_challenge(connection, self.key)
                 mpc.answer_challenge(connection, self.key)
-            session, wait = Session(self.policy, self.game, self.seed), self.PATIENCE
-            while connection.poll(wait):
+            session = Session(self.policy, self.game, self.seed)
+            while connection.poll(None):
                 self.due[s] = time.monotonic() + self.PATIENCE
                 message = connection.recv_bytes(extract.MESSAGE_LIMIT)
                 with self.lock:
@@ -602,7 +598,7 @@ class Server:
                 reply = self.answer(session, message)
                 self.due[s] = time.monotonic() + self.PATIENCE
                 connection.send_bytes(reply)
-                self.due[s], wait = math.inf, self.IDLE
+                self.due[s] = time.monotonic() + self.IDLE
         except OSError as e:
             if "bad message length" in str(e):     # say so and read the rest, or the reply is lost with it
                 line = f"expected at most {extract.MESSAGE_LIMIT} bytes in a message: shrink the frame"
@@ -762,9 +758,8 @@ def run_serve(args):
         raise UserError("--key: expected a secret, found an empty one: give letters, or leave --key out")
     policy = policy_of(args)
     server = Server(policy, args.host, args.port, args.key, args.game, args.seed)
-    if threading.current_thread() is threading.main_thread():
-        for end in signal.SIGINT, signal.SIGTERM:
-            signal.signal(end, lambda *_: server.stop.set())
+    for end in signal.SIGINT, signal.SIGTERM:
+        signal.signal(end, lambda *_: server.stop.set())
     open_to_all = args.host not in ("127.0.0.1", "localhost") and not args.key
     warning = ", to anyone who can reach it: consider --key" if open_to_all else ""
     host, port = server.address

@@ -142,8 +142,8 @@ def test_a_reader_that_has_read_enough_is_no_fault(command, tmp_path):
     assert shown.stderr.read() == b"" and shown.wait() == 141
 
 
-BUDGET = {"extract": 25890, "parse": 18390, "model": 6090, "train": 8510,         # tokens; they may only fall
-          "sample": 8160, "play": 12672, "bench": 28970, "test_all": 57800}
+BUDGET = {"extract": 25890, "parse": 18390, "model": 6090, "train": 8500,         # tokens; they may only fall
+          "sample": 7730, "play": 12672, "bench": 28970, "test_all": 57800}
 
 
 def code_lines(name):
@@ -3854,7 +3854,6 @@ def test_a_gpu_samples_what_a_cpu_does(ckpt, guidance):
         return (raw - want).norm() / want.norm()
     want = look("cpu")[0]
     eager, policy = look()
-    assert policy.use_graph
     assert len(policy.graphs) == 2
     assert off(eager) < 1e-3
     assert off(look(dtype="bfloat16")[0]) < 0.1

@@ -200,7 +200,7 @@ def open_actions(path):
 
 class Clip:
     """One clip folder, checked: which frames may start a chunk, and chunks at the model's rate from any
-    rate. A row number is all that it holds of a frame: clips are many, and their files stay on the disk."""
+    rate. Of a frame it holds six bytes: clips are many, and their files stay on the disk."""
 
     def __init__(self, folder, config, file="actions.npy", human_weight=1.0):
         """file: where its actions are, "" = it has none."""
@@ -239,9 +239,11 @@ class Clip:
     def narrow(self, begin, end):
         """Let the rows begin .. end alone count."""
         self.cuts, rows = np.unique([*self.cuts, begin, end]), self.rows
-        good = (begin <= rows) & (rows < end) & self.mask(rows)[:, 0]
+        mask = self.mask(rows)                                                                     # (m, T)
+        good = (begin <= rows) & (rows < end) & mask[:, 0]
         good &= rows + self.config.offsets[-1] * self.ratio + 1e-6 < self.end(rows)    # all to come is there
-        self.rows = rows[good]                                 # of the frames that may start a chunk, int32
+        self.rows = rows[good]                                 # of the frames that may start a chunk, int32,
+        self.lengths = mask[good].sum(1, dtype=np.uint16)      # and how many of its actions count
         self.size, self.sum = end - begin, self.actions[begin:end].sum(0, dtype=np.float64)
         self.weight, self.cumulative = float(len(self.rows)), None
         human = self.flags("human.npy", False)

@@ -312,8 +312,7 @@ class Sampler:
 
     def total(self, step):
         """How many action values count in the whole batch of a step, all processes' shares together."""
-        picked = ((self.clips[k], j) for k, j in zip(*self.picks(step)))
-        actions = sum(int(clip.mask(clip.rows[j]).sum()) for clip, j in picked)
+        actions = sum(int(self.clips[k].lengths[j]) for k, j in zip(*self.picks(step)))
         return actions * self.draws * self.config.action_dim
 
     def load(self, step, begin=0, end=None):

@@ -679,10 +679,11 @@ def picture(path):
 
 def read_noise(path, shape):
     """Noise float32 (T, A) from a .npy; UserError names what is wrong with it."""
-    noise = np.array(extract.read_npy(path, np.float32, shape))
-    if not np.isfinite(noise).all():
-        raise UserError(f"{path}: expected numbers, found NaN or infinity: give other noise")
-    return noise
+    with reading(path, f"a .npy of noise, float32 {shape}"):
+        noise = np.load(path, allow_pickle=False)
+        if noise.dtype != np.float32 or not np.isfinite(noise).all():
+            raise TypeError(f"{noise.dtype}, or NaN or infinity in it")
+        return noise.reshape(shape)
 
 
 def run_video(args):

@@ -396,9 +396,9 @@ def scores(chunks, starts, means):
     """
     truth, mask = map(np.stack, zip(*(clip.chunk(clip.rows[j]) for clip, j in starts)))
     last = np.stack([clip.before(clip.rows[j]) for clip, j in starts])[:, None]
-    played = np.array([clip.game for clip, _ in starts])
-    policies = {"model": chunks, "rest": extract.neutral(), "repeat": last,
-                "mean": np.stack([means[game] for game in played])[:, None]}
+    played, rest = np.array([clip.game for clip, _ in starts]), extract.neutral()
+    usual = np.stack([means.get(game, rest) for game in played])[:, None]
+    policies = {"model": chunks, "rest": rest, "repeat": last, "mean": usual}
     games, count = {}, {}
     for game in sorted(set(played)):
         here, count[game] = played == game, int((played == game).sum())

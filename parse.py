@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import extract
-from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, Busy, UserError, number
+from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, Busy, UserError, number, overlap
 
 GRID = 11                                  # cells a side of a stick's grid [paper]: -1, -0.8 ... 1
 STRIDE, SUB = 4, 3                       # a token of the finest map covers 4 x 4 pixels and tells 3 x 3 cells
@@ -66,6 +66,8 @@ def label_clip(model, folder, clip, pads):
         for _ in range(3):                                     # a foreign geometry's sticks may be far off
             if moved := pad.better_geometry():
                 pad = Pad(model, moved, pads, drawn)
+        if not pad.known:
+            pad.watch(pads)
         actions, confidence = settle(pad, *pad.read_all(pads))
     keep = extract.dense(actions, confidence)
     for name, array in (("keep", keep), ("confidence", confidence), ("actions", actions)):
@@ -131,14 +133,16 @@ class Pad:
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         alike = likenesses(drawn, median) if drawn else None
         self.rest = rest_pictures(model, before, now, median, drawn, alike)
-        self.known = False
-        if drawn:
-            self.known = np.median(np.concatenate(alike)) > ONE_SKIN
+        self.pressed = [np.uint8(0), np.uint8(0)]              # not known
+        self.known = bool(drawn) and np.median(np.concatenate(alike)) > ONE_SKIN
         if self.known:
-            self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
-        self.pressed = np.uint8([0, 0])                        # not known
-        if self.known and pressed:
-            self.pressed = [changed(*pictures) for pictures in zip(self.rest, drawn, *pressed)]
+            looks = [self.rest[0], drawn[0]]                   # the caps of the video may never rest
+            shown = [np.zeros_like(self.rest[0])]
+            if pressed:
+                self.pressed[1] = changed(self.rest[1], drawn[1], pressed[0][1])
+                shown.append(pressed[0][0].astype(int) - drawn[0])
+            options = [(rest, np.clip(rest + p, 0, 255).astype(np.uint8) if p.any() else p) for rest in looks for p in shown]
+            self.rest[0], self.pressed[0] = surest(model, before[0], now[0], options)
         grids, *_ = net_reads(model, map(montages, before, now, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         self.outline = edges(picture)
@@ -166,6 +170,24 @@ class Pad:
                 sticks[side] = {**sticks[side], "center": [*(center + rest * travel)],
                                 "travel": [*(travel * longer)]}
         return None if sticks == self.geometry["sticks"] else {**self.geometry, "sticks": sticks}
+
+    def watch(self, pads):
+        """Take the box of each button that blinks, and how it looks at rest and pressed, from the video: for
+        a pad that is no known skin."""
+        at = watched_frames(len(pads))
+        crops = [pads[i] for i in at]
+        half = np.stack([cv2.resize(c, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for c in crops])
+        named = named_spots(spots(half, at, self.geometry), self.geometry)
+        if not named:
+            return
+        boxes = {button: spot.box for button, spot in named.items()}
+        self.geometry = {**self.geometry, "buttons": {**self.geometry["buttons"], **boxes}}
+        self.closeups = Closeups(self.geometry, crops[0].shape[1::-1])
+        _, buttons = self.closeups.all(crops)
+        self.pressed = [np.zeros_like(r) for r in self.rest]
+        for button, spot in named.items():
+            j = self.closeups.buttons.index(button)
+            self.rest[1][j], self.pressed[1][j] = (np.median(buttons[on, j], 0) for on in (~spot.lit, spot.lit))
 
     def read(self, pads, begin, end):
         """Frames begin .. end -> Reads."""
@@ -214,6 +236,93 @@ def pieces(n):
         yield max(begin - OVERLAP, 0), begin, end, min(end + OVERLAP, n)
 
 
+# ------------------------------------------------------------------------------------------------ what blinks
+class Spot(NamedTuple):
+    """A place of a pad that lights up now and then, as a button does."""
+    box: np.ndarray                        # x0, y0, x1, y1 in template pixels
+    lit: np.ndarray                        # (n,) bool, of the watched frames
+
+
+def watched_frames(n):
+    """Numbers of 512 frames of n, in 16 runs, as a press is some frames long."""
+    starts = np.linspace(0, max(n - 32, 0), 16).astype(int)
+    return np.unique((starts[:, None] + np.arange(32)).clip(0, n - 1))
+
+
+def spots(crops, at, geometry):
+    """Crops uint8 (n, h, w, 3) of the frames `at` -> Spots: neighbouring pixels that have two colours and
+    change them in the same frames. No net is asked, so it holds for a pad of any look; what lies over or
+    shines through it seldom has two colours only."""
+    n, h, w = crops.shape[:3]
+    scale = np.divide((w, h), geometry["size"])
+    median = np.median(crops[::2], 0).astype(np.uint8)
+    away = np.stack([cv2.absdiff(crop, median).max(2) for crop in crops])      # (n, h, w), from rest
+    high = np.sort(away, 0)[-max(n // 64, 4)].astype(int)                      # when lit: 1 frame of 64 or more
+    lit = away > high / 2
+    between = (np.abs(away - high / 2) < high / 5).sum(0)
+    count = lit.sum(0)
+    blinks = (high > 18) & (count >= 4) & (count < 0.6 * n) & (between < count / 4)
+    for stick in geometry["sticks"].values():                  # a cap changes what it moves over
+        reach = (stick["radius"] + np.array(stick["travel"])) * scale * 1.25
+        away_from = (np.indices((h, w))[::-1] + 0.5 - (stick["center"] * scale)[:, None, None]) / reach[:, None, None]
+        blinks &= np.hypot(*away_from) > 1
+    linked = np.zeros((2 * h - 1, 2 * w - 1), np.uint8)        # pixels; between two: do they blink together?
+    linked[::2, ::2] = blinks
+    linked[::2, 1::2] = blinks[:, 1:] & blinks[:, :-1] & together(lit[:, :, 1:], lit[:, :, :-1])
+    linked[1::2, ::2] = blinks[1:] & blinks[:-1] & together(lit[:, 1:], lit[:, :-1])
+    count, numbers = cv2.connectedComponents(linked, connectivity=4)
+    found = []
+    for number in range(1, count):
+        mask = numbers[::2, ::2] == number
+        y, x = np.nonzero(mask)
+        on = lit[:, mask].mean(1) > 0.5
+        if len(x) >= 6 and mask.mean() < 0.08 and two_colours(crops[:, mask], on, at):
+            box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / np.tile(scale, 2)
+            found.append(Spot(box, on))
+    return found
+
+
+def together(a, b, share=0.7):
+    """Are two series of lit frames (n, ...) the same, up to this share (intersection over union)?"""
+    return (a & b).sum(0) > share * (a | b).sum(0)
+
+
+def two_colours(pixels, lit, at):
+    """Does a spot, pixels uint8 (n, k, 3) in the frames `at`, look one way when lit and one way else, with
+    nothing between, and does it change as often as fingers do?"""
+    if not 4 <= lit.sum() < len(lit) / 2:
+        return False
+    rest, pressed = (np.median(pixels[on], 0) for on in (~lit, lit))
+    change = pressed - rest
+    x = ((pixels - rest) * change).sum((1, 2)) / (change ** 2).sum()           # 0 at rest, 1 when lit
+    switches = (np.diff(lit.astype(int)) != 0)[np.diff(at) == 1].sum()
+    apart = np.percentile(x[lit], 5) - np.percentile(x[~lit], 95)
+    return apart > 0.75 and 0.03 < switches / lit.sum() < 0.9
+
+
+def named_spots(found, geometry):
+    """Which spot is which button: the nearest, if it is about as large -> {button: Spot}."""
+    def side(box):
+        return math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
+
+    pairs = []
+    for button, box in geometry["buttons"].items():
+        for i, spot in enumerate(found):
+            away = np.hypot(*np.subtract(spot.box, box).reshape(2, 2).mean(0)) / geometry["size"][0]
+            larger = abs(math.log(side(spot.box) / side(box)))
+            if away < 0.2 and larger < 1.25:
+                pairs.append((away + 0.03 * larger, away, button, i))
+    named = {}
+    for _, away, button, i in sorted(pairs):
+        if button in named or any(together(found[i].lit, s.lit, 0.8) for s in named.values()):
+            continue
+        mistaken = button.endswith(("SHOULDER", "TRIGGER")) and any(
+            overlap(geometry["buttons"][button], s.box) for s in named.values())       # for its neighbour
+        if away < 0.08 or mistaken:
+            named[button] = found[i]
+    return named
+
+
 # -------------------------------------------------------------------------------------------- the pad at rest
 def rest_pictures(model, before, now, median, drawn, alike):
     """What each control looks like at rest -> [sticks uint8 (k, S, S, 3), buttons (m, S, S, 3)].
@@ -230,6 +339,18 @@ def rest_pictures(model, before, now, median, drawn, alike):
     for picture, old, wrong in zip(rest, median, map(np.logical_and, doubted, few)):
         picture[wrong] = old[wrong]                       # seen at rest too seldom beside a template in doubt
     return at_rest(model, before, now, rest)[0]
+
+
+def surest(model, before, now, options):
+    """Of pictures of sticks at rest and pressed, (k, S, S, 3) each, those for each stick with which the net
+    is surest of where it is in the sampled frames, (samples, k, S, S, 3): a template may not show the caps as
+    this video does."""
+    spreads = []
+    for rest, pressed in options:
+        grids, *_ = net_reads(model, [montages(before[::2], now[::2], rest, pressed), np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)])
+        spreads.append(expect(np.exp(grids))[1].reshape(-1, now.shape[1]).mean(0))
+    best = np.argmin(spreads, 0)
+    return [np.stack([options[o][kind][i] for i, o in enumerate(best)]) for kind in (0, 1)]
 
 
 def likenesses(drawn, median):

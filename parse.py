@@ -63,9 +63,11 @@ def label_clip(model, folder, clip, pads):
     shown = bool(geometry["sticks"] or geometry["buttons"])
     if shown:
         pad = Pad(model, geometry, pads, drawn)
-        for _ in range(3):                                     # a foreign geometry's sticks may be far off
-            if moved := pad.better_geometry():
-                pad = Pad(model, moved, pads, drawn)
+        while moved := pad.better_geometry():                  # a foreign geometry's sticks may be far off
+            other = Pad(model, moved, pads, drawn)
+            if other.spread >= pad.spread:
+                break
+            pad = other
         if not pad.known:
             pad.watch(pads)
         actions, confidence = settle(pad, *pad.read_all(pads))
@@ -145,6 +147,7 @@ class Pad:
             self.rest[0], self.pressed[0] = surest(model, before[0], now[0], options)
         grids, *_ = net_reads(model, map(montages, before, now, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
+        self.spread = expect(np.exp(grids))[1].mean() if len(grids) else 0.0
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 

@@ -1800,6 +1800,29 @@ def test_reads_a_pad_it_never_saw(tmp_path, capsys):
     assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any()
 
 
+def test_what_blinks_near_a_located_button_is_that_button():
+    """Two buttons light up away from their boxes while a stick moves and the scene behind is cut; one never."""
+    rng = np.random.default_rng(0)
+    at = parse.watched_frames(600)
+    boxes = {"SOUTH": [60, 40, 70, 50], "EAST": [80, 40, 90, 50], "START": [40, 10, 50, 16]}
+    stick = {"center": [20, 40], "travel": [6, 6], "radius": 6}
+    held = {button: np.repeat(rng.random(100) < 0.2, 6)[at] for button in ("SOUTH", "EAST")}
+    crops = np.full((len(at), 60, 120, 3), 60, np.uint8)
+    crops[:, 55:] = np.where(at < 200, 20, 220)[:, None, None, None]
+    for i, crop in enumerate(crops):
+        crop[34 + i % 7:40 + i % 7, 15 + i % 11:20 + i % 11] = 200
+        for button, frames in held.items():
+            x, y, *_ = boxes[button]
+            crop[y - 2:y + 8, x + 3:x + 13] = 230 if frames[i] else 90
+    geometry = {"size": [120, 60], "buttons": boxes, "sticks": {"left": stick}}
+    named = parse.named_spots(parse.find_spots(crops, at, geometry), geometry)
+    assert {button: spot.box.tolist() for button, spot in named.items()} == {
+        button: [boxes[button][0] + 3, boxes[button][1] - 2, boxes[button][0] + 13, boxes[button][1] + 8]
+        for button in held}
+    for button, spot in named.items():
+        np.testing.assert_array_equal(spot.lit, held[button])
+
+
 def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(tmp_path):
     """Its median picture is the pressed one; only the template knows better."""
     skin = {s.name: s for s in extract.our_skins()}["ps4_blue_flat"]
@@ -2051,8 +2074,9 @@ def test_skins_of_sticks_or_buttons_only_and_a_lost_loss_are_no_traceback(
     tensors = lambda s: [[torch.from_numpy(a) for a in part] for part in parse.scene(rng, s, backdrops)]
     whole = tensors(skin)
     for shown in ({"buttons": {}}, {"sticks": {}}):
-        scenes = [tensors(replace(skin, **shown))]
-        assert math.isnan(parse.check(parse.Parser(), scenes)["stick R2"]) == ("sticks" in shown)
+        loss = parse.parser_loss(parse.Parser(), torch.Generator(), *tensors(replace(skin, **shown)))
+        lost = [bool(loss[k].isnan()) for k in ("grid", "button")]
+        assert lost == ["sticks" in shown, "buttons" in shown]
     monkeypatch.setattr(parse, "Teacher", lambda *args, **kwargs: itertools.repeat(whole))
     monkeypatch.setattr(parse.torch.utils.data, "DataLoader", lambda scenes, **kwargs: scenes)
     broken = parse.KINDS["reader"]._replace(loss=lambda *args: {"grid": torch.tensor(math.nan)})
@@ -3805,7 +3829,7 @@ class NoisyPad(list, parse.Pad):
 
     def read(self, pads, begin, end):
         grids = RNG(begin).normal(0, 1, (end - begin, 2, 11, 11)).astype(np.float32)
-        return parse.Reads(grids, *np.ones((3, end - begin)))
+        return grids, *np.ones((3, end - begin))
 
 
 def test_reading_a_longer_clip_takes_no_more_memory(monkeypatch):

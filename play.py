@@ -70,7 +70,7 @@ MARKED = 0.1                       # seconds after a touch that still count as a
 # The names of buttons and keys in each API; "mapping" is what --pad keyboard presses. KEYS: X keysym,
 # Windows virtual key, whether its scan code has a prefix. MOUSE: X button, virtual key, MOUSEEVENTF of
 # pressing it.
-TABLES = json.loads(Path(__file__).with_name("weights").joinpath("keys.json").read_text(encoding="utf-8"))
+TABLES = extract.read_json(Path(__file__).with_name("weights") / "keys.json", dict)
 KEYS, MOUSE = TABLES["keys"], TABLES["mouse"]
 LOWEST = np.float32([0] * len(BUTTONS) + [-1] * 4)        # of an action; its highest is 1
 TILT, REST = 0.5, 0.35                             # a stick presses its key at TILT and holds it until REST
@@ -170,9 +170,8 @@ class Thinker:
         self.policy, self.env, self.plan = policy, env, Plan(env.hz / 4)
         self.thread, self.answer = ThreadPool(1), None
         self.asked = -horizon                              # the tick of the last question
-        began = time.perf_counter()
-        policy.predict(env.look())                         # the first takes longest: not while the pad waits
-        self.patience = STANDS + 3 * (time.perf_counter() - began)
+        _, seconds = self._predict(env.look())             # the first takes longest: not while the pad waits
+        self.patience = STANDS + 3 * seconds
         policy.reset()
 
     def ask(self, tick):
@@ -277,10 +276,10 @@ class Score:
     """What is worth knowing of a session, and the progress line that says it."""
 
     def __init__(self, beat):
-        self.beat, self.began = beat, time.perf_counter()
+        self.beat, self.told = beat, ""
+        self.began = self.checked = time.perf_counter()
         self.press_ms, self.predict_ms = deque(maxlen=36000), deque(maxlen=36000)
         self.ticks = self.chunks = self.late = self.human = 0
-        self.told, self.checked = "", time.monotonic()
         self.bar = tqdm(bar_format="{desc}", disable=None, leave=False, dynamic_ncols=True, file=sys.stdout)
 
     def line(self, env):
@@ -297,13 +296,12 @@ class Score:
 
     def tell(self, env):
         """Once a second: the line and, each time it changes, what is wrong with the picture or the pace."""
-        if time.monotonic() - self.checked < 1:
+        if time.perf_counter() - self.checked < 1:
             return
-        self.checked = time.monotonic()
+        self.checked = time.perf_counter()
         wrong = env.problem()
         if not wrong and self.late > 3 + self.chunks / 2:
-            wrong = ("most predictions come after the actions they hold: use --pause suspend, fewer --euler "
-                     "steps, a lower --hz or a faster device")
+            wrong = "most predictions come too late: use --pause suspend, fewer --euler steps or a lower --hz"
         if wrong and wrong != self.told:
             print(f"\n{wrong}", file=sys.stderr, flush=True)
         self.told = wrong
@@ -355,8 +353,8 @@ class GameEnv(gymnasium.Env if gymnasium else object):
             if self.pad.keys:
                 self.desktop.check_input(self.pid)
             self.desktop.focus(self.window.id)
-            kinds = {"none": Running, "suspend": Suspended, "clock": SpeedHack if WINDOWS else FakeTime}
-            self.pause = kinds[pause](self)
+            clock = SpeedHack if WINDOWS else FakeTime
+            self.pause = {"none": Running, "suspend": Suspended, "clock": clock}[pause](self)
             undo.callback(self.pause.go)
             guard.callback(Guard(keys=sorted(self.pad.keys), pid=self.pid, clock=pause == "clock").dismiss)
             self.undo = undo.pop_all()
@@ -368,13 +366,13 @@ class GameEnv(gymnasium.Env if gymnasium else object):
         if gymnasium:
             super().reset(seed=seed)
         for action in (*(options or {}).get("actions", ()), neutral()):
-            self.hold(playable(action, allow_menu=True), 1 / self.hz)
+            self.hold(playable(action, allow_menu=True))
         return self.look(), {"away": self.pad.away}
 
     def step(self, action):
         """Hold an action for one period -> (observation, reward, terminated, truncated, info)."""
         try:
-            self.hold(playable(action, self.allow_menu), 1 / self.hz)
+            self.hold(playable(action, self.allow_menu))
             obs = self.look()
         except GameGone as e:
             return self.frame, 0.0, False, True, {"reason": str(e), "away": True}
@@ -384,11 +382,11 @@ class GameEnv(gymnasium.Env if gymnasium else object):
         """(reward, terminated) of an observation: to be overridden by who knows the game."""
         return 0.0, False
 
-    def hold(self, action, seconds):
-        """Let the game run for a while with an action pressed."""
+    def hold(self, action):
+        """Let the game run for one period with an action pressed."""
         self.pause.go()
         self.pad.press(action)
-        time.sleep(seconds)
+        time.sleep(1 / self.hz)
         self.pause.stop()
 
     def look(self):
@@ -444,7 +442,7 @@ def playable(action, allow_menu=False):
     """What of a prediction, float (25,), may be pressed: buttons 0 or 1, legacy ones 0, the menu's 0 unless
     allowed, sticks within [-1, 1]."""
     out = np.nan_to_num(np.float32(action)).clip(LOWEST, 1)
-    out[:len(BUTTONS)] = out[:len(BUTTONS)] > 0.5
+    out[:21] = out[:21] > 0.5
     out[[BUTTON[b] for b in LEGACY + (() if allow_menu else MENU_BUTTONS)]] = 0
     return out
 
@@ -526,8 +524,7 @@ def find_window(desktop, process=None, window=None):
     part of the title `window` where given; None when there is none. An id goes before a title with the same
     digits."""
     wanted, asked = (window or "").lower(), {*spellings(str(process))}
-    theirs = [w for w in desktop.windows()
-              if w.pid != os.getpid() and (not process or asked & {*w.names})]
+    theirs = [w for w in desktop.windows() if not process or asked & {*w.names}]
     by_id = [w for w in theirs if wanted in (str(w.id), hex(w.id))]
     by_title = [w for w in theirs if wanted in w.title.lower()]
     return max(by_id or by_title, key=lambda w: w.box[2] * w.box[3], default=None)
@@ -541,7 +538,7 @@ def await_window(desktop, process=None, window=None, seconds=60.0):
         print(f"waiting up to {seconds:g} s for a window {wanted}", flush=True)
     while not found:
         if time.monotonic() > ends:
-            here = ", ".join(map(str, desktop.windows()[:12])) or "none"
+            here = ", ".join(map(str, desktop.windows())) or "none"
             raise UserError(f"no window {wanted}; windows here: {here}: start the game, in a window")
         time.sleep(0.25)
         found = find_window(desktop, process, window)
@@ -612,8 +609,7 @@ class X11(Desktop):
     def _property(self, window, name):
         """The bytes of a property, b"" without it; its format 32 comes as 64 bits."""
         atom = self._call("XInternAtom", name.encode(), 0)
-        any_type = c_ulong(0)
-        _, form, n, _, data = self._call("XGetWindowProperty", window, atom, 0, 4096, 0, any_type, n=5)
+        _, form, n, _, data = self._call("XGetWindowProperty", window, atom, 0, 4096, 0, c_ulong(0), n=5)
         value = ctypes.string_at(data, n * (8 if form == 32 else 1)) if data else b""
         self.x.XFree(c_void_p(data))
         return value
@@ -716,7 +712,7 @@ class X11(Desktop):
 
     @staticmethod
     def _status(pid, field):
-        """What the system says of a process, its Name or PPid say."""
+        """What the system says of a process: its Name, say."""
         return re.search(rf"{field}:\t(.*)", Path(f"/proc/{pid}/status").read_text(errors="replace"))[1]
 
     def suspend(self, pid):
@@ -841,7 +837,7 @@ class Win32(Desktop):
         flag = c_int()
         with self._process(pid) as handle:
             self.kernel.IsWow64Process(handle, byref(flag))
-        return bool(flag.value)
+        return flag.value
 
     def suspend(self, pid):
         """Stop all threads of a process."""
@@ -889,19 +885,15 @@ class Capture:
 
 
 # -------------------------------------------------------------------------------------- pads
+def nothing(*_):
+    """Do nothing."""
+
+
 class NoPad:
     """Presses nothing: a person plays, or one only wants to see what the model would do."""
     away = moved = False       # is the window not in front, so that nothing is pressed? Was the mouse moved?
     keys = down = frozenset()  # those that it can press, and holds now
-
-    def __init__(self, env):
-        """Nothing."""
-
-    def press(self, action):
-        """Nothing."""
-
-    def close(self):
-        """Nothing."""
+    __init__ = press = close = nothing
 
 
 class VirtualPad(NoPad):
@@ -909,8 +901,8 @@ class VirtualPad(NoPad):
 
     def __init__(self, env):
         if env.real_pads:
-            print("warning: a real gamepad was here before ours: a game that listens to the first alone does "
-                  "not hear the model: unplug it, or choose ours in the game", file=sys.stderr)
+            print("warning: a real gamepad came before ours, and many games hear the first alone: unplug it, "
+                  "or choose ours in the game", file=sys.stderr)
         with reading("--pad vgamepad", "a virtual gamepad (pip install vgamepad; on Linux sudo apt install "
                      "libevdev2, sudo modprobe uinput and sudo chmod 0666 /dev/uinput; on Windows ViGEmBus, "
                      "github.com/nefarius/ViGEmBus; or use --pad keyboard)"):
@@ -952,7 +944,10 @@ class KeyboardPad(NoPad):
         self.away = not desktop.focused(env.window.id)
         if self.away:
             action = neutral()
-        self._hold(keys_of(env.bindings, action, self.down))
+        keys = keys_of(env.bindings, action, self.down)
+        for key in self.down ^ keys:
+            desktop.key(key, int(key in keys))
+        self.down = frozenset(keys)
         for stick, speed in env.mice.items():
             self.rest += action[STICKS[stick]] * speed / env.hz
         whole = np.trunc(self.rest).astype(int)
@@ -961,14 +956,11 @@ class KeyboardPad(NoPad):
             desktop.move(*whole.tolist())
             self.rest -= whole
 
-    def _hold(self, keys):
-        for key in self.down ^ keys:
-            self.env.desktop.key(key, int(key in keys))
-        self.down = frozenset(keys)
-
     def close(self):
         """Let go of every key."""
-        self._hold(frozenset())
+        for key in self.down:
+            self.env.desktop.key(key, 0)
+        self.down = frozenset()
 
 
 # ------------------------------------------------------------------------ the person's hands
@@ -1079,14 +1071,7 @@ def start_game(command, stop_clock):
 class Running:
     """--pause none: the game goes on while the model thinks."""
     stops = False
-
-    def __init__(self, env):
-        """Nothing."""
-
-    def stop(self):
-        """Nothing."""
-
-    go = stop
+    __init__ = stop = go = nothing
 
 
 class Suspended:
@@ -1132,8 +1117,8 @@ class FakeTime(Suspended):
         with tempfile.NamedTemporaryFile("w", prefix="play_clock_", delete=False) as f:
             f.write(f"{0:+020.6f}\n")                      # always as long, to be overwritten in place
         preload = f"{found[0]} {os.environ.get('LD_PRELOAD', '')}"
-        ours = {"LD_PRELOAD": preload, "FAKETIME_TIMESTAMP_FILE": f.name, "FAKETIME_NO_CACHE": "1"}
-        return os.environ | ours, f.name
+        return os.environ | {"LD_PRELOAD": preload, "FAKETIME_TIMESTAMP_FILE": f.name,
+                             "FAKETIME_NO_CACHE": "1"}, f.name
 
     def stop(self):
         super().stop()
@@ -1185,7 +1170,7 @@ class Guard:
     crashed, its terminal gone), the guard lets go of the keys and lets the game run on."""
 
     def __init__(self, **undo):
-        command = [sys.executable, str(Path(__file__).resolve()), "--guard", json.dumps(undo)]
+        command = [sys.executable, __file__, "--guard", json.dumps(undo)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, **APART)
 
     def dismiss(self):
@@ -1274,8 +1259,9 @@ def finish(tmp):
             frames.close(len(rows))
             rows = np.array(rows)
             actions, human = rows["action"], rows["human"]
-            keep, sure = extract.dense(actions), np.ones(len(rows), np.float32)
-            arrays = {"actions": actions, "truth": actions, "confidence": sure, "keep": keep, "human": human}
+            keep = extract.dense(actions)
+            arrays = {"actions": actions, "truth": actions, "keep": keep, "human": human,
+                      "confidence": np.ones(len(rows), np.float32)}
             for name, array in arrays.items():
                 extract.write_npy(tmp / f"{name}.npy", array)
             clip = extract.read_json(tmp / "recording.json", dict)
@@ -1294,11 +1280,10 @@ class View:
     SIZE = (912, 512)
 
     def __init__(self, env, window=False, video=None):
-        self.every, self.window = math.ceil(env.hz / 30), None
-        look = extract.Look(body=(150, 152, 160), cap=(255, 240, 80))
-        self.skin = extract.pad_skin("xbox_360", "xbox_360", look)
+        self.every = math.ceil(env.hz / 30)
+        self.window = window and f"play.py: what the model sees of {env.name}"
+        self.skin = extract.pad_skin("xbox_360", "xbox_360", extract.Look(cap=(255, 240, 80)))
         if window:
-            self.window = f"play.py: what the model sees of {env.name}"
             left, top, zoom = free_room(env.box(), env.capture.screen(), self.SIZE)
             with reading("--show", "a screen for a window"):
                 cv2.namedWindow(self.window, cv2.WINDOW_NORMAL | cv2.WINDOW_GUI_NORMAL)
@@ -1377,9 +1362,9 @@ class Client:
             raise
         except Exception as e:                             # whatever the other side makes of it
             self.close()
-            raise UserError(f"{self.where}: expected {self.wanted}, found that the connection broke "
-                            f"({type(e).__name__} {printable(e)}): is it a sample.py serve of this version, "
-                            "with the same --key?") from None
+            said = f"{type(e).__name__} {printable(e)}"
+            raise UserError(f"{self.where}: expected {self.wanted}, found: the connection broke ({said}): "
+                            "is it a sample.py serve of this version, with the same --key?") from None
 
     def _ask(self, header, array=None):
         self.connection.send_bytes(pack_message(header, array))
@@ -1396,8 +1381,7 @@ class Client:
         MB."""
         with self._exchange() as ask:
             chunk = ask({"do": "predict"}, shrink(rgb))[1]
-            good = chunk.dtype == np.float32 and chunk.shape == (self.horizon, A)
-            if not (good and (chunk == chunk.clip(LOWEST, 1)).all()):
+            if chunk.shape != (self.horizon, A) or (chunk != chunk.clip(LOWEST, 1)).any():       # NaN too
                 raise ValueError(f"{chunk.dtype} {chunk.shape} where {self.horizon} actions belong")
         return chunk
 
@@ -1410,10 +1394,9 @@ class Client:
         """What sample.Session.info gives; "config" holds the model's hz, horizon and action_shift."""
         with self._exchange() as ask:
             info = ask({"do": "info"})[0]
-            for name, (low, high) in CONFIG.items():
-                value = info["config"][name]
-                if not low <= value <= high:               # a TypeError where it is no number
-                    raise ValueError(f"{name} {value}")
+            config = info["config"]                        # no number compares: a TypeError
+            if not all(low <= config[name] <= high for name, (low, high) in CONFIG.items()):
+                raise ValueError(str(config))
         return info
 
     def close(self):
@@ -1434,15 +1417,9 @@ class LocalModel(Client):
         self.where, self.wanted, self.lock = "the model", "an answer", threading.Lock()
         spawn = get_context("spawn")
         self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=answer_all, args=(theirs, args), daemon=True)
-        self.process.start()
+        spawn.Process(target=answer_all, args=(theirs, args), daemon=True).start()
         theirs.close()
         self.horizon = self.info()["config"]["horizon"]
-
-    def close(self):
-        """End the process."""
-        super().close()
-        self.process.kill()
 
 
 def answer_all(pipe, args):
@@ -1487,7 +1464,7 @@ def try_map(env):
         for value in np.repeat([sign, 0], math.ceil(env.hz / 2)):
             action = neutral()
             action[place] = value
-            env.hold(action, 1 / env.hz)
+            env.hold(action)
 
 
 def run_play(args):

@@ -4574,7 +4574,7 @@ def test_what_is_typed_elsewhere_is_no_play_and_the_mouse_is_a_stick(env):
 
 def test_each_control_of_a_mapping_is_pressed_and_named(env, keys_file, capsys):
     e = env(mapping=keys_file)
-    e.hold = lambda action, seconds: e.pad.press(action)  # at once
+    e.hold = e.pad.press                                     # at once
     play.try_map(e)
     assert e.desktop.log == "+up -up +left -left +right -right +space -space".split()
     assert capsys.readouterr().out.splitlines()[::3] == [

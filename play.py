@@ -1394,7 +1394,7 @@ class Client:
         """What sample.Session.info gives; "config" holds the model's hz, horizon and action_shift."""
         with self._exchange() as ask:
             info = ask({"do": "info"})[0]
-            config = info["config"]                        # no number compares: a TypeError
+            config = info["config"]                        # what is no number raises TypeError
             if not all(low <= config[name] <= high for name, (low, high) in CONFIG.items()):
                 raise ValueError(str(config))
         return info

@@ -170,8 +170,8 @@ class Thinker:
         self.policy, self.env, self.plan = policy, env, Plan(env.hz / 4)
         self.thread, self.answer = ThreadPool(1), None
         self.asked = -horizon                              # the tick of the last question
-        _, seconds = self._predict(env.look())             # the first takes longest: not while the pad waits
-        self.patience = STANDS + 3 * seconds
+        # The first prediction takes longest: not while the pad waits.
+        self.patience = STANDS + 3 * self._predict(env.look())[1]
         policy.reset()
 
     def ask(self, tick):
@@ -658,7 +658,7 @@ class X11(Desktop):
         """Bring the window to the front and give it the keyboard."""
         self._call("XRaiseWindow", window)
         self._call("XSetInputFocus", window, 2, 0)
-        self._call("XSync", 0)
+        self._call("XFlush")
 
     def prepare_keys(self, names):
         """Look the keys up once. UserError when XTEST or a key is missing."""
@@ -794,7 +794,7 @@ class Win32(Desktop):
         else:
             _, virtual, extended = KEYS[name]
             scan = self.user.MapVirtualKeyW(virtual, 0) & 0xFF
-            self._send("HHI", 1, virtual, scan, 8 | extended | (0 if down else 2))
+            self._send("HHI", 1, virtual, scan, 8 | extended | 2 * (not down))
 
     def move(self, dx, dy):
         """Move the mouse by whole pixels."""
@@ -901,8 +901,7 @@ class VirtualPad(NoPad):
 
     def __init__(self, env):
         if env.real_pads:
-            print("warning: a real gamepad came before ours, and many games hear the first alone: unplug it, "
-                  "or choose ours in the game", file=sys.stderr)
+            print("warning: a real gamepad came first, and many games hear only that: unplug it", file=sys.stderr)
         with reading("--pad vgamepad", "a virtual gamepad (pip install vgamepad; on Linux sudo apt install "
                      "libevdev2, sudo modprobe uinput and sudo chmod 0666 /dev/uinput; on Windows ViGEmBus, "
                      "github.com/nefarius/ViGEmBus; or use --pad keyboard)"):
@@ -1350,7 +1349,11 @@ class Client:
             with self._exchange():
                 mpc.answer_challenge(self.connection, key.encode())
                 mpc.deliver_challenge(self.connection, key.encode())
-        self.horizon = self.info()["config"]["horizon"]
+        try:
+            self.horizon = self.info()["config"]["horizon"]
+        except UserError:                                  # the server is full, say
+            self.close()
+            raise
 
     @contextmanager
     def _exchange(self):

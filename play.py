@@ -901,7 +901,7 @@ class VirtualPad(NoPad):
 
     def __init__(self, env):
         if env.real_pads:
-            print("warning: a real gamepad came first, and many games hear only that: unplug it", file=sys.stderr)
+            print("warning: a real gamepad came before ours; many games hear only one: unplug it", file=sys.stderr)
         with reading("--pad vgamepad", "a virtual gamepad (pip install vgamepad; on Linux sudo apt install "
                      "libevdev2, sudo modprobe uinput and sudo chmod 0666 /dev/uinput; on Windows ViGEmBus, "
                      "github.com/nefarius/ViGEmBus; or use --pad keyboard)"):

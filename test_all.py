@@ -143,7 +143,7 @@ def test_a_reader_that_has_read_enough_is_no_fault(command, tmp_path):
 
 
 BUDGET = {"extract": 25890, "parse": 18390, "model": 6090, "train": 8510,         # tokens; they may only fall
-          "sample": 8160, "play": 12672, "bench": 28970, "test_all": 57800}
+          "sample": 8160, "play": 11500, "bench": 28970, "test_all": 57800}
 
 
 def code_lines(name):
@@ -4129,9 +4129,6 @@ class Desktop:
     def held(self):
         return set(self.down)
 
-    def family(self, pid):
-        return [(pid, [])]
-
     def suspend(self, pid):
         self.log.append("stop")
 
@@ -4155,7 +4152,7 @@ class Pictures:
 
 
 def window(id=7, pid=12345, name="game", title="A game", box=(10, 20, 640, 480)):
-    return play.Window(id, title, box, [(pid, play.spellings(name))])
+    return play.Window(id, title, box, pid, play.spellings(name, str(pid)))
 
 
 @pytest.fixture
@@ -4191,12 +4188,12 @@ def fixed_policy(n, before=lambda: None, shift=0):
 # --------------------------------------------------------------------------- play: windows, by process
 def test_the_window_is_found_by_its_process_and_not_by_its_title():
     game, child = window(1, 10, "Game.exe", ""), window(2, 11, "engine", "Level 1")
-    child.names.append((10, play.spellings("C:\\Games\\launcher.exe")))        # which started it
+    child.names += play.spellings("C:\\Games\\launcher.exe")     # which started it
     small = window(3, 10, "game.exe", "A dialog", (0, 0, 50, 50))
     other = window(4, 12, "b1.exe", "game.exe - a page about it")
     chapter = window(5, 13, "wiki", "Chapter 4", (0, 0, 9000, 9000))
-    nobody = play.Window(9, "Racing", (0, 0, 9, 9), [(0, ["etr"])])  # SFML says no process, only a class
-    secret = play.Window(6, "Secret", (0, 0, 9, 9), [(9, [])])       # Windows does not tell all
+    nobody = play.Window(9, "Racing", (0, 0, 9, 9), 0, ["etr"])  # SFML says no process, only a class
+    secret = play.Window(6, "Secret", (0, 0, 9, 9), 9, ["?"])        # Windows does not tell all
     desktop = Desktop([chapter, other, small, game, child, nobody, secret])
     for found, *asked in [
             (game, "GAME"), (game, "C:\\Games\\Game.exe"), (child, "launcher.exe"), (child, 11),
@@ -4204,7 +4201,7 @@ def test_the_window_is_found_by_its_process_and_not_by_its_title():
             (other, None, "4"),                              # an id goes before a title
             (nobody, "etr"), (None, "b2")]:
         assert play.find_window(desktop, *asked) is found, asked
-    assert nobody.pid == 0 and nobody.name == "etr" and str(secret) == "? 'Secret' (id 6)"
+    assert str(nobody) == "etr 'Racing' (id 9)" and str(secret) == "? 'Secret' (id 6)"
 
 
 def test_a_missing_window_lists_those_that_exist():
@@ -4245,7 +4242,7 @@ def vgamepad(monkeypatch):
 
 def test_the_virtual_pad_points_up_and_rests_at_the_end(vgamepad):
     pad, told = (
-        play.VirtualPad(mock.Mock(real_pads=[]), "vgamepad"),
+        play.VirtualPad(mock.Mock(real_pads=[])),
         vgamepad.VX360Gamepad(),
     )
 
@@ -4279,7 +4276,7 @@ def test_our_names_are_vgamepads():
 def test_a_missing_driver_says_what_to_install_and_the_way_round(vgamepad, refuse):
     vgamepad.VX360Gamepad.side_effect = refuse
     with pytest.raises(UserError) as e:
-        play.VirtualPad(mock.Mock(real_pads=[]), "vgamepad")
+        play.VirtualPad(mock.Mock(real_pads=[]))
     for said in (str(refuse), "install vgamepad", "libevdev2", "modprobe uinput", "chmod 0666", "ViGEmBus",
                  "--pad keyboard"):
         assert said in str(e.value)
@@ -4326,7 +4323,6 @@ def test_a_joystick_speaks_the_kernels_protocol(tmp_path, monkeypatch):
             driver.write(struct.pack("<IhBB", 1, value, kind, number))
         wanted = action(SOUTH=1, WEST=1, RIGHT_TRIGGER=1, DPAD_LEFT=1, left=(0, -1))
         assert np.array_equal(pad.read(), wanted) and play.hands_on([pad])[0] is pad
-        pad.close()
 
 
 def test_xinput_points_up():
@@ -4523,14 +4519,14 @@ def test_late_predictions_hold_for_a_moment_and_then_rest():
     assert plan.lay(2, rows(-1, -1, -1), now=9) == 0         # all of it would have been earlier
     assert lefts(plan, 9) == [0]
     plan.lay(8, rows(-1, -1), now=9)
-    assert lefts(plan, 9) == [-1] and plan.left(9) == 0
+    assert lefts(plan, 9) == [-1]
 
 
 def test_a_shifted_chunk_leaves_the_ticks_before_it_to_the_old_plan():
     plan = play.Plan(hold=0)
     plan.lay(0, rows(*[0.5] * 6), 0)
     plan.lay(2 + 3, rows(1, 1), now=2)
-    assert lefts(plan, 2, 3, 4, 6) == [0.5, 0.5, 0.5, 1] and plan.left(2) == 4
+    assert lefts(plan, 2, 3, 4, 6) == [0.5, 0.5, 0.5, 1]
 
 
 def test_the_action_clock_skips_what_has_passed(monkeypatch):
@@ -4643,7 +4639,7 @@ def test_what_is_typed_elsewhere_is_no_play_and_the_mouse_is_a_stick(env):
 
 def test_each_control_of_a_mapping_is_pressed_and_named(env, keys_file, capsys):
     e = env(mapping=keys_file)
-    e.hold = lambda action, seconds: e.pad.press(action)  # at once
+    e.hold = e.pad.press                                     # at once
     play.try_map(e)
     assert e.desktop.log == "+up -up +left -left +right -right +space -space".split()
     assert capsys.readouterr().out.splitlines()[::3] == [
@@ -4691,7 +4687,7 @@ def test_the_video_shows_frame_and_pad_and_keeps_time(env, tmp_path):
     view = play.View(e, video=tmp_path / "seen.mp4")
     e.frame = frame = np.full((256, 256, 3), (200, 100, 50), np.uint8)
     for tick in [*range(10), *range(14, 20)]:                # 10 to 13 were skipped
-        if view.is_due(tick):
+        if tick % view.every == 0:
             view.show(tick, e, action(SOUTH=tick > 9), "the model", score)
     view.close()
     frames = np.stack([rgb for _, rgb in extract.read_video(tmp_path / "seen.mp4")]).astype(int)
@@ -4704,7 +4700,7 @@ def test_the_video_shows_frame_and_pad_and_keeps_time(env, tmp_path):
 def test_the_preview_lies_beside_the_game():
     screen = 0, 0, 1920, 1080
     assert play.free_room((0, 0, 900, 720), screen, (912, 512)) == (940, 40, 1)
-    assert play.free_room((0, 0, 1920, 500), screen, (912, 512)) == (0, 580, 500 / 512)
+    assert play.free_room((456, 90, 1464, 900), screen, (912, 512)) == (0, 40, 0.5)
     with pytest.raises(UserError, match="--show: expected room"):
         play.free_room(screen, screen, (912, 512))
 
@@ -4768,7 +4764,8 @@ def test_a_real_game_stands_still_between_steps_and_runs_on_at_the_end(display, 
         assert after["frames"] > before["frames"]
         passed = after["clock"] - before["clock"]
         assert passed > 0.9 if kind == "suspend" else passed < 0.9             # has its clock seen the pause?
-        assert e.desktop._stat(e.window.pid)[1] == "T" and e.desktop.held() == {"right"}
+        wait_until(lambda: e.desktop._status(e.window.pid, "State")[0] == "T")
+        assert e.desktop.held() == {"right"}
         e.close()
         g.runs_on()
     finally:
@@ -4859,7 +4856,7 @@ def test_whatever_dies_the_pad_rests_and_the_game_runs(game, keys_file, tmp_path
 # ------------------------------------------------------------------------------ play: its command line
 WHICH = "not allowed with"
 PLAY_MISTAKES = {
-    "": "--ckpt FILE, --server HOST:PORT or --human", "--human --ckpt x": WHICH,
+    "": "--ckpt --server --human", "--human --ckpt x": WHICH,
     "--ckpt x --server a:1": WHICH, "--server here": "HOST:PORT", "--server 127.0.0.1:99999": "65535",
     "--server a..b:5555": "expected python sample.py serve",
     "--exe g --ckpt no_such_file": "no_such_file", "--human": "--exe", "--human --try-map x": WHICH,
@@ -4931,7 +4928,7 @@ def full_disk(limit):
 def test_a_full_disk_ends_play_in_one_line_with_the_game_let_go_and_keeps_what_is_whole(env, recorder):
     e = env(hz=100.0)
     record(recorder, 3)
-    says = "can't write .*: File too large: what is whole is kept"
+    says = "room to write .what is whole is kept.*File too large"
     with full_disk(recorder.rows.tell() + 9):
         with pytest.raises(UserError, match=says):
             play.play(e, fixed_policy(16), seconds=20, recorder=recorder)
@@ -4942,7 +4939,7 @@ def test_a_full_disk_ends_play_in_one_line_with_the_game_let_go_and_keeps_what_i
 
 def test_a_disk_too_full_to_end_a_recording_leaves_it_to_the_next_start(recorder):
     record(recorder, 120)
-    with full_disk(500), pytest.raises(UserError, match="can't write .*make room"):
+    with full_disk(500), pytest.raises(UserError, match="make room"):
         recorder.close()
     play.pick_up(recorder.tmp.parent)
     check_recorded(recorder.tmp.parent, 120)

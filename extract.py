@@ -242,16 +242,24 @@ class Matcher:
     """Finds templates in pictures by local features: XFeat's where a net is given, else SIFT's, without
     torch."""
 
-    def __init__(self, skins, net=None, locator=None):
-        """net: load_xfeat()'s. locator: load_locator()'s."""
+    def __init__(self, skins, net=None, locator=None, key=None):
+        """net: load_xfeat()'s. locator: load_locator()'s. key: of what skins and net are made of; the skins'
+        features are kept in the user's cache folder under it."""
         self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
-        flats = [flat_template(s) for s in skins]
-        weights = [] if net is None else [p.detach().numpy() for p in net.parameters()]
-        self.key = fingerprint(*(flat for flat, _ in flats), *weights)
-        self.features = []                         # of each skin, in template pixels
-        for flat, scale in flats:
-            points, descriptors = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
-            self.features.append((points / scale, descriptors))
+        points, descriptors, counts = kept(key, self.describe_skins) if key else self.describe_skins()
+        ends = np.cumsum(counts)[:-1]                                    # of each skin, in template pixels
+        self.features = list(zip(np.split(points, ends), np.split(descriptors, ends)))
+
+    def describe_skins(self):
+        """Features of all skins, one after the other -> points (k, 2), descriptors (k, d), how many of each
+        skin (n,)."""
+        points, descriptors = [], []
+        for skin in self.skins:
+            flat, scale = flat_template(skin)
+            found, d = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
+            points.append(found / scale)
+            descriptors.append(d)
+        return np.concatenate(points), np.concatenate(descriptors), np.array([len(p) for p in points])
 
     def describe(self, gray, views=VIEWS):
         """Features of a grey picture brought to each width of views -> points (k, 2) in its own pixels,
@@ -275,15 +283,17 @@ class Matcher:
 
     def shortlist(self, points, descriptors):
         """Which templates are worth a full look: those whose strongest features' nearest neighbours agree
-        best."""
+        best. One by one, so that the products stay in the processor's cache."""
         if len(points) < 4:
             return []
-        scores = []
+        theirs, scores = np.ascontiguousarray(descriptors.T), []
+        cosines = np.empty((COARSE_FEATURES, len(points)), np.float32)
         for ours, few in self.features:
-            cosine = few[:COARSE_FEATURES] @ descriptors.T
-            near = cosine.max(1) > MIN_COSINE
-            theirs = points[cosine.argmax(1)[near]]
-            scores.append(consensus(ours[:COARSE_FEATURES][near], theirs, 500)[1].sum())
+            ours, few = ours[:COARSE_FEATURES], few[:COARSE_FEATURES]
+            cosine = np.matmul(few, theirs, out=cosines[:len(few)])
+            nearest = cosine.argmax(1)
+            near = cosine[np.arange(len(few)), nearest] > MIN_COSINE
+            scores.append(consensus(ours[near], points[nearest[near]], 500)[1].sum())
         return np.argsort(scores, kind="stable")[::-1][:FINALISTS]
 
     def pose(self, shape, points, descriptors, i):
@@ -416,8 +426,8 @@ def recolour(find, pictures, width, skins):
     template and background: the same share of the template, the overlay's opacity, wherever the template is
     opaque, and for background the mean colour of a frame around the box.
     """
-    shape = lambda s: (s.family, s.size, s.buttons, s.sticks)
-    siblings = [s for s in skins if shape(s) == shape(find.skin)]
+    shape = lambda s: (s.size, s.buttons, s.sticks)
+    siblings = [s for s in skins if s.family == find.skin.family and shape(s) == shape(find.skin)]
     if len(siblings) == 1:
         return find.skin
     picture = median_image(pictures).astype(np.float32)
@@ -1530,7 +1540,7 @@ def load_skins(path, width=None):
     """Every skin under `path`: an OBS layout .json, a .png, or a folder (searched at any depth) of either
     -> list of Skins, presets `width` pixels wide (None: their own size)."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [path] if path.is_file() else template_files(path)
     layouts = [p for p in files if p.suffix == ".json" and b'"elements"' in p.read_bytes()]
     pictures = [p for p in files if p.suffix == ".png" and p.parent not in {q.parent for q in layouts}]
     skins = [load_preset(p, width) for p in layouts] + [load_picture(p) for p in pictures]
@@ -1541,6 +1551,13 @@ def load_skins(path, width=None):
         raise UserError(f"{path}: expected NAME.png templates or OBS preset folders, found none: "
                         "check --templates / --skins")
     return skins
+
+
+def template_files(path):
+    """The files that load_skins() may read under `path`, or beside it where it is one."""
+    path = Path(path)
+    files = path.rglob("*") if path.is_dir() else [path, *path.parent.glob("*.png")]
+    return sorted(file for file in files if file.suffix in (".json", ".png"))
 
 
 def load_picture(png):
@@ -1750,9 +1767,23 @@ class Look:
     spill: float = 0.7                          # how far the well reaches beyond a cap at rest, in travels
 
 
+class OurSkin(Skin):
+    """A template of ours, drawn when more than its name and its family is asked for."""
+
+    def __init__(self, name, family, look):
+        self.name, self.family, self.look = name, family, look
+
+    def __getattr__(self, name):
+        """What it has only once it is drawn."""
+        if name in ("size", "parts", "buttons", "sticks"):
+            vars(self).update(vars(pad_skin(self.name, self.family, Look(**self.look))))
+            return vars(self)[name]
+        raise AttributeError(name)
+
+
 def our_skins():
     """Our own templates, about 300: every family in every look, always the same -> list of Skins."""
-    return [pad_skin(f"{family}_{name}", family, Look(**look))
+    return [OurSkin(f"{family}_{name}", family, look)
             for family in LAYOUTS for name, look in PADS["looks"].items()]
 
 
@@ -2303,14 +2334,16 @@ def work_for(args):
     """The function that does one job of these args."""
     if args.labels:
         return lambda video, folder: label_one(video, folder, args)
-    if args.plain:
-        settings = fingerprint("plain", args.every, args.game)
-        return lambda video, name: extract_one(video, name, None, args, settings)
-    skins = load_skins(args.templates) if args.templates else our_skins()
-    net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
-    matcher = Matcher(skins, net, load_locator() if net else None)
-    settings = fingerprint(matcher.key, [(s.name, s.family, s.buttons, s.sticks) for s in skins], args.every,
-                           args.game)
+    settings, matcher = fingerprint("plain", args.every, args.game), None
+    if not args.plain:
+        skins = load_skins(args.templates) if args.templates else our_skins()
+        net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
+        files = template_files(args.templates) if args.templates else [WEIGHTS / "pads.json"]
+        files += [Path(args.xfeat or WEIGHTS / "xfeat.safetensors")] if net else []
+        made_of = fingerprint([s.name for s in skins], *(np.fromfile(file, np.uint8) for file in files))
+        key = fingerprint(args.matcher, made_of, np.fromfile(__file__, np.uint8))     # and how it is done
+        matcher = Matcher(skins, net, load_locator() if net else None, key)
+        settings = fingerprint(made_of, args.every, args.game)
     return lambda video, name: extract_one(video, name, matcher, args, settings)
 
 
@@ -2396,6 +2429,20 @@ def fingerprint(*parts):
     for part in parts:
         digest.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
     return digest.hexdigest()[:16]
+
+
+def kept(key, make):
+    """The list of arrays that make() gives, from a file of this key in the user's cache folder ($XDG_CACHE_HOME
+    or ~/.cache, on Windows %LOCALAPPDATA%); made anew where that is missing or broken."""
+    home = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    path = Path(home or os.path.expanduser("~/.cache"), "nitrogen", f"templates-{key}.npz")
+    with suppress(Exception), np.load(path) as file:
+        return [file[name] for name in file.files]
+    arrays = make()
+    with suppress(UserError, OSError):             # goes on without a home or room on its disk
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda tmp: np.savez(tmp, *arrays))
+    return arrays
 
 
 def write_atomic(path, write):

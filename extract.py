@@ -13,7 +13,8 @@ where the overlay moves; one per chunk with --labels), written whole or not at a
     template.png, pressed.png      uint8 (h, w, 4): the template at rest and, where it is known, with every
                                    control pressed, at the size of the crops
 (with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in
-DATA/extract.jsonl, and an empty DATA/.lock-HASH a clip.
+DATA/extract.jsonl, and an empty DATA/.lock-HASH a clip. The templates' features are kept in the user's cache
+folder: nitrogen/templates-HASH.npz in $XDG_CACHE_HOME or ~/.cache, on Windows in %LOCALAPPDATA%.
 This file is also the home of what every stage shares: the 25-dim action, the clip folder, video in and out,
 shrink() and draw().
 """
@@ -39,6 +40,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -146,8 +148,8 @@ def localise_all(frames, pictures, matcher):
                 find = located
             elif located and overlap(find.box, located.box) >= 0.5:      # a bare picture, in its own place
                 k = np.diag(find.affine)
-                controls = moved(located.skin, (find.affine - located.affine)[:, 2], 1 / k)
-                find = replace(find, skin=replace(find.skin, buttons=controls.buttons, sticks=controls.sticks))
+                seen = moved(located.skin, (find.affine - located.affine)[:, 2], 1 / k)
+                find = replace(find, skin=replace(find.skin, buttons=seen.buttons, sticks=seen.sticks))
         if not find or any(overlap(find.box, p.box) > 0.5 for p in places):
             break
         places.append(find)
@@ -428,19 +430,17 @@ def recolour(find, pictures, width, skins):
     """
     shape = lambda s: (s.size, s.buttons, s.sticks)
     siblings = [s for s in skins if s.family == find.skin.family and shape(s) == shape(find.skin)]
-    if len(siblings) == 1:
-        return find.skin
     picture = median_image(pictures).astype(np.float32)
     box = np.array(find.box) * picture.shape[1] / width
-    x0, y0, x1, y1 = whole_pixels(box, picture.shape, 0)
+    near, box = (whole_pixels(box, picture.shape, margin) for margin in (12, 0))
     around = np.zeros(picture.shape[:2], bool)
-    around[max(y0 - 12, 0):y1 + 12, max(x0 - 12, 0):x1 + 12] = True
-    around[y0:y1, x0:x1] = False
+    inside(around, near)[:] = True
+    inside(around, box)[:] = False
     ground = picture[around].mean(0) if around.any() else np.full(3, 127.0)
-    seen = picture[y0:y1, x0:x1] - ground
+    seen = inside(picture, box) - ground
 
     def unlike(skin):
-        rgba = cv2.resize(draw(skin), (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA).astype(np.float32)
+        rgba = cv2.resize(draw(skin), seen.shape[1::-1], interpolation=cv2.INTER_AREA).astype(np.float32)
         full = (rgba[..., :3] - ground) * rgba[..., 3:] / 255  # at full opacity, less the background
         share = np.clip((seen * full).sum() / max((full * full).sum(), 1), 0.3, 1)
         return ((seen - share * full) ** 2).mean()
@@ -485,7 +485,7 @@ def located_skin(picture, places, sure, scale):
     margin = 0.06 * places[-1, 2]
     x0, y0, x1, y1 = whole_pixels(inset(bounds, -margin, -margin), picture.shape, 0)
     size = round((x1 - x0) * scale), round((y1 - y0) * scale)
-    rgb = cv2.resize(picture[y0:y1, x0:x1], size, interpolation=cv2.INTER_LINEAR)
+    rgb = cv2.resize(inside(picture, (x0, y0, x1, y1)), size, interpolation=cv2.INTER_LINEAR)
     part = Part("", (0, 0), [cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA)])
     seen = {name: i for i, name in enumerate(PLACES) if sure[i]}
     buttons = {name: boxes[i] for name, i in seen.items() if name in BUTTON}
@@ -501,8 +501,9 @@ def moved(skin, corner, k):
     """The skin with its controls as they are on a canvas that begins at `corner` and is k (or k_x, k_y) times
     as large."""
     k = np.multiply(k, (1, 1))
-    boxes = {name: [*((np.reshape(box, (2, 2)) - corner) * k).ravel()] for name, box in skin.buttons.items()}
-    sticks = {side: {"center": [*((stick["center"] - np.array(corner)) * k)], "travel": [*(stick["travel"] * k)],
+    there = lambda points: ((np.reshape(points, (-1, 2)) - corner) * k).ravel().tolist()
+    boxes = {name: there(box) for name, box in skin.buttons.items()}
+    sticks = {side: {"center": there(stick["center"]), "travel": [*(stick["travel"] * k)],
                      "radius": stick["radius"] * k.mean()} for side, stick in skin.sticks.items()}
     return replace(skin, buttons=boxes, sticks=sticks)
 
@@ -650,6 +651,12 @@ def whole_pixels(box, shape, margin):
             min(x1 + 1 + margin, shape[1]), min(y1 + 1 + margin, shape[0]))
 
 
+def inside(picture, box):
+    """The part of a picture (h, w, ..) in a box of whole pixels, not a copy."""
+    x0, y0, x1, y1 = box
+    return picture[y0:y1, x0:x1]
+
+
 def overlap(a, b):
     """Intersection over union of two boxes [x0, y0, x1, y1]."""
     area = lambda box: max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
@@ -711,10 +718,8 @@ class Cutter:
 
     def policy(self, frame):
         """uint8 (256, 256, 3): what a model sees, the overlay's box black [P]."""
-        x0, y0, x1, y1 = self.window
-        small = np.array(shrink(frame[y0:y1, x0:x1]))                 # a copy: crop() still needs the overlay
-        x0, y0, x1, y1 = self.hole
-        small[y0:y1, x0:x1] = 0
+        small = np.array(shrink(inside(frame, self.window)))          # a copy: crop() still needs the overlay
+        inside(small, self.hole)[:] = 0
         return small
 
     def crop(self, frame):
@@ -726,8 +731,8 @@ class Cutter:
                               borderMode=cv2.BORDER_REPLICATE)
 
     def run(self, film, folder, first=0, end=math.inf):
-        """Write frames (and pads) of rows [first, end) of a Decoder, and cuts.npy where its clock breaks, into
-        `folder` -> how many rows."""
+        """Write frames (and pads) of rows [first, end) of a Decoder, and cuts.npy where its clock breaks,
+        into `folder` -> how many rows."""
         makers = {FramesWriter(folder, "frames"): (self.policy, self.every)}
         if self.pad:
             makers[FramesWriter(folder, "pads")] = self.crop, 1
@@ -1383,17 +1388,14 @@ def pack_message(header, array=None):
 
 
 def unpack_message(message):
-    """bytes -> (header, array or None). ValueError says what is wrong with bytes that nobody vouches for."""
-    try:
+    """bytes -> (header, array or None). UserError says what is wrong with bytes that nobody vouches for."""
+    with reading("message", "a JSON object and a newline in 4096 bytes, then a .npy of uint8 or float32"):
         head, newline, _ = message[:4096].partition(b"\n")
         header, body = json.loads(head), io.BytesIO(message[len(head) + 1:])
         array = np.load(body, allow_pickle=False) if body.getbuffer().nbytes else None
         fits = array is None or array.dtype in (np.uint8, np.float32) and array.size and not body.read(1)
-    except Exception as e:                         # also of a stack or a memory that is too small
-        found = f"{type(e).__name__} {str(e)[:200]}"
-        raise ValueError(f"expected a JSON object, a newline and a .npy, found {found}") from None
-    if not newline or not isinstance(header, dict) or not fits:
-        raise ValueError("expected a JSON object and a newline in 4096 bytes, then uint8 or float32")
+        if not newline or not isinstance(header, dict) or not fits:
+            raise ValueError("others")
     return header, array
 
 
@@ -1458,8 +1460,8 @@ def draw_pressed(skin):
     first = draw(skin, all_but("DPAD_DOWN", "DPAD_RIGHT"))
     second = draw(skin, all_but("DPAD_UP", "DPAD_LEFT"))
     for arrow in {"DPAD_DOWN", "DPAD_RIGHT"} & skin.buttons.keys():
-        x0, y0, x1, y1 = np.int32(skin.buttons[arrow]).clip(0)
-        first[y0:y1, x0:x1] = second[y0:y1, x0:x1]
+        box = np.int32(skin.buttons[arrow]).clip(0)
+        inside(first, box)[:] = inside(second, box)
     return first
 
 
@@ -1597,12 +1599,9 @@ def load_preset(layout, width=None):
         if not any(e["type"] for e in elements):
             return None
         own = preset.get("default_width"), preset.get("default_height")
-
-        def misfit(png):
-            with Image.open(png) as picture:
-                return png.stem != layout.stem, picture.size != own, png
-
-        atlas = premultiply(read_rgba(min(layout.parent.glob("*.png"), key=misfit)))
+        atlases = {png: read_rgba(png) for png in sorted(layout.parent.glob("*.png"))}
+        fits = lambda png: (png.stem == layout.stem, atlases[png].shape[1::-1] == own)
+        atlas = premultiply(atlases[max(atlases, key=fits)])
         right, below = np.max([np.add(e["pos"], e["mapping"][2:]) for e in elements], 0)
         size = int(preset.get("overlay_width") or right), int(preset.get("overlay_height") or below)
         parts = [p for e in elements if (p := preset_part(e, atlas)) and p.sprites[0] is not None]
@@ -1732,39 +1731,26 @@ ARROWS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 BLACK, WHITE, GREY = (0, 0, 0), (255, 255, 255), (90, 90, 90)
 
 
-@dataclass
-class Look:
-    """How a pad of ours is drawn: all that varies between two skins of one family. Colours: (r, g, b[, alpha
-    0..1]) or None."""
-    body: tuple = (60, 60, 66)                  # fill; None = see-through
-    line: tuple = None                          # outline of the body and the controls
-    width: float = 2.0                          # of that outline
-    button: tuple = (30, 30, 34)            # fill of the controls at rest; None = only their outline or label
-    label: tuple = (235, 235, 235)              # ink of the labels; None = unlabelled
-    colored: bool = True                        # face buttons labelled in the family's colours
-    cap: tuple = (20, 20, 22)
-    well: tuple = (44, 44, 48)
-    lit: tuple = (255, 240, 80)                 # what pressed looks like
-    press: str = "light"                   # face buttons and small ones: one of when_pressed()'s ways or blob
-    press_thumb: str = "light"
-    press_dpad: str = "light"
-    press_top: str = "light"                    # shoulders and triggers
-    stick: str = "cap"                          # cap dot ring knurl
-    dpad: str = "cross"                         # cross four arrows
-    shape: str = "ellipse"                      # of the face buttons
-    trigger: str = ""                           # up down left right: it grows there with its value
-    trigger_shape: str = "rect"                 # rect horn ellipse
-    thumb: str = "cap"                     # where L3 / R3 shows: cap label none behind (a disc under the cap)
-    glow: bool = False                          # the cap is lit while it is off centre
-    dish: float = 0.0                           # the cap shaded like a photographed one, 0 .. 1
-    blob: float = 1.0                           # a pressed blob's size beside the button's
-    missing: tuple = ()
-    shade: float = 0.0                          # 0 flat .. 1 like a photograph
-    radius: float = 20.0                        # of the caps, pixels
-    travel: float = 12.0                        # of the caps, pixels
-    size: float = 12.0                          # radius of a face button
-    spread: float = 25 / 12                     # of the face buttons round their centre, in their radii
-    spill: float = 0.7                          # how far the well reaches beyond a cap at rest, in travels
+def Look(**changes):
+    """How a pad of ours is drawn: all that varies between two skins of one family; what is not given is
+    pads.json's "look". Colours: (r, g, b[, alpha 0..1]) or None.
+
+    body: fill, None = see-through          line, width: outline of the body and the controls
+    button: fill of the controls at rest, None = only their outline or label
+    label: their ink, None = unlabelled     colored: face buttons labelled in the family's colours
+    cap, well: of the sticks                lit: what pressed looks like
+    press, press_thumb, press_dpad, press_top: of face and small buttons, clicks, d-pad, shoulders and
+        triggers: one of when_pressed()'s ways or blob
+    stick: cap dot ring knurl               dpad: cross four arrows
+    shape: of the face buttons              trigger: up down left right, it grows there with its value
+    trigger_shape: rect horn ellipse        thumb: where L3 / R3 shows: cap label none behind (a disc)
+    glow: the cap is lit off centre         dish: the cap shaded like a photographed one, 0 .. 1
+    blob: its size beside the button's      missing: controls that it lacks
+    shade: 0 flat .. 1 like a photograph    radius, travel: of the caps, pixels
+    size: radius of a face button           spread: of these round their centre, in their radii
+    spill: how far the well reaches beyond a cap at rest, in travels
+    """
+    return SimpleNamespace(**PADS["look"] | changes)
 
 
 class OurSkin(Skin):
@@ -1826,7 +1812,7 @@ def random_skin(rng):
         lit = (*lit, rng.uniform(0.4, 0.8))
     styles = {name: choose(*options) for name, options in PADS["random_options"].items()}
     styles |= {name: rng.uniform(low, high) for name, (low, high) in PADS["random_ranges"].items()}
-    look = Look(body, line, button=button, label=label, cap=cap, well=well, lit=lit, **styles)
+    look = Look(body=body, line=line, button=button, label=label, cap=cap, well=well, lit=lit, **styles)
     return pad_skin(f"random_{family}", family, look, place)
 
 
@@ -1907,7 +1893,7 @@ def pad_body(family, look, half):
     if look.body and look.shade:
         rim = cv2.distanceTransform((mask > 127).astype(np.uint8), cv2.DIST_L2, 3).clip(0, 24) / 24
         light = np.linspace(1.25, 0.7, h)[:, None] * (0.55 + 0.6 * cv2.GaussianBlur(rim, (0, 0), 4))
-        shaded(canvas, 1 + look.shade * (light - 1))
+        lighted(canvas, 1 + look.shade * (light - 1))
     ink(canvas, edge, look.line)
     if family in ("ps4", "ps5"):                   # the touch pad
         shade = look.body and mix(look.body, BLACK if family == "ps4" else WHITE, 0.5)
@@ -1915,7 +1901,7 @@ def pad_body(family, look, half):
     return canvas
 
 
-def shaded(canvas, gain):
+def lighted(canvas, gain):
     """A premultiplied canvas with its colours times gain (h, w), in place."""
     canvas[..., :3] = np.clip(canvas[..., :3] * gain[..., None], 0, canvas[..., 3:])
     return canvas
@@ -1926,7 +1912,7 @@ def dpad_parts(parts, button, look, x, y):
     cross, arrows = look.dpad == "cross", look.dpad == "arrows"
     if cross:
         line = look.line or (None if look.button else look.label or look.lit)
-        parts.append(centred("", x, y, [painted("cross", 27, (look.button, 0), (line, look.width))]))
+        parts.append(centred("", x, y, [painted("cross", 27, (look.button, 0, 0), (line, look.width, 0))]))
     how = "show" if cross and look.press_dpad in ("light", "grow", "move") else look.press_dpad
     bare, fill = arrows or cross and how == "show", look.button or arrows and look.label
     for arrow, (dx, dy) in ARROWS.items():
@@ -1942,7 +1928,7 @@ def stick_parts(parts, button, look, side, x, y):
 
     reach = {"dot": travel + r * 0.4, "ring": max(r, travel) * 1.1}.get(look.stick, r + travel * look.spill)
     edge = line or (None if look.well or look.stick == "cap" else look.label or look.lit)
-    parts.append(centred("", x, y, [painted("ellipse", reach, (look.well, 0), (edge, look.width))]))
+    parts.append(centred("", x, y, [painted("ellipse", reach, (look.well, 0, 0), (edge, look.width, 0))]))
 
     r = r * 0.42 if look.stick == "dot" else r
     cap = None if look.stick == "ring" else cap
@@ -1950,14 +1936,14 @@ def stick_parts(parts, button, look, side, x, y):
     shown = cap or look.body or GREY               # of a cap that is drawn as an outline only
 
     def face(fill=cap, line=line, width=look.width, **_):
-        canvas = painted("ellipse", r, (fill, 0))
-        box = around(len(canvas) // 2, len(canvas) // 2, r, r)
+        coats = [(fill, 0, 0)]
         if fill and (look.stick == "knurl" or look.shade):
-            paint(canvas, mix(fill, WHITE, 0.14), "ellipse", inset(box, 0.3 * r, 0.3 * r))
-            paint(canvas, mix(fill, BLACK if sum(fill[:3]) > 200 else WHITE, 0.25), "ellipse", box, 1.5)
-        paint(canvas, line, "ellipse", box, width)
+            rim = BLACK if sum(fill[:3]) > 200 else WHITE
+            coats += [(mix(fill, WHITE, 0.14), 0, 0.3), (mix(fill, rim, 0.25), 1.5, 0)]
+        coats.append((line, width, 0))
         if look.stick in ("knurl", "ring"):
-            paint(canvas, line, "ellipse", inset(box, 0.35 * r, 0.35 * r), width * 0.7)
+            coats.append((line, width * 0.7, 0.35))
+        canvas = painted("ellipse", r, *coats)
         return dished(canvas, look.dish, r) if look.dish else canvas
 
     pressed = when_pressed(look, look.press_thumb, shown, line, None)
@@ -1967,18 +1953,20 @@ def stick_parts(parts, button, look, side, x, y):
     if look.glow:
         sprites.append(face(mix(shown, look.lit, 0.6)))
     if clicks == "behind":
-        parts.append(centred(thumb, x, y, [None, painted("ellipse", r * look.blob * 1.3, (look.lit, 0))]))
+        disc = painted("ellipse", r * look.blob * 1.3, (look.lit, 0, 0))
+        parts.append(centred(thumb, x, y, [None, disc]))
     parts.append(centred(side, x, y, sprites, (travel, travel)))
     if clicks == "label":
         button(thumb, x, y + reach + 12, 16, 9, "rect")
 
 
 def painted(kind, r, *coats):
-    """A shape of half size r in the middle of a see-through square, painted in coats (colour, stroke)."""
+    """A shape of half size r in the middle of a see-through square, painted in coats (colour, stroke, by
+    which share of r it is smaller)."""
     m = math.ceil(r) + 4
     canvas = blank(2 * m, 2 * m)
-    for color, stroke in coats:
-        paint(canvas, color, kind, around(m, m, r, r), stroke)
+    for color, stroke, share in coats:
+        paint(canvas, color, kind, inset(around(m, m, r, r), share * r, share * r), stroke)
     return canvas
 
 
@@ -1991,7 +1979,7 @@ def centred(control, x, y, sprites, travel=(0.0, 0.0)):
 def dished(canvas, depth, r):
     """A cap of radius r shaded like a photographed one: light from above left, a concave dish."""
     y, x = (np.mgrid[:len(canvas), :len(canvas)] - len(canvas) // 2) / r
-    return shaded(canvas, 1 + depth * np.where(np.hypot(x, y) < 0.68, 0.35, -0.45) * (x + y))
+    return lighted(canvas, 1 + depth * (np.where(np.hypot(x, y) < 0.68, 0.35, -0.45) * (x + y)))
 
 
 def when_pressed(look, how, shown, line, ink):
@@ -2432,8 +2420,8 @@ def fingerprint(*parts):
 
 
 def kept(key, make):
-    """The list of arrays that make() gives, from a file of this key in the user's cache folder ($XDG_CACHE_HOME
-    or ~/.cache, on Windows %LOCALAPPDATA%); made anew where that is missing or broken."""
+    """The list of arrays that make() gives, from a file of this key in the user's cache folder
+    ($XDG_CACHE_HOME or ~/.cache, on Windows %LOCALAPPDATA%); made anew where that is missing or broken."""
     home = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
     path = Path(home or os.path.expanduser("~/.cache"), "nitrogen", f"templates-{key}.npz")
     with suppress(Exception), np.load(path) as file:

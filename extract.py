@@ -85,6 +85,8 @@ AHEAD = 8                                   # frames decoded ahead of the thread
 
 def run_extract(args):
     """The main command: localise and cut every video, or cut along released labels."""
+    if args.videos == ["templates"]:
+        return run_templates(Path(args.out))
     videos, out = find_videos(args.videos)[:args.limit], Path(args.out)
     if args.sheet:
         writable(args.sheet)
@@ -173,7 +175,7 @@ def localise(frames, matcher):
         close = [refine(picture, f) for f in close]
         find = max(close, key=lambda f: f.edges, default=None)   # siblings share corners, but not edges
         if find:
-            there = np.array([edge_agreement(f, find.flat, find.affine) > find.edges / 2 for f in frames])
+            there = np.array([edge_agreement(f, find.skin, find.affine) > find.edges / 2 for f in frames])
             if find.edges >= MIN_EDGES and there.mean() >= 0.2:          # stands in at least 5 of 25 frames
                 best = replace(find, there=there)
         if best and best.inliers >= 1.5 * MIN_INLIERS:
@@ -195,11 +197,6 @@ class Find:
     def box(self):
         """[x0, y0, x1, y1] in video pixels."""
         return pose_box(self.affine, self.skin.size)
-
-    @functools.cached_property
-    def flat(self):
-        """flat_template() of the skin."""
-        return flat_template(self.skin)
 
 
 def sample_frames(path, n=SAMPLES):
@@ -311,6 +308,7 @@ class Matcher:
         return Find(self.skins[i], affine, inliers, by=self.kind)
 
 
+@functools.lru_cache(64)
 def flat_template(skin):
     """A skin at rest over mid-grey -> (uint8 (h, TEMPLATE_WIDTH) grey, scale from template pixels)."""
     rgba, width = draw(skin), TEMPLATE_WIDTH
@@ -371,10 +369,9 @@ def spread(points, size):
 def refine(gray, find):
     """Sub-pixel pose: hill-climb edge agreement over shift, then scale of both axes, in steps down to 1/8
     pixel at the pad's edge -> Find."""
-    affine, flat = np.array(find.affine, np.float64), find.flat
+    affine, (w, h) = np.array(find.affine, np.float64), find.skin.size
     affine[0, 1] = affine[1, 0] = 0                                      # overlays stand upright
-    w, h = flat[0].shape[1] / flat[1], flat[0].shape[0] / flat[1]
-    best = edge_agreement(gray, flat, affine)
+    best = edge_agreement(gray, find.skin, affine)
     for step in (1.0, 0.5, 0.25, 0.125):
         moves = [(0, 2, step, 0), (1, 2, step, 0), (0, 0, step / w, w / 2), (1, 1, step / h, h / 2)]
         for _ in range(6):
@@ -384,7 +381,7 @@ def refine(gray, find):
                     trial = affine.copy()
                     trial[row, column] += change
                     trial[row, 2] -= change * anchor                     # scale about the middle
-                    score = edge_agreement(gray, flat, trial)
+                    score = edge_agreement(gray, find.skin, trial)
                     if score > best:
                         affine, best = trial, score
             if best - before < 1e-4:
@@ -392,16 +389,15 @@ def refine(gray, find):
     return replace(find, affine=affine, edges=best)
 
 
-def edge_agreement(gray, flat, affine):
+def edge_agreement(gray, skin, affine):
     """Do the template's edges run along edges of the picture? Mean cos(2 angle between gradients), weighted
     by the template's gradient: 1 = all parallel (either polarity: backgrounds and colour variants may invert
     it), 0 = chance.
 
-    gray uint8 (h, w), flat = flat_template(), affine template pixels -> the picture's.
+    gray uint8 (h, w), affine template pixels -> the picture's.
     """
-    flat, scale = flat
-    box = pose_box(affine, (flat.shape[1] / scale, flat.shape[0] / scale))
-    x0, y0, x1, y1 = whole_pixels(box, gray.shape, 2)
+    flat, scale = flat_template(skin)
+    x0, y0, x1, y1 = whole_pixels(pose_box(affine, skin.size), gray.shape, 2)
     if x1 - x0 < 16 or y1 - y0 < 16:
         return 0.0
     to_video = np.array(affine, np.float64) @ np.diag([1 / scale, 1 / scale, 1])
@@ -410,7 +406,7 @@ def edge_agreement(gray, flat, affine):
     blur = max(0.45 / shrunk - 0.45, 0.01)                               # as shrinking so far would
     soft = cv2.GaussianBlur(flat.astype(np.float32), (0, 0), blur)
     template = cv2.warpAffine(soft, to_video, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderValue=127)
-    seen = cv2.GaussianBlur(gray[y0:y1, x0:x1].astype(np.float32), (0, 0), 0.7)
+    seen = cv2.GaussianBlur(inside(gray, (x0, y0, x1, y1)).astype(np.float32), (0, 0), 0.7)
     gradients = lambda p: (cv2.Sobel(p, cv2.CV_32F, 1, 0), cv2.Sobel(p, cv2.CV_32F, 0, 1))
     (tx, ty), (vx, vy) = gradients(template), gradients(seen)
     weight, strength = np.hypot(tx, ty), np.hypot(vx, vy)
@@ -473,7 +469,7 @@ def locate(net, frames, pictures):
         return None
     skin, corner = located_skin(picture[..., :3], places, sure, frames[0].shape[1] / w)
     find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1)
-    edges = np.array([edge_agreement(f, find.flat, find.affine) for f in frames])
+    edges = np.array([edge_agreement(f, find.skin, find.affine) for f in frames])
     return replace(find, edges=float(np.median(edges)), there=edges > np.median(edges) / 2)
 
 
@@ -657,9 +653,13 @@ def inside(picture, box):
     return picture[y0:y1, x0:x1]
 
 
+def area(box):
+    """Of a box [x0, y0, x1, y1]; 0 where it is none."""
+    return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
+
+
 def overlap(a, b):
     """Intersection over union of two boxes [x0, y0, x1, y1]."""
-    area = lambda box: max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
     common = area([*np.maximum(a[:2], b[:2]), *np.minimum(a[2:], b[2:])])
     return common / (area(a) + area(b) - common)
 
@@ -669,8 +669,7 @@ def cut_clip(video, folder, find, places, args, key):
     """Write the clip folder of a found overlay, the first of so many places -> clip.json's dict. find None:
     the frames alone, for sample.py label."""
     film, truth = Decoder(video), video.with_suffix(".truth.npy")
-    clip = {"video": video.name, "game": args.game or video.parent.name, "fps": film.fps, "size": film.size,
-            "every": args.every, "lag": 0, "places": places, "run": key}
+    clip = film.clip(args.game or video.parent.name, args.every, key) | {"places": places}
     if find is None:
         clip["plain"], cutter, pictures = True, Cutter(film.size, args.every), {}
     else:
@@ -774,9 +773,12 @@ def rounded(value, digits):
 
 def visible_box(skin):
     """[x0, y0, x1, y1] of what a skin shows at rest, in template pixels."""
-    if skin.bbox:
-        return skin.bbox
-    x, y, w, h = cv2.boundingRect((draw(skin)[..., 3] > 20).astype(np.uint8))
+    return skin.bbox or corners_of(draw(skin)[..., 3] > 20)
+
+
+def corners_of(mask):
+    """The box [x0, y0, x1, y1] around what is true in a mask bool (h, w)."""
+    x, y, w, h = cv2.boundingRect(np.uint8(mask))
     return [x, y, x + w, y + h]
 
 
@@ -830,7 +832,8 @@ def cut_labelled(folder, meta, video, out, every, key):
     with reading(folder / "metadata.json", "original_video, chunk_size and bbox_controller_overlay"):
         source, chunk = meta["original_video"], int(meta["chunk_size"])
         times = np.array([float(source[when]) for when in ("start_time", "end_time")])
-        limit = np.array(source["resolution"])[::-1]
+        height, width = source["resolution"]
+        limit = np.array([width, height])
         low, span = np.reshape(meta["bbox_controller_overlay"], (2, 2))
         area = meta.get("bbox_game_area") or {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}   # shares of the frame
         edges = np.reshape([area[edge] for edge in ("xtl", "ytl", "xbr", "ybr")], (2, 2))
@@ -840,7 +843,7 @@ def cut_labelled(folder, meta, video, out, every, key):
             raise ValueError(f"boxes {[*low, *span]} and {[*window.ravel()]} in a picture of {limit}")
         if len(actions) != chunk or not times[0] < times[1]:
             raise ValueError(f"{len(actions)} rows of actions over {times} s")
-        first, end = np.round(times * film.fps).astype(int).tolist()
+        first, end = (round(when * film.fps) for when in times.tolist())
     scale = size / limit
     box = [*low * scale, *(low + span) * scale]
     cutter = Cutter(film.size, every, box, window=window.astype(int).ravel().tolist())
@@ -857,11 +860,10 @@ def cut_labelled(folder, meta, video, out, every, key):
         write_npy(tmp / "actions.npy", actions)
         write_npy(tmp / "confidence.npy", np.ones(n, np.float32))
         write_npy(tmp / "keep.npy", dense(actions))
-        clip = {"video": video.name, "game": meta.get("game") or "other", "fps": film.fps, "n": n,
-                "size": film.size, "box": [*box[:2], *span * scale], "template": "released labels",
-                "controller": meta.get("controller_type", "generic"), "inliers": 0, "matcher": "labels",
-                "affine": rounded(np.c_[np.diag(scale), box[:2]], 6), "every": every, "lag": 0,
-                "hole": cutter.hole, "run": key}
+        clip = film.clip(meta.get("game") or "other", every, key) | {
+            "n": n, "box": [*box[:2], *span * scale], "affine": rounded(np.c_[np.diag(scale), box[:2]], 6),
+            "template": "released labels", "controller": meta.get("controller_type", "generic"), "inliers": 0,
+            "matcher": "labels", "hole": cutter.hole}
         write_json(tmp / "clip.json", clip)
     return clip
 
@@ -1010,8 +1012,8 @@ class FramesWriter:
     offset], last [n, total]."""
 
     def __init__(self, folder, name):
-        self.path, self.index_path = Path(folder) / f"{name}.npy", Path(folder) / f"{name}_index.npy"
-        self.tmp, self.index, self.total = temporary(self.path), [], 0
+        self.path, self.index, self.total = Path(folder) / f"{name}.npy", [], 0
+        self.tmp = temporary(self.path)
         self.file = open(self.tmp, "wb")
         self._header()
 
@@ -1040,7 +1042,8 @@ class FramesWriter:
         self.file.close()
         sync(self.tmp)
         os.replace(self.tmp, self.path)
-        write_npy(self.index_path, np.array([*self.index, (n, self.total)], np.int64))
+        index = np.array([*self.index, (n, self.total)], np.int64)
+        write_npy(self.path.with_name(f"{self.path.stem}_index.npy"), index)
 
 
 class Frames:
@@ -1253,6 +1256,11 @@ class Decoder:
         self.capture = open_video(path)
         self.slots = slots(presented(self.capture), self.fps, pause)
 
+    def clip(self, game, every, key):
+        """What clip.json says of it and of how it is cut."""
+        return {"video": self.name, "game": game, "fps": self.fps, "size": self.size, "every": every,
+                "lag": 0, "run": key}
+
     def rows(self, first=0, end=math.inf):
         """Yields (row number, uint8 (h, w, 3) BGR, number of rows it fills, whether the clock breaks before
         it) of rows [first, end); goes on where the last call ended."""
@@ -1306,9 +1314,12 @@ class VideoWriter:
         fourcc = cv2.VideoWriter_fourcc(*codec)
         self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, fourcc, fps, size)
         if not self.writer.isOpened():
-            remove(self.tmp)
-            raise UserError(f"{path}: can't open a {codec} encoder for {size} at {fps} frames/s: "
-                            "try a name ending in .avi")
+            self._fail(f"can't open a {codec} encoder for {size} at {fps} frames/s: "
+                       "try a name ending in .avi")
+
+    def _fail(self, trouble):
+        remove(self.tmp)
+        raise UserError(f"{self.path}: {trouble}")
 
     def add(self, rgb):
         """Append one uint8 (h, w, 3) RGB frame."""
@@ -1321,9 +1332,8 @@ class VideoWriter:
         self.writer.release()
         found = sum(1 for _ in presented(cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG)))
         if found != self.n:
-            remove(self.tmp)
-            raise UserError(f"{self.path}: expected {self.n} frames in the finished video, found {found}: "
-                            "make room on its disk")
+            self._fail(f"expected {self.n} frames in the finished video, found {found}: "
+                       "make room on its disk")
         sync(self.tmp)
         os.replace(self.tmp, self.path)
 
@@ -1418,7 +1428,7 @@ class Part:
     tilt: float = 0.0                              # sticks: how much flatter the cap looks at full deflection
 
 
-@dataclass
+@dataclass(eq=False)
 class Skin:
     """Anything that can be drawn. Boxes and centres are in template pixels; only what the skin shows is
     listed."""
@@ -1689,12 +1699,10 @@ def ink_box(part):
     seen = [s for s in part.sprites if s is not None]
     h, w = np.max([s.shape[:2] for s in seen], 0)
     seen = np.stack([np.pad(s, ((0, h - s.shape[0]), (0, w - s.shape[1]), (0, 0))) for s in seen])
-    x, y, w, h = cv2.boundingRect(np.uint8(seen[..., 3].max(0) > 24))
-    change = cv2.boundingRect(np.uint8(np.ptp(seen, 0).max(2) > 24))
-    if part.control not in (*STICKS, "DPAD") and 0.05 < change[2] * change[3] / max(w * h, 1) < 0.5:
-        x, y, w, h = change
-    left, top = part.at
-    return [x + left, y + top, x + w + left, y + h + top]
+    box, change = corners_of(seen[..., 3].max(0) > 24), corners_of(np.ptp(seen, 0).max(2) > 24)
+    if part.control not in (*STICKS, "DPAD") and 0.05 < area(change) / max(area(box), 1) < 0.5:
+        box = change
+    return np.add(box, part.at * 2).tolist()
 
 
 def stick_reach(part):
@@ -2212,9 +2220,10 @@ def read_journal(path, size):
 def log_line(out, line):
     """Append one line to DATA/extract.jsonl in a single write, so that several processes may share the
     file."""
-    path, text = out / "extract.jsonl", json.dumps(line, ensure_ascii=False) + "\n"
-    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")   # a kill cut the last line
-    with open(path, "ab", buffering=0) as f:
+    text = json.dumps(line, ensure_ascii=False) + "\n"
+    with open(out / "extract.jsonl", "a+b", buffering=0) as f:
+        f.seek(max(f.tell() - 1, 0))
+        cut = f.read() not in (b"", b"\n")         # a kill cut the last line
         f.write(("\n" * cut + text).encode())
 
 
@@ -2360,14 +2369,14 @@ def contact_sheet(path, videos, out):
         save_png(path, np.asarray(page))
 
 
-def run_templates(args):
+def run_templates(out):
     """Write our templates as NAME.png + NAME.json."""
-    out, skins = Path(args.out), our_skins()
+    skins = our_skins()
     out.mkdir(parents=True, exist_ok=True)
     for skin in skins:
         save_png(out / f"{skin.name}.png", draw(skin))
-        buttons = {name: {"center": [(x0 + x1) / 2, (y0 + y1) / 2], "box": [x0, y0, x1, y1]}
-                   for name, (x0, y0, x1, y1) in skin.buttons.items()}
+        buttons = {name: {"center": [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2], "box": box}
+                   for name, box in skin.buttons.items()}
         write_json(out / f"{skin.name}.json", {
             "name": skin.name, "controller": skin.family, "size": skin.size, "bbox": visible_box(skin),
             "buttons": buttons, "sticks": skin.sticks})
@@ -2604,17 +2613,11 @@ def file_trouble(e):
 
 
 def main(argv=None):
-    """Parse the command line; without a sub-command's name the main command runs."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["templates"]:
-        parser = ArgumentParser(prog="extract.py templates", allow_abbrev=False,
-                        description="Write our own templates as PNG + JSON.")
-        parser.add_argument("--out", required=True, help="folder to write to")
-        parser.set_defaults(run=run_templates)
-        return cli(parser, argv[1:])
+    """Parse and run the command line."""
     parser = ArgumentParser(prog="extract.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them")
+    parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them; "
+                        "or the word templates")
     parser.add_argument("--out", required=True, help="the data folder: a folder a video, and extract.jsonl")
     parser.add_argument("--templates", help="folder of NAME.png (+ NAME.json) or of OBS presets "
                         "(default: our own, about 300)")

@@ -163,20 +163,16 @@ def localise(frames, matcher):
     """The overlay in sampled grey frames -> (Find or None, the most inliers of any pose): in the median of
     all first, then of halves, then in one frame."""
     n, best, most = len(frames), None, 0
-    halves = [frames[:n // 2], frames[n // 2:], frames[n // 2:n // 2 + 1]] if n >= 4 else []
-    for group in [frames, *halves]:
+    for group in filter(None, [frames, frames[:n // 2], frames[n // 2:], frames[n // 2:][:1]]):
         picture = median_image(group)
         finds = matcher.search(picture)
-        if not finds:
-            continue
-        most = max(most, finds[0].inliers)
-        enough = max(MIN_INLIERS, finds[0].inliers / 2, best.inliers + 1 if best else 0)
-        close = [f for f in finds if f.inliers >= enough][:4]
-        close = [refine(picture, f) for f in close]
+        top = finds[0].inliers if finds else 0
+        most, enough = max(most, top), max(MIN_INLIERS, top / 2, best.inliers + 1 if best else 0)
+        close = [refine(picture, f) for f in finds[:4] if f.inliers >= enough]
         find = max(close, key=lambda f: f.edges, default=None)   # siblings share corners, but not edges
-        if find:
+        if find and find.edges >= MIN_EDGES:
             there = np.array([edge_agreement(f, find.skin, find.affine) > find.edges / 2 for f in frames])
-            if find.edges >= MIN_EDGES and there.mean() >= 0.2:          # stands in at least 5 of 25 frames
+            if there.mean() >= 0.2:                                      # stands in at least 5 of 25 frames
                 best = replace(find, there=there)
         if best and best.inliers >= 1.5 * MIN_INLIERS:
             break
@@ -269,7 +265,7 @@ class Matcher:
             size = width, max(round(gray.shape[0] * scale), 32)
             how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
             big = cv2.resize(gray, size, interpolation=how)
-            found, d = xfeat(self.net, big, limit)[::2] if self.net else root_sift(big, limit)
+            found, d = xfeat(self.net, big, limit) if self.net else root_sift(big, limit)
             points.append((found + 0.5) / np.float32([scale, size[1] / gray.shape[0]]) - 0.5)
             descriptors.append(d)
         return np.concatenate(points).astype(np.float32), np.concatenate(descriptors)
@@ -349,8 +345,8 @@ def plausible(affine, size, shape):
     if a <= 0 or d <= 0 or max(abs(c / sx), abs(b / sy)) > np.sin(np.radians(4)):
         return False
     w, h = size[0] * sx, size[1] * sy
-    inside = max(0, min(x + w, shape[1]) - max(x, 0)) * max(0, min(y + h, shape[0]) - max(y, 0))
-    return 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and 0.6 <= sx / sy <= 1.7 and inside >= 0.6 * w * h
+    shown = area([max(x, 0), max(y, 0), min(x + w, shape[1]), min(y + h, shape[0])])
+    return 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and 0.6 <= sx / sy <= 1.7 and shown >= 0.6 * w * h
 
 
 def distinct(ours, theirs, tolerance):
@@ -508,7 +504,7 @@ def motion_picture(pictures):
     """Sampled frames uint8 (n, h, w, 3) -> uint8 (h, w, 5): their median, and how far they are from it, on
     average and at most: an overlay stands still, its caps move in small discs, its buttons blink."""
     median = median_image(pictures)
-    away = np.stack([cv2.absdiff(picture, median).max(2) for picture in pictures])
+    away = np.stack([np.maximum.reduce(cv2.split(cv2.absdiff(picture, median))) for picture in pictures])
     return np.dstack([median, np.uint8(away.mean(0)), away.max(0)])
 
 
@@ -542,10 +538,11 @@ def see_windows(net, picture, windows):
 
 def window(picture, x, y, side):
     """A square of a picture uint8 (h, w, 5), beyond its edge as at it -> uint8 (192, 192, 5)."""
-    k = WINDOW / side
+    near, k = whole_pixels((x, y, x + side, y + side), picture.shape, 2), WINDOW / side
+    x, y = x - near[0], y - near[1]
     to_window = np.array([[k, 0, (0.5 - x) * k - 0.5], [0, k, (0.5 - y) * k - 0.5]])
-    return in_halves(picture, cv2.warpAffine, to_window, (WINDOW, WINDOW), flags=cv2.INTER_LINEAR,
-                     borderMode=cv2.BORDER_REPLICATE)
+    return in_halves(inside(picture, near), cv2.warpAffine, to_window, (WINDOW, WINDOW),
+                     flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def in_halves(picture, change, *how, **more):
@@ -894,9 +891,8 @@ def label_actions(folder):
 
 # ---- features: XFeat (arXiv 2404.19174) by hand, and SIFT
 def xfeat(net, image, top_k=4096):
-    """Features of a grey image uint8 (h, w) -> keypoints float32 (k, 2) x, y in its pixels, scores (k,),
-    descriptors (k, 64) of length 1; the best k <= top_k first. Score = keypoint probability x reliability
-    (Sec. 3.2)."""
+    """Features of a grey image uint8 (h, w) -> keypoints float32 (k, 2) x, y in its pixels, descriptors (k,
+    64) of length 1; the best k <= top_k first, by keypoint probability x reliability (Sec. 3.2)."""
     import torch
     import torch.nn.functional as F
     x = torch.from_numpy(image).float()[None, None] / 255
@@ -912,7 +908,7 @@ def xfeat(net, image, top_k=4096):
         order = order[scores[order] > 0]
         found = F.normalize(sample(descriptors, points[order], (h, w), "bicubic"), dim=1)
     scale = np.float32([image.shape[1] / w, image.shape[0] / h])
-    return points[order].float().numpy() * scale, scores[order].numpy(), found.numpy()
+    return points[order].float().numpy() * scale, found.numpy()
 
 
 def keypoint_scores(logits):

@@ -1761,17 +1761,19 @@ def Look(**changes):
 
 
 class OurSkin(Skin):
-    """A template of ours, drawn when more than its name and its family is asked for."""
+    """A template of ours that is drawn, and from then on is a Skin, when more than its name and its family is
+    asked for."""
 
     def __init__(self, name, family, look):
         self.name, self.family, self.look = name, family, look
 
     def __getattr__(self, name):
         """What it has only once it is drawn."""
-        if name in ("size", "parts", "buttons", "sticks"):
-            vars(self).update(vars(pad_skin(self.name, self.family, Look(**self.look))))
-            return vars(self)[name]
-        raise AttributeError(name)
+        if name not in ("size", "parts", "buttons", "sticks"):
+            raise AttributeError(name)
+        vars(self).update(vars(pad_skin(self.name, self.family, Look(**self.look))))
+        self.__class__ = Skin
+        return vars(self)[name]
 
 
 def our_skins():
@@ -1990,18 +1992,18 @@ def dished(canvas, depth, r):
 
 
 def when_pressed(look, how, shown, line, ink):
-    """What changes in the fill, ink, line and width of a control when it is pressed, as `how` says: light
-    show grow white faint tint move fill dark ring. shown: the colour that its fill has or seems to have."""
+    """What changes in the fill, ink, line and width of a control when it is pressed, as `how` says: white
+    faint tint move fill dark ring; light, show and grow: bright. shown: the colour that its fill has or seems
+    to have."""
     lit = look.lit[:3]
     bright = {"fill": lit, "ink": ink and (mix(lit, BLACK, 0.8) if sum(lit) > 380 else WHITE)}
-    return {"light": bright, "show": bright, "grow": bright,
-            "white": {"fill": lit, "ink": None, "line": lit},
+    return {"white": {"fill": lit, "ink": None, "line": lit},
             "faint": {"fill": mix(shown, lit, 0.14)},
             "tint": {"fill": mix(shown, lit, 0.45)},
             "move": {"fill": mix(shown, lit, 0.2)},
             "fill": {"fill": line or ink or lit, "ink": shown},
             "dark": {"fill": mix(shown, BLACK, 0.6), "ink": ink and mix(ink, BLACK, 0.4)},
-            "ring": {"line": lit, "width": max(look.width, 2.5) * 1.4}}[how]
+            "ring": {"line": lit, "width": max(look.width, 2.5) * 1.4}}.get(how, bright)
 
 
 def blank(w, h):

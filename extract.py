@@ -244,7 +244,7 @@ class Matcher:
         """net: load_xfeat()'s. locator: load_locator()'s. key: of what skins and net are made of; the skins'
         features are kept in the user's cache folder under it."""
         self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
-        points, descriptors, counts = kept(key, self.describe_skins) if key else self.describe_skins()
+        points, descriptors, counts = from_cache(key, self.describe_skins) if key else self.describe_skins()
         ends = np.cumsum(counts)[:-1]                                    # of each skin, in template pixels
         self.features = list(zip(np.split(points, ends), np.split(descriptors, ends)))
 
@@ -732,16 +732,14 @@ class Cutter:
     def run(self, film, folder, first=0, end=math.inf):
         """Write frames (and pads) of rows [first, end) of a Decoder, and cuts.npy where its clock breaks,
         into `folder` -> how many rows."""
-        makers = {FramesWriter(folder, "frames"): (self.policy, self.every)}
-        if self.pad:
-            makers[FramesWriter(folder, "pads")] = self.crop, 1
+        frames, pads = FramesWriter(folder, "frames"), FramesWriter(folder, "pads") if self.pad else None
         waiting, n, cuts = deque(), 0, []
 
         def encode(rows, bgr):
             """In a thread: a decoded frame that fills rows -> a list of (writer, the rows it keeps, JPEG)."""
-            kept = [(writer, [row for row in rows if row % every == 0], make)
-                    for writer, (make, every) in makers.items()]
-            return [(writer, rows, writer.encode(make(bgr))) for writer, rows, make in kept if rows]
+            kept = [row for row in rows if row % self.every == 0]
+            jpegs = [(frames, kept, frames.encode(self.policy(bgr)))] if kept else []
+            return jpegs + ([(pads, rows, pads.encode(self.crop(bgr)))] if pads else [])
 
         def write(most):
             while len(waiting) > most:
@@ -757,7 +755,7 @@ class Cutter:
                 waiting.append(pool.submit(encode, range(row - first, n), bgr))
                 write(AHEAD)
             write(0)
-        for writer in makers:
+        for writer in filter(None, (frames, pads)):
             writer.close(n)
         if cuts:
             write_npy(folder / "cuts.npy", np.isin(np.arange(n), cuts))
@@ -2429,7 +2427,7 @@ def fingerprint(*parts):
     return digest.hexdigest()[:16]
 
 
-def kept(key, make):
+def from_cache(key, make):
     """The list of arrays that make() gives, from a file of this key in the user's cache folder
     ($XDG_CACHE_HOME or ~/.cache, on Windows %LOCALAPPDATA%); made anew where that is missing or broken."""
     home = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")

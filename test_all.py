@@ -669,12 +669,12 @@ def test_features_are_kept_and_a_broken_file_is_made_again(cache):
         if broken:
             [file] = cache.rglob("*-some-key.npz")
             file.write_bytes(file.read_bytes()[:300])
-        for a, b in zip(extract.kept("some-key", made), made.return_value, strict=True):
+        for a, b in zip(extract.from_cache("some-key", made), made.return_value, strict=True):
             assert np.array_equal(a, b)
     assert made.call_count == 2
     (cache / "file").touch()
     with mock.patch.dict(os.environ, dict.fromkeys(("LOCALAPPDATA", "XDG_CACHE_HOME"), str(cache / "file"))):
-        assert extract.kept("some-key", made) is made.return_value       # nowhere to keep them: made again
+        assert extract.from_cache("some-key", made) is made.return_value       # nowhere to keep them: made again
 
 
 @pytest.mark.parametrize("other, share", [

@@ -525,7 +525,7 @@ def see_windows(net, picture, windows):
     20, 4): x, y, width, height in the picture's pixels; of a stick x, y, travel, radius."""
     import torch
     small, seen = {1: picture}, []
-    for x, y, side in windows:
+    for x, y, side in np.array(windows):
         share = max(1, int(side / WINDOW / 1.4))                         # shrink large ones first
         if share not in small:
             size = picture.shape[1] // share, picture.shape[0] // share

@@ -15,12 +15,10 @@ folders, videos, pictures, JSON. Ratios are taken in one run on one machine; bar
 """
 import argparse
 import contextlib
-import fnmatch
 import functools
 import importlib
 import io
 import itertools
-import json
 import math
 import os
 import platform
@@ -54,7 +52,7 @@ import sample
 from extract import UserError, neutral
 
 HERE = Path(__file__).parent
-ICONS, ROWS_OF_GAMES, OTHERS = (json.loads((HERE / f"weights/{name}.json").read_text(encoding="utf-8"))
+ICONS, ROWS_OF_GAMES, OTHERS = (extract.read_json(HERE / f"weights/{name}.json", dict)
                                 for name in ("icons", "games", "others"))
 FPS = 30                                           # steps a second of game time
 PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
@@ -111,7 +109,8 @@ def record(args):
     if args.env and "script" not in game.table:
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
-    n = round(min(args.clip, args.minutes * 60) * game.fps)
+    steps = args.minutes * 60 * game.fps
+    n = round(min(args.clip * game.fps, steps))
     if n < 2 * extract.HORIZON:
         raise UserError(f"--minutes {args.minutes} --clip {args.clip}: expected clips of two chunks, "
                         f"{2 * extract.HORIZON / game.fps:.1f} s or more: give more")
@@ -119,8 +118,7 @@ def record(args):
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     if args.ckpt:
         learned(args.ckpt, args.euler)                                   # names a wrong file now, in one line
-    count = max(round(args.minutes * 60 * game.fps / n), 1)
-    jobs = recordings(folder(args.out), tasks, count, args.seed, n)
+    jobs = recordings(folder(args.out), tasks, max(round(steps / n), 1), args.seed, n)
     work = record_video if args.video else functools.partial(record_folder, ckpt=args.ckpt, euler=args.euler)
     for i, line in enumerate(in_processes(work, jobs, 1 if args.env else args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line}", flush=True)
@@ -146,14 +144,16 @@ def film(tasks, seed, n, policy=None):
             env = PLAYABLE[task].game(task, number)
             script = Scripted(env, number)
             turn, scripted = 0, True
-        action = script.act()                                      # it sees every step, to be as late as ever
+        frame, action = env.render(), script.act()                 # it sees every step, to be as late as ever
         if policy and turn == 0:
             scripted, turn = not scripted, rng.randint(env.fps, 3 * env.fps)
-            model = Learned(env, policy, number)
+            model, session = Learned(policy.config, env.fps), sample.Session(policy, seed=number)
         turn -= 1
         if not scripted:
+            if model.waits():
+                model.take(session.predict(frame))
             action = model.act()
-        yield env.render(), action, begins, scripted
+        yield frame, action, begins, scripted
         env.advance(action)
 
 
@@ -180,7 +180,9 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
         arrays = {"actions": actions, "truth": actions, "confidence": np.ones(n, np.float32),
                   "keep": extract.dense(actions) & scripted,     # what the model did is nothing to learn from
                   "cuts": begins | (~scripted & np.roll(scripted, 1))}     # no chunk goes on past these
-        for file, array in (arrays | ({"human": scripted} if policy else {})).items():
+        if policy:
+            arrays["human"] = scripted
+        for file, array in arrays.items():
             extract.write_npy(tmp / f"{file}.npy", array)
         extract.write_json(tmp / "clip.json", clip)
     return f"{path.name}: {n} frames, {begins.sum()} episodes"
@@ -200,7 +202,7 @@ def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
     scale = wide / skin.size[0]
     high = round(skin.size[1] * scale)
     right, low = corner or (rng.random() < 0.5, rng.random() < 0.5)
-    x, y = size[0] - wide - 8 if right else 8, size[1] - high - 8 if low else 8
+    x, y = 8 + right * (size[0] - wide - 16), 8 + low * (size[1] - high - 16)
     truth = []
     with extract.VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
         for frame, action, *_ in film(tasks, seed, n):
@@ -221,13 +223,12 @@ def suite(args):
     """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P
     3.2]."""
     tasks, began = chosen(args, args.tasks), time.monotonic()
-    game, policy = PLAYABLE[tasks[0]].game, None
+    game, overlap, policy = PLAYABLE[tasks[0]].game, not args.no_overlap, None
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
-        past = max(policy.config.action_shift, 0 if args.no_overlap else args.delay)
-        longest = int(policy.config.horizon * game.fps / policy.config.hz) - past
+        longest = Learned(policy.config, game.fps, args.delay, overlap).longest
         if args.actions_per_chunk > longest:
             raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: expected at most {longest}, "
                             "a chunk of this checkpoint: give a smaller number")
@@ -236,9 +237,8 @@ def suite(args):
     mashing = MASHING if args.mashing else []
     table = completion(tasks, players + mashing, args.n, args.seed, 1 if args.env else args.workers)
     if policy:
-        films = folder(args.out) if args.video else None
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.envs,
-                                    films, args.delay, not args.no_overlap)
+                                    folder(args.out) if args.video else None, args.delay, overlap)
     mashed = [table.pop(who) for who in mashing]
     if mashed:
         wins = lambda ended: ended[:, 0].sum()
@@ -279,19 +279,14 @@ def rollouts(task, who, n, seed):
     return np.array(ended, float)
 
 
-def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, delay=0, overlap=True):
+def play_model(policy, tasks, n, per_chunk=8, seed=0, envs=64, films=None, delay=0, overlap=True):
     """n rollouts of each task, `envs` games at a time, one batch of chunks for all of them.
 
-    films: a folder, where the first rollout of each task is filmed. All tasks have one rate. delay: a chunk
-    comes so many steps after its frame. Meanwhile the one before it is played on and its own first steps
-    pass; without `overlap` the last action is held, then it is played from its start.
-    Returns {task: float (n, 2): won, score}.
+    films: a folder, where the first rollout of each task is filmed. All tasks have one rate. delay, overlap:
+    see Learned. Returns {task: float (n, 2): won, score}.
     """
-    config, fps = policy.config, PLAYABLE[tasks[0]].game.fps
-    lead, wait = max(config.action_shift, delay * overlap), 0 if overlap else delay
-    past = lead - config.action_shift
+    fps, ended = PLAYABLE[tasks[0]].game.fps, {task: [] for task in tasks}
     jobs = deque((task, i) for i in range(n) for task in tasks)
-    ended = {task: [] for task in tasks}
     session = sample.Session(policy, seed=seed, envs=min(envs, len(jobs)))
 
     def rollout(s):
@@ -300,20 +295,16 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, delay=0
             task, i = jobs.popleft()
             game = PLAYABLE[task].game(task, PLAYED + seed + i)
             session.reset(s, seed + i - s)             # environment s adds s: the same noise in any place
-            coming, chunk = deque([neutral()] * lead), [neutral()]
+            player = Learned(policy.config, fps, delay, overlap, per_chunk)
             filmed = films and i == 0
             with new_film(films / film_name(task), fps) if filmed else contextlib.nullcontext() as video:
                 while not game.over:
-                    held = [chunk[-1]] * wait
-                    chunk = (yield game.render())[past:past + per_chunk]
-                    coming.extend([*held, *chunk])     # after what was planned before
-                    for _ in range(wait + per_chunk):
-                        action = coming.popleft()
-                        if video:
-                            video.add(beside_pad(game.render(), action))
-                        game.advance(action)
-                        if game.over:
-                            break
+                    if player.waits():
+                        player.take((yield game.render()))
+                    action = player.act()
+                    if video:
+                        video.add(beside_pad(game.render(), action))
+                    game.advance(action)
             ended[task].append((game.won, game.score))
             progress.update()
         while True:
@@ -323,8 +314,7 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, delay=0
         slots = [rollout(s) for s in range(session.envs)]
         frames = [next(slot) for slot in slots]
         while sum(map(len, ended.values())) < progress.total:
-            chunks = at_rate(session.predict(np.stack(frames)), config, fps)
-            frames = [slot.send(chunk) for slot, chunk in zip(slots, chunks)]
+            frames = [slot.send(chunk) for slot, chunk in zip(slots, session.predict(np.stack(frames)))]
     return {task: np.array(rows, float) for task, rows in ended.items()}
 
 
@@ -333,25 +323,17 @@ def film_name(task):
     return f"{task.replace('/', '-')}.mp4"
 
 
-def at_rate(chunks, config, fps):
-    """Chunks (..., T, 25) at the model's rate -> (..., K, 25) at the game's."""
-    steps = np.arange(int(config.horizon * fps / config.hz))
-    return chunks[..., (steps * config.hz / fps).astype(int), :]
-
-
 def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
     tasks = next(iter(table.values()))
     groups = {task: [task] for task in tasks}
     ours = [TASKS[task] for task in tasks if task in TASKS]
-    for task in ours:
-        groups.setdefault(f"type: {task.kind}", []).append(task.name)
-    for task in ours:
-        groups.setdefault(f"family: {task.game.family}", []).append(task.name)
+    for label, of in ("type", lambda task: task.kind), ("family", lambda task: task.game.family):
+        for task in ours:
+            groups.setdefault(f"{label}: {of(task)}", []).append(task.name)
     groups["all"] = tasks
-    pooled = lambda ended, group: np.concatenate([ended[task] for task in group])
-    return {name: {who: share(pooled(ended, group)) for who, ended in table.items()}
-            for name, group in groups.items()}
+    return {name: {who: share(np.concatenate([ended[task] for task in group]))
+                   for who, ended in table.items()} for name, group in groups.items()}
 
 
 def share(ended):
@@ -394,11 +376,9 @@ def demo(args):
 
     with stage(out, "play on video") as say:
         steps = round(args.minutes * 60 * FPS / args.videos)
-        low_left = False, True                         # one channel keeps its pad in one place
         jobs = recordings(videos, tasks, args.videos, args.seed, steps)
-        work = functools.partial(record_video, corner=low_left)
-        for line in in_processes(work, jobs, extract.cores()):
-            print(line)
+        low_left = functools.partial(record_video, corner=(False, True))     # as one channel places its pad
+        print(*in_processes(low_left, jobs, extract.cores()), sep="\n")
         minutes = len(jobs) * steps / FPS / 60
         say(f"{len(jobs)} mp4 of {', '.join(by_game(tasks))}, {minutes:.1f} minutes at 640 x 360")
 
@@ -406,11 +386,11 @@ def demo(args):
         run_scripts(*[["extract.py", videos, "--out", clips]] * min(extract.cores(), len(jobs)))
         ious = {}
         for path in sorted(videos.glob("*.json")):
-            clip, known = clips / path.stem, extract.read_json(path, dict)
+            clip = clips / path.stem
             if (clip / "clip.json").is_file():
                 shutil.copy(path.with_suffix(".truth.npy"), clip / "truth.npy")
-                ious[path.stem] = extract.overlap(*(box_corners(said["box"])
-                                                    for said in (known, extract.read_clip(clip))))
+                known, found = extract.read_json(path, dict), extract.read_clip(clip)
+                ious[path.stem] = extract.overlap(box_corners(known["box"]), box_corners(found["box"]))
         if not ious:
             raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
         finding = f"{len(ious)} of {len(jobs)}, IoU {np.mean([*ious.values()]):.3f}"
@@ -432,8 +412,8 @@ def demo(args):
     with stage(out, "play the tasks") as say:
         table = completion(tasks, ["random", "scripted"], args.n, args.seed, extract.cores())
         for who, run in runs.items():
-            table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, 8, args.seed,
-                                    films=out if who == "model" else None)
+            films = out if who == "model" else None
+            table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, seed=args.seed, films=films)
         rows = rows_of(table)
         say(", ".join(f"{who} {row['rate']:.0%}" for who, row in rows["all"].items()))
 
@@ -471,43 +451,32 @@ def box_corners(box):
 
 
 def story(out, video, tasks, rows, finding, reading):
-    """The demo's page, OUT/demo.png, 1600 x 820: a video with the box found, its crop, what was read from it,
-    the model at play, what it completes; finding, reading: the figures of extract.py and parse.py, in
-    words."""
+    """The demo's page, OUT/demo.png, 1600 x 820: a video with the box found, three of its crops beside what
+    was pressed and what was read, the model at play, what it completes; finding, reading: the figures of
+    extract.py and parse.py, in words."""
     page, clip = Image.new("RGB", (1600, 820), "#fafafa"), out / "clips" / video.stem
-    pen, meta, (actions, truth) = ImageDraw.Draw(page), extract.read_clip(clip), actions_and_truth(clip)
+    meta, (actions, truth) = extract.read_clip(clip), actions_and_truth(clip)
 
-    def show(x, y, text, rgb, w):
-        pen.text((x, y - 10), text, "#14141e", ImageFont.load_default(16), "ls")
+    def show(x, y, w, rgb, text):
+        heading(page, x, y - 10, text)
         page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
-    change = np.convolve(np.abs(np.diff(truth, axis=0)).sum(1), np.ones(150), "valid")
-    start = int(change.argmax()) if len(change) else 0         # of five seconds with much to read
-    now = min(start + 75, meta["n"] - 1)
+    busy = np.abs(truth[:, 21:]).sum(1)                        # of each third the moment of the widest tilts
+    moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 3)]
     skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
 
-    frame = next(rgb for i, rgb in extract.read_video(video) if i == now)
-    show(20, 50, f"1  a video with one of our pads; extract.py finds it among them: {finding}", frame, 640)
-    box = np.multiply(box_corners(meta["box"]), 640 / frame.shape[1]) + (20, 50, 20, 50)
-    pen.rectangle([*box], outline="#00ff00", width=3)
-    crop = Image.fromarray(extract.Frames(clip, "pads")[now])
-    crop = np.asarray(crop.resize((320, 320 * skin.size[1] // skin.size[0])))
-    show(700, 50, "2  the crop    3  the true action, below it what parse.py reads",
-         sample.beside(crop, skin, truth[now], actions[now]), 480)
-    names = *extract.BUTTONS, "left x", "left y", "right x", "right y"
-    shown = slice(start, start + 150)
-    for k, column in enumerate([21, 22, 23, 24, *np.argsort(-truth[shown, :21].sum(0))[:3]]):
-        y = 334 + 28 * k
-        pen.text((700, y), names[column].lower(), "#14141e", ImageFont.load_default(13), "ls")
-        for values, ink, thick in (truth, "#bebec8", 5), (actions, INKS["model"], 2):
-            line = [(840 + 5 * t, y - 4 - 12 * float(v)) for t, v in enumerate(values[shown, column])]
-            pen.line(line, ink, thick)
-    pen.text((700, y + 20), f"grey: true, red: read; {reading}", "#14141e", ImageFont.load_default(13), "ls")
-
+    frame = next(rgb for i, rgb in extract.read_video(video) if i == moments[1]).copy()
+    x0, y0, x1, y1 = (round(v) for v in box_corners(meta["box"]))
+    cv2.rectangle(frame, (x0, y0), (x1, y1), (0, 255, 0), 2)
+    show(20, 50, 640, frame, f"1  a video with one of our pads; extract.py finds it among them: {finding}")
+    heading(page, 700, 40, f"2  parse.py: the crop, what was pressed, what is read: {reading}")
+    for k, i in enumerate(moments):
+        crop = cv2.resize(extract.Frames(clip, "pads")[i], (290, 290 * skin.size[1] // skin.size[0]))
+        show(700 + 300 * k, 60, 290, sample.beside(crop, skin, truth[i], actions[i]), "")
     for k, task in enumerate(tasks[:3]):
         frames = [rgb for _, rgb in extract.read_video(out / film_name(task))]
-        show(20 + 290 * k, 570, f"{'' if k else '4  the model plays '}{task}", frames[len(frames) // 2], 280)
+        show(20 + 290 * k, 570, 280, frames[len(frames) // 2], f"{'' if k else '3  the model plays '}{task}")
     n = rows[tasks[0]]["model"]["n"]
-    chart(out / "tasks.png", f"5  tasks completed, n {n} each; thin lines: 95 % intervals",
+    chart(out / "tasks.png", f"4  tasks completed, n {n} each; thin lines: 95 % intervals",
           {name: row for name, row in rows.items() if ":" not in name})
     table = Image.open(out / "tasks.png")
     table.thumbnail((700, 290))
@@ -524,38 +493,36 @@ def transfer(args):
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
-    whole = {game: out / "data" / game for game in GAMES}
-    few = {trial: out / "few" / "{}-{:g}-{}".format(*trial)
-           for trial in itertools.product(games, args.minutes, args.seeds)}
+    trials = [*itertools.product(games, args.minutes, args.seeds)]
+    few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials}
     with stage(out, "record") as say:
-        jobs = [job for game, path in whole.items() for job in clips_of(path, game, args.others, 0)]
+        jobs = [job for game in GAMES for job in clips_of(out / "data" / game, game, args.others, 0)]
         for (game, minutes, seed), path in few.items():
             jobs += clips_of(path, game, minutes, 1000 + seed)
-        for line in in_processes(record_folder, jobs, args.workers):
-            print(line)
+        print(*in_processes(record_folder, jobs, args.workers), sep="\n")
         say(f"{args.others:g} minutes of each game, {len(few)} small recordings of held-out ones")
 
     def completed(run, game, seed):
         """{task: share completed} of a game by a run's model."""
-        ended = play_model(sample.Policy(run, "cpu", steps=args.euler), pick_tasks([game]), args.n, 8, seed)
+        ended = play_model(sample.Policy(run, "cpu", steps=args.euler), pick_tasks([game]), args.n, seed=seed)
         return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
 
     for game in games:
         first = out / f"pre-{game}"
         with stage(out, f"{game}: pre-train on the others") as say:
-            others = [path for name, path in whole.items() if name != game]
+            others = [out / "data" / name for name in GAMES if name != game]
             train_runs(args, args.pretrain, {first: [*others, "--preset", args.preset, "--balance"]})
             say(f"without any of its own data {np.mean([*completed(first, game, 0).values()]):.0%}")
-        starts = {"post-trained": ["--ckpt", first], "scratch": ["--preset", args.preset]}
-        for minutes, seed in itertools.product(args.minutes, args.seeds):
-            with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
-                data = few[game, minutes, seed]
-                runs = {who: out / f"{who}-{data.name}" for who in starts}
-                words = {run: [data, "--seed", seed, *starts[who]] for who, run in runs.items()}
-                train_runs(args, args.steps, words)
-                rates = {who: completed(run, game, seed) for who, run in runs.items()}
-                results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
-                say(", ".join(f"{who} {np.mean([*rate.values()]):.0%}" for who, rate in rates.items()))
+    starts = {"post-trained": lambda game: ["--ckpt", out / f"pre-{game}"],
+              "scratch": lambda game: ["--preset", args.preset]}
+    for (game, minutes, seed), data in few.items():
+        with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
+            runs = {who: out / f"{who}-{data.name}" for who in starts}
+            train_runs(args, args.steps,
+                       {run: [data, "--seed", seed, *starts[who](game)] for who, run in runs.items()})
+            rates = {who: completed(run, game, seed) for who, run in runs.items()}
+            results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
+            say(", ".join(f"{who} {np.mean([*rate.values()]):.0%}" for who, rate in rates.items()))
 
     gains = gains_of(results)
     for name, row in gains.items():
@@ -602,19 +569,19 @@ def gain(pairs, rounds=4000):
     pairs; the gain is None where scratch completes nothing, its interval is of the draws in which scratch
     completes something.
     """
-    # (rounds, 2)
     picks = np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))
-    drawn = pairs[picks].mean(1)
-    interval = lambda values: [float(v) for v in np.quantile(values, (0.025, 0.975))]
-    some, (post, scratch) = drawn[drawn[:, 1] > 0], pairs.mean(0)
-    row = {"n": len(pairs), "bars": {}, "points": float(post - scratch)}
-    row["gain"] = float(post / scratch - 1) if scratch else None
-    for i, who in enumerate(("post-trained", "scratch")):
-        low, high = interval(drawn[:, i])
-        row["bars"][who] = {"rate": float(pairs[:, i].mean()), "low": low, "high": high}
-    row["points low"], row["points high"] = interval(drawn[:, 0] - drawn[:, 1])
-    if len(some):
-        row["gain low"], row["gain high"] = interval(some[:, 0] / some[:, 1] - 1)
+    drawn = pairs[picks].mean(1)                                                         # (rounds, 2)
+    (post, scratch), some = pairs.mean(0), drawn[drawn[:, 1] > 0]
+
+    def figure(name, value, draws, prefix=""):
+        low, high = np.quantile(draws, (0.025, 0.975))
+        return {name: float(value), f"{prefix}low": float(low), f"{prefix}high": float(high)}
+    bars = {who: figure("rate", rate, draws)
+            for who, rate, draws in zip(("post-trained", "scratch"), (post, scratch), drawn.T)}
+    row = {"n": len(pairs), "bars": bars, "gain": None}
+    row |= figure("points", post - scratch, drawn[:, 0] - drawn[:, 1], "points ")
+    if scratch:
+        row |= figure("gain", post / scratch - 1, some[:, 0] / some[:, 1] - 1, "gain ")
     return row
 
 
@@ -624,18 +591,20 @@ def latency(args):
     """Seconds for one chunk, against the same model sampled as the release does; in turn, so that a busy
     machine slows both. The release computes mixing, keys and values, time codes and AdaLN anew at each
     step."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device, reason = M.pick_device(args.device)
     if args.ckpt:
         model = M.load(args.ckpt, device)[0]
     else:
-        model = randomised(M.create(M.preset(args.preset), device=device)).eval()
+        model = M.create(M.preset(args.preset), device=device).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                if not p.any():                            # zero before training: any two velocities of 0 agree
+                    p.normal_(0, 0.02)
     c, g = model.config, torch.Generator().manual_seed(0)
     shape = 1, c.frames, c.image, c.image, 3
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).to(device)
     noise = torch.randn(1, c.horizon, c.action_dim, generator=g).to(device)
-    print(f"{args.ckpt or args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, float32, "
+    print(f"{args.ckpt or args.preset}: {M.count(model)[0]:,} parameters, float32, "
           f"batch 1, {device} ({reason}), {machine()}, best of {args.repeats}")
 
     def released(k):
@@ -643,28 +612,14 @@ def latency(args):
         for t in sample.buckets(k, c.buckets).to(device):
             x = x + model.velocity(x, t[None], model.mix(model.assemble(seen))) / k
         return x
+    ours = lambda k: sample.euler(model, model.encode(frames), noise, k)
 
     for k in args.steps:
-        ways = {"vision": lambda: model.see(frames),
-                "vision and mixing": lambda: model.encode(frames),
-                "ours": lambda: sample.euler(model, model.encode(frames), noise, k),
-                "released": lambda: released(k)}
         with torch.inference_mode():
-            took = dict(zip(ways, best_of(args.repeats, device, *ways.values())))
-            apart = float((ways["ours"]() - ways["released"]()).abs().max())
-        print(f"{k:3} steps | " + " | ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
-              + f" | {took['released'] / took['ours']:.2f} x faster | largest difference {apart:.1e}")
-
-
-def randomised(model):
-    """Random weights also where training starts from zeros: a velocity of 0 would compare well with
-    anything."""
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(0, 0.02)
-    return model
-
+            apart = float((ours(k) - released(k)).abs().max())
+            fast, slow = best_of(args.repeats, device, lambda: ours(k), lambda: released(k))
+        print(f"{k:3} steps | ours {fast:.3f} s | released {slow:.3f} s | {slow / fast:.2f} x faster | "
+              f"largest difference {apart:.1e}")
 
 def best_of(repeats, device, *works):
     """Seconds of each of some functions, the best of so many, in turn."""
@@ -682,10 +637,10 @@ def best_of(repeats, device, *works):
 def throughput(args):
     """Microseconds of a step of each game; frames a second of each stage of the chain, on recordings of its
     own."""
-    for name, kind in GAMES.items():
+    for name, tasks in by_game(TASKS).items():
         steps, began = 0, time.perf_counter()
-        for task in pick_tasks([name]):
-            game = kind(task)
+        for task in tasks:
+            game = TASKS[task].game(task)
             player = Blind(game)
             while not game.over:
                 game.step(player.act())
@@ -717,13 +672,13 @@ class Scripted:
         self.quick, self.careless = self.rng.uniform(0.4, 0.7), self.rng.uniform(0.002, 0.007)
         if game.late == (0, 0):
             self.quick = 1.0                                           # a game that waits: each push is whole
-        self.sticks, self.slip, self.how = [0j, 0j], 0, ""
+        self.sticks, self.slip = [0j, 0j], 0
 
     def act(self):
         """float (25,), the action of this step."""
         self.late.append(self.game.wish())
         *wanted, keys = self.late.popleft()
-        wanted, keys = self.slipped(wanted, set(keys.split()))
+        wanted, keys = self.slipped(wanted, keys.split())
         action = neutral()
         for i, (name, want) in enumerate(zip(extract.STICKS, wanted)):
             trembling = complex(self.rng.gauss(0, 0.03), self.rng.gauss(0, 0.03)) if want else 0
@@ -745,7 +700,7 @@ class Scripted:
         self.slip -= 1
         if self.how == "veer":
             return [w * self.veer for w in wanted], keys
-        return ([0j, 0j], set()) if self.how == "rest" else (wanted, keys | {self.extra})
+        return ([0j, 0j], []) if self.how == "rest" else (wanted, [*keys, self.extra])
 
 
 class Blind:
@@ -755,43 +710,53 @@ class Blind:
 
     def __init__(self, game, seed=0, how="random"):
         self.rng, self.t, self.again = random.Random(f"{how} {seed}"), 0, 0
-        self.way, _, self.attacks = how.partition("+")
-        self.keys = [extract.BUTTON[k] for k in game.keys if k.isupper()]
-        self.attack = [extract.BUTTON[k] for k in game.attack if self.attacks]
+        self.way, _, attack = how.partition("+")
+        self.draws = how in ("random", "mash")
+        keys = [k for k in game.keys if k.isupper()] if self.draws else game.attack if attack else []
+        self.keys = [extract.BUTTON[k] for k in keys]
 
     def act(self):
         """float (25,), the action of this step."""
         self.t += 1
-        if self.way == "random" and self.t <= self.again:
+        if self.t <= self.again:
             return self.last
-        action, pressed = neutral(), self.attack
+        action = self.last = neutral()
         if self.way == "random":
             self.again = self.t + self.rng.randint(3, 15)
             action[21:] = [self.rng.uniform(-1, 1) for _ in range(4)]
         else:
-            spin = rect(1, self.t / 6)
-            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "spin": spin, "mash": 0j}[self.way]
-            action[21:] = [push.real, push.imag] * 2
-        if self.way in ("random", "mash"):
-            pressed = [k for k in self.keys if self.rng.random() < 0.5]
-        action[pressed] = 1
-        self.last = action
+            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j, "spin": rect(1, self.t / 6)}
+            action[21:] = [push[self.way].real, push[self.way].imag] * 2
+        action[[k for k in self.keys if not self.draws or self.rng.random() < 0.5]] = 1
         return action
 
 
 class Learned:
-    """A policy plays one game alone; looks again after `per_chunk` steps."""
+    """The actions to come of a policy that plays one game: chunks go in, actions of single steps come out.
 
-    def __init__(self, game, policy, seed=0, per_chunk=8):
-        self.game, self.config, self.per_chunk = game, policy.config, per_chunk
-        self.session = sample.Session(policy, seed=seed)
-        self.coming = deque([neutral()] * self.config.action_shift)
+    delay: a chunk comes so many steps after its frame. Meanwhile the one before it is played on and its own
+    first steps pass; without `overlap` the last action is held, then it is played from its start.
+    """
+
+    def __init__(self, config, fps, delay=0, overlap=True, per_chunk=8):
+        self.lead = max(config.action_shift, delay * overlap)          # actions in hand when a frame is seen
+        at = (np.arange(int(config.horizon * fps / config.hz)) * config.hz / fps).astype(int)
+        self.longest = len(at) - self.lead
+        self.rows = at[self.lead - config.action_shift:][:per_chunk]   # of a chunk, at the game's rate
+        self.coming, self.wait, self.last = deque([neutral()] * self.lead), delay * (not overlap), neutral()
+
+    def waits(self):
+        """Is it time for the next chunk?"""
+        return len(self.coming) <= self.lead
+
+    def take(self, chunk):
+        """A chunk float (T, 25) for the frame of now, played after what was planned before."""
+        self.coming.extend([self.last] * self.wait)
+        self.coming.extend(chunk[self.rows])
+        self.last = self.coming[-1]
 
     def act(self):
         """float (25,), the action of this step."""
-        if len(self.coming) <= self.config.action_shift:
-            chunk = at_rate(self.session.predict(self.game.render()), self.config, self.game.fps)
-            self.coming.extend(chunk[:self.per_chunk])
         return self.coming.popleft()
 
 
@@ -804,34 +769,33 @@ def learned(path, steps):
 
 # ---- games by others
 
-# weights/others.json says how a pad plays them: patterns of Gymnasium ids and what holds for them; all that
-# fit are merged, later ones win, and --table FILE.json is one more.
+# weights/others.json says how a pad plays them: what holds for the Gymnasium ids that begin so; all that fit
+# are merged, later ones win, and --table FILE.json is one more.
 #   pip, module    what to install, and to import so that the ids are known
 #   make           arguments for gymnasium.make
 #   fps, seconds   steps a second of game time, after the frame skip; the longest episode
 #   frame          the picture: "render", "" = the observation, else the part of the observation of that name
-#   controls       the game's name of an action, or its number -> what the pad does for it: "left.up & SOUTH":
-#                  a stick beyond play.TILT, a button held. Of a Discrete space the first that holds is taken
-#                  ("" always does), of MultiBinary all that hold. A Box takes sums: "12 * right.x - SOUTH".
+#   controls       the game's name of an action, or its number -> what the pad does for it: readings and their
+#                  factors, {"left.up": 1, "SOUTH": 1}. Of a Discrete space the first is taken of which all are
+#                  beyond play.TILT ({} always is), of MultiBinary all such. A Box takes the sums.
 #   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
 #   script, late   the scripted player (of SCRIPTS) and by how many steps it is late
 AXES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways
 READINGS = {f"{stick}.{side}": (at.start + axis, sign) for stick, at in extract.STICKS.items()
             for side, (axis, sign) in AXES.items()} | {name: (i, 1) for name, i in extract.BUTTON.items()}
-WORD = re.compile(r"[A-Za-z][\w.]*")
 
 
 def foreign_task(args):
     """--env and --table -> the id, from now on a task in PLAYABLE."""
     table = {}
-    for pattern, row in OTHERS.items():
-        if fnmatch.fnmatchcase(args.env, pattern):
+    for beginning, row in OTHERS.items():
+        if args.env.startswith(beginning):
             table |= row
     if args.table:
         table |= extract.read_json(args.table, dict)
     known = ", ".join(OTHERS)
     with extract.reading(f"--env {args.env}", f"fps, seconds, frame, controls, success in --table ({known})"):
-        words = {word for rule in table["controls"].values() for word in WORD.findall(rule)}
+        words = {word for rule in table["controls"].values() for word in rule}
         unknown = words - READINGS.keys() | {table.get("script", "aims")} - SCRIPTS.keys()
         if unknown or min(table["fps"], table["seconds"]) <= 0:
             raise ValueError(", ".join(unknown) or "fps or seconds of 0")
@@ -848,7 +812,7 @@ def foreign_task(args):
 class Foreign:
     """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its
     table, and environments at rest."""
-    attack, table, idle = (), {}, []
+    attack = ()
 
     def __init__(self, task, seed=0):
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
@@ -880,17 +844,13 @@ class Foreign:
 
     def advance(self, action):
         """One step with action float (25,)."""
-        if self.over:
-            return
         seen, reward, terminated, truncated, info = self.env.step(self.choose(action))
         self.t, self.score = self.t + 1, self.score + float(reward)
         self.over = terminated or truncated or self.t >= self.table["seconds"] * self.fps
         if self.over:
             rule = self.table["success"]
-            if "return" in rule:
-                self.won = self.score >= rule["return"]
-            else:
-                self.won = bool(info.get(rule["info"], 0) >= rule.get("least", 1))
+            value = self.score if "return" in rule else info.get(rule["info"], 0)
+            self.won = bool(value >= rule.get("return", rule.get("least", 1)))
             self.idle.append(self.env)
         else:
             self.look(seen)
@@ -921,35 +881,26 @@ def pad_to_action(space, controls, names=()):
     rules = {names.index(key) if key in names else int(key): rule for key, rule in controls.items()
              if key in names or key.isdecimal()}                       # others are of other games of the kind
     n = math.prod(space.shape) if kind == "Box" else int(space.n)
-    if max(rules, default=n) >= n or kind == "Discrete" and "" not in rules.values():
-        raise ValueError(f"{kind} of {n} ({', '.join(names)}), {rules}; one has to be \"\": the pad at rest")
-    if kind == "Discrete":
-        return lambda action: next(i for i, rule in rules.items() if holds(action, rule))
-    if kind == "MultiBinary":
-        presses = lambda action: [i in rules and holds(action, rules[i]) for i in range(n)]
-        return lambda action: np.array(presses(action), np.int8)
+    if max(rules, default=n) >= n or kind == "Discrete" and {} not in rules.values():
+        raise ValueError(f"{kind} of {n} ({', '.join(names)}), {rules}; one has to be {{}}: the pad at rest")
 
-    def numbers(action):
-        values = [amount(action, rules.get(i, "")) for i in range(n)]
-        return np.clip(np.reshape(values, space.shape), space.low, space.high).astype(space.dtype)
-    return numbers
+    def choose(action):
+        read = {i: [factor * read_pad(action, name) for name, factor in rule.items()]
+                for i, rule in rules.items()}
+        held = [i for i, values in read.items() if all(value > play.TILT for value in values)]
+        if kind == "Discrete":
+            return held[0]
+        if kind == "MultiBinary":
+            return np.isin(np.arange(n), held).astype(np.int8)
+        sums = np.reshape([sum(read.get(i, ())) for i in range(n)], space.shape)
+        return np.clip(sums, space.low, space.high).astype(space.dtype)
+    return choose
 
 
 def read_pad(action, name):
     """What the pad says: a button or a side of a stick (left.up) 0..1, an axis (left.x) -1..1."""
     i, sign = READINGS[name]
     return float(max(action[i] * sign, 0) if sign else action[i])
-
-
-def holds(action, rule):
-    """Does the pad do all that a rule names?"""
-    return all(read_pad(action, name) > play.TILT for name in WORD.findall(rule))
-
-
-def amount(action, rule):
-    """A sum of readings with signs and factors: "RIGHT_TRIGGER - 0.5 * left.x"."""
-    terms = re.findall(r"(-?)\s*(?:([\d.]+)\s*\*\s*)?([A-Za-z][\w.]*)", rule)
-    return sum(float(sign + (factor or "1")) * read_pad(action, name) for sign, factor, name in terms)
 
 
 def aims(game):
@@ -964,31 +915,25 @@ def aims(game):
     moved, game.off = off - getattr(game, "off", off), off
     soon = off + 4 * moved if abs(moved) < 60 else off                     # else it is another monster
     stick = complex(copysign(1, soon)) if abs(soon) > max(half / 2, 4) else 0j
-    shoots = "RIGHT_TRIGGER" * (max(abs(off), abs(soon)) < 0.7 * half + 2)
+    shoots = "RIGHT_TRIGGER" if max(abs(off), abs(soon)) < 0.7 * half + 2 else ""
     turns = any(b.name == "TURN_LEFT" for b in doom.get_available_buttons())
     return (0j, stick, shoots) if turns else (stick, 0j, shoots)
 
 
 def walks(game):
-    """MiniGrid: the shortest way of turns and steps to the goal, around walls and lava; doors are not
-    opened."""
-    at, grid = game.inside, game.inside.grid
-    queue = deque([(*map(int, at.agent_pos), int(at.agent_dir))])
-    first = {queue[0]: 0j}                                       # state -> the push that begins the way to it
-    while queue:
-        x, y, d = here = queue.popleft()
-        if grid.get(x, y) and grid.get(x, y).type == "goal":
-            return first[here], 0j, ""
-        dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[d]
-        steps = {
-            (x, y, (d - 1) % 4): -1 + 0j,
-            (x, y, (d + 1) % 4): 1 + 0j,
-            (x + dx, y + dy, d): -1j}
-        for there, push in steps.items():
-            if there not in first and getattr(grid.get(*there[:2]), "type", "goal") in ("goal", "floor"):
-                first[there] = first[here] or push
-                queue.append(there)
-    return 0j, 0j, ""
+    """MiniGrid: the shortest way to the goal, around walls and lava; doors are not opened."""
+    at, cells = game.inside, game.inside.grid
+    kinds = [[getattr(cells.get(x, y), "type", "floor") for x in range(cells.width)]
+             for y in range(cells.height)]
+    grid = [[kind not in ("floor", "goal") for kind in row] for row in kinds]
+    goals = (complex(row.index("goal"), y) for y, row in enumerate(kinds) if "goal" in row)
+    here, face = complex(*map(int, at.agent_pos)), 1j ** int(at.agent_dir)
+    far = distances(grid, next(goals, here))
+    ways = [way for way in (face, 1j * face, -1j * face, -face) if far.get(here + way, 999) < far.get(here, 0)]
+    if not ways:
+        return 0j, 0j, ""
+    side = ahead_and_right(ways[0], face).imag
+    return (-1j if ways[0] == face else complex(copysign(1, side))), 0j, ""
 
 
 SCRIPTS = {"aims": aims, "walks": walks}

@@ -949,17 +949,15 @@ class Game:
     fps, late = FPS, (2, 4)                # steps a second; by how many of them a person is late
 
     def __init__(self, task, seed=0):
-        self.task = TASKS[task] if isinstance(task, str) else task
-        self.rng = random.Random(f"{self.task.name} {seed}")
+        self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
         # A fixed level is the same for all seeds, its start is not.
-        self.plan = random.Random(self.task.name) if self.task.fixed else self.rng
+        self.plan = random.Random(task) if self.task.fixed else self.rng
         self.t = self.score = 0
         self.health, self.due = self.lives, {}
         self.won = self.over = False
         self.left = self.right = 0j
         self.held = frozenset()
-        for name, value in self.task.start.items():
-            setattr(self, name, value)
+        vars(self).update(self.task.start)
         self.things, self.foes, self.bolts, self.shots = [], [], [], []
         self.begin()
 
@@ -985,14 +983,13 @@ class Game:
         for i in range(self.health):
             disc(frame, complex(14 + 16 * i, y + 8), 6, health)
         for i in range(self.task.goal if self.task.goal <= 12 else 0):
-            x = 244 - 11 * i
-            done = i < self.score
-            bar(frame, complex(x, y + 3), complex(x + 7, y + 13), score, -1 if done else 1)
+            corner = complex(244 - 11 * i, y + 3)
+            bar(frame, corner, corner + 7 + 10j, score, -1 if i < self.score else 1)
         return frame
 
     def ready(self, what, steps):
         """Has `what` rested? If so it is used now and rests for `steps`."""
-        if self.t < self.due.get(what, 0):
+        if self.rests(what):
             return False
         self.due[what] = self.t + steps
         return True
@@ -1050,23 +1047,23 @@ class Game:
         things.remove(thing)
         self.score += 1
 
-    def strikes(self, foes, width):
-        """hits() for fly(): the first foe so near loses a point of hp."""
-        def hits(shot):
-            foe = next((f for f in foes if abs(f.at - shot.at) < width), None)
-            if foe:
-                foe.hp -= 1
-            return foe is not None
-        return hits
+    def strikes(self, shot, foes, width):
+        """Does a shot hit a foe? The first one so near loses a point of hp."""
+        near = [foe for foe in foes if abs(foe.at - shot.at) < width]
+        for foe in near[:1]:
+            foe.hp -= 1
+        return near
 
-    def wounds(self, at, width):
-        """hits() for fly(): who stands at `at` is hurt."""
-        def hits(shot):
-            near = abs(shot.at - at) < width
-            if near:
-                self.hurt()
-            return near
-        return hits
+    def wounds(self, shot, at, width):
+        """Does a shot hit the player, who is at `at`? That hurts."""
+        near = abs(shot.at - at) < width
+        if near:
+            self.hurt()
+        return near
+
+    def near(self, things, reach):
+        """The things that are so near to the player, one after another."""
+        return (thing for thing in list(things) if self.distance(thing) < reach)
 
 
 # ---- machinery
@@ -1224,15 +1221,15 @@ def colour(code):
 def icon(name, size, turn=0, flip=False):
     """A picture of ICONS at `size` pixels, turned clockwise by turn / 32 of a circle, with a dark rim.
 
-    Returns uint8 (size, size, 3) and its mask (size, size). The shapes lie on a grid of 64 x 64; actors look
+    Returns uint8 (size, size, 3) and its mask (size, size). The shapes lie on a grid of 256 x 256; actors look
     to the right: o x y r = disc, b x0 y0 x1 y1 = box, p x y x y ... = polygon; the colour comes last.
     """
     big = np.zeros((256, 256, 4), np.uint8)
     for shape in ICONS[name]:
         kind, *numbers, ink = shape.split()
-        v, rgba = [round(3.4 * float(n) + 19) for n in numbers], (*colour(ink), 255)
+        v, rgba = [*map(int, numbers)], (*colour(ink), 255)
         if kind == "o":
-            cv2.circle(big, v[:2], round(3.4 * float(numbers[2])), rgba, -1)
+            cv2.circle(big, v[:2], v[2], rgba, -1)
         elif kind == "b":
             cv2.rectangle(big, v[:2], v[2:], rgba, -1)
         else:
@@ -1240,10 +1237,11 @@ def icon(name, size, turn=0, flip=False):
     if turn:
         rotation = cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1)
         big = cv2.warpAffine(big, rotation, (256, 256), flags=cv2.INTER_NEAREST)
-    big = np.ascontiguousarray(big[:, ::-1] if flip else big)
+    if flip:
+        big = cv2.flip(big, 1)
     big[..., 3] = cv2.dilate(big[..., 3], np.ones((17, 17), np.uint8))
     small = cv2.resize(big, (size, size), interpolation=cv2.INTER_AREA)
-    return np.ascontiguousarray(small[..., :3]), (small[..., 3] > 127).astype(np.uint8)
+    return small[..., :3].copy(), np.uint8(small[..., 3] > 127)
 
 
 def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
@@ -1253,13 +1251,11 @@ def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
     """
     size = max(int(size) // 4 * 4, 4)
     x, y = round(at.real) - size // 2, round(at.imag) - size // 2
-    x0, y0 = max(x, 0), max(y, 0)
-    x1, y1 = min(x + size, 256), min(y + size, 256)
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + size, 256), min(y + size, 256)
     if x0 < x1 and y0 < y1:
-        picture, mask = icon(name, size, round(turn / tau * 32) % 32, flip)
-        inside = slice(y0 - y, y1 - y), slice(x0 - x, x1 - x)
-        mask = mask[inside] if seen is None else mask[inside] * seen[x0:x1]
-        cv2.copyTo(picture[inside], mask, frame[y0:y1, x0:x1])
+        layers = icon(name, size, round(turn / tau * 32) % 32, flip)
+        picture, mask = (layer[y0 - y:y1 - y, x0 - x:x1 - x] for layer in layers)
+        cv2.copyTo(picture, mask if seen is None else mask * seen[x0:x1], frame[y0:y1, x0:x1])
 
 
 def sprites(frame, things, size, corner=0j):
@@ -1306,36 +1302,31 @@ def whole(places):
 
 
 @functools.lru_cache(64)
-def pattern(kind, h, w, dark, light, seed=0):
-    """A texture of two colours with some noise, uint8 (h, w, 3), read-only."""
+def pattern(kind, dark, light, h, w):
+    """A texture of two colours with some noise, uint8 (h, w, 3)."""
     y, x = np.mgrid[:h, :w]
-    row = {"bricks": 16, "planks": 12}.get(kind, 32)
-    lines = (y % row < 2) | ((x + y // row * 12) % (24 if kind == "bricks" else 90) < 2)
+    joints = lambda high, wide, shift: (y % high < 2) | ((x + y // high * shift) % wide < 2)
     odd = (y // 32 + x // 32) % 2
     level = {
         "checker": odd,
-        "grid": ((y % 32 < 2) | (x % 32 < 2)) * 1.0,
-        "bricks": 1.0 - lines,
-        "planks": 1 - 0.8 * lines,
-        "sand": np.full((h, w), 0.5),
+        "grid": 1 * joints(32, 32, 0),
+        "bricks": 1 - joints(16, 24, 12),
+        "planks": 1 - 0.8 * joints(12, 90, 12),
+        "sand": 0.5 + 0 * x,
         "waves": 0.5 + 0.5 * np.sin(x / 9 + 2 * np.sin(y / 13)),
-        "tiles": ((y % 32 > 1) & (x % 32 > 1)) * (0.7 + 0.3 * odd),
-        "dots": ((y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10) * 1.0}[kind]
-    grain = np.random.default_rng(seed).random((h // 4 + 1, w // 4 + 1), np.float32)
+        "tiles": (1 - joints(32, 32, 0)) * (0.7 + 0.3 * odd),
+        "dots": 1 * ((y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10)}[kind]
+    grain = np.random.default_rng(0).random((h // 4 + 1, w // 4 + 1), np.float32)
     grain = cv2.resize(grain, (w, h), interpolation=cv2.INTER_NEAREST)
     mixed = (0.75 * level + 0.25 * grain)[..., None]
-    dark, light = np.array(colour(dark)), np.array(colour(light))
-    picture = (dark * (1 - mixed) + light * mixed).astype(np.uint8)
-    picture.flags.writeable = False
-    return picture
+    return np.uint8(colour(dark) * (1 - mixed) + colour(light) * mixed)
 
 
 @functools.lru_cache(16)
 def sky(top="37b", low="bdf", far="579", near="354", h=100):
     """Hills under a sky, uint8 (h, 768, 3), the same every 512 columns."""
     shade = np.linspace(0, 1, h)[:, None, None]
-    column = (1 - shade) * np.array(colour(top)) + shade * np.array(colour(low))
-    image = np.repeat(column.astype(np.uint8), 768, 1)
+    image = np.repeat(np.uint8((1 - shade) * colour(top) + shade * colour(low)), 768, 1)
     x = np.arange(768) / 512 * tau
     for i, ink in enumerate((far, near)):
         waves = np.sin(3 * x + i) + 0.6 * np.sin(7 * x + 2 * i)
@@ -1391,6 +1382,7 @@ def walled(w, h):
 
 
 MIDDLE = 0.5 + 0.5j                                # of a cell, from its corner
+WAYS = 1, -1, 1j, -1j                              # from a cell to the next ones
 
 
 def cell_of(p):
@@ -1415,12 +1407,9 @@ def solid(grid, p):
 
 def slide(grid, p, d, r):
     """Move a disc of radius r from p by d, one axis at a time, so that it glides along walls."""
-    for d in (complex(d.real, 0), complex(0, d.imag)):
-        q = p + d
-        left, right = int(q.real - r), int(q.real + r)
-        upper, lower = grid[int(q.imag - r)], grid[int(q.imag + r)]
-        blocked = upper[left] or upper[right] or lower[left] or lower[right]
-        if not blocked:
+    for q in (p + d.real, None):
+        q = q or p + 1j * d.imag
+        if not any(solid(grid, q + r * corner) for corner in (1 + 1j, 1 - 1j, -1 + 1j, -1 - 1j)):
             p = q
     return p
 
@@ -1437,10 +1426,10 @@ def distances(grid, goal):
     queue = [cell_of(goal)]
     far = {queue[0]: 0}
     for here in queue:
-        for cell in (here + 1, here - 1, here + 1j, here - 1j):
-            if cell not in far and not solid(grid, cell):
-                far[cell] = far[here] + 1
-                queue.append(cell)
+        for way in WAYS:
+            if here + way not in far and not solid(grid, here + way):
+                far[here + way] = far[here] + 1
+                queue.append(here + way)
     return far
 
 
@@ -1449,7 +1438,7 @@ def waypoint(far, p):
     that of the last one of the first straight stretch."""
     here = cell_of(p)
     nearer = lambda way: far.get(here + way, 999) < far.get(here, 998)
-    way = next((way for way in (1, -1, 1j, -1j) if nearer(way)), 0)
+    way = next(filter(nearer, WAYS), 0)
     aside = abs((p.imag if way.real else p.real) % 1 - 0.5)
     here += way
     while aside <= 0.15 and nearer(way):
@@ -1461,12 +1450,6 @@ def waypoint(far, p):
 
 LENS = np.linspace(-0.7, 0.7, 128)                 # where each of 128 columns looks: lateral over forward
 ROWS = np.arange(128, dtype=np.float32)[:, None] - 63.5
-
-
-def packed(rgb):
-    """Colours (..., 3) as one uint32 each, RGBA."""
-    rgba = np.concatenate([rgb, np.full((*rgb.shape[:-1], 1), 255)], -1)
-    return rgba.astype(np.uint8).view(np.uint32)[..., 0]
 
 
 class Walled(Game):
@@ -1500,15 +1483,14 @@ class FirstPerson(Walled):
     @classmethod
     @functools.lru_cache(8)
     def paint(cls):
-        """Wall texture (32 shades x 32 x 32,) and the ceiling's and floor's colours (128, 1), as packed
-        RGBA."""
-        texture = pattern(cls.wall[0], 32, 32, *cls.wall[1:]).astype(np.float32)
-        fades = [max(1 - i / 18, 0.15) for i in range(16)]
-        shades = np.stack([texture * fade * side for side in (1, 0.75) for fade in fades])
+        """Wall texture (32 shades x 32 x 32, 3) and ceiling and floor (128, 128, 3), uint8."""
+        texture, fades = np.float32(pattern(*cls.wall, 32, 32)), [max(1 - i / 18, 0.15) for i in range(16)]
+        shades = [texture * fade * side for side in (1, 0.75) for fade in fades]
         y = np.linspace(-1, 1, 128)[:, None]
         inks = zip(cls.ceiling, cls.floor)
         far, near = (np.where(y < 0, colour(above), colour(below)) for above, below in inks)
-        return packed(shades).ravel(), packed((1 - abs(y)) * far + abs(y) * near)[:, None]
+        ground = (1 - abs(y)) * far + abs(y) * near
+        return np.uint8(shades).reshape(-1, 3), np.repeat(np.uint8(ground)[:, None], 128, 1)
 
     def build(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
@@ -1559,13 +1541,11 @@ class FirstPerson(Walled):
         along = np.where(first < n - 1, p.imag + depth * ry, p.real + depth * rx)
         u = (along % 1 * 32).astype(np.int32)
         shade = np.minimum(depth * 2, 15).astype(np.int32) + 16 * (first >= n - 1)
-        v = ((ROWS * (depth / 115).astype(np.float32) + 0.5) * 32 + 1).astype(np.int32) - 1      # (128, 128)
+        v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(np.int32)              # (128, 128)
         texture, ground = self.paint()
-        walls = texture.take(shade * 1024 + u + v * 32, mode="clip")
-        pixels = np.where(v.view(np.uint32) < 32, walls, ground)
-        pixels = pixels.view(np.uint8).reshape(128, 128, 4)
+        walls = texture.take(shade * 1024 + u + v * 32, 0, mode="clip")
+        pixels = cv2.copyTo(walls, np.uint8(v == v % 32), ground.copy())
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
-        frame = cv2.cvtColor(frame, cv2.COLOR_RGBA2RGB)
         for thing in sorted(self.things, key=self.distance, reverse=True):
             self.billboard(frame, thing)
         return frame
@@ -1700,8 +1680,7 @@ class Siege(FirstPerson):
         if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
             speed = 0.07 * unit(self.pos - drone.at)
             self.shots.append(Thing("mine", drone.at, v=speed, lift=0.35, size=0.2))
-        wounds = self.wounds(self.pos, 0.3)
-        self.fly(self.shots, lambda shot: wounds(shot) or solid(self.grid, shot.at))
+        self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or solid(self.grid, shot.at))
 
     def draw(self):
         frame = super().draw()
@@ -1742,7 +1721,7 @@ class Rally(Game):
         path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + start)) * np.exp(1j * ways)
         path = np.roll(path, self.rng.randrange(256))
         self.path = path if self.rng.random() < 0.5 else path[::-1]
-        self.ground = pattern(*self.paving).copy()
+        self.ground = pattern(*self.paving, 1024, 1024).copy()
         if self.park:
             self.pos, self.face = 512 + 512j, self.rng.uniform(0, tau)
             self.spawn()
@@ -1873,11 +1852,11 @@ class TopDown(Walled):
         """Take a map of walls and draw it once, with a margin for the camera."""
         self.grid, self.known = grid, {}
         wall = np.kron(np.uint8(grid), np.ones((self.cell, self.cell), np.uint8))
-        (floor, *floor_inks), (block, dark, light), (h, w) = self.floor, self.block, wall.shape
-        self.ground = np.full((h + 256, w + 256, 3), np.uint8(colour(dark)) // 2)
+        h, w = wall.shape
+        self.ground = np.full((h + 256, w + 256, 3), np.uint8(colour(self.block[1])) // 2)
         inner = self.ground[128:-128, 128:-128]
-        inner[:] = pattern(floor, h, w, *floor_inks)
-        cv2.copyTo(pattern(block, h, w, dark, light), wall, inner)
+        inner[:] = pattern(*self.floor, h, w)
+        cv2.copyTo(pattern(*self.block, h, w), wall, inner)
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
@@ -1946,7 +1925,7 @@ class Swarm(TopDown):
         self.pos = self.move(self.pos, self.left * (8 if self.rests("dash") else 3.2))
         if self.count and self.pressed("RIGHT_TRIGGER", 7):
             self.shoot(self.pos, 22, 9)
-        self.fly(self.bolts, self.strikes(self.foes, self.width), 180)
+        self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, self.width), 180)
         for f in list(self.foes):
             if self.brute:
                 self.score = self.hp - f.hp
@@ -1957,10 +1936,9 @@ class Swarm(TopDown):
                 self.hurt()
                 f.at = self.move(f.at, 70 * unit(f.at - self.pos) or 70)
             self.chase(f)
-        for mine in self.things:
-            if self.distance(mine) < 26:
-                self.hurt()
-                self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
+        for mine in self.near(self.things, 26):
+            self.hurt()
+            self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
         taken = not self.count and self.distance(self.gem) < 28
         self.score += taken
         if self.count or taken:
@@ -2174,9 +2152,8 @@ class Shade(TopDown):
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
         if self.alarm >= 1:
             self.health = 0
-        for thing in list(self.things):
-            if self.distance(thing) < 30:
-                self.take(self.things, thing)
+        for thing in self.near(self.things, 30):
+            self.take(self.things, thing)
 
     def draw(self):
         frame, corner = self.view()
@@ -2385,9 +2362,8 @@ class Commando(Side):
         heart = self.pos - 22j
         if self.pressed("RIGHT_TRIGGER", 10):
             self.shoot(heart, 16, 10)
-        strikes, wounds = self.strikes(self.foes, 23), self.wounds(heart, 20)
-        self.fly(self.bolts, lambda bolt: strikes(bolt) or bolt.at.imag > 200, 170)
-        self.fly(self.shots, lambda shot: wounds(shot) or shot.at.imag > 200)
+        self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, 23) or bolt.at.imag > 200, 170)
+        self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
         for f in list(self.foes):
             self.skirmish(f, heart)
         torn = any(abs(wire.at.real - self.pos.real) < 20 for wire in self.things)
@@ -2415,7 +2391,7 @@ class Commando(Side):
         corner = self.pos.real - 128
         frame = self.back(self.pos.real)
         x = int(corner) % 128
-        frame[200:] = pattern("sand", 56, 512, "541", "874")[:, x:x + 256]
+        frame[200:] = pattern("sand", "541", "874", 56, 512)[:, x:x + 256]
         sprites(frame, [wire for wire in self.things if abs(wire.at.real - corner - 128) < 160], 40, corner)
         if not self.foe:
             sprite(frame, "copter", self.copter - corner, 92)
@@ -2487,7 +2463,7 @@ class Glider(Side):
         if self.tank:
             self.fly(self.bolts, self.falls, 999)
         else:
-            self.fly(self.bolts, self.strikes(self.things, 20))
+            self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.things, 20))
         for thing in list(self.things):
             self.meet(thing)
 
@@ -2528,7 +2504,7 @@ class Glider(Side):
         down, ground = min(round(corner.imag) + 96, 432 - 256), max(round(232 - corner.imag), 0)
         x = int(self.pos.real)
         frame = sky(*self.scenery, 432)[down:down + 256, x % 512:x % 512 + 256].copy()
-        fields = pattern("checker", 256, 512, "313", "636")
+        fields = pattern("checker", "313", "636", 256, 512)
         frame[ground:] = fields[:max(256 - ground, 0), x % 256:x % 256 + 256]
         if self.tank:
             spot = 70 + self.mark() + (212 - corner.imag) * 1j
@@ -2574,8 +2550,8 @@ class Dojo(Game):
 
     def begin(self):
         self.board, self.pos, self.way, self.aim = None, 128.0, self.rng.choice((-1, 1)), 0.0
-        self.floor = pattern("planks", 256, 256, "630", "a62").copy()
-        self.floor[:170] = pattern("grid", 170, 256, "fec", "c96")
+        self.floor = pattern("planks", "630", "a62", 256, 256).copy()
+        self.floor[:170] = pattern("grid", "fec", "c96", 170, 256)
         disc(self.floor, 128 + 70j, 40, "e63c32")
         for i in range(self.rivals):
             side = self.rng.choice((-1, 1)) if self.rivals == 1 else 2 * i - 1

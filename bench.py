@@ -49,10 +49,11 @@ import model as M
 import parse
 import play
 import sample
-from extract import UserError, neutral
+from extract import (BUTTON, BUTTONS, STICKS, UserError, VideoWriter, cores, neutral, read_clip, read_json,
+                     read_video, write_json, write_npy)
 
 HERE = Path(__file__).parent
-ICONS, ROWS_OF_GAMES, OTHERS = (extract.read_json(HERE / f"weights/{name}.json", dict)
+ICONS, ROWS_OF_GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
                                 for name in ("icons", "games", "others"))
 FPS = 30                                           # steps a second of game time
 PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
@@ -109,25 +110,26 @@ def record(args):
     if args.env and "script" not in game.table:
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
-    steps = args.minutes * 60 * game.fps
-    n = round(min(args.clip * game.fps, steps))
-    if n < 2 * extract.HORIZON:
+    if round(min(args.clip, args.minutes * 60) * game.fps) < 2 * extract.HORIZON:
         raise UserError(f"--minutes {args.minutes} --clip {args.clip}: expected clips of two chunks, "
                         f"{2 * extract.HORIZON / game.fps:.1f} s or more: give more")
     if args.ckpt and args.video:
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     if args.ckpt:
         learned(args.ckpt, args.euler)                                   # names a wrong file now, in one line
-    jobs = recordings(folder(args.out), tasks, max(round(steps / n), 1), args.seed, n)
+    jobs = recordings(args.out, tasks, args.minutes, args.seed, args.clip)
     work = record_video if args.video else functools.partial(record_folder, ckpt=args.ckpt, euler=args.euler)
     for i, line in enumerate(in_processes(work, jobs, 1 if args.env else args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line}", flush=True)
 
 
-def recordings(out, tasks, count, seed, n):
-    """Jobs for record_folder or record_video: so many of each game, n steps long."""
-    return [(out / f"{PLAYABLE[group[0]].game.name}-{i:03}", group, f"{seed} {i}", n)
-            for group in by_game(tasks).values() for i in range(count)]
+def recordings(out, tasks, minutes, seed, clip=30.0):
+    """Jobs for record_folder or record_video: so many minutes of each game, in clips of so many seconds at
+    most."""
+    game = PLAYABLE[tasks[0]].game
+    n = round(min(clip, minutes * 60) * game.fps)
+    return [(folder(out) / f"{PLAYABLE[group[0]].game.name}-{i:03}", group, f"{seed} {i}", n)
+            for group in by_game(tasks).values() for i in range(max(round(minutes * 60 * game.fps / n), 1))]
 
 
 def film(tasks, seed, n, policy=None):
@@ -166,7 +168,7 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
     clip = {"video": "", "game": game.name, "fps": game.fps, "n": n, "size": [extract.SIDE] * 2,
             "every": 1, "lag": 0, "player": str(ckpt or "scripted"), "seed": seed}
     if (path / "clip.json").is_file():
-        if extract.read_clip(path) != clip:
+        if read_clip(path) != clip:
             raise UserError(f"{path}: expected what these flags record, found another: give another --out")
         return f"{path.name}: recorded already"
     policy = learned(ckpt, euler) if ckpt else None
@@ -183,8 +185,8 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
         if policy:
             arrays["human"] = scripted
         for file, array in arrays.items():
-            extract.write_npy(tmp / f"{file}.npy", array)
-        extract.write_json(tmp / "clip.json", clip)
+            write_npy(tmp / f"{file}.npy", array)
+        write_json(tmp / "clip.json", clip)
     return f"{path.name}: {n} frames, {begins.sum()} episodes"
 
 
@@ -204,16 +206,16 @@ def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
     right, low = corner or (rng.random() < 0.5, rng.random() < 0.5)
     x, y = 8 + right * (size[0] - wide - 16), 8 + low * (size[1] - high - 16)
     truth = []
-    with extract.VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
+    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
         for frame, action, *_ in film(tasks, seed, n):
             picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
             paste_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
             video.add(picture)
             truth.append(action)
-    extract.write_npy(path.with_suffix(".truth.npy"), np.array(truth))
+    write_npy(path.with_suffix(".truth.npy"), np.array(truth))
     x0, y0, x1, y1 = (v * scale for v in extract.visible_box(skin))
     box = [x + x0, y + y0, x1 - x0, y1 - y0]
-    extract.write_json(path.with_suffix(".json"), {"box": box, "template": skin.name})
+    write_json(path.with_suffix(".json"), {"box": box, "template": skin.name})
     return f"{path.name}.mp4: {n} frames, {skin.name} {wide} px"
 
 
@@ -249,7 +251,7 @@ def suite(args):
         for who, row in rows["all"].items():
             print(f"{who}: return {row['score']:.2f} +- {row['deviation']:.2f}")
     if args.out:
-        extract.write_json(folder(args.out) / "suite.json", facts(args, began) | {"rows": rows})
+        write_json(folder(args.out) / "suite.json", facts(args, began) | {"rows": rows})
         chart(Path(args.out) / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
 
 
@@ -368,28 +370,26 @@ def demo(args):
     out, began, tasks = folder(args.out), time.monotonic(), pick_tasks(args.tasks or DEMO)
     asked = vars(args) | {"run": "demo", "out": "", "n": 0}            # --out may be moved, -n differ
     before = out / "arguments.json"
-    if before.is_file() and extract.read_json(before, dict) != asked:
+    if before.is_file() and read_json(before, dict) != asked:
         raise UserError(f"{before}: expected the flags of this run, found others: give a new --out")
-    extract.write_json(before, asked)
+    write_json(before, asked)
     videos, clips = folder(out / "videos"), out / "clips"
     runs = {"model": out / "model", "true labels": out / "model-truth"}
 
     with stage(out, "play on video") as say:
-        steps = round(args.minutes * 60 * FPS / args.videos)
-        jobs = recordings(videos, tasks, args.videos, args.seed, steps)
+        jobs = recordings(videos, tasks, args.minutes, args.seed, args.minutes * 60 / args.videos)
         low_left = functools.partial(record_video, corner=(False, True))     # as one channel places its pad
-        print(*in_processes(low_left, jobs, extract.cores()), sep="\n")
-        minutes = len(jobs) * steps / FPS / 60
-        say(f"{len(jobs)} mp4 of {', '.join(by_game(tasks))}, {minutes:.1f} minutes at 640 x 360")
+        print(*in_processes(low_left, jobs, cores()), sep="\n")
+        say(f"{len(jobs)} mp4, {args.minutes:.1f} minutes each of {', '.join(by_game(tasks))}, 640 x 360")
 
     with stage(out, "find the overlays (extract.py)") as say:
-        run_scripts(*[["extract.py", videos, "--out", clips]] * min(extract.cores(), len(jobs)))
+        run_scripts(*[["extract.py", videos, "--out", clips]] * min(cores(), len(jobs)))
         ious = {}
         for path in sorted(videos.glob("*.json")):
             clip = clips / path.stem
             if (clip / "clip.json").is_file():
                 shutil.copy(path.with_suffix(".truth.npy"), clip / "truth.npy")
-                known, found = extract.read_json(path, dict), extract.read_clip(clip)
+                known, found = read_json(path, dict), read_clip(clip)
                 ious[path.stem] = extract.overlap(box_corners(known["box"]), box_corners(found["box"]))
         if not ious:
             raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
@@ -397,9 +397,9 @@ def demo(args):
         say(finding)
 
     with stage(out, "read the actions (parse.py)") as say:
-        run_scripts(*[["parse.py", "run", clips]] * min(extract.cores(), len(ious)))
+        run_scripts(*[["parse.py", "run", clips]] * min(cores(), len(ious)))
         scores = parse.mean_of([parse.score(*actions_and_truth(clips / name),
-                                            extract.read_clip(clips / name)["geometry"]) for name in ious])
+                                            read_clip(clips / name)["geometry"]) for name in ious])
         left, right = (scores.get(f"{side} R2", math.nan) for side in ("left", "right"))
         reading = f"stick R2 {left:.2f} left, {right:.2f} right, button F1 {scores['F1']:.2f}"
         say(reading)
@@ -410,7 +410,7 @@ def demo(args):
         say(f"{args.steps} steps of {args.batch} frames each, from parsed and from true labels")
 
     with stage(out, "play the tasks") as say:
-        table = completion(tasks, ["random", "scripted"], args.n, args.seed, extract.cores())
+        table = completion(tasks, ["random", "scripted"], args.n, args.seed, cores())
         for who, run in runs.items():
             films = out if who == "model" else None
             table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, seed=args.seed, films=films)
@@ -423,7 +423,7 @@ def demo(args):
     said = facts(args, began)
     print(f"above random by an interval: {better} of {len(tasks)} tasks | {said['seconds']} s | "
           f"{out / 'demo.png'}")
-    extract.write_json(out / "demo.json", said | {"iou": ious, "parser": scores, "rows": rows})
+    write_json(out / "demo.json", said | {"iou": ious, "parser": scores, "rows": rows})
 
 
 def train_runs(args, steps, runs):
@@ -455,25 +455,25 @@ def story(out, video, tasks, rows, finding, reading):
     was pressed and what was read, the model at play, what it completes; finding, reading: the figures of
     extract.py and parse.py, in words."""
     page, clip = Image.new("RGB", (1600, 820), "#fafafa"), out / "clips" / video.stem
-    meta, (actions, truth) = extract.read_clip(clip), actions_and_truth(clip)
+    meta, (actions, truth) = read_clip(clip), actions_and_truth(clip)
 
     def show(x, y, w, rgb, text):
-        heading(page, x, y - 10, text)
+        write(page, x, y - 10, text, 16)
         page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
     busy = np.abs(truth[:, 21:]).sum(1)                        # of each third the moment of the widest tilts
     moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 3)]
     skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
 
-    frame = next(rgb for i, rgb in extract.read_video(video) if i == moments[1]).copy()
+    frame = next(rgb for i, rgb in read_video(video) if i == moments[1]).copy()
     x0, y0, x1, y1 = (round(v) for v in box_corners(meta["box"]))
     cv2.rectangle(frame, (x0, y0), (x1, y1), (0, 255, 0), 2)
     show(20, 50, 640, frame, f"1  a video with one of our pads; extract.py finds it among them: {finding}")
-    heading(page, 700, 40, f"2  parse.py: the crop, what was pressed, what is read: {reading}")
+    write(page, 700, 40, f"2  parse.py: the crop, what was pressed, what is read: {reading}", 16)
     for k, i in enumerate(moments):
         crop = cv2.resize(extract.Frames(clip, "pads")[i], (290, 290 * skin.size[1] // skin.size[0]))
         show(700 + 300 * k, 60, 290, sample.beside(crop, skin, truth[i], actions[i]), "")
     for k, task in enumerate(tasks[:3]):
-        frames = [rgb for _, rgb in extract.read_video(out / film_name(task))]
+        frames = [rgb for _, rgb in read_video(out / film_name(task))]
         show(20 + 290 * k, 570, 280, frames[len(frames) // 2], f"{'' if k else '3  the model plays '}{task}")
     n = rows[tasks[0]]["model"]["n"]
     chart(out / "tasks.png", f"4  tasks completed, n {n} each; thin lines: 95 % intervals",
@@ -496,9 +496,9 @@ def transfer(args):
     trials = [*itertools.product(games, args.minutes, args.seeds)]
     few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials}
     with stage(out, "record") as say:
-        jobs = [job for game in GAMES for job in clips_of(out / "data" / game, game, args.others, 0)]
-        for (game, minutes, seed), path in few.items():
-            jobs += clips_of(path, game, minutes, 1000 + seed)
+        wanted = [(out / "data" / game, game, args.others, 0) for game in GAMES]
+        wanted += [(path, game, minutes, 1000 + seed) for (game, minutes, seed), path in few.items()]
+        jobs = [job for path, game, *more in wanted for job in recordings(path, pick_tasks([game]), *more)]
         print(*in_processes(record_folder, jobs, args.workers), sep="\n")
         say(f"{args.others:g} minutes of each game, {len(few)} small recordings of held-out ones")
 
@@ -530,7 +530,7 @@ def transfer(args):
         gained = percent(row, "gain") if row["gain"] else "none: scratch completes nothing"
         print(f"{name:26} post-trained {post:.1%} | scratch {scratch:.1%} | "
               f"{percent(row, 'points')} points | gain {gained} | n {row['n']}")
-    extract.write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
+    write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
     chart(out / "transfer.png", f"completion of held-out games, {len(games) * len(args.seeds)} pairs",
           {name: row["bars"] for name, row in gains.items()})
 
@@ -538,12 +538,6 @@ def transfer(args):
 def percent(row, name):
     """A figure of gain() and its interval."""
     return f"{row[name]:+.1%} [{row[f'{name} low']:+.1%}, {row[f'{name} high']:+.1%}]"
-
-
-def clips_of(out, game, minutes, seed):
-    """Jobs for record_folder: so many minutes of all tasks of a game, in clips of half a minute at most."""
-    steps, count = round(min(minutes, 0.5) * 60 * FPS), max(round(minutes * 2), 1)
-    return recordings(folder(out), pick_tasks([game]), count, seed, steps)
 
 
 def gains_of(results):
@@ -650,7 +644,7 @@ def throughput(args):
         n, number = args.seconds * FPS, itertools.count()
         latest = lambda: max(Path(tmp).glob("*.mp4"))
         stages = {"record": lambda: record_video(Path(tmp) / f"{next(number)}", ["swarm/bugs"], "0 0", n),
-                  "decode": lambda: sum(1 for _ in extract.read_video(latest())),
+                  "decode": lambda: sum(1 for _ in read_video(latest())),
                   "extract.py": lambda: extract.main([str(latest()), "--out", f"{tmp}/clips"]),
                   "parse.py": lambda: parse.main(["run", f"{tmp}/clips"])}
         with contextlib.redirect_stdout(io.StringIO()):   # the second time the templates are drawn, described
@@ -667,11 +661,9 @@ class Scripted:
 
     def __init__(self, game, seed=0):
         self.game, self.rng = game, random.Random(f"player {seed}")
-        self.late = deque([(0j, 0j, "")] * self.rng.randint(*game.late))
+        self.late = deque([(0j, 0j, "")] * self.rng.randint(2, 4))
         self.askew, self.reach = self.rng.gauss(0, 0.05), self.rng.uniform(0.93, 1.0)
         self.quick, self.careless = self.rng.uniform(0.4, 0.7), self.rng.uniform(0.002, 0.007)
-        if game.late == (0, 0):
-            self.quick = 1.0                                           # a game that waits: each push is whole
         self.sticks, self.slip = [0j, 0j], 0
 
     def act(self):
@@ -680,12 +672,12 @@ class Scripted:
         *wanted, keys = self.late.popleft()
         wanted, keys = self.slipped(wanted, keys.split())
         action = neutral()
-        for i, (name, want) in enumerate(zip(extract.STICKS, wanted)):
+        for i, (name, want) in enumerate(zip(STICKS, wanted)):
             trembling = complex(self.rng.gauss(0, 0.03), self.rng.gauss(0, 0.03)) if want else 0
             self.sticks[i] += (want * rect(self.reach, self.askew) + trembling - self.sticks[i]) * self.quick
             s = capped(self.sticks[i])
-            action[extract.STICKS[name]] = s.real, s.imag
-        action[[extract.BUTTON[k] for k in keys]] = 1
+            action[STICKS[name]] = s.real, s.imag
+        action[[BUTTON[k] for k in keys]] = 1
         return action
 
     def slipped(self, wanted, keys):
@@ -713,7 +705,7 @@ class Blind:
         self.way, _, attack = how.partition("+")
         self.draws = how in ("random", "mash")
         keys = [k for k in game.keys if k.isupper()] if self.draws else game.attack if attack else []
-        self.keys = [extract.BUTTON[k] for k in keys]
+        self.keys = [BUTTON[k] for k in keys]
 
     def act(self):
         """float (25,), the action of this step."""
@@ -779,10 +771,10 @@ def learned(path, steps):
 #                  factors, {"left.up": 1, "SOUTH": 1}. Of a Discrete space the first is taken of which all are
 #                  beyond play.TILT ({} always is), of MultiBinary all such. A Box takes the sums.
 #   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
-#   script, late   the scripted player (of SCRIPTS) and by how many steps it is late
+#   script         the scripted player (of SCRIPTS)
 AXES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways
-READINGS = {f"{stick}.{side}": (at.start + axis, sign) for stick, at in extract.STICKS.items()
-            for side, (axis, sign) in AXES.items()} | {name: (i, 1) for name, i in extract.BUTTON.items()}
+READINGS = {f"{stick}.{side}": (at.start + axis, sign) for stick, at in STICKS.items()
+            for side, (axis, sign) in AXES.items()} | {name: (i, 1) for name, i in BUTTON.items()}
 
 
 def foreign_task(args):
@@ -792,7 +784,7 @@ def foreign_task(args):
         if args.env.startswith(beginning):
             table |= row
     if args.table:
-        table |= extract.read_json(args.table, dict)
+        table |= read_json(args.table, dict)
     known = ", ".join(OTHERS)
     with extract.reading(f"--env {args.env}", f"fps, seconds, frame, controls, success in --table ({known})"):
         words = {word for rule in table["controls"].values() for word in rule}
@@ -802,8 +794,8 @@ def foreign_task(args):
         if not {"return", "info"} & table["success"].keys():
             raise ValueError("no success by return or info")
         name = re.sub(r"\W+", "_", args.env)
-        fields = {"name": name.lower(), "fps": table["fps"], "late": tuple(table.get("late", Game.late)),
-                  "table": table, "idle": [], "keys": sorted(words & extract.BUTTON.keys()) or ["SOUTH"]}
+        fields = {"name": name.lower(), "fps": table["fps"], "table": table, "idle": [],
+                  "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
         game = type(name, (Foreign,), fields)
         PLAYABLE[args.env] = Task(args.env, game, "theirs", 0, table["seconds"], {}, False, table["frame"])
     return args.env
@@ -874,10 +866,6 @@ def pad_to_action(space, controls, names=()):
     """An action space, its controls, the game's names of its actions -> from action float (25,) to the
     space's element."""
     kind = type(space).__name__
-    if kind == "Dict":
-        parts = {key: pad_to_action(part, controls, names) for key, part in space.spaces.items()}
-        return lambda action: {key: choose(action) for key, choose in parts.items()}
-    names = [name for name in names if name.endswith("_DELTA") == (kind == "Box")]   # so ViZDoom numbers them
     rules = {names.index(key) if key in names else int(key): rule for key, rule in controls.items()
              if key in names or key.isdecimal()}                       # others are of other games of the kind
     n = math.prod(space.shape) if kind == "Box" else int(space.n)
@@ -920,23 +908,7 @@ def aims(game):
     return (0j, stick, shoots) if turns else (stick, 0j, shoots)
 
 
-def walks(game):
-    """MiniGrid: the shortest way to the goal, around walls and lava; doors are not opened."""
-    at, cells = game.inside, game.inside.grid
-    kinds = [[getattr(cells.get(x, y), "type", "floor") for x in range(cells.width)]
-             for y in range(cells.height)]
-    grid = [[kind not in ("floor", "goal") for kind in row] for row in kinds]
-    goals = (complex(row.index("goal"), y) for y, row in enumerate(kinds) if "goal" in row)
-    here, face = complex(*map(int, at.agent_pos)), 1j ** int(at.agent_dir)
-    far = distances(grid, next(goals, here))
-    ways = [way for way in (face, 1j * face, -1j * face, -face) if far.get(here + way, 999) < far.get(here, 0)]
-    if not ways:
-        return 0j, 0j, ""
-    side = ahead_and_right(ways[0], face).imag
-    return (-1j if ways[0] == face else complex(copysign(1, side))), 0j, ""
-
-
-SCRIPTS = {"aims": aims, "walks": walks}
+SCRIPTS = {"aims": aims}
 
 
 # ---- what a game is
@@ -946,7 +918,7 @@ class Game:
     the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
     control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
     What "look" holds are attributes of all its tasks, what a task's "start" holds is of this one."""
-    fps, late = FPS, (2, 4)                # steps a second; by how many of them a person is late
+    fps = FPS
 
     def __init__(self, task, seed=0):
         self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
@@ -964,8 +936,8 @@ class Game:
     def advance(self, action):
         """One step with action float (25,), without drawing."""
         if not self.over:
-            self.left, self.right = (capped(complex(*action[s])) for s in extract.STICKS.values())
-            self.held = {extract.BUTTONS[i] for i in np.flatnonzero(action[:21] > 0.5)}
+            self.left, self.right = (capped(complex(*action[s])) for s in STICKS.values())
+            self.held = {BUTTONS[i] for i in np.flatnonzero(action[:21] > 0.5)}
             self.t += 1
             self.play()
             self.won = self.score >= self.task.goal and self.health > 0
@@ -1107,22 +1079,20 @@ def stage(out, what):
 
 
 def run_scripts(*commands):
-    """Run scripts of ours side by side, each with its share of the cores; equal commands share the videos or
-    clips. Inside of a stage: what they print goes to its log."""
+    """Run scripts of ours side by side, each with its share of the cores, of the videos or of the clips.
+    Inside of a stage: what they print goes to its log."""
     sys.stdout.flush()
-    running = []
+    running, world = [], len(commands)
     for rank, (script, *words) in enumerate(commands):
-        env = os.environ | {"OMP_NUM_THREADS": str(max(extract.cores() // len(commands), 1))}
-        if commands.count(commands[0]) == len(commands) > 1:
-            env |= {"RANK": str(rank), "WORLD_SIZE": str(len(commands))}
-        words = [sys.executable, str(HERE / script), *map(str, words)]
-        running.append(subprocess.Popen(words, stdout=sys.stdout, stderr=subprocess.STDOUT, env=env))
+        env = {"OMP_NUM_THREADS": max(cores() // world, 1), "RANK": rank, "WORLD_SIZE": world}
+        running.append(subprocess.Popen([sys.executable, str(HERE / script), *map(str, words)],
+                                        stdout=sys.stdout, stderr=subprocess.STDOUT,
+                                        env=os.environ | {name: str(value) for name, value in env.items()}))
     try:
         failed = [p.args[1] for p in running if p.wait()]
-    except KeyboardInterrupt:
+    finally:
         for p in running:
-            p.wait()                                              # they were interrupted too, and end cleanly
-        raise
+            p.wait()                                   # interrupted ones were so too, and end cleanly
     if failed:
         last = Path(sys.stdout.name).read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
         raise UserError(f"{failed[0]} failed: {' '.join(last)} (see {sys.stdout.name})")
@@ -1131,7 +1101,7 @@ def run_scripts(*commands):
 def machine():
     """What the numbers were taken on."""
     versions = f"torch {torch.__version__}, opencv {cv2.__version__}"
-    return f"{platform.machine()}, {extract.cores()} cores, {versions}"
+    return f"{platform.machine()}, {cores()} cores, {versions}"
 
 
 @functools.lru_cache(1)
@@ -1148,7 +1118,7 @@ def paste_pad(ground, skin, action, opacity=1.0):
 
 def new_film(path, fps):
     """A video for what beside_pad() gives."""
-    return extract.VideoWriter(path, fps, sample.page_size(512, 512, skins()[0], 1))
+    return VideoWriter(path, fps, sample.page_size(512, 512, skins()[0], 1))
 
 
 def beside_pad(frame, action):
@@ -1156,21 +1126,26 @@ def beside_pad(frame, action):
     return sample.beside(cv2.resize(frame, (512, 512), interpolation=cv2.INTER_NEAREST), skins()[0], action)
 
 
+def write(page, x, y, text, size=13, ink="#14141e"):
+    """A line of text on a picture, from its lower left corner."""
+    ImageDraw.Draw(page).text((x, y), text, ink, ImageFont.load_default(size), "ls")
+
+
 def chart(path, title, rows):
     """A table {row: {player: {"rate", "low", "high"}}} as a picture of bars, a group for each row; a thin
     line is the interval. Above them stands which colour is whose."""
     end = 70 + sum(9 * len(row) + 10 for row in rows.values())
     page = Image.new("RGB", (900, end + 20), "#fafafa")
-    pen, font, left, wide, y = ImageDraw.Draw(page), ImageFont.load_default(13), 190, 680, 70
-    pen.text((20, 30), title, "#14141e", ImageFont.load_default(18), "ls")
+    pen, left, wide, y = ImageDraw.Draw(page), 190, 680, 70
+    write(page, 20, 30, title, 18)
     for mark in (0, 0.25, 0.5, 0.75, 1):
         x = left + wide * mark
         pen.line((x, y, x, end), "#d7d7dc")
-        pen.text((x, end + 12), f"{mark:.0%}", "#14141e", font, "ms")
+        write(page, x - 12, end + 16, f"{mark:.0%}")
     for i, who in enumerate(next(iter(rows.values()))):
-        pen.text((left + 130 * i, y - 4), who, INKS[who], font, "ls")
+        write(page, left + 130 * i, y - 4, who, ink=INKS[who])
     for name, row in rows.items():
-        pen.text((left - 8, y + 4.5 * len(row)), name, "#14141e", font, "rm")
+        write(page, 10, y + 4.5 * len(row) + 5, name)
         for who, r in row.items():
             rate, low, high = (left + wide * r[key] for key in ("rate", "low", "high"))
             pen.rectangle((left, y, rate, y + 7), INKS[who])
@@ -1183,16 +1158,15 @@ def chart(path, title, rows):
 def games(args):
     """OUT/games.png: two games a row, the three tasks of each side by side, after two seconds of scripted
     play."""
-    page = Image.new("RGB", (1560, 280 * 5), "#181818")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
-    for i, task in enumerate(TASKS.values()):
-        game = task.game(task, args.seed)
+    page = Image.new("RGB", (1560, 1400), "#181818")
+    for i, (name, task) in enumerate(TASKS.items()):
+        game = task.game(name, args.seed)
         player = Scripted(game, args.seed)
         while not game.over and game.t < 60:
             game.advance(player.act())
         x, y = i % 6 * 260 + 2, i // 6 * 280 + 2
         page.paste(Image.fromarray(game.render()), (x, y))
-        pen.text((x, y + 272), f"{task.name}: {task.text}", "white", font, "ls")
+        write(page, x, y + 272, f"{name}: {task.text}", 10, "white")
     path = folder(args.out) / "games.png"
     page.save(path)
     print(path)
@@ -1407,10 +1381,9 @@ def solid(grid, p):
 
 def slide(grid, p, d, r):
     """Move a disc of radius r from p by d, one axis at a time, so that it glides along walls."""
-    for q in (p + d.real, None):
-        q = q or p + 1j * d.imag
-        if not any(solid(grid, q + r * corner) for corner in (1 + 1j, 1 - 1j, -1 + 1j, -1 - 1j)):
-            p = q
+    for step in (d.real, 1j * d.imag):
+        if not any(solid(grid, p + step + r * corner) for corner in (1 + 1j, 1 - 1j, -1 + 1j, -1 - 1j)):
+            p += step
     return p
 
 
@@ -1589,16 +1562,16 @@ class Crypt(FirstPerson):
             self.bring(self.steps[self.score])
 
     def play(self):
-        self.walk(0.05 if "LEFT_TRIGGER" in self.held else 0.09)
-        goal, reach = self.goal, self.distance(self.goal)
+        shield, goal = "LEFT_TRIGGER" in self.held, self.goal
+        self.walk(0.05 if shield else 0.09)
         if self.steps[0] == "ghoul":
-            self.fight(goal, reach)
-        elif reach < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
+            self.fight(goal, self.distance(goal), shield)
+        elif self.distance(goal) < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
             self.done()
 
-    def fight(self, ghoul, reach):
+    def fight(self, ghoul, reach, shield):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
-        shield, off = "LEFT_TRIGGER" in self.held, lambda: abs(self.angle(ghoul.at))
+        off = lambda: abs(self.angle(ghoul.at))
         self.goes_to = ghoul.at
         if reach > 0.8:
             to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
@@ -1610,8 +1583,8 @@ class Crypt(FirstPerson):
         elif reach < 1.2 and self.ready("wind", 45):
             ghoul.wind = 15
         ghoul.kind = "ghoul!" if ghoul.wind else "ghoul"
-        if not shield and self.pressed("RIGHT_TRIGGER", 24):
-            if reach < 1.25 and off() < 0.45 and not ghoul.wind:
+        if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
+            if reach < 1.25 and off() < 0.45:
                 ghoul.hp -= 1
                 ghoul.at = self.move(ghoul.at, 0.3 * unit(ghoul.at - self.pos), 0.2)
         if ghoul.hp <= 0:
@@ -1624,8 +1597,7 @@ class Crypt(FirstPerson):
         if "LEFT_TRIGGER" in self.held:
             disc(frame, 80 + 246j, 54, "5a6ec8")
         resting = self.rests("RIGHT_TRIGGER")
-        swing = max(resting - 14, 0)
-        tip = complex(210 - 4 * swing, 170 + 3 * swing)
+        tip = 210 + 170j + (3j - 4) * max(resting - 14, 0)
         line(frame, 214 + 256j, tip, "787882" if resting else "f0f0fa", 12)
         return frame
 
@@ -1634,10 +1606,9 @@ class Crypt(FirstPerson):
         if self.steps[0] != "ghoul":
             push = "SOUTH" if goal.kind != "portal" and reach < 1 else ""
             return *self.steer(self.target(), 0.1), push
-        near = reach < 1.6
-        straight = near and self.sees(self.pos, goal.at)
+        straight = reach < 1.6 and self.sees(self.pos, goal.at)
         left, right = self.steer(goal.at, 0.95) if straight else self.steer(self.target(), 0.1)
-        if near and goal.wind:
+        if reach < 1.6 and goal.wind:
             return 0j, right, "LEFT_TRIGGER"
         return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(goal.at)) < 0.35 else ""
 
@@ -2692,22 +2663,20 @@ for task in TASKS if play.gymnasium else ():
 
 MANY, SEED, TIME = extract.number(int, 1), extract.number(int, 0), extract.number(float, 1 / 30)
 FLAGS = {
-    "--out": dict(metavar="DIR", help="folder to write to; what is whole there stays"),
-    "--games": dict(nargs="+", metavar="G", help="games or tasks (default: record all, transfer three)"),
-    "--tasks": dict(nargs="+", metavar="T", help="tasks or games (default: suite all, demo three)"),
-    "--env": dict(metavar="ID", help="a game by others instead: its Gymnasium id"),
-    "--table": dict(metavar="FILE.json", help="how a pad plays --env (default: as weights/others.json says)"),
+    "--out": dict(help="folder to write to; what is whole there stays"),
+    "--games": dict(nargs="+", help="games or tasks (default: record all, transfer three)"),
+    "--tasks": dict(nargs="+", help="tasks or games (default: suite all, demo three)"),
+    "--env": dict(help="a game by others instead: its Gymnasium id"),
+    "--table": dict(help="JSON file: how a pad plays --env (default: as weights/others.json says)"),
     "--ckpt": dict(help="a .safetensors or a run folder; record: it plays in turns with the script"),
-    "--euler": dict(type=MANY, metavar="K", help="its Euler steps (default: the checkpoint's; transfer: 4)"),
+    "--euler": dict(type=MANY, help="its Euler steps (default: the checkpoint's; transfer: 4)"),
     "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
     "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),
     "--clip": dict(type=TIME, default=30, help="seconds of a clip (default 30)"),
     "--videos": dict(type=MANY, default=4, help="files of these minutes, each with another pad (default 4)"),
     "-n": dict(type=MANY, help="rollouts of each task (default %(default)s)"),
-    "--actions-per-chunk": dict(type=MANY, default=8, metavar="K",
-                                help="steps to play before looking again (default 8)"),
-    "--delay": dict(type=SEED, default=0, metavar="D",
-                    help="steps by which each chunk comes late, as on a slow machine (default 0)"),
+    "--actions-per-chunk": dict(type=MANY, default=8, help="steps to play before looking again (default 8)"),
+    "--delay": dict(type=SEED, default=0, help="steps by which each chunk comes late, as on a slow machine"),
     "--no-overlap": dict(action="store_true", help="through --delay hold the last action, play no chunk on"),
     "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
     "--envs": dict(type=MANY, default=64, help="games side by side (default 64; of --env 8 do)"),
@@ -2718,11 +2687,10 @@ FLAGS = {
     "--pretrain": dict(type=MANY, default=1500, help="steps of pre-training (default 1500)"),
     "--others": dict(type=TIME, default=5, help="minutes of each other game to pre-train on (default 5)"),
     "--repeats": dict(type=MANY, default=3, help="the best of this many (default 3)"),
-    "--threads": dict(type=MANY, help="CPU threads (default: torch's choice)"),
     "--device": dict(default="auto", help="auto, cpu, cuda, mps (default auto)"),
     "--seconds": dict(type=MANY, default=20, help="length of the video (default 20)"),
     "--seed": dict(type=SEED, default=0, help="of everything drawn (default 0)"),
-    "--workers": dict(type=MANY, default=extract.cores(), help="processes (default: one a core)")}
+    "--workers": dict(type=MANY, default=cores(), help="processes (default: one a core)")}
 
 
 def main(argv=None):
@@ -2735,7 +2703,7 @@ def main(argv=None):
     def command(run, text, flags, **defaults):
         p = sub.add_parser(run.__name__, help=text, allow_abbrev=False)
         for name in flags.split():
-            p.add_argument(name, required=name == "--out" and run is not suite, **FLAGS[name])
+            p.add_argument(name, required=name == "--out" and run != suite, **FLAGS[name])
         p.set_defaults(run=run, **defaults)
         return p
     command(record, "scripted play -> clip folders, or videos with an overlay",
@@ -2751,7 +2719,7 @@ def main(argv=None):
     p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
     p.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="of data, noise (default 0 1 2)")
     p = command(latency, "seconds for one chunk, against the released way of sampling",
-                "--preset --ckpt --repeats --threads --device", preset="nitrogen")
+                "--preset --ckpt --repeats --device", preset="nitrogen")
     p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")
     command(throughput, "a step of each game, and of each stage of the chain", "--seconds")
     command(games, "a picture of the ten games", "--out --seed")

@@ -5308,16 +5308,6 @@ def test_every_room_of_the_vault_holds_what_it_is_about():
             assert len(game.things) + len(game.foes) >= least
 
 
-@pytest.mark.parametrize("late, at_once", [((0, 0), True), ((2, 2), False)])
-def test_a_game_that_waits_for_its_player_gets_each_push_whole_and_at_once(late, at_once):
-    ways = [1 + 0j, -1j, 0j, -1 + 0j]
-    coming = iter(ways)
-    game = types.SimpleNamespace(late=late, keys={"SOUTH": "take"}, wish=lambda: (next(coming), 0j, ""))
-    player = bench.Scripted(game, seed=0)
-    pushed = [complex(*player.act()[extract.STICKS["left"]]) for _ in ways]
-    assert all(abs(p - way) < 0.25 for p, way in zip(pushed, ways)) == at_once
-
-
 def test_wilson_interval():
     high = 1.96 ** 2 / (10 + 1.96 ** 2)                                # closed form at 0 of n
     assert bench.wilson(0, 10) == pytest.approx((0, high))
@@ -5641,11 +5631,6 @@ def test_tables_map_pads_to_every_kind_of_action():
     numbers = bench.pad_to_action(box, sums)
     assert numbers(push(1j, 0.1, "RIGHT_TRIGGER", "SOUTH")).tolist() == pytest.approx([-1.2, 1, 0.5])
     assert numbers(push(0j, -1)).tolist() == [4, 0, 0]                 # no more than the space's bounds
-    wide = space("Box", shape=(1,), low=np.float32([-3e38]), high=np.float32([3e38]), dtype=np.float32)
-    parts = space("Dict", spaces={"binary": space("MultiBinary", n=1), "continuous": wide})
-    controls = {"ATTACK": {"RIGHT_TRIGGER": 1}, "LOOK_DELTA": {"right.y": 3}}
-    both = bench.pad_to_action(parts, controls, ("LOOK_DELTA", "ATTACK"))(push(0j, 0.5j, "RIGHT_TRIGGER"))
-    assert {k: v.tolist() for k, v in both.items()} == {"binary": [1], "continuous": [1.5]}
 
 
 def test_ready_tables_speak_of_controls_that_exist():

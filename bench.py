@@ -1379,20 +1379,6 @@ def solid(grid, p):
     return grid[int(p.imag)][int(p.real)]
 
 
-def slide(grid, p, d, r):
-    """Move a disc of radius r from p by d, one axis at a time, so that it glides along walls."""
-    for step in (d.real, 1j * d.imag):
-        if not any(solid(grid, p + step + r * corner) for corner in (1 + 1j, 1 - 1j, -1 + 1j, -1 - 1j)):
-            p += step
-    return p
-
-
-def sees(grid, p, q):
-    """Is the straight line between two places free of walls?"""
-    n = int(abs(q - p) * 4) + 1
-    return not any(solid(grid, p + (q - p) * i / n) for i in range(n + 1))
-
-
 def distances(grid, goal):
     """Steps to the cell of `goal` from every cell from which it can be reached: {cell: n}; cells are whole
     numbers."""
@@ -1430,12 +1416,19 @@ class Walled(Game):
     cell = 1
 
     def move(self, p, d, r=12):
-        """From p by d, a disc of radius r that walls stop."""
-        return slide(self.grid, p / self.cell, d / self.cell, r / self.cell) * self.cell
+        """From p by d, a disc of radius r: one axis at a time, so that it glides along walls."""
+        p, d, r = p / self.cell, d / self.cell, r / self.cell
+        for step in (d.real, 1j * d.imag):
+            corners = (p + step + r * corner for corner in (1 + 1j, 1 - 1j, -1 + 1j, -1 - 1j))
+            if not any(solid(self.grid, corner) for corner in corners):
+                p += step
+        return p * self.cell
 
     def sees(self, p, q):
-        """Is no wall between two places?"""
-        return sees(self.grid, p / self.cell, q / self.cell)
+        """Is the straight line between two places free of walls?"""
+        p, q = p / self.cell, q / self.cell
+        n = int(abs(q - p) * 4) + 1
+        return not any(solid(self.grid, p + (q - p) * i / n) for i in range(n + 1))
 
     def ways_to(self, goal):
         """distances() of a place; each is found once a map, as actors stay in a cell for many steps."""
@@ -1686,8 +1679,7 @@ class Rally(Game):
 
     def begin(self):
         self.speed, self.index, self.gates = 0.0, 0, []
-        k = self.plan.randint(2, 4)
-        bend, start = self.plan.uniform(0.16, 0.24), self.plan.uniform(0, tau)
+        k, bend, start = self.plan.randint(2, 4), self.plan.uniform(0.16, 0.24), self.plan.uniform(0, tau)
         ways = np.arange(256) / 256 * tau
         path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + start)) * np.exp(1j * ways)
         path = np.roll(path, self.rng.randrange(256))
@@ -1701,28 +1693,20 @@ class Rally(Game):
 
     def build(self, path):
         """The road, the trees beside it, its gates and the other cars."""
-        self.stroke(path, "ebebeb", 112)
-        self.stroke(path, "54545c", 100)
-        for i in range(0, 256, 4):
-            self.stroke(path[i:i + 2], "fadc5a", 5)
+        dashes = [(path[i:i + 2], "fadc5a", 5) for i in range(0, 256, 4)]
+        for places, ink, thick in [(path, "ebebeb", 112), (path, "54545c", 100), *dashes]:
+            cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
         self.pos, self.face = self.path[0], phase(self.path[2] - self.path[0])
-        pairs = lambda kind, first, step, aside, size: [
-            Thing(kind, self.beside(i, side), size=size)
-            for i in range(first, 255, step) for side in (-aside, aside)]
-        self.things, self.gates = pairs("tree", 0, 16, 95, 90), pairs("post", 20, 20, 54, 44)
-        for i in range(self.cars):
-            side = self.rng.choice((-22, 22))
-            self.foes.append(Thing("rival", 0j, size=46, along=14.0 + 16 * i, side=side, passed=False))
+        pairs = lambda kind, first, step, aside: [
+            Thing(kind, self.beside(i, side)) for i in range(first, 255, step) for side in (-aside, aside)]
+        self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
+        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=self.rng.choice((-22, 22)), passed=False)
+                     for i in range(self.cars)]
         self.ahead()
-
-    def stroke(self, places, ink, thick):
-        """A closed line of paint on the ground."""
-        cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
 
     def beside(self, place, far):
         """So many pixels to the right of a place on the path, in points of it from its start."""
-        i = int(place)
-        a, b = self.path[i % 256], self.path[(i + 1) % 256]
+        a, b = self.path[int(place) % 256], self.path[int(place + 1) % 256]
         return a + (b - a) * (place % 1) + far * 1j * unit(b - a)
 
     def spawn(self):
@@ -1731,7 +1715,7 @@ class Rally(Game):
         self.bay = fence(self.pos + rect(self.rng.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
-        self.things = [Thing("bay", self.bay, size=60)]
+        self.things = [Thing("bay", self.bay)]
 
     def ahead(self):
         """Where on the path the car is: the nearest of the next few points; rivals drive on."""
@@ -1745,10 +1729,8 @@ class Rally(Game):
         on_road = self.park or abs(self.path[self.index] - self.pos) < 58
         gas, brake = "RIGHT_TRIGGER" in self.held, "LEFT_TRIGGER" in self.held
         slower = 0.3 if self.speed > 0 else 0.1                        # in reverse the brake is a weak engine
-        self.speed += 0.28 * gas - slower * brake
-        self.speed = max(-2, self.speed * (0.972 if on_road else 0.88))
-        if not gas and not brake:
-            self.speed *= 0.97
+        self.speed = max(-2, (self.speed + 0.28 * gas - slower * brake) * (0.972 if on_road else 0.88))
+        self.speed *= 1 if gas or brake else 0.97
         self.face = wrap(self.face + self.left.real * 0.05 * span(self.speed / 2))
         self.pos = fence(self.pos + self.speed * rect(1, self.face), 40, 984)
         if self.park:
@@ -1760,9 +1742,9 @@ class Rally(Game):
         self.ahead()
         if not self.cars:
             self.score = self.index // 20
-        for rival in self.foes:
-            if not rival.passed and rival.along < self.index - 1:
-                rival.passed, self.score = True, self.score + 1
+        for rival in [r for r in self.foes if not r.passed]:
+            rival.passed = rival.along < self.index - 1
+            self.score += rival.passed
             if self.distance(rival) < 24 and not rival.passed:
                 self.speed *= 0.3
                 self.hurt()
@@ -1779,7 +1761,7 @@ class Rally(Game):
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
         rows = [(ahead_and_right(thing.at - eye, way), thing) for thing in self.things + self.foes + gates]
         for rel, thing in sorted(rows, key=lambda row: -row[0].real):
-            size = LENGTH * thing.size / max(rel.real, 1)
+            size = LENGTH * self.sizes[thing.kind] / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
                 x, y = LENGTH * rel.imag / rel.real, HORIZON + LENGTH * HIGH / rel.real
                 sprite(frame, thing.kind, complex(128 + x, y - size / 2), size)
@@ -1806,9 +1788,8 @@ class Rally(Game):
             return span(2.5 * angle), 0j, self.pedal(fast, 0.4)
         target = self.path[min(self.index + 9, 254)]
         close = [r for r in self.foes if not r.passed and 0 < r.along - self.index < 13]
-        if close:                                                          # pass it on its other side
-            side = min(close, key=lambda r: r.along).side
-            target = self.beside(min(self.index + 7, 254), -side)
+        if close:                                                          # pass the first on its other side
+            target = self.beside(min(self.index + 7, 254), -close[0].side)
         angle = self.angle(target)
         return span(2.6 * angle), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
 
@@ -1862,28 +1843,26 @@ class Swarm(TopDown):
     def begin(self):
         self.lay(walled(12, 12))
         self.pos, self.aim = 384 + 384j + self.around(0, 90), self.rng.uniform(0, tau)
-        self.brute = self.foe == "brute"
-        self.next()
-
-    def next(self):
-        """As many bugs or brutes as there are at a time, or the next gem with mines about."""
         if not self.count:
             self.lay_gem()
+        self.gather()
+
+    def gather(self):
+        """As many bugs or brutes as there are at a time."""
         while len(self.foes) < self.count:
-            at = self.spot(self.pos, 105, 135)
-            if abs(at - self.pos) > 80:
-                self.foes.append(Thing(self.foe, at, hp=self.hp, wind=0, dash=0, way=1))
+            foe = Thing(self.foe, self.spot(self.pos, 105, 135), hp=self.hp, wind=0, dash=0, way=1)
+            if self.distance(foe) > 80:
+                self.foes.append(foe)
 
     def lay_gem(self):
         """The next gem, and mines on the way to it."""
         at = self.spot(self.pos, 130, 200)
         if abs(at - self.pos) < 90:
             at = fence(2 * self.pos - at, *COURT)
-        self.gem, self.things = Thing("gem", at), []
-        for _ in range(2):
-            p = self.spot(self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7), 0, 40)
-            if abs(p - self.pos) > 60 and abs(p - at) > 45:
-                self.things.append(Thing("mine", p))
+        self.gem = Thing("gem", at)
+        mines = [Thing("mine", self.spot(self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7), 0, 40))
+                 for _ in range(2)]
+        self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine.at - at) > 45]
 
     def spot(self, p, low, high):
         """A place in the court around p."""
@@ -1898,11 +1877,11 @@ class Swarm(TopDown):
             self.shoot(self.pos, 22, 9)
         self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, self.width), 180)
         for f in list(self.foes):
-            if self.brute:
+            if f.kind != "bug":
                 self.score = self.hp - f.hp
             if f.hp <= 0:
                 self.foes.remove(f)
-                self.score += not self.brute
+                self.score += f.kind == "bug"
             elif self.distance(f) < self.reach:
                 self.hurt()
                 f.at = self.move(f.at, 70 * unit(f.at - self.pos) or 70)
@@ -1910,15 +1889,15 @@ class Swarm(TopDown):
         for mine in self.near(self.things, 26):
             self.hurt()
             self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
-        taken = not self.count and self.distance(self.gem) < 28
-        self.score += taken
-        if self.count or taken:
-            self.next()
+        self.gather()
+        if not self.count and self.distance(self.gem) < 28:
+            self.score += 1
+            self.lay_gem()
 
     def chase(self, f):
         """A bug comes straight; the brute in a spiral, then it winds up and charges."""
         way = unit(self.pos - f.at)
-        if not self.brute:
+        if f.kind == "bug":
             f.at += 1.7 * way
         elif f.dash:
             f.dash -= 1
@@ -1945,8 +1924,8 @@ class Swarm(TopDown):
         if not self.count:
             self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
             sprite(frame, "gem", self.gem.at - corner, 52)
-        if self.brute and self.foes:
-            bar(frame, 60 + 240j, 60 + 10 * self.foes[0].hp + 250j, "ff7800")
+        for f in self.foes if self.count == 1 else ():
+            bar(frame, 60 + 240j, 60 + 10 * f.hp + 250j, "ff7800")
         sprite(frame, "hero", 128 + 128j, 48, self.aim)
         disc(frame, 128 + 128j, 26, "46465a" if self.rests("LEFT_TRIGGER") else "00ffff", 2)
         return frame
@@ -1954,15 +1933,12 @@ class Swarm(TopDown):
     def wish(self):
         if not self.count:
             return self.wish_for_gems()
-        middle = 384 + 384j - self.pos
-        near = self.nearest(self.foes)
-        d = near.at - self.pos
-        far = abs(d)
+        foe, middle = self.nearest(self.foes), 384 + 384j - self.pos
+        d, far = foe.at - self.pos, self.distance(foe)
         push = 1.0 if far < 80 else 0.3 if far < 100 else -0.3             # nearer where it is too far to hit
         away = -unit(d) * push + middle / 500
-        if near.wind or near.dash:                                     # step off the line of its charge
-            side = ahead_and_right(d, near.way).imag
-            away = 1j * near.way * (-1 if side > 0 else 1) + middle / 400
+        if foe.wind or foe.dash:                                       # step off the line of its charge
+            away = 1j * foe.way * (-1 if ahead_and_right(d, foe.way).imag > 0 else 1) + middle / 400
         fire = "RIGHT_TRIGGER" if between(d, self.aim) < 0.2 and far < 140 else ""
         return capped(away), unit(d), fire + (" LEFT_TRIGGER" if far < 60 else "")
 
@@ -1973,8 +1949,7 @@ class Swarm(TopDown):
             d = ahead_and_right(mine.at - self.pos, way)
             if -10 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
-        free = all(self.distance(thing) >= 110 for thing in self.things) and self.distance(self.gem) > 110
-        return way, way, "LEFT_TRIGGER" if free else ""
+        return way, way, "" if any(self.near([*self.things, self.gem], 110)) else "LEFT_TRIGGER"
 
 
 class Vault(TopDown):
@@ -1998,7 +1973,7 @@ class Vault(TopDown):
         self.pos = (here + MIDDLE) * 32
         cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
         places = [(c + MIDDLE) * 32 for c in cells]
-        self.things = [Thing(kind, at, reach=reach) for (kind, reach), at in zip(self.holds.items(), places)]
+        self.things = [Thing(kind, at) for kind, at in zip(self.holds, places)]
         self.foes = [Thing("slime", at, hp=2) for at in places[:self.slimes]]
         self.aim()
 
@@ -2017,8 +1992,8 @@ class Vault(TopDown):
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
         self.pos = self.move(self.pos, self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
         self.fight(self.pressed("WEST", 24))
-        for thing in list(self.things):
-            near = thing is self.things[0] and self.distance(thing) < thing.reach
+        for thing in self.things[:1]:
+            near = self.distance(thing) < self.holds[thing.kind]
             if near and thing.kind == "key":
                 self.things.remove(thing)
                 self.aim()
@@ -2030,14 +2005,14 @@ class Vault(TopDown):
         if self.foes and self.t % 4 == 0:
             self.aim()
         for s in list(self.foes):
-            d = s.at - self.pos
-            struck = strike and abs(d) < 50 and between(d, self.face) < 0.7
+            d, far = s.at - self.pos, self.distance(s)
+            struck = strike and far < 50 and between(d, self.face) < 0.7
             s.hp -= struck
-            if struck or abs(d) < 22:
+            if struck or far < 22:
                 s.at = self.move(s.at, 30 * unit(d), 11)
                 if not struck:
                     self.hurt()
-            to = self.on_the_way(self.goes_to, s.at) if abs(d) > 44 else self.pos
+            to = self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos
             s.at = self.move(s.at, 1.1 * unit(to - s.at), 11)
             if s.hp <= 0:
                 self.foes.remove(s)
@@ -2063,18 +2038,16 @@ class Vault(TopDown):
 
     def wish(self):
         goal = self.nearest(self.foes or self.things[:1])
-        d = goal.at - self.pos
-        far = abs(d)
-        if self.foes:
-            if far < 48 and self.rests("WEST"):
-                return -unit(d), 0j, ""
-            way = self.on_the_way(goal.at, self.pos) - self.pos if far > 60 else d
-            strike = far < 48 and between(d, self.face) < 0.5
-            return unit(way) * (0.5 if far < 50 else 1), 0j, "WEST" if strike else ""
-        way = unit((self.on_the_way(goal.at, self.pos) if far > 32 else goal.at) - self.pos)
-        if goal.kind == "chest" and far < 40:
-            return way, 0j, "SOUTH"
-        return way, 0j, "RIGHT_TRIGGER" if far > 80 else ""
+        d, far = goal.at - self.pos, self.distance(goal)
+        to = self.on_the_way(goal.at, self.pos) if far > (60 if self.foes else 32) else goal.at
+        way = unit(to - self.pos)
+        if not self.foes:
+            opens = goal.kind == "chest" and far < 40
+            return way, 0j, "SOUTH" if opens else "RIGHT_TRIGGER" if far > 80 else ""
+        if far < 48 and self.rests("WEST"):
+            return -unit(d), 0j, ""
+        strike = far < 48 and between(d, self.face) < 0.5
+        return way * (0.5 if far < 50 else 1), 0j, "WEST" if strike else ""
 
 
 class Shade(TopDown):
@@ -2083,17 +2056,16 @@ class Shade(TopDown):
 
     def begin(self):
         self.alarm, self.knife, grid = 0.0, self.want == "guard", walled(13, 11)
-        for y in (2, 6):
-            for x in (2, 6, 10):
-                grid[y][x] = self.plan.random() < 0.8                      # most of the pillars
+        for y, x in itertools.product((2, 6), (2, 6, 10)):
+            grid[y][x] = self.plan.random() < 0.8                          # most of the pillars
         self.lay(grid)
         rows, columns = [1, 3, 5, 7, 9], (3, 4, 5, 7, 8, 9)
         spot = lambda column: (complex(column, self.rng.choice(rows)) + MIDDLE) * 48
         start, end = self.rng.choice(((1, 11), (11, 1)))
         self.pos = spot(start)
-        for column in self.plan.sample(columns, self.guards):
-            at = complex((column + 0.5) * 48, self.rng.uniform(100, 420))
-            self.foes.append(Thing("guard", at, way=self.rng.choice((-1j, 1j))))
+        self.foes = [Thing("guard", complex((column + 0.5) * 48, self.rng.uniform(100, 420)),
+                           way=self.rng.choice((-1j, 1j)))
+                     for column in self.plan.sample(columns, self.guards)]
         if self.want == "exit":
             rows.remove(self.pos.imag // 48)                               # not straight across
             self.things = [Thing("exit", spot(end))]
@@ -2121,23 +2093,20 @@ class Shade(TopDown):
                 self.take(self.foes, g)
         seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
-        if self.alarm >= 1:
-            self.health = 0
+        self.health = int(self.alarm < 1)
         for thing in self.near(self.things, 30):
             self.take(self.things, thing)
 
     def draw(self):
         frame, corner = self.view()
         for g in self.foes:
-            p = g.at - corner
-            if -120 < p.real < 376 and -120 < p.imag < 376:
-                angle, fan = phase(g.way), (-0.55, -0.28, 0, 0.28, 0.55)
-                polygon(frame, [p, *(p + rect(self.light(), angle + a) for a in fan)], "f0dc5a")
-                sprite(frame, g.kind, p, 40, angle)
+            p, angle = g.at - corner, phase(g.way)
+            fan = [p + rect(self.light(), angle + a) for a in (-0.55, -0.28, 0, 0.28, 0.55)]
+            polygon(frame, [p, *fan], "f0dc5a")
+            sprite(frame, g.kind, p, 40, angle)
         sprites(frame, self.things, 40, corner)
-        goal = self.goal()
-        if goal:
-            self.pointer(frame, goal.at, "5affa0")
+        if self.goal():
+            self.pointer(frame, self.goal().at, "5affa0")
         sprite(frame, "thief", 128 + 128j, 32 if "LEFT_TRIGGER" in self.held else 40, phase(self.left))
         bar(frame, 60 + 240j, 60 + round(136 * self.alarm) + 251j, "ff2828")
         bar(frame, 60 + 240j, 196 + 251j, "ffffff", 1)
@@ -2194,22 +2163,20 @@ class Side(Game):
         if "SOUTH" in self.held and self.t - self.stood <= 4:    # a jump a moment after the edge still counts
             self.v, self.stood = -8.4, -9
         self.v = min(self.v + 0.5, 11)
-        old = self.pos
+        before = self.pos.imag
         self.pos += complex(self.left.real * speed, self.v)
         self.ground = False
         for i, (x0, x1, y) in enumerate(self.islands):
-            over = x0 - 8 < self.pos.real < x1 + 8
-            if over and self.v >= 0 and old.imag <= y + 0.01 and self.pos.imag >= y:
+            if x0 - 8 < self.pos.real < x1 + 8 and before - 0.01 <= y <= self.pos.imag and self.v >= 0:
                 self.pos, self.v = complex(self.pos.real, y), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
 
     def land(self, frame, corner):
         """The islands in sight of a camera whose top left corner is there."""
         for x0, x1, y in self.islands:
-            if x1 > corner.real and x0 < corner.real + 256:
-                left, right = complex(x0, y) - corner, complex(x1, y) - corner
-                bar(frame, left, right + 26j, "96643c")
-                bar(frame, left, right + 8j, "50c846")
+            left, right = complex(x0, y) - corner, complex(x1, y) - corner
+            bar(frame, left, right + 26j, "96643c")
+            bar(frame, left, right + 8j, "50c846")
 
     def back(self, x):
         """The scenery behind, moving at a third of the speed."""
@@ -2278,7 +2245,7 @@ class Cliffs(Side):
         to = min(range(len(self.islands)), key=apart)
         if to == self.on:
             d = goal.at - self.pos
-            leap = goal.at.imag < self.islands[to][2] - 40 and abs(d.real) < 30 and self.ground
+            leap = goal.at.imag < self.top(to).imag - 40 and abs(d.real) < 30 and self.ground
             return span(d.real / 20), 0j, "SOUTH" if leap else ""
         x, run = self.cross(self.on + (1 if to > self.on else -1))
         return x, 0j, run
@@ -2289,18 +2256,17 @@ class Cliffs(Side):
         s = 1 if self.top(to).real > self.top(self.on).real else -1
         (_, edge), (near, _) = (sorted(s * x for x in self.islands[i][:2]) for i in (self.on, to))
         x, up = s * self.pos.real, "SOUTH" if self.v < 0 else ""
+        gap = edge - x
         if self.tower and self.ground:
-            spot = edge - 6
-            return s * span((spot - x) / 16), "SOUTH" if spot - x < 24 else ""
+            return s * span((gap - 6) / 16), "SOUTH" if gap < 30 else ""
         if self.tower:
             return span((self.top(to) - self.pos).real / 24), up
         if self.ground:
-            gap = edge - x
             return s, "SOUTH" if gap < 24 else "RIGHT_TRIGGER" if gap > 70 else ""
-        drop = self.v ** 2 + (self.islands[to][2] - self.pos.imag)
+        drop = self.v ** 2 + (self.top(to) - self.pos).imag
         flight = 2 * (sqrt(drop) - self.v) if drop > 0 else 0.0      # steps until there: drop = v t + t^2 / 4
         if near - 8 - x > 3 * flight:                              # not to be reached: back to where we stood
-            return s * span((edge - 20 - x) / 20), ""
+            return s * span((gap - 20) / 20), ""
         aim = near + 26 - x
         return s * (1 if aim > 0 else aim / 30), up
 
@@ -2363,7 +2329,7 @@ class Commando(Side):
         frame = self.back(self.pos.real)
         x = int(corner) % 128
         frame[200:] = pattern("sand", "541", "874", 56, 512)[:, x:x + 256]
-        sprites(frame, [wire for wire in self.things if abs(wire.at.real - corner - 128) < 160], 40, corner)
+        sprites(frame, self.things, 40, corner)
         if not self.foe:
             sprite(frame, "copter", self.copter - corner, 92)
             arrow(frame, 128 + 40j, 0 if self.copter.real > self.pos.real else pi, 32, "ffff3c")
@@ -2393,16 +2359,13 @@ class Commando(Side):
         d = foe.at - heart
         coming = [s for s in self.shots
                   if abs(s.at - heart) < 80 and ahead_and_right(heart - s.at, s.v).real > 0]
-        if coming:
-            s = coming[0]
+        for s in coming[:1]:
             if abs(s.v.imag) >= 0.6:
                 run = -copysign(1, s.v.real)                            # run under it, to where it comes from
             elif abs(s.at.real - heart.real) < 58:
                 leap = " SOUTH"
-        elif abs(d.real) > 115:
-            run = copysign(0.8, d.real)
-        elif not 70 < abs(d.real) < 115:
-            run = -copysign(0.6, d.real)
+        if not coming and not 70 < abs(d.real) < 115:
+            run = copysign(1, d.real) * (0.8 if abs(d.real) > 115 else -0.6)
         return run, unit(d), ("RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else "") + leap
 
 
@@ -2419,22 +2382,20 @@ class Glider(Side):
         return 2.6 + 1.2 * self.left.real
 
     def play(self):
-        self.pos += self.speed() + 3.4j * self.left.imag
-        self.pos = complex(self.pos.real, span(self.pos.imag, 34, self.lowest))
+        height = span(self.pos.imag + 3.4 * self.left.imag, 34, self.lowest)
+        self.pos = complex(self.pos.real + self.speed(), height)
         self.gap -= self.speed()
         if self.gap <= 0:
             self.gap = self.apart * self.rng.uniform(0.85, 1.25)
             y = 226 if self.tank else self.rng.uniform(50, 195)
-            at, wave = complex(self.pos.real + 200, y), self.rng.uniform(0, 6)
-            self.things.append(Thing(self.want, at, base=y, wave=wave, hp=1))
+            wave = self.rng.uniform(0, 6)
+            self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y, wave=wave, hp=1))
         if self.ammo and self.pressed(self.trigger, self.rest):
             self.ammo -= 1
             bomb = Thing("bomb", self.pos + 10j, v=complex(self.speed(), 1.0))
             self.bolts.append(bomb if self.tank else Thing("bolt", self.pos + 26, v=10))
-        if self.tank:
-            self.fly(self.bolts, self.falls, 999)
-        else:
-            self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.things, 20))
+        hits = self.falls if self.tank else lambda bolt: self.strikes(bolt, self.things, 20)
+        self.fly(self.bolts, hits, 999 if self.tank else 200)
         for thing in list(self.things):
             self.meet(thing)
 
@@ -2449,21 +2410,17 @@ class Glider(Side):
     def meet(self, thing):
         """A ring is flown through or missed, a foe shot, touched or let through, a tank bombed or passed."""
         d = thing.at - self.pos
-        foe, past = self.want == "foe", d.real < -90
-        if foe:
+        if self.want == "foe":
             y = thing.base + 14 * math.sin(thing.wave + self.t / 18)
             thing.at = complex(thing.at.real - 0.4, y)
             if abs(d.real) < 30 and abs(d.imag) < 26:
                 self.hurt()
-        if self.want == "ring" and abs(d.real) < self.speed():
-            past, through = True, abs(d.imag) < 25
-            self.score += through
-            self.health -= not through
-        if thing.hp <= 0:
+        through = self.want == "ring" and abs(d.real) < self.speed()
+        if thing.hp <= 0 or through and abs(d.imag) < 25:
             self.take(self.things, thing)
-        elif past:
+        elif through or d.real < -90:
             self.things.remove(thing)
-            self.health -= foe
+            self.health -= not self.tank
 
     def mark(self):
         """How far ahead a bomb dropped now would fall: dy = v t + g t^2 / 2."""
@@ -2524,9 +2481,8 @@ class Dojo(Game):
         self.floor = pattern("planks", "630", "a62", 256, 256).copy()
         self.floor[:170] = pattern("grid", "fec", "c96", 170, 256)
         disc(self.floor, 128 + 70j, 40, "e63c32")
-        for i in range(self.rivals):
-            side = self.rng.choice((-1, 1)) if self.rivals == 1 else 2 * i - 1
-            self.foes.append(Thing("idle", 128.0 + 90 * side, wait=20 + 40 * i))
+        sides = [-1, 1] if self.rivals == 2 else [self.rng.choice((-1, 1)) for _ in range(self.rivals)]
+        self.foes = [Thing("idle", 128.0 + 90 * side, wait=20 + 40 * i) for i, side in enumerate(sides)]
 
     def play(self):
         stunned = self.rests("stun")

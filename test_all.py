@@ -5278,8 +5278,9 @@ def test_distances_and_waypoint_lead_around_a_wall():
     while int(p.real) != 3 or int(p.imag) != 1:
         p, steps = bench.waypoint(far, p), steps + 1
         assert steps < 5
-    assert not bench.sees(grid, 1.5 + 1.5j, 3.5 + 1.5j)
-    assert bench.sees(grid, 1.5 + 2.5j, 3.5 + 2.5j)
+    maze = types.SimpleNamespace(grid=grid, cell=1)
+    assert not bench.Walled.sees(maze, 1.5 + 1.5j, 3.5 + 1.5j)
+    assert bench.Walled.sees(maze, 1.5 + 2.5j, 3.5 + 2.5j)
 
 
 def test_scripted_players_differ_and_slip():

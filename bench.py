@@ -451,7 +451,7 @@ def box_corners(box):
 
 
 def story(out, video, tasks, rows, finding, reading):
-    """The demo's page, OUT/demo.png, 1600 x 820: a video with the box found, three of its crops beside what
+    """The demo's page, OUT/demo.png, 1600 x 820: a video with the box found, four of its crops beside what
     was pressed and what was read, the model at play, what it completes; finding, reading: the figures of
     extract.py and parse.py, in words."""
     page, clip = Image.new("RGB", (1600, 820), "#fafafa"), out / "clips" / video.stem
@@ -460,18 +460,19 @@ def story(out, video, tasks, rows, finding, reading):
     def show(x, y, w, rgb, text):
         write(page, x, y - 10, text, 16)
         page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
-    busy = np.abs(truth[:, 21:]).sum(1)                        # of each third the moment of the widest tilts
-    moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 3)]
+    busy = np.abs(truth[:, 21:]).sum(1)                        # the widest tilts of each quarter
+    moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 4)]
     skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
 
     frame = next(rgb for i, rgb in read_video(video) if i == moments[1]).copy()
     x0, y0, x1, y1 = (round(v) for v in box_corners(meta["box"]))
     cv2.rectangle(frame, (x0, y0), (x1, y1), (0, 255, 0), 2)
     show(20, 50, 640, frame, f"1  a video with one of our pads; extract.py finds it among them: {finding}")
-    write(page, 700, 40, f"2  parse.py: the crop, what was pressed, what is read: {reading}", 16)
+    write(page, 700, 40, f"2  the crop; upper pad: pressed, lower: read by parse.py; {reading}", 16)
     for k, i in enumerate(moments):
         crop = cv2.resize(extract.Frames(clip, "pads")[i], (290, 290 * skin.size[1] // skin.size[0]))
-        show(700 + 300 * k, 60, 290, sample.beside(crop, skin, truth[i], actions[i]), "")
+        pads = sample.beside(crop, skin, truth[i], actions[i])
+        show(700 + 440 * (k % 2), 60 + 225 * (k // 2), 430, pads, "")
     for k, task in enumerate(tasks[:3]):
         frames = [rgb for _, rgb in read_video(out / film_name(task))]
         show(20 + 290 * k, 570, 280, frames[len(frames) // 2], f"{'' if k else '3  the model plays '}{task}")
@@ -592,7 +593,7 @@ def latency(args):
         model = M.create(M.preset(args.preset), device=device).eval()
         with torch.no_grad():
             for p in model.parameters():
-                if not p.any():                            # zero before training: any two velocities of 0 agree
+                if not p.any():                        # or all velocities are 0, and agree
                     p.normal_(0, 0.02)
     c, g = model.config, torch.Generator().manual_seed(0)
     shape = 1, c.frames, c.image, c.image, 3
@@ -768,8 +769,8 @@ def learned(path, steps):
 #   fps, seconds   steps a second of game time, after the frame skip; the longest episode
 #   frame          the picture: "render", "" = the observation, else the part of the observation of that name
 #   controls       the game's name of an action, or its number -> what the pad does for it: readings and their
-#                  factors, {"left.up": 1, "SOUTH": 1}. Of a Discrete space the first is taken of which all are
-#                  beyond play.TILT ({} always is), of MultiBinary all such. A Box takes the sums.
+#                  factors, {"left.up": 1, "SOUTH": 1}. Of a Discrete space the first is taken that has all its
+#                  readings beyond play.TILT ({} always has), of MultiBinary all such. A Box takes the sums.
 #   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
 #   script         the scripted player (of SCRIPTS)
 AXES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways
@@ -1195,7 +1196,7 @@ def colour(code):
 def icon(name, size, turn=0, flip=False):
     """A picture of ICONS at `size` pixels, turned clockwise by turn / 32 of a circle, with a dark rim.
 
-    Returns uint8 (size, size, 3) and its mask (size, size). The shapes lie on a grid of 256 x 256; actors look
+    Returns uint8 (size, size, 3) and its mask (size, size). Shapes lie on a grid of 256 x 256; actors look
     to the right: o x y r = disc, b x0 y0 x1 y1 = box, p x y x y ... = polygon; the colour comes last.
     """
     big = np.zeros((256, 256, 4), np.uint8)

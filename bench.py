@@ -616,6 +616,7 @@ def latency(args):
         print(f"{k:3} steps | ours {fast:.3f} s | released {slow:.3f} s | {slow / fast:.2f} x faster | "
               f"largest difference {apart:.1e}")
 
+
 def best_of(repeats, device, *works):
     """Seconds of each of some functions, the best of so many, in turn."""
     best = [math.inf] * len(works)
@@ -2417,7 +2418,7 @@ class Glider(Side):
             if abs(d.real) < 30 and abs(d.imag) < 26:
                 self.hurt()
         through = self.want == "ring" and abs(d.real) < self.speed()
-        if thing.hp <= 0 or through and abs(d.imag) < 25:
+        if thing.hp <= 0 or (through and abs(d.imag) < 25):
             self.take(self.things, thing)
         elif through or d.real < -90:
             self.things.remove(thing)

@@ -191,8 +191,8 @@ class Pad:
         named = named_spots(found, self.geometry)
         if not named:
             return
-        boxes = self.geometry["buttons"] | {button: spot.box for button, spot in named.items()}
-        self.geometry = {**self.geometry, "buttons": boxes}
+        boxes = {button: spot.box.tolist() for button, spot in named.items()}
+        self.geometry = {**self.geometry, "buttons": self.geometry["buttons"] | boxes}
         self.closeups = Closeups(self.geometry, crops[0].shape[1::-1])
         _, buttons = self.closeups.all(crops)
         for button, spot in named.items():

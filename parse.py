@@ -276,7 +276,8 @@ def surest(model, before, now, options):
     spreads = []
     no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
     for rest, pressed in options:
-        grids, *_ = net_reads(model, [montages(before[::2], now[::2], rest, pressed), no_buttons])
+        sticks = montages(before[::2], now[::2], rest, pressed)
+        grids, *_ = net_reads(model, [sticks, no_buttons])
         _, spread = expect(np.exp(grids))
         spreads.append(spread.reshape(-1, now.shape[1]).mean(0))
     best = [options[o] for o in np.argmin(spreads, 0)]
@@ -339,8 +340,10 @@ def links(blinks, lit):
     h, w = blinks.shape
     grid = np.zeros((2 * h - 1, 2 * w - 1), np.uint8)
     grid[::2, ::2] = blinks
-    grid[::2, 1::2] = blinks[:, 1:] & blinks[:, :-1] & together(lit[:, :, 1:], lit[:, :, :-1])
-    grid[1::2, ::2] = blinks[1:] & blinks[:-1] & together(lit[:, 1:], lit[:, :-1])
+    across = blinks[:, 1:] & blinks[:, :-1]
+    down = blinks[1:] & blinks[:-1]
+    grid[::2, 1::2] = across & together(lit[:, :, 1:], lit[:, :, :-1])
+    grid[1::2, ::2] = down & together(lit[:, 1:], lit[:, :-1])
     return grid
 
 

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import extract                       # before torch, whose threads it keeps from spinning
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save
@@ -38,8 +39,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import extract
-from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, Busy, UserError, number
+from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, Busy, UserError, number, overlap
 
 GRID = 11                                  # cells a side of a stick's grid [paper]: -1, -0.8 ... 1
 STRIDE, SUB = 4, 3                       # a token of the finest map covers 4 x 4 pixels and tells 3 x 3 cells
@@ -64,9 +64,13 @@ def label_clip(model, folder, clip, pads):
     shown = bool(geometry["sticks"] or geometry["buttons"])
     if shown:
         pad = Pad(model, geometry, pads, drawn)
-        for _ in range(3):                                     # a foreign geometry's sticks may be far off
-            if moved := pad.better_geometry():
-                pad = Pad(model, moved, pads, drawn)
+        while moved := pad.better_geometry():                  # a foreign geometry's sticks may be far off
+            other = Pad(model, moved, pads, drawn)
+            if other.spread >= pad.spread:
+                break
+            pad = other
+        if not pad.known:
+            pad.watch(pads)
         actions, confidence = settle(pad, pad.read_all(pads))
     keep = extract.dense(actions, confidence)
     for name, array in (("keep", keep), ("confidence", confidence), ("actions", actions)):
@@ -127,13 +131,14 @@ class Pad:
         sampled = closeups.all(pads[max(i - 1, 0)] for i in at), closeups.all(crops)
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # of the whole video
         self.rest = closeups(picture)
-        self.pressed = np.uint8([0, 0])                        # not known
+        self.pressed = [np.zeros_like(rest) for rest in self.rest]             # not known
         self.known = False
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         if drawn:
             both = [map(without_mean, kind) for kind in zip(drawn, self.rest)]
             alike = [np.array([*map(likeness, *kind)]) for kind in both]
-            self.known = np.median(np.concatenate(alike)) > ONE_SKIN
+            typical = np.median(np.concatenate(alike))
+            self.known = typical > ONE_SKIN
             median = [cuts[None] for cuts in self.rest]
             *_, logits = net_reads(model, map(montages, median, median, drawn))
             held = (logits > 3) & (alike[1] < 0.95)            # most of the time, so that the median shows
@@ -141,13 +146,17 @@ class Pad:
         for _ in range(2):
             self.rest = at_rest(model, *sampled, self.rest)
         if self.known:
-            self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
+            shown = [(self.rest[0], self.pressed[0]), (drawn[0], self.pressed[0])]      # of caps
             if pressed:                                        # what the video shows, changed as the skin is
                 changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
-                self.pressed = [(rest + change).clip(0, 255).astype(np.uint8)
-                                for rest, change in zip(self.rest, changes)]
+                self.pressed[1] = changed(self.rest[1], changes[1])
+                shown += [(rest, changed(rest, changes[0])) for rest, _ in shown]
+            before, now = (cuts[0] for cuts in sampled)
+            self.rest[0], self.pressed[0] = surest(model, before, now, shown)
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
+        _, spread = expect(np.exp(grids))
+        self.spread = spread.mean() if len(spread) else 0.0
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
@@ -171,6 +180,26 @@ class Pad:
                 sticks[side] = {**sticks[side], "center": [*(center + rest * travel)],
                                 "travel": [*(travel * longer)]}
         return None if sticks == self.geometry["sticks"] else {**self.geometry, "sticks": sticks}
+
+    def watch(self, pads):
+        """Take the box of each button that blinks, and how it looks at rest and pressed, from the video: for
+        a pad that is no known skin."""
+        at = watched_frames(len(pads))
+        crops = [pads[i] for i in at]
+        h, w = crops[0].shape[:2]
+        half = [cv2.resize(crop, (w // 2, h // 2), interpolation=cv2.INTER_AREA) for crop in crops]
+        found = find_spots(np.stack(half), at, self.geometry)
+        named = named_spots(found, self.geometry)
+        if not named:
+            return
+        boxes = {button: spot.box.tolist() for button, spot in named.items()}
+        self.geometry = {**self.geometry, "buttons": self.geometry["buttons"] | boxes}
+        self.closeups = Closeups(self.geometry, crops[0].shape[1::-1])
+        _, buttons = self.closeups.all(crops)
+        for button, spot in named.items():
+            j = self.closeups.buttons.index(button)
+            self.rest[1][j] = np.median(buttons[~spot.lit, j], 0)
+            self.pressed[1][j] = np.median(buttons[spot.lit, j], 0)
 
     def read_all(self, pads):
         """All n frames -> Reads. Of the grids, which are 100 times as large, only a piece is held."""
@@ -239,6 +268,132 @@ def at_rest(model, before, now, rest):
         for j in np.flatnonzero(quiet.sum(0) >= 8):
             picture[j] = np.median(closeups[quiet[:, j], j], 0)
     return rest
+
+
+def surest(model, before, now, options):
+    """Of pairs of pictures of the sticks at rest and pressed, (k, S, S, 3) each, those for each stick with
+    which the net is surest in the sampled frames, (samples, k, S, S, 3): a template may show a cap in a way
+    that this video does not."""
+    spreads = []
+    no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
+    for rest, pressed in options:
+        sticks = montages(before[::2], now[::2], rest, pressed)
+        grids, *_ = net_reads(model, [sticks, no_buttons])
+        _, spread = expect(np.exp(grids))
+        spreads.append(spread.reshape(-1, now.shape[1]).mean(0))
+    best = [options[o] for o in np.argmin(spreads, 0)]
+    return [np.stack([pair[kind][i] for i, pair in enumerate(best)]) for kind in (0, 1)]
+
+
+def changed(rest, change):
+    """Pictures at rest uint8 and how pressing changes them, int -> pressed, uint8."""
+    return (rest + change).clip(0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ what blinks
+class Spot(NamedTuple):
+    """A place of a pad that lights up now and then, as a button does."""
+    box: np.ndarray                        # x0, y0, x1, y1 in template pixels
+    lit: np.ndarray                        # (n,) bool, of the watched frames
+
+
+def watched_frames(n):
+    """Numbers of 512 frames of n, in 16 runs, as a press is some frames long."""
+    starts = np.linspace(0, max(n - 32, 0), 16).astype(int)
+    frames = starts[:, None] + np.arange(32)
+    return np.unique(frames.clip(0, n - 1))
+
+
+def find_spots(crops, at, geometry):
+    """Crops uint8 (n, h, w, 3) of the frames `at` -> Spots: neighbouring pixels that have two colours and
+    change them in the same frames. No net is asked, so it holds for a pad of any look; what lies over or
+    shines through it seldom has two colours only."""
+    n, h, w = crops.shape[:3]
+    scale = np.divide((w, h), geometry["size"])
+    median = np.median(crops[::2], 0).astype(np.uint8)
+    away = np.stack([cv2.absdiff(crop, median).max(2) for crop in crops])      # (n, h, w), from rest
+    high = np.sort(away, 0)[-max(n // 64, 4)].astype(int)                      # of a pixel that is lit
+    lit = away > high / 2
+    between = (np.abs(away - high / 2) < high / 5).sum(0)
+    count = lit.sum(0)
+    often = (count >= 4) & (count < 0.6 * n)
+    blinks = np.uint8(often & (high > 18) & (between < count / 4))
+    for stick in geometry["sticks"].values():                  # a cap changes what it moves over
+        center = np.int32(stick["center"] * scale)
+        reach = stick["radius"] + np.array(stick["travel"])
+        axes = np.int32(1.25 * reach * scale)
+        cv2.ellipse(blinks, center.tolist(), axes.tolist(), 0, 0, 360, 0, -1)
+    count, numbers = cv2.connectedComponents(links(blinks, lit), connectivity=4)
+    found = []
+    for number in range(1, count):
+        mask = numbers[::2, ::2] == number
+        on = lit[:, mask].mean(1) > 0.5
+        if mask.sum() >= 6 and mask.mean() < 0.08 and two_colours(crops[:, mask], on, at):
+            x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+            corners = np.array([[x, y], [x + width, y + height]])
+            found.append(Spot((corners / scale).ravel(), on))
+    return found
+
+
+def links(blinks, lit):
+    """Pixels that blink uint8 (h, w), and when each is lit (n, h, w) -> uint8 (2 h - 1, 2 w - 1): the pixels,
+    and between two neighbours 1 if they blink together."""
+    h, w = blinks.shape
+    grid = np.zeros((2 * h - 1, 2 * w - 1), np.uint8)
+    grid[::2, ::2] = blinks
+    across = blinks[:, 1:] & blinks[:, :-1]
+    down = blinks[1:] & blinks[:-1]
+    grid[::2, 1::2] = across & together(lit[:, :, 1:], lit[:, :, :-1])
+    grid[1::2, ::2] = down & together(lit[:, 1:], lit[:, :-1])
+    return grid
+
+
+def together(a, b):
+    """Are two series of lit frames (n, ...) one and the same, nearly (intersection over union)?"""
+    both = (a & b).sum(0)
+    either = (a | b).sum(0)
+    return both > 0.7 * either
+
+
+def two_colours(pixels, lit, at):
+    """Does a spot, pixels uint8 (n, k, 3) in the frames `at`, look one way when lit and one way else, with
+    nothing between, and does it change as often as fingers do?"""
+    if not 4 <= lit.sum() < len(lit) / 2:
+        return False
+    rest = np.median(pixels[~lit], 0)
+    change = np.median(pixels[lit], 0) - rest
+    x = ((pixels - rest) * change).sum((1, 2)) / (change ** 2).sum()           # 0 at rest, 1 when lit
+    apart = np.percentile(x[lit], 5) - np.percentile(x[~lit], 95)
+    switched = lit[1:] != lit[:-1]
+    switches = switched[np.diff(at) == 1].sum() / lit.sum()
+    return apart > 0.75 and 0.03 < switches < 0.9
+
+
+def named_spots(found, geometry):
+    """Which spot is which button: the nearest that is about as large -> {button: Spot}."""
+    def side(box):
+        x0, y0, x1, y1 = box
+        return math.sqrt((x1 - x0) * (y1 - y0))
+
+    boxes = geometry["buttons"]
+    pairs = []
+    for button, box in boxes.items():
+        for i, spot in enumerate(found):
+            x, y = (spot.box - box).reshape(2, 2).mean(0)
+            away = np.hypot(x, y) / geometry["size"][0]
+            larger = abs(math.log(side(spot.box) / side(box)))
+            if away < 0.2 and larger < 1.25:
+                pairs.append((away + 0.03 * larger, away, button, i))
+    named = {}
+    for _, away, button, i in sorted(pairs):
+        part_of_another = any(together(found[i].lit, spot.lit) for spot in named.values())
+        if button in named or part_of_another:
+            continue
+        shows_another = any(overlap(boxes[button], spot.box) for spot in named.values())
+        swapped = shows_another and button.endswith(("SHOULDER", "TRIGGER"))
+        if away < 0.08 or swapped:
+            named[button] = found[i]
+    return named
 
 
 # --------------------------------------------------------------------------------------------------- decoding

@@ -64,11 +64,9 @@ def label_clip(model, folder, clip, pads):
     shown = bool(geometry["sticks"] or geometry["buttons"])
     if shown:
         pad = Pad(model, geometry, pads, drawn)
-        while moved := pad.better_geometry():                  # a foreign geometry's sticks may be far off
-            other = Pad(model, moved, pads, drawn)
-            if other.spread >= pad.spread:
-                break
-            pad = other
+        for _ in range(3):                                     # a foreign geometry's sticks may be far off
+            if moved := pad.better_geometry():
+                pad = Pad(model, moved, pads, drawn)
         if not pad.known:
             pad.watch(pads)
         actions, confidence = settle(pad, pad.read_all(pads))
@@ -156,7 +154,7 @@ class Pad:
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         _, spread = expect(np.exp(grids))
-        self.spread = spread.mean() if len(spread) else 0.0
+        self.spread = spread.reshape(len(at), -1).mean(0)                      # of each
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
@@ -169,9 +167,10 @@ class Pad:
         """The geometry of a pad that is no known skin, with each stick where it rests in the sampled frames
         and a travel as long as it goes; None where it is so already."""
         sticks = dict(self.geometry["sticks"])
-        for values, side in zip(self.sampled.transpose(1, 0, 2), self.closeups.sticks):
-            rest = None if self.known else resting_place(values, known=False)
-            if rest is None:
+        for i, side in enumerate(self.closeups.sticks):
+            values = self.sampled[:, i]
+            rest = resting_place(values, known=False)
+            if rest is None or self.known or self.spread[i] > 0.4:             # a blurred read tells nothing
                 continue
             center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
             reach = np.percentile(np.hypot(*(values - rest).T), 97)

@@ -52,8 +52,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import extract
-from extract import (A, BUTTON, BUTTONS, LEGACY, MESSAGE_LIMIT, SIDE, STICKS, UserError, neutral, number,
-                     pack_message, reading, shrink, unpack_message)
+from extract import (A, BUTTON, BUTTONS, LEGACY, MESSAGE_LIMIT, PLAY_STEPS, SIDE, STICKS, UserError, neutral,
+                     number, pack_message, reading, shrink, unpack_message)
 
 try:
     import gymnasium
@@ -1538,13 +1538,15 @@ def flags():
     who("--try-map", metavar="FILE.json",
         help="or nobody: press each control of a mapping, name it, and end")
     add("--key", help="the server's secret")
-    add("--euler", type=number(int, 1), help="Euler steps of --ckpt (default: the checkpoint's)")
+    add("--euler", type=number(int, 1), default=PLAY_STEPS,
+        help="Euler steps of --ckpt (default %(default)s; 16 in the paper)")
     add("--cfg", type=number(float), default=0.0, help="guidance of --ckpt, see sample.py (default 0 = off)")
     add("--game", metavar="ID|NAME", help="the game for a model that knows games (default: none)")
     add("--seed", type=number(int, 0), help="of the model's noise (default 0)")
     add("--device", default="auto", help="of --ckpt: auto, cpu, cuda, cuda:1, mps (default auto)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of --ckpt's weights (default float32)")
+        help="of --ckpt's weights; bfloat16 is faster on GPUs, and of large models on CPUs with AVX-512 "
+        "(default float32)")
     add("--pad", choices=("vgamepad", "keyboard", "none"), default="vgamepad",
         help="a virtual Xbox 360 pad, keys and mouse, or only watch (default vgamepad)")
     add("--map", metavar="FILE.json", help='keys of --pad keyboard (default: "mapping" in weights/keys.json)')

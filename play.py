@@ -507,7 +507,7 @@ class Window:
     names: list                # what --exe finds it by: its process, those that started it, its X11 class
 
     def __str__(self):
-        return f"{self.names[0]} {self.title[:40]!r} (id {self.id})"
+        return f"{self.names[0]} {self.title!r} (id {self.id})"
 
 
 def spellings(*names):
@@ -577,8 +577,7 @@ class X11(Desktop):
     """Linux: windows by Xlib, keys by XTEST, processes by /proc and signals; through ctypes, on 64 bits."""
 
     def __init__(self):
-        with reading("libXtst.so.6", "this library (Linux: sudo apt-get install libxtst6; a Mac: play on "
-                     "another machine, with the model here by python sample.py serve)"):
+        with reading("libXtst.so.6", "this library (sudo apt install libxtst6; a Mac can only serve a model)"):
             self.x = ctypes.CDLL("libXtst.so.6")
         self.x.XOpenDisplay.restype = c_void_p
         self.display = c_void_p(self.x.XOpenDisplay(None))
@@ -828,9 +827,8 @@ class Win32(Desktop):
     def _process(self, pid, access=0x1000):                # PROCESS_QUERY_LIMITED_INFORMATION
         handle = self.kernel.OpenProcess(access, 0, pid)
         if not handle and access != 0x1000:
-            raise UserError("expected a game that play.py may reach, found that Windows refuses its process "
-                            f"{pid} (error 5, access denied) and drops keys to it without a word: start "
-                            "play.py as administrator, or use a virtual pad and --pause none")
+            raise UserError(f"expected a game that play.py may reach, found that Windows refuses process {pid} "
+                            "(error 5) and drops keys to it without a word: start play.py as administrator")
         yield handle
         self.kernel.CloseHandle(handle)
 

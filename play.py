@@ -507,7 +507,7 @@ class Window:
     names: list                # what --exe finds it by: its process, those that started it, its X11 class
 
     def __str__(self):
-        return f"{self.names[0]} {self.title!r} (id {self.id})"
+        return f"{self.names[0]} {self.title[:40]!r} (id {self.id})"
 
 
 def spellings(*names):
@@ -577,7 +577,7 @@ class X11(Desktop):
     """Linux: windows by Xlib, keys by XTEST, processes by /proc and signals; through ctypes, on 64 bits."""
 
     def __init__(self):
-        with reading("libXtst.so.6", "this library (sudo apt install libxtst6; a Mac can only serve a model)"):
+        with reading("libXtst.so.6", "this library (sudo apt install libxtst6; a Mac only serves a model)"):
             self.x = ctypes.CDLL("libXtst.so.6")
         self.x.XOpenDisplay.restype = c_void_p
         self.display = c_void_p(self.x.XOpenDisplay(None))
@@ -827,7 +827,7 @@ class Win32(Desktop):
     def _process(self, pid, access=0x1000):                # PROCESS_QUERY_LIMITED_INFORMATION
         handle = self.kernel.OpenProcess(access, 0, pid)
         if not handle and access != 0x1000:
-            raise UserError(f"expected a game that play.py may reach, found that Windows refuses process {pid} "
+            raise UserError(f"expected a game that we may reach, found that Windows refuses process {pid} "
                             "(error 5) and drops keys to it without a word: start play.py as administrator")
         yield handle
         self.kernel.CloseHandle(handle)
@@ -1444,8 +1444,8 @@ def list_windows(args):
     """What could be named with --exe or --window."""
     windows = this_desktop().windows()
     for w in windows:
-        place = "{2} x {3} at {0},{1}".format(*w.box)
-        print(f"--exe {w.names[0]:24} --window {w.id:<12} {place}  {w.title!r}")
+        print(f"--exe {w.names[0]:24} --window {w.id:<12} {w.box[2]} x {w.box[3]} at "
+              f"{w.box[0]},{w.box[1]}  {w.title!r}")
     if not windows:
         print("no window here: start the game first")
 

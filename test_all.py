@@ -4251,16 +4251,17 @@ def test_windows_finds_the_client_area_by_process(dlls):
 
 
 def test_windows_sends_scan_codes_and_reads_keys_and_mouse(dlls):
-    d, scan, up, prefix = play.Win32(lambda name: dlls), 8, 2, 1   # KEYEVENTF_SCANCODE, KEYUP, EXTENDEDKEY
+    d = play.Win32(lambda name: dlls)
     d.prepare_keys({"space", "left"})
-    for name, down in ("space", 1), ("space", 0), ("left", 1), ("mouse1", 1), ("mouse1", 0):
-        d.key(name, down)
+    d.key("left", 1)
+    d.key("left", 0)
+    d.key("mouse1", 0)
     d.move(5, -7)
-    keys = [(1, 0x20, 0x21, scan), (1, 0x20, 0x21, scan | up), (1, 0x25, 0x26, scan | prefix)]
-    mouse = [(0, 0, 0, 0, 2), (0, 0, 0, 0, 4), (0, 5, -7, 0, 1)]
-    sent = [struct.pack("<Ixx2xHHI", *key) for key in keys] + [struct.pack("<Ixx2xiiII", *m) for m in mouse]
-    assert dlls.SendInput.call_args_list == [mock.call(1, event.ljust(40, b"\0"), 40) for event in sent]
-    assert d.held() == {"space"}
+    scan, prefix, up = 8, 1, 2                               # KEYEVENTF_SCANCODE, EXTENDEDKEY, KEYUP
+    keys = [struct.pack("<IxxxxHHI", 1, 0x25, 0x26, flags) for flags in (scan | prefix, scan | prefix | up)]
+    mouse = [struct.pack("<IxxxxiiII", 0, *told) for told in ((0, 0, 0, 4), (5, -7, 0, 1))]
+    told = [mock.call(1, event.ljust(40, b"\0"), 40) for event in keys + mouse]      # INPUT on 64 bits
+    assert dlls.SendInput.call_args_list == told and d.held() == {"space"}
     moves = [struct.pack("<36xiixxxx", 3, -4)] * 2
     dlls.GetRawInputBuffer = lambda event, size, head: moves and setattr(event, "raw", moves.pop()) is None
     assert d.moved().tolist() == [6, -8]
@@ -4286,18 +4287,20 @@ def test_windows_stops_processes_and_clocks_and_says_when_it_may_not(dlls, monke
 
 
 # ------------------------------------------------------------------------------- play: the environment
-def test_the_environment_has_gymnasiums_api(env, monkeypatch):
-    e = env()
-    obs, _ = e.reset(seed=1, options={"actions": [action(SOUTH=1)]})
-    assert obs.shape == (256, 256, 3) and obs.dtype == np.uint8 and e.desktop.log == ["+space", "-space"]
-    obs, *rest = e.step(action(left=(1, 0)))
-    assert rest == [0.0, False, False, {"away": False}] and e.desktop.down == {"d"}
-    e.desktop.all = []
+def test_the_environment_lets_the_game_run_for_a_step_and_follows_its_window(env, monkeypatch):
+    e, anew = env(pause="suspend"), window(8, box=(0, 0, 100, 100))
     monkeypatch.setattr(e, "PATIENCE", 0)
+    e.reset(options={"actions": [action(SOUTH=1)]})
+    _, *rest = e.step(action(left=(1, 0)))
+    assert rest == [0.0, False, False, {"away": False}]
+    assert e.desktop.log == ["+space", "-space", "stop", "go", "+d", "stop"]
+    e.desktop.all = []
+    e.desktop.resume = lambda pid: e.desktop.all.append(anew)        # it stands: it opens none before
+    seen = e.look()
+    assert e.window is anew and e.box() == anew.box and not e.desktop.down
+    e.desktop.all, e.desktop.resume = [], lambda pid: None           # and now it has gone
     last, _, _, truncated, info = e.step(action(left=(1, 0)))
-    assert truncated and "has closed" in info["reason"] and np.array_equal(last, obs) and not e.desktop.down
-    e.close()
-    e.close()
+    assert truncated and "has closed" in info["reason"] and np.array_equal(last, seen) and not e.desktop.down
 
 
 def test_gymnasiums_own_checker_is_content(env):
@@ -4306,15 +4309,6 @@ def test_gymnasiums_own_checker_is_content(env):
     made = gymnasium.make("Game-v0", exe="game", pad="keyboard", hz=500.0)
     assert made.metadata["render_fps"] == 500
     check_env(made.unwrapped)
-
-
-def test_a_game_that_opens_its_window_anew_is_followed(env):
-    e, anew = env(pause="suspend"), window(8, box=(0, 0, 100, 100))
-    e.step(action(SOUTH=1))
-    e.desktop.all = []
-    e.desktop.resume = lambda pid: e.desktop.all.append(anew)        # it stands: it opens none before
-    e.look()
-    assert e.window is anew and e.box() == anew.box and not e.desktop.down
 
 
 def test_a_game_runs_on_even_where_its_clock_cannot_be_set(tmp_path):
@@ -4328,14 +4322,15 @@ def test_a_game_runs_on_even_where_its_clock_cannot_be_set(tmp_path):
         play.FakeTime(mock.Mock(clock=None))
 
 
-def test_a_step_lets_the_game_run_and_all_is_put_right_even_where_a_part_fails(env):
+def test_all_is_put_right_even_where_a_part_fails(env):
     e = env(pause="suspend")
     e.reset()
-    e.step(action(SOUTH=1))
+    e.pad.press(action(SOUTH=1))
     e.capture.close.side_effect = OSError("the screen is gone")
     with pytest.raises(OSError):
         e.close()
-    assert e.desktop.log == ["stop", "go", "+space", "stop", "go", "-space", "dismissed"]
+    e.close()                                                # nothing is left to do
+    assert e.desktop.log == ["stop", "+space", "go", "-space", "dismissed"]
 
 
 def test_black_frozen_and_covered_pictures_are_told_apart(env, monkeypatch):
@@ -4784,11 +4779,7 @@ def test_an_odd_reply_or_none_in_time_is_one_line(answers):
 
 
 def test_a_videos_pad_waits_for_the_action_shift(tmp_path, monkeypatch):
-    drawn, skin, real = [], extract.random_skin(np.random.default_rng(0)), sample.draw
-
-    def draw(skin, action=None):
-        drawn.extend([] if action is None else [round(float(action[21]) * 10)])
-        return real(skin, action)
+    skin, draw = extract.random_skin(np.random.default_rng(0)), mock.Mock(wraps=sample.draw)
     monkeypatch.setattr(sample, "draw", draw)
     monkeypatch.setattr(extract, "our_skins", lambda: [skin])        # not 300: seconds
     monkeypatch.setattr(sample.Session, "predict", lambda self, rgb: rows(*np.arange(1, 9) / 10))
@@ -4797,7 +4788,8 @@ def test_a_videos_pad_waits_for_the_action_shift(tmp_path, monkeypatch):
             out.add(f[:108, :192])
     model = save_model(tmp_path / "m.safetensors", tiny(action_shift=6))
     assert run(sample.main, "video", tmp_path / "in.mp4", "--ckpt", model, "--out", tmp_path / "o.mp4") == 0
-    assert drawn[:11] == [0, 0, 0, 1, 3, 5, 7, 1, 3, 5, 7]   # 6 actions of 60 Hz are 3 frames of 30
+    drawn = [call.args[1][21] for call in draw.call_args_list if len(call.args) > 1]
+    assert np.allclose(drawn[:11], [0, 0, 0, 0.1, 0.3, 0.5, 0.7, 0.1, 0.3, 0.5, 0.7])  # 6 at 60 Hz: 3 frames
 
 
 # ------------------------------------------------------------------------------------ sample: the door

@@ -4115,7 +4115,7 @@ def test_capture_is_trainings_shrink_of_the_box(monkeypatch):
     same = capture.look((0, 0, 256, 256))
     half_off = np.pad(rgb[40:340, :256], ((0, 0), (256, 0), (0, 0)))
     assert np.array_equal(capture.look((-356, 40, 512, 300)), extract.shrink(half_off))
-    assert not capture.look((5000, 0, 10, 10)).any()
+    assert not capture.look((5000, 0, 10, 10)).any() and capture.look((9, 9, 256, 256)).any()
     assert np.array_equal(same, rgb[:256, 100:356])          # a frame stays what it was
 
 

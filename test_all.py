@@ -143,7 +143,7 @@ def test_a_reader_that_has_read_enough_is_no_fault(command, tmp_path):
 
 
 BUDGET = {"extract": 25890, "parse": 16820, "model": 6310, "train": 8480,         # tokens; they may only fall
-          "sample": 7780, "play": 11500, "bench": 28970, "test_all": 57800}
+          "sample": 7780, "play": 11500, "bench": 28970, "test_all": 55636}
 
 
 def code_lines(name):
@@ -3969,7 +3969,7 @@ def test_a_gpu_reads_pads_as_a_cpu_does(tmp_path, skin):
 
 
 # A window with four known corners, drawn anew 60 times a second; the arrow keys move x. It writes what it
-# knows to STATE: frames, its clock, x, keys held.
+# knows to STATE: its process, window and clock, how many frames it drew, x, keys held.
 GAME = """
     import ctypes, json, os, sys, time
     sys.path.insert(0, REPOSITORY)
@@ -4003,10 +4003,13 @@ GAME = """
             X.XSetForeground(d.display, pen, colour)
             X.XFillRectangle(d.display, w, pen, px, py, 80, 60)
         X.XFlush(d.display)
-        state = {"frames": frames, "clock": now - start, "x": x, "held": sorted(held), "window": w}
+        state = {"frames": frames, "clock": now - start, "x": x, "held": sorted(held), "window": w,
+                 "pid": pid.value}
         os.pwrite(out, json.dumps(state).ljust(400).encode(), 0)
         time.sleep(1 / 60)
 """
+# The keys that it knows.
+MAP = {"left": {"up": "up", "left": "left", "right": "right"}, "SOUTH": "space"}
 
 
 @pytest.fixture(scope="module")
@@ -4023,35 +4026,8 @@ def display():
     server.wait(10)
 
 
-def start(script, *flags):
-    """One of our scripts as a background job, nohup or cron starts it: with SIGINT ignored. Its output is
-    kept."""
-    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-
-
-class SmallGame:
-    """The game above: its script, and the state that it writes."""
-    def __init__(self, folder):
-        self.script, self.file, self.process = folder / "small_game.py", folder / "state", None
-        names = f"REPOSITORY, STATE = {str(HERE)!r}, {str(self.file)!r}\n"
-        self.script.write_text(names + textwrap.dedent(GAME))
-
-    def state(self):
-        """{} before it runs."""
-        with contextlib.suppress(ValueError, OSError):
-            return json.loads(self.file.read_text())
-        return {}
-
-    def runs_on(self, held=()):
-        """Waits until it has drawn three more frames and sees only these keys held."""
-        seen = wait_until(self.state)["frames"]
-        wait_until(lambda: self.state().get("frames", 0) > seen + 3 and self.state().get("held") == [*held])
-
-
-def wait_until(condition, seconds=20):
-    """Poll; the test fails when it never comes true."""
+def wait_until(condition, seconds=60):
+    """Poll -> its value; the test fails when it never comes true."""
     ends = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < ends, "it never came true"
@@ -4059,18 +4035,34 @@ def wait_until(condition, seconds=20):
     return value
 
 
+class SmallGame:
+    """The game above: its script, and what it tells of itself."""
+    def __init__(self, folder):
+        self.script, self.file = folder / "small_game.py", folder / "state"
+        names = f"REPOSITORY, STATE = {str(HERE)!r}, {str(self.file)!r}\n"
+        self.script.write_text(names + textwrap.dedent(GAME))
+
+    def state(self):
+        """The newest, once it runs."""
+        def read():
+            with contextlib.suppress(ValueError, OSError):
+                return json.loads(self.file.read_text())
+        return wait_until(read)
+
+    def runs_on(self):
+        """Waits until it has drawn three more frames and sees no key held."""
+        seen = self.state()["frames"]
+        wait_until(lambda: self.state()["frames"] > seen + 3 and not self.state()["held"])
+
+
 @pytest.fixture
 def game(display, tmp_path):
     g = SmallGame(tmp_path)
-    g.process = subprocess.Popen([sys.executable, g.script])
-    wait_until(g.state)
+    process = subprocess.Popen([sys.executable, g.script])
+    g.state()
     yield g
-    g.process.kill()
-    g.process.wait(10)
-
-
-# The keys that this game knows.
-MAP = {"left": {"up": "up", "left": "left", "right": "right"}, "SOUTH": "space"}
+    process.kill()
+    process.wait(10)
 
 
 @pytest.fixture
@@ -4090,86 +4082,68 @@ def action(**controls):
 
 
 def test_only_what_may_be_pressed_is():
-    wild = np.full(25, 7.0)
-    wild[22:24] = np.nan, -np.inf
-    out = play.playable(wild)
-    assert out[21:].tolist() == [1, 0, -1, 1] and out.dtype == np.float32
+    out = play.playable([7.0] * 22 + [math.nan, -math.inf, 7.0])
+    assert out[21:].tolist() == [1, 0, -1, 1]
     assert {b for b in extract.BUTTONS if not out[BUTTON[b]]} == {*extract.LEGACY, *play.MENU_BUTTONS}
-    assert play.playable(wild, allow_menu=True)[BUTTON["START"]] == 1
-    assert [play.playable(action(SOUTH=value)).sum() for value in (0.5, 0.51)] == [0, 1]
+    assert play.playable(np.ones(25), allow_menu=True)[BUTTON["START"]] == 1
+    assert not play.playable([0.5] * 25)[:21].any()
 
 
-@pytest.mark.parametrize("controls", [
-    {"SOUTH": 1, "left": (-1, 0)}, {"RIGHT_TRIGGER": 1, "left": (1, -1)}, {}])
-def test_keys_mean_the_action_that_presses_them(controls):
-    a = action(**controls)
-    bindings, _ = play.load_mapping()
-    assert np.array_equal(play.action_of(bindings, play.keys_of(bindings, a)), a)
+@pytest.mark.parametrize("path", [None, *HERE.glob("weights/maps/*.json")])
+def test_a_key_means_the_control_that_presses_it(path):
+    keys, _ = play.load_mapping(path)
+    for place, sign, key in keys:
+        a = action()
+        a[place] = sign
+        assert key in play.keys_of(keys, a)
+        meant = play.action_of(keys, [key])
+        assert np.array_equal(meant, a) or [k for *_, k in keys].count(key) > 1
 
 
-@pytest.mark.parametrize("path", [*HERE.glob("weights/maps/*.json")])
-def test_ready_mappings_load(path):
-    assert play.load_mapping(path)[0]
+def test_sticks_let_keys_go_later_than_they_press_them():
+    keys, _ = play.load_mapping()
+
+    def held(x, down=""):
+        return play.keys_of(keys, action(left=(x, -1)), set(down))
+    assert held(0.45) == held(0.3, "d") == {"w"}             # y points down: up is negative
+    assert held(0.6) == held(0.45, "d") == {"w", "d"}
 
 
-@pytest.mark.parametrize("x, y, down, keys", [
-    (0, -1, "", "w"),                                        # y points down: up is negative
-    (0.6, 0, "", "d"), (0.45, 0, "", ""), (0.45, 0, "d", "d"), (0.3, 0, "d", "")])
-def test_sticks_let_keys_go_later_than_they_press_them(x, y, down, keys):
-    assert play.keys_of(play.load_mapping()[0], action(left=(x, y)), set(down)) == set(keys)
-
-
-@pytest.mark.parametrize("bad", [
-    {"SOUT": "space"}, {"SOUTH": "spce"}, {"left": {"north": "w"}}, {"left": "w"},
-    {"right": {"mouse": "fast"}}, {"right": {"mouse": math.inf}}])
-def test_a_wrong_mapping_names_its_fault(tmp_path, bad):
-    path = tmp_path / "keys.json"
-    path.write_text(json.dumps({"EAST": "e", **bad}))
-    with pytest.raises(UserError, match=str(next(iter(bad)))):
-        play.load_mapping(path)
+@pytest.mark.parametrize("control, key", [
+    ("SOUT", "space"), ("SOUTH", "spce"), ("left", {"north": "w"}), ("left", "w"),
+    ("right", {"mouse": "fast"}), ("right", {"mouse": math.inf})])
+def test_a_wrong_mapping_names_its_fault(keys_file, control, key):
+    keys_file.write_text(json.dumps({"EAST": "e", control: key}))
+    with pytest.raises(UserError, match=control):
+        play.load_mapping(keys_file)
 
 
 # ----------------------------------------------------------------------------------------- play: fakes
 class Desktop:
     """A desktop that remembers: the methods of play.X11 and play.Win32."""
-    def __init__(self, windows=()):
-        self.all, self.log, self.front, self.down, self.hand = list(windows), [], None, set(), (0, 0)
+    def __init__(self, *windows):
+        self.all, self.log, self.down, self.front, self.hand = list(windows), [], set(), None, (0, 0)
 
-    def windows(self):
-        return self.all
+    flush = watch_mouse = lambda self: None
+    prepare_keys = check_input = lambda self, what: None
+    problem = lambda self, window: ""
+    windows = lambda self: self.all
+    held = lambda self: set(self.down)
+    moved = lambda self: np.array(self.hand)
+    focused = lambda self, window: self.front == window
 
     def box(self, window):
         return next((w.box for w in self.all if w.id == window), None)
 
-    def problem(self, window):
-        return ""
-
-    def focused(self, window):
-        return self.front == window
-
     def focus(self, window):
         self.front = window
 
-    def prepare_keys(self, names):
-        assert set(names) <= (play.KEYS | play.MOUSE).keys()
-
     def key(self, name, down):
-        self.log.append(("+" if down else "-") + name)
+        self.log.append("-+"[down] + name)
         (self.down.add if down else self.down.discard)(name)
 
     def move(self, dx, dy):
         self.log.append((dx, dy))
-
-    def moved(self):
-        return np.array(self.hand)
-
-    def flush(self):
-        pass
-
-    watch_mouse, check_input = flush, lambda self, pid: None
-
-    def held(self):
-        return set(self.down)
 
     def suspend(self, pid):
         self.log.append("stop")
@@ -4178,36 +4152,21 @@ class Desktop:
         self.log.append("go")
 
 
-class Pictures:
-    """A capture whose frames count: every pixel is the number of looks so far."""
-    n = 0
-
-    def look(self, box):
-        self.n += 1
-        return np.full((256, 256, 3), self.n % 200 + 20, np.uint8)
-
-    def screen(self):
-        return -100, 0, 2000, 1200
-
-    def close(self):
-        pass
-
-
 def window(id=7, pid=12345, name="game", title="A game", box=(10, 20, 640, 480)):
     return play.Window(id, title, box, pid, play.spellings(name, str(pid)))
 
 
 @pytest.fixture
 def env(monkeypatch):
-    """GameEnv over fakes, the keyboard pad, no guard."""
+    """Makes a GameEnv over fakes: the keyboard pad, no guard, and pictures of which each differs."""
+    desktop, capture = Desktop(window()), mock.Mock()
+    number = itertools.count(20)
+    capture.look.side_effect = lambda box: np.full((256, 256, 3), next(number) % 256, np.uint8)
+    guard = mock.Mock(dismiss=lambda: desktop.log.append("dismissed"))
+    for name, fake in {"Guard": guard, "Capture": capture, "this_desktop": desktop, "real_pads": []}.items():
+        monkeypatch.setattr(play, name, lambda fake=fake, **undo: fake)
     with contextlib.ExitStack() as last:
         def make(**options):
-            desktop = Desktop([window()])
-            guard = types.SimpleNamespace(dismiss=lambda: desktop.log.append("dismissed"))
-            monkeypatch.setattr(play, "Guard", lambda **undo: guard)
-            monkeypatch.setattr(play, "real_pads", lambda: [])
-            monkeypatch.setattr(play, "this_desktop", lambda: desktop)
-            monkeypatch.setattr(play, "Capture", Pictures)
             e = play.GameEnv("game", **{"pad": "keyboard", "hz": 1000.0, "wait": 0, **options})
             last.callback(e.close)
             return e
@@ -4222,91 +4181,70 @@ def fixed_policy(n, before=lambda: None, shift=0):
             before()
         return rows(*[1] * n)
     policy = mock.Mock()
-    policy.info.return_value = {"config": {"horizon": n, "action_shift": shift, "hz": 60.0}}
+    policy.info.return_value = {"config": {"horizon": n, "action_shift": shift}}
     policy.predict.side_effect = predict
     return policy
 
 
-# --------------------------------------------------------------------------- play: windows, by process
+def rows(*values):
+    """A chunk that moves left x as told."""
+    return np.stack([action(left=(v, 0)) for v in values])
+
+
+# ---------------------------------------------------------------------- play: windows, pads and hands
 def test_the_window_is_found_by_its_process_and_not_by_its_title():
     game, child = window(1, 10, "Game.exe", ""), window(2, 11, "engine", "Level 1")
     child.names += play.spellings("C:\\Games\\launcher.exe")     # which started it
     small = window(3, 10, "game.exe", "A dialog", (0, 0, 50, 50))
-    other = window(4, 12, "b1.exe", "game.exe - a page about it")
-    chapter = window(5, 13, "wiki", "Chapter 4", (0, 0, 9000, 9000))
-    nobody = play.Window(9, "Racing", (0, 0, 9, 9), 0, ["etr"])  # SFML says no process, only a class
-    secret = play.Window(6, "Secret", (0, 0, 9, 9), 9, ["?"])        # Windows does not tell all
-    desktop = Desktop([chapter, other, small, game, child, nobody, secret])
+    page = window(4, 12, "b1.exe", "Chapter 3 of game.exe", (0, 0, 9000, 9000))
+    nobody = play.Window(9, "Racing", (0, 0, 9, 9), 0, ["etr"])     # SFML says no process, only a class
+    desktop = Desktop(page, small, game, child, nobody)
     for found, *asked in [
             (game, "GAME"), (game, "C:\\Games\\Game.exe"), (child, "launcher.exe"), (child, 11),
-            (child, None, "0x2"), (small, "game.exe", "dialog"),
-            (other, None, "4"),                              # an id goes before a title
-            (nobody, "etr"), (None, "b2")]:
+            (child, None, "0x2"), (small, "game.exe", "dialog"), (nobody, "etr"), (None, "b2"),
+            (small, None, "3")]:                             # an id goes before a title
         assert play.find_window(desktop, *asked) is found, asked
-    assert str(nobody) == "etr 'Racing' (id 9)" and str(secret) == "? 'Secret' (id 6)"
 
 
 def test_a_missing_window_lists_those_that_exist():
-    with pytest.raises(UserError, match=r"no window of celeste\.exe; windows here: b1 'One' \(id 5\)") as e:
-        play.await_window(Desktop([window(5, 1, "b1", "One")]), "celeste.exe", seconds=0)
-    assert "\n" not in str(e.value)
+    secret = play.Window(6, "Secret", (0, 0, 9, 9), 9, ["?"])      # Windows does not tell all
+    says = r"no window of celeste\.exe; windows here: b1 'One' \(id 5\), \? 'Secret' \(id 6\): [^\n]*$"
+    with pytest.raises(UserError, match=says):
+        play.await_window(Desktop(window(5, 1, "b1", "One"), secret), "celeste.exe", seconds=0)
 
 
 def test_capture_is_trainings_shrink_of_the_box(monkeypatch):
     desk = np.random.default_rng(0).integers(0, 256, (400, 900, 4), np.uint8)  # BGRA, from x = -100 on
-
-    def grab(part):
-        left, top, right, bottom = part
-        assert left >= -100 and top >= 0 and right <= 800 and bottom <= 400
-        return desk[top:bottom, left + 100:right + 100]
-    monitors = [{"left": -100, "top": 0, "width": 900, "height": 400}]
-    monkeypatch.setattr("mss.MSS", lambda: types.SimpleNamespace(monitors=monitors, grab=grab))
-    capture = play.Capture()
-    rgb = desk[40:340, 130:642, [2, 1, 0]]
-    assert np.array_equal(capture.look((30, 40, 512, 300)), extract.shrink(rgb))
-    half = capture.look((-356, 0, 512, 256))                 # the left half lies off every monitor
-    assert not half[:, :128].any() and half[:, 129:].any()
-    assert not capture.look((5000, 0, 10, 10)).any()
-    first = capture.look((0, 0, 256, 256))
-    kept = first.copy()
-    capture.look((9, 9, 256, 256))
-    assert np.array_equal(first, kept)                       # a frame stays what it was
+    screen = mock.Mock(monitors=[{"left": -100, "top": 0, "width": 900, "height": 400}])
+    screen.grab = lambda part: desk[part[1]:part[3], 100 + part[0]:100 + part[2]]
+    monkeypatch.setattr("mss.MSS", lambda: screen)
+    capture, rgb = play.Capture(), desk[..., 2::-1]
+    same = capture.look((0, 0, 256, 256))
+    half_off = np.pad(rgb[40:340, :256], ((0, 0), (256, 0), (0, 0)))
+    assert np.array_equal(capture.look((-356, 40, 512, 300)), extract.shrink(half_off))
+    assert not capture.look((5000, 0, 10, 10)).any() and capture.look((9, 9, 256, 256)).any()
+    assert np.array_equal(same, rgb[:256, 100:356])          # a frame stays what it was
 
 
-# ------------------------------------------------------------------------------------------ play: pads
 @pytest.fixture
 def vgamepad(monkeypatch):
-    """The package, with pads that remember what they were told."""
+    """The package, with a pad that remembers what it was told."""
     fake = mock.Mock()
     monkeypatch.setitem(sys.modules, "vgamepad", fake)
     return fake
 
 
 def test_the_virtual_pad_points_up_and_rests_at_the_end(vgamepad):
-    pad, told = (
-        play.VirtualPad(mock.Mock(real_pads=[])),
-        vgamepad.VX360Gamepad(),
-    )
-
-    def report(
-        *buttons, left, right, triggers
-    ):  # all that it is told at once, and in this order
-        tell = mock.call
-        return [
-            tell.reset(),
-            *map(tell.press_button, buttons),
-            tell.left_joystick_float(*left),
-            tell.left_trigger_float(triggers),
-            tell.right_joystick_float(*right),
-            tell.right_trigger_float(0),
-            tell.update(),
-        ]
-
-    pad.press(action(SOUTH=1, DPAD_LEFT=1, LEFT_TRIGGER=0.25, left=(0.5, -1), right=(0, 1)))
+    pad, told = play.VirtualPad(mock.Mock(real_pads=[])), vgamepad.VX360Gamepad()
+    pad.press(action(SOUTH=1, LEFT_TRIGGER=0.25, left=(0.5, -1)))
+    told.press_button.assert_called_once_with(vgamepad.XUSB_BUTTON.XUSB_GAMEPAD_A)
+    told.left_trigger_float.assert_called_with(0.25)
+    told.left_joystick_float.assert_called_with(0.5, 1)      # ours is y down
+    told.reset_mock()
     pad.close()
-    a, left = vgamepad.XUSB_BUTTON.XUSB_GAMEPAD_A, vgamepad.XUSB_BUTTON.XUSB_GAMEPAD_DPAD_LEFT
-    assert told.method_calls[-14:] == (report(a, left, left=(0.5, 1), right=(0, -1), triggers=0.25)
-                                       + report(left=(0, 0), right=(0, 0), triggers=0))     # ours is y down
+    assert [told.method_calls[i] for i in (0, -1)] == [mock.call.reset(), mock.call.update()]
+    told.left_joystick_float.assert_called_once_with(0, 0)
+    told.press_button.assert_not_called()
 
 
 def test_our_names_are_vgamepads():
@@ -4314,230 +4252,209 @@ def test_our_names_are_vgamepads():
     assert {*play.TABLES["vgamepad"].values()} <= {*dir(api.XUSB_BUTTON)}
 
 
-@pytest.mark.parametrize("refuse", [RuntimeError("VIGEM_ERROR_BUS_NOT_FOUND"), ImportError("no vgamepad")])
-def test_a_missing_driver_says_what_to_install_and_the_way_round(vgamepad, refuse):
-    vgamepad.VX360Gamepad.side_effect = refuse
-    with pytest.raises(UserError) as e:
+def test_a_missing_driver_says_what_to_install_and_the_way_round(vgamepad):
+    vgamepad.VX360Gamepad.side_effect = RuntimeError("NO_BUS")
+    with pytest.raises(UserError, match="install vgamepad.*uinput.*ViGEmBus.*--pad keyboard.*NO_BUS"):
         play.VirtualPad(mock.Mock(real_pads=[]))
-    for said in (str(refuse), "install vgamepad", "libevdev2", "modprobe uinput", "chmod 0666", "ViGEmBus",
-                 "--pad keyboard"):
-        assert said in str(e.value)
-    assert "\n" not in str(e.value)
 
 
 def test_the_keyboard_pad_presses_each_key_once_and_only_in_the_game(env):
     e = env(hz=10.0)
-    d, pad = e.desktop, e.pad
+    d, both, mouse = e.desktop, action(SOUTH=1, left=(1, 0)), [action(right=(0.015, y)) for y in (-0.5, 0)]
 
     def log_of(front, *actions):
         d.front, d.log = front, []
         for a in actions:
-            pad.press(a)
+            e.pad.press(a)
         return d.log
-    both, mouse = action(SOUTH=1, left=(1, 0)), [action(right=(0.015, y)) for y in (-0.5, 0)]
     assert log_of(7, action(SOUTH=1), both, action(left=(1, 0))) == ["+space", "+d", "-space"]
-    assert log_of(99, both, action(right=(1, 1))) == ["-d"] and pad.away     # another window is in front
+    assert log_of(99, both, action(right=(1, 1))) == ["-d"] and e.pad.away     # another window is in front
     assert log_of(7, *mouse) == [(1, -45), (1, 0)]  # 900 pixels a second are 90 a tick; 1.35 + 1.35 add up
-    assert not pad.away and log_of(7, action(NORTH=1))
-    pad.close()
+    assert not e.pad.away and log_of(7, action(NORTH=1))
+    e.pad.close()
     assert not d.down
 
 
-# -------------------------------------------------------------------------------- play: people's hands
 def test_a_joystick_speaks_the_kernels_protocol(tmp_path, monkeypatch):
     def ioctl(file, request, answer):                        # what the driver of an Xbox pad says of itself
-        maps = {64: bytes([0, 1, 2, 3, 4, 5, 16, 17]), 128: b"Microsoft X-Box 360 pad",
-                1024: struct.pack("5H", 0x130, 0x131, 0x133, 0x134, 0x2C0)}
-        answer[:] = maps[len(answer)].ljust(len(answer), b"\0")
+        told = {64: bytes([0, 1, 2, 3, 4, 5, 16]), 128: b"Microsoft X-Box 360 pad",
+                1024: struct.pack("4H", 0x130, 0x131, 0x133, 0x2C0)}[len(answer)]
+        answer[:len(told)] = told
     monkeypatch.setattr("fcntl.ioctl", ioctl)
-    path = tmp_path / "js0"
-    os.mkfifo(path)
-    with open(path, "r+b", buffering=0) as driver:
-        pad = play.Joystick(path)
+    os.mkfifo(tmp_path / "js0")
+    with open(tmp_path / "js0", "r+b", buffering=0) as driver:
+        pad = play.Joystick(tmp_path / "js0")
         assert play.hands_on([pad])[0] is None
-        for value, kind, number in [
+        for event in [
                 (1, 0x81, 0),                                # A, at the start (0x80: the state when opened)
                 (1, 1, 2),                                   # X lies west
                 (-32767, 2, 1),                              # left y: up is negative here too
                 (32767, 2, 5),                               # right trigger
                 (-32767, 2, 6),                              # d-pad
-                (1, 1, 4)]:                                  # a button that our pad has not
-            driver.write(struct.pack("<IhBB", 1, value, kind, number))
+                (1, 1, 3)]:                                  # a button that our pad has not
+            driver.write(struct.pack("<IhBB", 1, *event))
+        person, theirs = play.hands_on([pad])
         wanted = action(SOUTH=1, WEST=1, RIGHT_TRIGGER=1, DPAD_LEFT=1, left=(0, -1))
-        assert np.array_equal(pad.read(), wanted) and play.hands_on([pad])[0] is pad
+        assert person is pad and np.array_equal(theirs, wanted)
 
 
 def test_xinput_points_up():
     def get_state(number, state):
-        state.raw = struct.pack("<IHBBhhhh", 5, 0x1000 | 0x4, 255, 0, 0, 32767, -32768, 0)
+        state.raw = struct.pack("<IHBBhhhh", 5, 0x1004, 255, 0, 0, 32767, -32768, 0)
         return number
-    dll = types.SimpleNamespace(XInputGetState=get_state)
+    dll = mock.Mock(XInputGetState=get_state)
     wanted = action(SOUTH=1, DPAD_LEFT=1, LEFT_TRIGGER=1, left=(0, -1), right=(-1, 0))
     assert np.array_equal(play.XInput(dll, 0).read(), wanted)
     with pytest.raises(UserError, match="unplugged"):
         play.XInput(dll, 1).read()
 
 
+def test_what_is_typed_elsewhere_is_no_play_and_the_mouse_is_a_stick(env):
+    e = env(pad="none", hz=10.0)
+    keys = play.Keys(e)
+    e.desktop.down, e.desktop.hand = {"d"}, (45, -900)       # the mapping's 900 pixels a second are 90 a tick
+    assert np.array_equal(keys.read(), action(left=(1, 0), right=(0.5, -1)))
+    e.pad.moved = True                                       # it was us
+    assert np.array_equal(keys.read(), action(left=(1, 0)))
+    e.desktop.front = 99
+    assert play.hands_on([keys])[0] is None
+
+
+def test_each_control_of_a_mapping_is_pressed_and_named(env, keys_file, capsys):
+    e = env(mapping=keys_file)
+    e.hold = e.pad.press                                     # at once
+    play.try_map(e)
+    assert e.desktop.log == "+up -up +left -left +right -right +space -space".split()
+    assert capsys.readouterr().out.splitlines()[::3] == ["left y -1: up", "SOUTH +1: space"]
+
+
 # ------------------------------------------------------------------------------ play: the Windows half
 @pytest.fixture
 def dlls():
-    """user32, kernel32 and ntdll in one: windows 21 and 22 of processes 210 and 220, without titles."""
-    def client_rect(h, out):
-        out._obj.right, out._obj.bottom = 640, 480
-        return h in (21, 22)
-
-    def client_to_screen(h, out):
-        out._obj.x, out._obj.y = 64, 63
-
-    def image_name(h, _, path, size):
-        path.value = f"C:\\Spiele\\Größe {h}.exe"
-    fake = mock.Mock(
-        GetClientRect=client_rect, ClientToScreen=client_to_screen, QueryFullProcessImageNameW=image_name,
-        EnumWindows=lambda visit, _: [visit(h, None) for h in (21, 22)],
-        GetWindowThreadProcessId=lambda h, out: setattr(out._obj, "value", h * 10),
-        GetAncestor=lambda h, kind: h,
-        MapVirtualKeyW=lambda code, kind: code + 1,
-        GetAsyncKeyState=lambda code: -32768 if code == 0x20 else 0,
-        OpenProcess=lambda access, _, pid: None if pid == 666 else pid)
-    fake.IsIconic.return_value = False
-    fake.WindowFromPoint.return_value = fake.GetForegroundWindow.return_value = 21
-    return fake
+    """user32, kernel32 and the others in one: window 21 of process 210."""
+    def fill(**values):
+        """A function that writes these into the structure that it is given."""
+        return lambda handle, out: [setattr(out._obj, name, value) for name, value in values.items()]
+    return mock.Mock(
+        EnumWindows=lambda visit, _: visit(21, None), GetAncestor=lambda window, kind: window,
+        GetClientRect=fill(right=640, bottom=480), ClientToScreen=fill(x=64, y=63), IsIconic=lambda w: False,
+        GetWindowThreadProcessId=fill(value=210), WindowFromPoint=lambda point: 21,
+        QueryFullProcessImageNameW=lambda h, _, path, n: setattr(path, "value", f"C:\\Größe {h}.exe"),
+        MapVirtualKeyW=lambda code, kind: code + 1, GetAsyncKeyState=lambda code: -32768 * (code == 0x20),
+        OpenProcess=lambda access, _, pid: pid % 666)
 
 
 def test_windows_finds_the_client_area_by_process(dlls):
     d = play.Win32(lambda name: dlls)
-    assert dlls.SetProcessDpiAwarenessContext.called
     w = play.find_window(d, "größe 210.exe")
-    assert (w.id, w.pid, w.box, w.title) == (21, 210, (64, 63, 640, 480), "")
-    assert play.find_window(d, "Größe 220").id == 22 and d.box(23) is None and d.focused(21)
-    assert d.problem(21) == "" and d.problem(22).startswith("is covered")
+    assert (w.id, w.pid, w.box, w.title) == (21, 210, (64, 63, 640, 480), "") and d.problem(21) == ""
+    dlls.WindowFromPoint = lambda point: 22
+    assert d.problem(21).startswith("is covered")
     dlls.DwmGetWindowAttribute = lambda window, kind, out, size: setattr(out._obj, "value", 2)     # cloaked
     assert d.problem(21) == "is minimised" and not d.windows()
+    dlls.GetClientRect = lambda window, out: 0
+    assert d.box(21) is None
 
 
-def test_windows_sends_scan_codes_and_stops_processes(dlls):
+def test_windows_sends_scan_codes_and_reads_keys_and_mouse(dlls):
     d = play.Win32(lambda name: dlls)
-    d.prepare_keys({"space", "left", "mouse1"})
-    for name, down in ("space", 1), ("space", 0), ("left", 1), ("mouse1", 1), ("mouse1", 0):
-        d.key(name, down)
+    d.prepare_keys({"space", "left"})
+    d.key("left", 1)
+    d.key("left", 0)
+    d.key("mouse1", 0)
     d.move(5, -7)
-    sent = []
-    for n, event, size in [call.args for call in dlls.SendInput.call_args_list]:
-        assert (n, size, len(event)) == (1, 40, 40)          # INPUT of winuser.h on 64 bits
-        sent.append(struct.unpack_from("<HHI" if event[0] else "<iiII", event, 8))
-    scan, up, prefix = 8, 2, 1                               # KEYEVENTF_SCANCODE, KEYUP, EXTENDEDKEY
-    assert sent == [(0x20, 0x21, scan), (0x20, 0x21, scan | up), (0x25, 0x26, scan | prefix),
-                    (0, 0, 0, 2), (0, 0, 0, 4), (5, -7, 0, 1)]
-    assert d.held() == {"space"}
-    mouse = [struct.pack("<36xiixxxx", 3, -4)] * 2
-    dlls.GetRawInputBuffer = lambda event, size, head: mouse and setattr(event, "raw", mouse.pop()) is None
+    scan, prefix, up = 8, 1, 2                               # KEYEVENTF_SCANCODE, EXTENDEDKEY, KEYUP
+    keys = [struct.pack("<IxxxxHHI", 1, 0x25, 0x26, flags) for flags in (scan | prefix, scan | prefix | up)]
+    mouse = [struct.pack("<IxxxxiiII", 0, *told) for told in ((0, 0, 0, 4), (5, -7, 0, 1))]
+    told = [mock.call(1, event.ljust(40, b"\0"), 40) for event in keys + mouse]      # INPUT on 64 bits
+    assert dlls.SendInput.call_args_list == told and d.held() == {"space"}
+    moves = [struct.pack("<36xiixxxx", 3, -4)] * 2
+    dlls.GetRawInputBuffer = lambda event, size, head: moves and setattr(event, "raw", moves.pop()) is None
     assert d.moved().tolist() == [6, -8]
-    for control, function in (d.suspend, dlls.NtSuspendProcess), (d.resume, dlls.NtResumeProcess):
-        control(210)
-        function.assert_called_once_with(210)
-        with pytest.raises(UserError, match="error 5.*administrator"):
-            control(666)
 
 
-def test_the_speed_hack_stops_the_clock_and_says_when_it_is_refused(dlls, monkeypatch):
-    e, package = types.SimpleNamespace(desktop=play.Win32(lambda name: dlls), pid=77, clock=None), mock.Mock()
-    monkeypatch.setitem(sys.modules, "xspeedhack", None)
-    with pytest.raises(UserError, match="pip install xspeedhack"):
-        play.SpeedHack(e)
+def test_windows_stops_processes_and_clocks_and_says_when_it_may_not(dlls, monkeypatch):
+    d, package = play.Win32(lambda name: dlls), mock.Mock()
     monkeypatch.setitem(sys.modules, "xspeedhack", package)
-    hack = play.SpeedHack(e)
+    hack, speed = play.SpeedHack(mock.Mock(desktop=d, pid=77)), package.Client().set_speed
+    d.suspend(210)
+    dlls.NtSuspendProcess.assert_called_once_with(210)
+    d.resume(210)
+    dlls.NtResumeProcess.assert_called_once_with(210)
     hack.stop()
     hack.go()
-    call = mock.call
-    assert package.mock_calls == [call.Client(process_id=77, arch="x64"),
-                                  call.Client().set_speed(0), call.Client().set_speed(1)]
+    assert speed.mock_calls == [mock.call(0), mock.call(1)]
     package.Client.side_effect = subprocess.CalledProcessError(5, "injector64.exe")
-    with pytest.raises(UserError, match="administrator.*--pause suspend.*exit status 5"):
-        play.SpeedHack(e)
+    for says, refused in [("error 5.*administrator", lambda: d.suspend(666)),
+                          ("pip install xspeedhack.*administrator.*status 5",
+                           lambda: play.SpeedHack(mock.Mock(desktop=d, pid=77)))]:
+        with pytest.raises(UserError, match=says):
+            refused()
 
 
 # ------------------------------------------------------------------------------- play: the environment
-def test_the_environment_has_gymnasiums_api(env, monkeypatch):
-    e = env()
-    obs, _ = e.reset(seed=1, options={"actions": [action(SOUTH=1)]})
-    assert obs.shape == (256, 256, 3) and obs.dtype == np.uint8 and e.desktop.log == ["+space", "-space"]
-    obs, *rest = e.step(action(left=(1, 0)))
-    assert rest == [0.0, False, False, {"away": False}] and e.desktop.down == {"d"}
-    e.desktop.all = []
+def test_the_environment_lets_the_game_run_for_a_step_and_follows_its_window(env, monkeypatch):
+    e, anew = env(pause="suspend"), window(8, box=(0, 0, 100, 100))
     monkeypatch.setattr(e, "PATIENCE", 0)
+    e.reset(options={"actions": [action(SOUTH=1)]})
+    _, *rest = e.step(action(left=(1, 0)))
+    assert rest == [0.0, False, False, {"away": False}]
+    assert e.desktop.log == ["+space", "-space", "stop", "go", "+d", "stop"]
+    e.desktop.all = []
+    e.desktop.resume = lambda pid: e.desktop.all.append(anew)        # it stands: it opens none before
+    seen = e.look()
+    assert e.window is anew and e.box() == anew.box and not e.desktop.down
+    e.desktop.all, e.desktop.resume = [], lambda pid: None           # and now it has gone
     last, _, _, truncated, info = e.step(action(left=(1, 0)))
-    assert truncated and "has closed" in info["reason"] and np.array_equal(last, obs) and not e.desktop.down
-    e.close()
-    e.close()
+    assert truncated and "has closed" in info["reason"] and np.array_equal(last, seen) and not e.desktop.down
 
 
 def test_gymnasiums_own_checker_is_content(env):
     gymnasium = pytest.importorskip("gymnasium", reason="needs the package gymnasium")
     from gymnasium.utils.env_checker import check_env
-    env()                                                    # its fakes: no guard, no pads
     made = gymnasium.make("Game-v0", exe="game", pad="keyboard", hz=500.0)
     assert made.metadata["render_fps"] == 500
     check_env(made.unwrapped)
 
 
-def test_a_game_that_opens_its_window_anew_is_followed(env):
-    e = env(pause="suspend")
-    e.step(action(SOUTH=1))
-    e.desktop.all, anew = [], window(8, box=(0, 0, 100, 100))
-    e.desktop.resume = lambda pid: e.desktop.all.append(anew)        # it stands: it opens none before
-    e.look()
-    assert e.window is anew and e.box() == anew.box and not e.desktop.down
-
-
 def test_a_game_runs_on_even_where_its_clock_cannot_be_set(tmp_path):
-    d = Desktop()
-    clock = play.FakeTime(types.SimpleNamespace(desktop=d, pid=5, clock=tmp_path / "deleted"))
+    e = mock.Mock(clock=tmp_path / "deleted")
+    clock = play.FakeTime(e)
     clock.stop()
     with pytest.raises(OSError):
         clock.go()
-    assert d.log == ["stop", "go"]
+    e.desktop.resume.assert_called_with(e.pid)
+    with pytest.raises(UserError, match="--launch"):
+        play.FakeTime(mock.Mock(clock=None))
 
 
-def test_a_step_lets_the_game_run_and_all_is_put_right_even_where_a_part_fails(env):
+def test_all_is_put_right_even_where_a_part_fails(env):
     e = env(pause="suspend")
     e.reset()
-    e.step(action(SOUTH=1))
-    broken = mock.Mock(side_effect=OSError("the screen is gone"))
-    e.capture.close = broken
-    e.undo.callback(broken)
+    e.pad.press(action(SOUTH=1))
+    e.capture.close.side_effect = OSError("the screen is gone")
     with pytest.raises(OSError):
         e.close()
-    assert e.desktop.log == ["stop", "go", "+space", "stop", "go", "-space", "dismissed"]
-
-
-@pytest.mark.parametrize("wrong, says", [
-    ({"pause": "clock"}, "--launch"), ({"launch": "  ", "pad": "none"}, "starts the game")])
-def test_an_environment_that_cannot_be_is_refused(env, wrong, says):
-    with pytest.raises(UserError, match=says):
-        env(**wrong)
+    e.close()                                                # nothing is left to do
+    assert e.desktop.log == ["stop", "+space", "go", "-space", "dismissed"]
 
 
 def test_black_frozen_and_covered_pictures_are_told_apart(env, monkeypatch):
-    e, now, shown = env(), [100.0], np.full((256, 256, 3), 99, np.uint8)
+    e, now = env(), [100]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    e.capture.look = lambda box: shown.copy()
-    assert e.problem() == ""
-    now[0] += 6
-    assert "the same for 5 s" in e.problem()
-    shown[0] = 1
-    assert e.problem() == ""
-    shown[:] = 0
-    e.problem()
-    now[0] += 6
-    assert "black for 5 s" in e.problem() and "borderless" in e.problem()
+    for shade, says in (99, ""), (99, "the same for 5 s"), (1, ""), (0, ""), (0, "black for 5 s"):
+        e.capture.look = lambda box: np.full((256, 256, 3), shade, np.uint8)
+        said = e.problem()
+        assert says in said and bool(says) == bool(said)
+        now[0] += 6
     e.desktop.problem = lambda window: "is covered by 'Mail'"
     assert "covered by 'Mail'" in e.problem()
 
 
 # --------------------------------------------------------------------------------------- play: in time
-def rows(*values):
-    """A chunk that moves left x as told."""
-    return np.stack([action(left=(v, 0)) for v in values])
+def lefts(plan, *ticks):
+    """The left x of a plan's actions."""
+    return [plan.at(t)[21] for t in ticks]
 
 
 def test_a_new_chunk_leaves_what_is_committed_and_fades_in_by_the_mask_of_rtc():
@@ -4547,11 +4464,6 @@ def test_a_new_chunk_leaves_what_is_committed_and_fades_in_by_the_mask_of_rtc():
     c = np.array([2, 1]) / 3                                 # Eq. 5, d = 2; the older plan ends after row 3
     old = c * (np.exp(c) - 1) / (np.e - 1)
     assert np.allclose(lefts(plan, *range(6, 12)), [*1 - old, 1, 1, 1, 1])
-
-
-def lefts(plan, *ticks):
-    """The left x of a plan's actions."""
-    return [plan.at(t)[21] for t in ticks]
 
 
 def test_late_predictions_hold_for_a_moment_and_then_rest():
@@ -4584,110 +4496,93 @@ def test_the_action_clock_skips_what_has_passed(monkeypatch):
     assert beat.wait() == 6 and beat.skipped == 2
 
 
+class Log:
+    """A recorder of n rows (tick, picture, action, by hand), after which the game has gone."""
+    def __init__(self, n):
+        self.n, self.rows = n, []
+
+    def add(self, *row):
+        self.rows.append(row)
+        if len(self.rows) == self.n:
+            raise play.GameGone("enough")
+
+    def pressed(self, control):
+        return [bool(action[control]) for _, _, action, _ in self.rows]
+
+
 def test_a_slow_prediction_never_stalls_the_pad(env):
     e = env()
     e.pad.press = mock.Mock(wraps=e.pad.press)
 
     def think():                                             # as long as 30 presses take
-        n = e.pad.press.call_count
-        wait_until(lambda: e.pad.press.call_count >= n + 30)
-    play.play(e, fixed_policy(64, think), seconds=1)
-    assert e.pad.press.call_count > 100 and not e.desktop.down       # at rest at the end
+        ends = e.pad.press.call_count + 30
+        wait_until(lambda: e.pad.press.call_count > ends)
+        if ends > 100:
+            raise play.GameGone("enough")
+    policy = fixed_policy(64, think)
+    play.play(e, policy)
+    assert "+d" in e.desktop.log and not e.desktop.down      # at rest at the end
+    assert e.capture.look.call_count < policy.predict.call_count + 5     # no picture that nobody uses
 
 
-def test_the_time_of_the_first_prediction_does_not_count(env):
-    policy = fixed_policy(8)
-    policy.reset = lambda: time.sleep(0.4)                   # it belongs to the warm-up
-    assert play.play(env(hz=100.0), policy, seconds=0.3).ticks > 5
-
-
-def test_the_game_stands_while_the_model_thinks_and_only_then(env):
-    e = env(pause="suspend")
-    log = e.desktop.log
-    play.play(e, fixed_policy(4, lambda: log.append("think")), seconds=0.5)
-    told = [x for x in log if x in ("stop", "go", "think")]
-    assert told[:9] == ["stop", "think", "go"] * 3 and told[-1] == "go"
-    assert log[log.index("think"):][:3] == ["think", "go", "+d"]     # the fresh chunk, from its first row on
-
-
-@pytest.mark.parametrize("pause", ["none", "suspend"])
-def test_a_model_that_fails_lets_go_of_the_pad_and_the_game_at_once(env, pause):
+@pytest.mark.parametrize("pause, each", [("none", ["think"]), ("suspend", ["stop", "think", "go"])])
+def test_the_game_stands_only_while_the_model_thinks_whose_failure_lets_go_at_once(env, pause, each):
     e = env(pause=pause)
+    log = e.desktop.log
 
-    def fail():
-        if pressed := set(e.desktop.down):
-            raise UserError(f"no more of {pressed}")
-    with pytest.raises(UserError, match="no more of {'d'}"):
-        play.play(e, fixed_policy(64, fail), seconds=15)
+    def think():
+        log.append("think")
+        if log.count("think") > 3 and "d" in e.desktop.down:
+            raise UserError("no more")
+    with pytest.raises(UserError, match="no more"):
+        play.play(e, fixed_policy(4, think))
     assert not e.desktop.down                                # at once, not when the environment is closed
-    stood = [x for x in e.desktop.log if x in ("stop", "go")]
-    assert stood[-2:] == (["stop", "go"] if pause == "suspend" else [])
+    assert [x for x in log if x in each] == each * log.count("think")
 
 
 @pytest.mark.parametrize("forward", [True, False])
 def test_any_touch_takes_over_and_is_marked(env, monkeypatch, forward):
-    e, log = env(hz=100.0), []
-    monkeypatch.setattr(play, "MARKED", 1e-9)  # the touched ticks alone
-    rest, touch = [action()], [action(EAST=1)]
-    read = mock.Mock(
-        side_effect=rest * 10 + touch * 10 + rest * 130 + [play.GameGone()]
-    )
-    recorder = types.SimpleNamespace(add=lambda *row: log.append(row))
-    score = play.play(
-        e,
-        fixed_policy(16),
-        people=[mock.Mock(forward=forward, touch=0.25, read=read)],
-        handback=0.4,
-        recorder=recorder,
-    )
+    monkeypatch.setattr(play, "MARKED", 1e-9)                # the touched ticks alone
+    e, log, rest, touch = env(hz=100.0), Log(150), [action()], [action(EAST=1)]
+    person = mock.Mock(forward=forward, touch=0.25)
+    person.read.side_effect = rest * 10 + touch * 10 + rest * 130
+    play.play(e, fixed_policy(16), people=[person], handback=0.4, recorder=log)
     assert ("+ctrl" in e.desktop.log) == forward             # a real pad is passed on; keys are seen already
-    assert [human for *_, human in log] == [10 <= i < 20 for i in range(150)] and score.human > 10
-    assert all(a[BUTTON["EAST"]] == human for _, _, a, human in log)
-    assert log[-1][2][21] == 1                               # the model again
+    touched = [10 <= i < 20 for i in range(150)]
+    assert log.pressed(BUTTON["EAST"]) == touched == [human for *_, human in log.rows]
+    assert not log.pressed(21)[25] and log.pressed(21)[-1]   # the model's again, after a moment
 
 
 def test_a_key_starts_and_stops_the_model(env):
-    e = env(hz=200.0)
-    e.desktop.held = mock.Mock(
-        side_effect=[set()] * 20
-        + [{"f8"}] * 10
-        + [set()] * 30
-        + [{"f8"}] * 10
-        + [play.GameGone("enough")]
-    )
-    score = play.play(e, fixed_policy(16), hotkey="f8")
-    assert score.ticks - score.human == 40 and not e.desktop.down
+    e, log, key = env(hz=200.0), Log(80), [{"f8"}] * 10
+    e.desktop.held = mock.Mock(side_effect=[set()] * 20 + key + [set()] * 30 + key + [set()] * 10)
+    play.play(e, fixed_policy(16), hotkey="f8", recorder=log)
+    moves = log.pressed(21)
+    assert any(moves[20:60]) and not any(moves[:20] + moves[60:])
 
 
-def test_the_screen_is_read_only_when_its_picture_is_used(env):
-    e = env(hz=200.0)
-    play.play(e, seconds=0.5)
-    assert e.capture.n <= 1
-    chunks = play.play(e, fixed_policy(40), seconds=0.5).chunks
-    assert chunks <= e.capture.n <= chunks + 5
+def test_what_is_pressed_while_the_window_is_away_is_recorded_as_rest(env):
+    e, log = env(hz=100.0), Log(60)
+    e.desktop.focused = lambda window: len(log.rows) < 30
+    play.play(e, fixed_policy(64), recorder=log)
+    moves = log.pressed(21)
+    assert any(moves[:30]) and not any(moves[30:])
 
 
-def test_what_is_typed_elsewhere_is_no_play_and_the_mouse_is_a_stick(env):
-    e = env(pad="none", hz=10.0)
-    keys = play.Keys(e)
-    e.desktop.down, e.desktop.hand = {"d"}, (45, -900)       # the mapping's 900 pixels a second are 90 a tick
-    person, theirs = play.hands_on([keys])
-    assert person is keys and np.array_equal(theirs, action(left=(1, 0), right=(0.5, -1)))
-    e.pad.moved = True                                       # it was us
-    assert not keys.read()[23:].any()
-    e.desktop.front = 99
-    assert play.hands_on([keys])[0] is None
+def test_play_presses_row_0_of_a_chunk_action_shift_ticks_after_its_frame(env, monkeypatch):
+    e, log, shift = env(pad="none"), Log(250), 3
 
-
-def test_each_control_of_a_mapping_is_pressed_and_named(env, keys_file, capsys):
-    e = env(mapping=keys_file)
-    e.hold = e.pad.press                                     # at once
-    play.try_map(e)
-    assert e.desktop.log == "+up -up +left -left +right -right +space -space".split()
-    assert capsys.readouterr().out.splitlines()[::3] == [
-        "left y -1: up",
-        "SOUTH +1: space",
-    ]
+    def beat(self):                                          # none is skipped, whatever else the machine does
+        time.sleep(0.001)
+        self.tick += 1
+        return self.tick
+    monkeypatch.setattr(play.Beat, "wait", beat)
+    e.capture.look = lambda box: np.full((256, 256, 3), len(log.rows), np.uint8)
+    policy = fixed_policy(16, shift=shift)
+    policy.predict = lambda frame: rows(*(frame[0, 0, 0] + np.arange(shift, shift + 16)) / 1000)
+    play.play(e, policy, recorder=log)
+    late = [tick - round(action[21] * 1000) for tick, _, action, _ in log.rows if action[21]]
+    assert min(late) == 0 and late.count(0) > len(late) / 2 and not any(log.pressed(21)[:shift])
 
 
 # ---------------------------------------------------------------------------------- play: the recorder
@@ -4696,24 +4591,50 @@ def recorder(tmp_path):
     return play.Recorder(tmp_path / "Daten neu", "Größe: 1.exe", 60.0)
 
 
-def test_a_recorded_clip_is_what_training_reads(recorder):
-    picture = extract.backdrop(np.random.default_rng(0), 256, 256)
-    for tick in [*range(5, 30), *range(33, 60)]:             # 30 to 32 were skipped
-        pressed = action(SOUTH=tick % 3 == 0, LEFT_TRIGGER=0.8, left=(tick / 100, -1))
-        recorder.add(tick, np.roll(picture, tick, 1), pressed, tick < 10)
-    assert "55 rows" in recorder.close()
-    [clip] = extract.clips_in(recorder.tmp.parent)
-    meta, frames = extract.read_clip(clip), extract.Frames(clip)
-    assert (meta["n"], meta["fps"], meta["game"]) == (55, 60.0, "Größe: 1.exe") and "box" not in meta
-    assert np.array_equal(frames.numbers, np.arange(55))
-    assert np.abs(frames[20].astype(int) - np.roll(picture, 25, 1)).mean() < 4
-    arrays = {file.stem: np.load(file) for file in clip.glob("*.npy")}
-    actions = arrays["actions"]
-    assert actions.dtype == np.float32 and set(np.unique(actions[:, :21])) == {0, 1}
-    assert np.allclose(actions[40, 21:23], [0.45, -1]) and np.array_equal(actions, arrays["truth"])
-    assert np.array_equal(actions[24], actions[27]) and np.array_equal(frames[24], frames[27])  # repeated
-    assert np.array_equal(arrays["keep"], extract.dense(actions)) and arrays["human"].sum() == 5
-    assert np.array_equal(arrays["confidence"], np.ones(55, np.float32))
+PICTURE = extract.backdrop(np.random.default_rng(0), 256, 256)
+
+
+def record(recorder, ticks):
+    """Rows that tell their tick: check_recorded() expects them."""
+    for tick in ticks:
+        pressed = action(SOUTH=tick % 2, LEFT_TRIGGER=0.8, left=(tick / 1000, -1))
+        recorder.add(tick, np.roll(PICTURE, tick, 1), pressed, tick % 3 == 0)
+
+
+def check_recorded(data, ticks):
+    """The one clip under `data` holds the rows of these ticks, and train.py opens it."""
+    [clip] = data.iterdir()
+    actions = np.stack([action(SOUTH=t % 2, LEFT_TRIGGER=1, left=(t / 1000, -1)) for t in ticks])
+    wanted = {"actions": actions, "truth": actions, "confidence": np.ones(len(ticks), np.float32),
+              "keep": extract.dense(actions), "human": np.array([t % 3 == 0 for t in ticks])}
+    for name, array in wanted.items():
+        found = np.load(clip / f"{name}.npy")
+        assert found.dtype == array.dtype and np.array_equal(found, array)
+    read = train.Clip(clip, M.preset("toy"))
+    assert len(read.chunk(0)[0]) == M.preset("toy").horizon and read.game == "Größe: 1.exe"
+    last = extract.Frames(clip)[len(ticks) - 1].astype(int)
+    assert np.abs(last - np.roll(PICTURE, ticks[-1], 1)).mean() < 4
+    assert sorted(p.stem for p in clip.iterdir()) == sorted({"clip", "frames", "frames_index", *wanted})
+
+
+@pytest.mark.parametrize("cut", [0, 1, 500, 40_000])
+def test_a_recording_cut_anywhere_is_picked_up_at_the_next_start(recorder, tmp_path, capfd, cut):
+    record(recorder, [*range(25), *range(28, 40)])
+    held = [*range(25), *[24] * 3, *range(28, 50)]           # ticks that were skipped repeat the row before
+    data = tmp_path / "copy"                                 # as a kill leaves it, or less of it
+    shutil.copytree(recorder.tmp, data / recorder.tmp.name)
+    file = data / recorder.tmp.name / "rows.bin"
+    os.truncate(file, file.stat().st_size - cut)
+    assert run(play.main, "--human", "--exe", "no such game", "--wait", 0, "--record", data) == 2
+    said = capfd.readouterr().out
+    n = int(re.match(rf"picked up {data / recorder.tmp.stem}: (\d+) rows", said)[1])
+    assert 25 <= n <= 40 and (n == 40) == (cut == 0)         # every row is in the file when add() returns
+    check_recorded(data, held[:n])
+    play.pick_up(recorder.tmp.parent)
+    assert not capfd.readouterr().out                        # the one that goes on is left alone
+    record(recorder, range(40, 50))
+    assert "50 rows at 60/s" in recorder.close()
+    check_recorded(recorder.tmp.parent, held)
 
 
 def test_a_recording_of_nothing_leaves_nothing(recorder):
@@ -4724,19 +4645,40 @@ def test_a_recording_of_nothing_leaves_nothing(recorder):
     assert not list(data.iterdir())
 
 
+@contextlib.contextmanager
+def full_disk(limit):
+    """A disk on which no file grows beyond `limit` bytes: it is said, and to be tried again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(UserError, match="room to write .what is whole is kept.*File too large"):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_ends_play_with_the_game_let_go_and_loses_no_row_that_is_whole(env, recorder):
+    e = env(hz=100.0)
+    record(recorder, range(120))
+    with full_disk(recorder.rows.tell() + 9):
+        play.play(e, fixed_policy(16), recorder=recorder)
+    assert not e.desktop.down
+    with full_disk(500):
+        recorder.close()
+    play.pick_up(recorder.tmp.parent)                        # the next start
+    check_recorded(recorder.tmp.parent, range(120))
+
+
 def test_the_video_shows_frame_and_pad_and_keeps_time(env, tmp_path):
-    e, score = env(hz=60.0), play.Score(play.Beat(60))
+    e = env(hz=60.0)
+    e.frame = np.full((256, 256, 3), (200, 100, 50), np.uint8)
     view = play.View(e, video=tmp_path / "seen.mp4")
-    e.frame = frame = np.full((256, 256, 3), (200, 100, 50), np.uint8)
-    for tick in [*range(10), *range(14, 20)]:                # 10 to 13 were skipped
-        if tick % view.every == 0:
-            view.show(tick, e, action(SOUTH=tick > 9), "the model", score)
+    for tick in 0, 18:                                       # those between were skipped
+        view.show(tick, e, action(SOUTH=tick > 0), "the model", play.Score(play.Beat(60)))
     view.close()
     frames = np.stack([rgb for _, rgb in extract.read_video(tmp_path / "seen.mp4")]).astype(int)
-    assert frames.shape == (10, 512, 912, 3)
-    assert np.abs(frames[0, 250, 250] - frame[0, 0]).max() < 12
-    pads = frames[:, :300, 520:]                             # beside it
-    assert pads[0].std() > 20 and np.abs(pads[0] - pads[-1]).max() > 50        # and what it presses
+    assert frames.shape == (10, 512, 912, 3) and np.abs(frames[0, 250, 250] - e.frame[0, 0]).max() < 12
+    assert np.abs(frames[0] - frames[-1])[:, 520:].max() > 50        # what it presses
 
 
 def test_the_preview_lies_beside_the_game():
@@ -4747,40 +4689,35 @@ def test_the_preview_lies_beside_the_game():
         play.free_room(screen, screen, (912, 512))
 
 
-def test_a_window_without_a_screen_is_one_line(env, monkeypatch):
-    monkeypatch.setattr(cv2, "namedWindow", mock.Mock(side_effect=cv2.error("not implemented")))
-    with pytest.raises(UserError, match="--show: expected a screen"):
-        play.View(env(), window=True)
-
-
 # ----------------------------------------------------------------------------- play: on a real desktop
-def test_a_real_window_is_found_captured_and_followed(game):
-    e = play.GameEnv("small_game.py", pad="none", wait=20)
-    xlib, display, w = e.desktop.x, e.desktop.display, e.window.id
+def start(script, *flags):
+    """One of our scripts as a background job, nohup or cron starts it: with SIGINT ignored."""
+    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+
+
+def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game, keys_file):
+    e = play.GameEnv("small_game", pad="keyboard", mapping=keys_file, wait=20, hz=30)
+    d, x, display, w = e.desktop, e.desktop.x, e.desktop.display, e.window.id
+    assert (e.window.pid, w) == (game.state()["pid"], game.state()["window"])
 
     def shows(*box):
-        corners = e.look()[[5, 5, 250, 250], [5, 250, 5, 250]].tolist()
-        return e.box() == box and corners == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]]
-    assert e.window.pid == game.process.pid
+        corners = [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]]
+        return e.box() == box and e.look()[5::245, 5::245].tolist() == corners
     wait_until(lambda: shows(100, 80, 320, 240))
-    xlib.XMoveResizeWindow(display, w, 7, 33, 320, 240)
+    x.XMoveResizeWindow(display, w, 7, 33, 320, 240)
     wait_until(lambda: shows(7, 33, 320, 240))
-    assert e.desktop.problem(w) == ""
-    xlib.XUnmapWindow(display, w)
-    assert e.desktop.problem(w) == "is minimised"
-    e.close()
-
-
-def test_a_real_game_is_moved_by_keys_that_are_let_go(game, keys_file):
-    e = play.GameEnv("small_game", pad="keyboard", mapping=keys_file, wait=20, hz=30)
-    wait_until(lambda: (e.step(action(SOUTH=1, left=(1, 0))), game.state().get("x", 0) > 10)[1])
-    assert set(game.state()["held"]) == {"right", "space"} == e.desktop.held()
-    x, display, zero = e.desktop.x, e.desktop.display, ctypes.c_ulong(0)
-    w = x.XCreateSimpleWindow(display, e.desktop.root, 90, 70, 340, 260, 0, zero, zero)
-    x.XMapWindow(display, w)
-    e.desktop.focus(w)                                       # on top, and with the keyboard
+    wait_until(lambda: (e.step(action(SOUTH=1, left=(1, 0))), game.state()["x"] > 10)[1])
+    assert set(game.state()["held"]) == {"right", "space"} == d.held() and d.problem(w) == ""
+    zero = ctypes.c_ulong(0)
+    over = x.XCreateSimpleWindow(display, d.root, 0, 20, 340, 270, 0, zero, zero)
+    x.XMapWindow(display, over)
+    d.focus(over)                                            # on top, and with the keyboard
     assert e.step(action(SOUTH=1))[4]["away"] and "covered" in e.problem()
-    wait_until(lambda: not e.desktop.held())
+    wait_until(lambda: not d.held())
+    x.XUnmapWindow(display, w)
+    assert d.problem(w) == "is minimised"
     e.close()
     x.XCloseDisplay(display)
 
@@ -4788,30 +4725,29 @@ def test_a_real_game_is_moved_by_keys_that_are_let_go(game, keys_file):
 @pytest.mark.parametrize("kind", ["suspend", "clock"])
 def test_a_real_game_stands_still_between_steps_and_runs_on_at_the_end(display, tmp_path, keys_file, kind):
     g = SmallGame(tmp_path)
-    command = f"{sys.executable} '{g.script}'"
     try:
-        e = play.GameEnv("small_game", launch=command, pad="keyboard", mapping=keys_file, pause=kind, hz=30)
+        e = play.GameEnv("small_game", launch=f"{sys.executable} '{g.script}'", pad="keyboard",
+                         mapping=keys_file, pause=kind, hz=30)
     except UserError as error:
         assert kind == "clock" and "libfaketime" in str(error)
         pytest.skip(str(error))
     try:
-        wait_until(g.state)
+        g.state()
         e.reset()
         before = g.state()
-        time.sleep(1.0)
+        time.sleep(2.0)
         assert g.state() == before
         for _ in range(3):
             e.step(action(left=(1, 0)))
         after = g.state()
         assert after["frames"] > before["frames"]
-        passed = after["clock"] - before["clock"]
-        assert passed > 0.9 if kind == "suspend" else passed < 0.9             # has its clock seen the pause?
-        wait_until(lambda: e.desktop._status(e.window.pid, "State")[0] == "T")
-        assert e.desktop.held() == {"right"}
+        saw_the_pause = after["clock"] - before["clock"] > 1.8
+        assert saw_the_pause == (kind == "suspend") and e.desktop.held() == {"right"}
+        assert g.state() == after
         e.close()
         g.runs_on()
     finally:
-        os.kill(e.window.pid, signal.SIGKILL)
+        e.launched.kill()
         e.launched.wait(10)
 
 
@@ -4841,8 +4777,7 @@ def fake_server(answers, hello=()):
 
 # GOOD answers every question; its values reach both ends of their ranges, and it holds `right`.
 CONFIG = {"horizon": 16, "action_shift": 0, "hz": 30.0}
-CHUNK = np.tile(action(SOUTH=1, left=(1, -1)), (16, 1))
-GOOD = extract.pack_message({"config": CONFIG}, CHUNK)
+GOOD = extract.pack_message({"config": CONFIG}, np.tile(action(SOUTH=1, left=(1, -1)), (16, 1)))
 
 
 def kill_the_model(p):
@@ -4852,19 +4787,14 @@ def kill_the_model(p):
             os.kill(int(child), signal.SIGKILL)
 
 
-ENDS = {"server": (2, "connection broke"), "game": (0, "has closed"), "window": (0, "has closed"),
-        "play": (-9, "released"), "ctrl-c": (130, "stopped"), "stall": (2, "the game runs on"),
-        "model": (2, "the model: expected an answer")}
-
-
 @pytest.mark.parametrize("victim, pause", [
     *itertools.product(["server", "game", "window", "play", "ctrl-c"], ["none", "suspend"]),
     ("stall", "suspend"), ("model", "none")])
 def test_whatever_dies_the_pad_rests_and_the_game_runs(game, keys_file, tmp_path, victim, pause):
-    now, data, desktop = threading.Event(), tmp_path / "data", play.X11()
+    ill, data, desktop, state = threading.Event(), tmp_path / "data", play.X11(), game.state()
 
     def answer(connection):
-        if not now.is_set():
+        if not ill.is_set():
             connection.send_bytes(GOOD)
         elif victim == "server":
             connection.close()
@@ -4877,15 +4807,18 @@ def test_whatever_dies_the_pad_rests_and_the_game_runs(game, keys_file, tmp_path
             player = ["--ckpt", save_model(tmp_path / "m.safetensors", net), "--hz", 20, "--euler", 1]
         p = start("play.py", *player, "--exe", "small_game.py", "--pad", "keyboard", "--map", keys_file,
                   "--pause", pause, "--record", data, "--hotkey", "none")
-        wait_until(lambda: game.state().get("x", 0) > 5, 60)
-        w = game.state()["window"]
+        wait_until(lambda: game.state()["x"] > 5)
+        die, status, word = {
+            "server": (ill.set, 2, "connection broke"), "stall": (ill.set, 2, "the game runs on"),
+            "game": (lambda: os.kill(state["pid"], signal.SIGKILL), 0, "has closed"),
+            "window": (lambda: desktop.x.XDestroyWindow(desktop.display, state["window"]), 0, "has closed"),
+            "model": (lambda: kill_the_model(p), 2, "the model: expected an answer"),
+            "play": (p.kill, -9, "released"),
+            "ctrl-c": (lambda: p.send_signal(signal.SIGINT), 130, "stopped")}[victim]
+        die()
         desktop.prepare_keys(["up", "left", "right", "space"])
-        {"server": now.set, "stall": now.set, "play": p.kill, "ctrl-c": lambda: p.send_signal(signal.SIGINT),
-         "game": lambda: (game.process.kill(), game.process.wait()), "model": lambda: kill_the_model(p),
-         "window": lambda: (desktop.x.XDestroyWindow(desktop.display, w), desktop.held())}[victim]()
-        out, err = p.communicate(timeout=30)
+        _, err = p.communicate(timeout=120)
     wait_until(lambda: not desktop.held())
-    status, word = ENDS[victim]
     said = [line for line in err.splitlines() if word in line]       # and remarks on a loaded machine's pace
     assert p.returncode == status and len(said) == 1 and "Traceback" not in err, err
     play.pick_up(data)                                       # what the kill left
@@ -4895,13 +4828,11 @@ def test_whatever_dies_the_pad_rests_and_the_game_runs(game, keys_file, tmp_path
     desktop.x.XCloseDisplay(desktop.display)
 
 
-# ------------------------------------------------------------------------------ play: its command line
-WHICH = "not allowed with"
 PLAY_MISTAKES = {
-    "": "--ckpt --server --human", "--human --ckpt x": WHICH,
-    "--ckpt x --server a:1": WHICH, "--server here": "HOST:PORT", "--server 127.0.0.1:99999": "65535",
-    "--server a..b:5555": "expected python sample.py serve",
-    "--exe g --ckpt no_such_file": "no_such_file", "--human": "--exe", "--human --try-map x": WHICH,
+    "": "--ckpt --server --human", "--human --ckpt x": "not allowed with",
+    "--human --try-map x": "not allowed with", "--server here": "HOST:PORT",
+    "--server 127.0.0.1:99999": "65535", "--server a..b:5555": "expected python sample.py serve",
+    "--exe g --ckpt no_such_file": "no_such_file", "--human": "--exe",
     "--human --hz 0": "--hz: expected 1 to 1000, found 0"}
 
 
@@ -4910,206 +4841,58 @@ def test_play_says_what_is_wrong_in_one_line(capfd, flags):
     fails_in_one_line(capfd, play.main, *flags.split(), says=PLAY_MISTAKES[flags])
 
 
-# --------------------------------------------------------------------- play: what a recording survives
-def record(recorder, n, start=0):
-    """Rows `start` to `start` + n - 1 of what check_recorded() expects."""
-    for tick in range(start, start + n):
-        recorder.add(tick, pictures(1)[0], action(SOUTH=tick % 2, left=(tick / 1000, 0)), tick % 3 == 0)
-
-
-def check_recorded(data, n):
-    """The one clip under `data` holds the first n rows that record() makes, and train.py opens it."""
-    [clip] = data.iterdir()
-    frames, actions, config = extract.Frames(clip), np.load(clip / "actions.npy"), M.preset("toy")
-    assert len(frames) == len(actions) == len(np.load(clip / "human.npy")) == n
-    assert (clip / "frames.npy").stat().st_size == frames.data.offset + frames.offsets[-1]     # no more
-    assert np.allclose(actions[:, 21], np.arange(n) / 1000) and frames[n - 1].shape == (256, 256, 3)
-    assert len(train.Clip(clip, config).chunk(0)[0]) == config.horizon
-    arrays = "actions confidence frames frames_index human keep truth".split()
-    assert {p.name for p in clip.iterdir()} == {"clip.json", *(f"{name}.npy" for name in arrays)}
-
-
-@pytest.mark.parametrize("cut", [0, 1, 500, 40_000])
-def test_a_recording_cut_anywhere_is_picked_up_at_the_next_start(recorder, tmp_path, capfd, cut):
-    record(recorder, 40)
-    data = tmp_path / "copy"  # as a kill leaves it, or less of it
-    shutil.copytree(recorder.tmp, data / recorder.tmp.name)
-    file = data / recorder.tmp.name / "rows.bin"
-    os.truncate(file, file.stat().st_size - cut)
-    assert (
-        run(
-            play.main, "--human", "--exe", "no such game", "--wait", 0, "--record", data
-        )
-        == 2
-    )
-    clip = data / recorder.tmp.stem
-    n = extract.read_clip(clip)["n"]
-    assert 30 <= n <= 40 and (n == 40) == (
-        cut == 0
-    )  # every row is in the file when add() returns
-    assert capfd.readouterr().out.startswith(f"picked up {clip}: {n} rows")
-    check_recorded(data, n)
-    play.pick_up(recorder.tmp.parent)
-    assert not capfd.readouterr().out                        # the one that goes on is left alone
-    record(recorder, 5, 40)
-    assert "45 rows at 60/s" in recorder.close()
-    check_recorded(recorder.tmp.parent, 45)
-
-
-@contextlib.contextmanager
-def full_disk(limit):
-    """A disk on which no file grows beyond `limit` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_ends_play_in_one_line_with_the_game_let_go_and_keeps_what_is_whole(env, recorder):
-    e = env(hz=100.0)
-    record(recorder, 3)
-    says = "room to write .what is whole is kept.*File too large"
-    with full_disk(recorder.rows.tell() + 9):
-        with pytest.raises(UserError, match=says):
-            play.play(e, fixed_policy(16), seconds=20, recorder=recorder)
-        recorder.close()
-    assert not e.desktop.down
-    check_recorded(recorder.tmp.parent, 3)
-
-
-def test_a_disk_too_full_to_end_a_recording_leaves_it_to_the_next_start(recorder):
-    record(recorder, 120)
-    with full_disk(500), pytest.raises(UserError, match="make room"):
-        recorder.close()
-    play.pick_up(recorder.tmp.parent)
-    check_recorded(recorder.tmp.parent, 120)
-
-
-def test_what_is_pressed_while_the_window_is_away_is_recorded_as_rest(env, recorder):
-    e = env(hz=100.0)
-    e.desktop.focused = lambda window: e.capture.n <= 30
-    play.play(e, fixed_policy(64), seconds=0.8, recorder=recorder)
-    recorder.close()
-    [clip] = recorder.tmp.parent.iterdir()
-    pressed = np.load(clip / "actions.npy").any(1)
-    assert pressed[:25].any() and e.capture.n > 40 and not pressed[-5:].any()
-
-
 # ---------------------------------------------------------------------- play: servers that do us wrong
-def info(**changes):
-    return extract.pack_message({"config": {**CONFIG, **changes}})
-
-
-def chunk(value=0.0, place=24, shape=(16, 25), dtype=np.float32):
+def chunk(value=0.0, place=24, steps=16):
     """An answer of zeros but for one value: place 24 is a stick of the first action, 3 a button."""
-    array = np.zeros(shape, dtype)
+    array = np.zeros((steps, 25), np.float32)
     array.flat[place] = value
     return extract.pack_message({}, array)
 
 
-def part_of(message):
-    """Begin a message and never end it."""
-    return lambda connection: os.write(connection.fileno(), struct.pack("!i", len(message) + 9) + message)
-
-
 def bare(data):
+    """Bytes that are no message of their own."""
     return lambda connection: os.write(connection.fileno(), data)
 
 
-ODD_CONFIGS = [{"hz": "60"}, {"hz": math.nan}, {"action_shift": None}]
-ODD_MESSAGES = [
-    b"{}\n", b'{"config": null}\n', b"\x80\x04.\n",
+def falter(connection):
+    """Half of a good answer, and the rest when the client has gone or much too late."""
+    message = struct.pack("!i", len(GOOD)) + GOOD
+    bare(message[:60])(connection)
+    connection.poll(20)
+    bare(message[60:])(connection)
+
+
+ODD_INFOS = [
+    *(extract.pack_message({"config": CONFIG | odd})
+      for odd in ({"hz": "60"}, {"hz": math.nan}, {"action_shift": None})),
+    b"{}\n", b'{"config": null}\n',
+    b"\x80\x04.\n",                                         # a pickle
     bare(struct.pack("!i", 1 << 30)), bare(struct.pack("!i", -5)),     # it promises too much, too little
-    lambda connection: connection.close(),
-    b'{"error": "a\\nb\\u001b[2J\\r\\ud800"}\n']            # not one line
-ODD_CHUNKS = [
-    b"{}\n", chunk()[:-3], chunk(shape=(15, 25)), chunk(math.nan),
-    chunk(-1, place=3)]
+    b'{"error": "a\\nb\\u001b[2J\\r\\ud800"}\n',            # not one line
+    mpc.Connection.close]
+ODD_CHUNKS = [b"{}\n", chunk()[:-3], chunk(steps=15), chunk(math.nan), chunk(-1, place=3), falter]
 
 
-@pytest.mark.parametrize("answers", [
-    *([info(**config)] for config in ODD_CONFIGS), *([message] for message in ODD_MESSAGES),
-    *([GOOD, answer] for answer in ODD_CHUNKS)])
-def test_an_odd_reply_is_one_line(answers):
+@pytest.mark.parametrize("answers", [*([odd] for odd in ODD_INFOS), *([GOOD, odd] for odd in ODD_CHUNKS)])
+def test_an_odd_reply_or_none_in_time_is_one_line(answers):
     with fake_server([*answers, GOOD]) as address, pytest.raises(UserError) as error:
-        play.Client(*address, timeout=10).predict(pictures(1)[0])
+        play.Client(*address, timeout=2.0).predict(pictures(1)[0])
     said = str(error.value)
     assert said.startswith("server 127.0.0.1:") and said.isprintable() and len(said) < 600
 
 
-def stay_silent(connection):
-    """Until the client has gone."""
-    connection.poll(20)
-
-
-@pytest.mark.parametrize("stall", [[stay_silent], [part_of(chunk()[:60]), stay_silent]])
-def test_a_server_that_stalls_is_given_up_in_time(stall):
-    with fake_server([GOOD, *stall]) as address, pytest.raises(UserError, match="within 0.5 s"):
-        play.Client(*address, timeout=0.5).predict(pictures(1)[0])
-
-
-def test_play_presses_row_0_of_a_chunk_action_shift_ticks_after_its_frame(env, monkeypatch):
-    e, log, shift = env(pad="none"), [], 3
-    e.problem = lambda: ""                                   # it looks, too
-    looks = itertools.count()                                # look 0 is the warm-up's, look n + 1 tick n's
-    e.capture.look = lambda box: np.full((256, 256, 3), next(looks), np.uint8)
-
-    def wait(beat):
-        time.sleep(0.001)
-        beat.start, beat.tick = 0.0, beat.tick + 1           # none skipped, whatever else the machine does
-        if beat.tick == 250:
-            raise play.GameGone("enough")
-        return beat.tick
-
-    def predict(frame):
-        tick = int(frame[0, 0, 0]) - 1
-        return rows(*((tick + shift + j) / 1000 for j in range(16)))
-    monkeypatch.setattr(play.Beat, "wait", wait)
-    policy = fixed_policy(16, shift=shift)
-    policy.predict = predict
-    recorder = types.SimpleNamespace(add=lambda tick, frame, action, human: log.append((tick, action[21])))
-    play.play(e, policy, recorder=recorder)
-    pressed = [(tick, round(float(value) * 1000)) for tick, value in log if value]
-    assert len(pressed) > 20 and all(value <= tick for tick, value in pressed)       # late ones are held
-    assert sum(value == tick for tick, value in pressed) > len(pressed) / 2 and min(pressed)[0] >= shift
-
-
-@pytest.fixture
-def short_video(tmp_path, monkeypatch):
-    """20 frames; and one skin, not 300: seconds."""
-    skin = extract.random_skin(np.random.default_rng(0))
-    monkeypatch.setattr(extract, "our_skins", lambda: [skin])
+def test_a_videos_pad_waits_for_the_action_shift(tmp_path, monkeypatch):
+    skin, draw = extract.random_skin(np.random.default_rng(0)), mock.Mock(wraps=sample.draw)
+    monkeypatch.setattr(sample, "draw", draw)
+    monkeypatch.setattr(extract, "our_skins", lambda: [skin])        # not 300: seconds
+    monkeypatch.setattr(sample.Session, "predict", lambda self, rgb: rows(*np.arange(1, 9) / 10))
     with extract.VideoWriter(tmp_path / "in.mp4", 30, (192, 108)) as out:
         for f in pictures(20):
             out.add(f[:108, :192])
-    return tmp_path / "in.mp4"
-
-
-def test_a_videos_pad_waits_for_the_action_shift(short_video, tmp_path, monkeypatch):
-    drawn, real = [], sample.draw
     model = save_model(tmp_path / "m.safetensors", tiny(action_shift=6))
-    monkeypatch.setattr(sample.Session, "predict", lambda self, rgb: rows(*np.arange(1, 9) / 10))
-
-    def draw(skin, action=None):
-        drawn.extend([] if action is None else [round(float(action[21]) * 10)])
-        return real(skin, action)
-    monkeypatch.setattr(sample, "draw", draw)
-    assert run(sample.main, "video", short_video, "--ckpt", model, "--out", tmp_path / "o.mp4") == 0
-    assert drawn[:11] == [0, 0, 0, 1, 3, 5, 7, 1, 3, 5, 7]   # 6 actions of 60 Hz are 3 frames of 30
-
-
-def test_a_video_that_breaks_at_its_end_is_one_line_and_status_2(short_video, ckpt, tmp_path, monkeypatch,
-                                                                 capsys):
-    def broken(self):
-        raise UserError(f"{self.path}: expected 1 frame, found none")
-    monkeypatch.setattr(extract.VideoWriter, "close", broken)
-    out = tmp_path / "o.mp4"
-    assert run(sample.main, "video", short_video, "--ckpt", ckpt, "--out", out) == 2
-    assert capsys.readouterr().err.endswith(f"error: {out}: expected 1 frame, found none\n")
-    with pytest.raises(UserError, match="expected 1 frame"):
-        play.View(types.SimpleNamespace(hz=30, name="a game"), video=tmp_path / "p.mp4").close()
+    assert run(sample.main, "video", tmp_path / "in.mp4", "--ckpt", model, "--out", tmp_path / "o.mp4") == 0
+    drawn = [call.args[1][21] for call in draw.call_args_list if len(call.args) > 1]
+    assert np.allclose(drawn[:11], [0, 0, 0, 0.1, 0.3, 0.5, 0.7, 0.1, 0.3, 0.5, 0.7])  # 6 at 60 Hz: 3 frames
 
 
 # ------------------------------------------------------------------------------------ sample: the door
@@ -5204,10 +4987,9 @@ def test_noise_is_never_unpickled(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- Ctrl-C ends a script
 def test_a_person_is_recorded_until_ctrl_c(game, tmp_path):
     p = start("play.py", "--human", "--exe", "small_game.py", "--record", tmp_path / "data")
-    assert "playing small_game.py" in p.stdout.readline()
     wait_until(lambda: any(f.stat().st_size for f in tmp_path.glob("data/*/rows.bin")))
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=30)
+    out, err = p.communicate(timeout=120)
     assert p.returncode == 130 and "stopped" in err and "rows at" in out
 
 
@@ -5216,7 +4998,7 @@ def test_ctrl_c_ends_a_server_that_inherited_it_ignored(ckpt):
     while "serving" not in (line := p.stdout.readline()):
         assert line, p.stderr.read()
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=30)
+    _, err = p.communicate(timeout=120)
     assert p.returncode == 0 and not err
 
 
@@ -5240,123 +5022,75 @@ def played(task, seed, player, steps, draw=True):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     path = tmp_path_factory.mktemp("ckpt") / "toy.safetensors"
-    model = M.create(M.preset("toy", hz=30.0, steps=2))
-    M.save(path, model.state_dict(), model.config)
-    return path
+    return save_model(path, M.create(M.preset("toy", hz=30.0, steps=2)))
 
 
 def test_suite_has_the_papers_shape():
-    assert len(bench.GAMES) == 10 and len(bench.TASKS) == 30
+    assert len(bench.GAMES) == 10 and {t.fixed for t in bench.TASKS.values()} == {True, False}
     assert Counter(t.kind for t in bench.TASKS.values()) == {"combat": 11, "navigation": 10, "specific": 9}
     families = Counter(game.family for game in bench.GAMES.values())
     assert families == {"first person": 3, "top-down": 3, "side": 4}
-    assert {t.fixed for t in bench.TASKS.values()} == {True, False}
-    for game in bench.GAMES.values():
-        buttons = {k for k in game.keys if k.isupper()}
-        assert set(game.attack) <= buttons <= set(BUTTON) - {"BACK", "START", "GUIDE"}
 
 
-@pytest.mark.parametrize("name", bench.GAMES)
-def test_game_is_a_function_of_task_seed_and_actions(name):
-    for task in [t for t in bench.TASKS if t.startswith(name + "/")]:
-        one, a = played(task, 5, bench.Blind, 40)
-        two, b = played(task, 5, bench.Blind, 40)
-        assert np.array_equal(a, b)
-        assert a[0].shape == (256, 256, 3) and a[0].dtype == np.uint8 and a[0].std() > 10
-        bare, _ = played(task, 5, bench.Blind, 40, draw=False)
-        assert np.array_equal(bare.render(), a[-1])                    # drawing changes nothing
-        assert np.array_equal(one.render(), one.render())
-        assert not np.array_equal(played(task, 6, bench.Blind, 1)[1][0], a[0])
+@pytest.mark.parametrize("task", bench.TASKS)
+def test_a_task_is_a_function_of_seed_and_actions_and_ends(task):
+    (_, a), (_, b) = (played(task, 5, bench.Blind, 40) for _ in range(2))
+    assert np.array_equal(a, b) and a[0].shape == (256, 256, 3) and a[0].std() > 10
+    game, _ = played(task, 5, bench.Blind, 40, draw=False)
+    assert np.array_equal(game.render(), a[-1]) and np.array_equal(game.render(), a[-1])
+    assert not np.array_equal(played(task, 6, bench.Blind, 1)[1][0], a[0])
+    while not game.over:
+        game.advance(extract.neutral())
+    t, frame = game.t, game.render()
+    assert not game.won and t <= game.task.seconds * bench.FPS
+    assert np.array_equal(game.step(push(1)), frame) and game.t == t         # it stands still
+
+
+def test_fixed_levels_are_the_same_for_all_seeds_and_procedural_ones_are_not():
+    for task, same in ("crypt/exit", True), ("crypt/key", False):
+        one, two = (bench.TASKS[task].game(task, seed).grid for seed in (1, 2))
+        assert (one == two) == same
 
 
 @pytest.mark.parametrize("name", ["NitroGen/crypt-exit-v0", "NitroGen/swarm-gems-v0"])
 def test_tasks_are_gymnasium_environments(name):
     gymnasium = pytest.importorskip("gymnasium", reason="needs the package gymnasium")
     from gymnasium.utils.env_checker import check_env
-
-    env = gymnasium.make(name)
-    check_env(env.unwrapped)
+    env = gymnasium.make(name).unwrapped
+    check_env(env)
     env.reset(seed=3)
-    player, done, points = bench.Scripted(env.unwrapped.game, 3), False, 0
-    while not done:
+    player, ended, points = bench.Scripted(env.game, 3), False, 0
+    while not ended:
         _, reward, ended, late, info = env.step(player.act())
-        done, points = ended or late, points + reward
-    assert info["won"] and ended and not late and points == env.unwrapped.game.task.goal
+        points += reward
+    assert info["won"] and not late and points == env.game.task.goal
 
 
-def test_ten_games_look_different():
-    """Nearest neighbour by colour histogram names the game of a frame of another seed."""
-    def look(frame):
-        h = np.histogramdd(frame.reshape(-1, 3), bins=8, range=[(0, 256)] * 3)[0].ravel()
-        return np.sqrt(h / h.sum())
-    known = {(t, 1): look(played(t, 1, bench.Scripted, 20)[1][-1]) for t in bench.TASKS}
-    right = 0
-    for task in bench.TASKS:
-        seen = look(played(task, 2, bench.Scripted, 20)[1][-1])
-        best = max(known, key=lambda k: float(seen @ known[k]))[0]
-        right += best.split("/")[0] == task.split("/")[0]
-    assert right >= 27
-
-
-def test_fixed_levels_are_the_same_for_all_seeds_and_procedural_ones_are_not():
-    grid = lambda task, seed: bench.TASKS[task].game(task, seed).grid
-    assert grid("crypt/exit", 1) == grid("crypt/exit", 2)
-    assert grid("vault/stairs", 1) != grid("vault/chest", 1)
-    assert grid("crypt/key", 1) != grid("crypt/key", 2)
-    a, b = (bench.TASKS["cliffs/flag"].game("cliffs/flag", s).islands for s in (0, 1))
-    width = lambda islands: sorted(round(x1 - x0, 6) for x0, x1, _ in islands)
-    assert width(a) == width(b)
-
-
-def test_scripted_wins_and_random_mashing_and_rest_do_not():
+def test_scripted_wins_and_random_mashing_does_not():
     """n = 3 here; bench.py suite --mashing -n 50 measures it task by task."""
-    players = "scripted", "random", "right+attack", "mash"
-    wins = {who: [bench.rollouts(task, who, 3, 7)[:, 0].sum() for task in bench.TASKS] for who in players}
-    assert sum(wins["scripted"]) >= 0.9 * 90 and min(wins["scripted"]) >= 1
-    for who in ("random", "right+attack", "mash"):
-        assert sum(wins[who]) <= 0.1 * 90, who
-    for task in bench.TASKS:
-        game = bench.TASKS[task].game(task, 3)
-        while not game.over:
-            game.advance(extract.neutral())
-        assert not game.won and game.t <= bench.TASKS[task].seconds * bench.FPS
+    wins = {who: [bench.rollouts(task, who, 3, 7)[:, 0].sum() for task in bench.TASKS]
+            for who in ("scripted", "random", "right+attack", "mash")}
+    scripted = wins.pop("scripted")
+    assert sum(scripted) >= 0.9 * 90 and min(scripted) >= 1
+    assert max(map(sum, wins.values())) <= 0.1 * 90
 
 
 def test_sticks_are_analogue_and_y_points_down():
-    for tilt in (0.5, 1.0):
-        game = bench.Swarm("swarm/gems", 0)
-        game.things = []
-        start = game.pos
-        game.advance(push(1j * tilt))
-        assert game.pos - start == pytest.approx(3.2j * tilt)
-    plane = bench.Glider("glider/rings", 0)
-    height = plane.pos.imag
+    game, plane = bench.Swarm("swarm/gems", 0), bench.Glider("glider/rings", 0)
+    game.things, start, height = [], game.pos, plane.pos.imag
+    game.advance(push(0.5j))
+    assert game.pos - start == pytest.approx(1.6j)
     plane.advance(push(-0.5j))
     assert plane.pos.imag == pytest.approx(height - 1.7)
-    crypt = bench.Crypt("crypt/exit", 0)
-    face = crypt.face
-    crypt.advance(push(0j, 0.5))
-    assert bench.wrap(crypt.face - face) == pytest.approx(0.0425)
-
-
-def test_game_ends_when_won_lost_or_late_and_then_stands_still():
-    game = bench.Dojo("dojo/boards", 0)
-    while not game.over:
-        game.advance(push(0j, 0j, "WEST"))                              # blows into the air cost health
-    assert game.health <= 0 and not game.won
-    t, frame = game.t, game.render()
-    assert np.array_equal(game.step(push(1)), frame) and game.t == t
 
 
 def test_ray_casting_meets_the_wall_where_geometry_says():
     game = bench.Siege("siege/beacon", 0)
-    game.grid = [[x in (0, 10) or y in (0, 10) for x in range(11)] for y in range(11)]
-    game.walls, game.pos, game.face, game.things = np.array(game.grid), 5.5 + 5.5j, 0.0, []
+    edge = np.isin(np.arange(11), (0, 10))
+    game.walls, game.pos, game.face, game.things = edge | edge[:, None], 5.5 + 5.5j, 0.3, []
+    game.grid = game.walls.tolist()
     bench.FirstPerson.draw(game)
-    assert game.depth == pytest.approx(np.full(128, 4.5), abs=1e-6)    # the wall at x = 10, without fish-eye
-    game.face = 0.3
-    bench.FirstPerson.draw(game)
-    ray = np.exp(0.3j) * (1 + 1j * bench.LENS)
+    ray = np.exp(0.3j) * (1 + 1j * bench.LENS)                         # length 1 ahead: without fish-eye
     reach = np.minimum(4.5 / np.abs(ray.real), 4.5 / np.abs(ray.imag))
     assert game.depth == pytest.approx(reach, abs=1e-6)
 
@@ -5369,38 +5103,28 @@ def test_driving_draws_the_ground_in_perspective():
     ahead, right = 120, 30
     y, x = 512 + right, 512 - 44 + ahead                                # the camera is 44 behind the car
     game.ground[y - 4:y + 5, x - 4:x + 5] = (255, 0, 255)
-    rows, columns = np.nonzero((game.draw() == (255, 0, 255)).all(-1))
-    assert columns.mean() == pytest.approx(128 + bench.LENGTH * right / ahead, abs=3)
-    assert rows.mean() == pytest.approx(bench.HORIZON + bench.LENGTH * bench.HIGH / ahead, abs=3)
+    y, x = np.argwhere((game.draw() == (255, 0, 255)).all(-1)).mean(0)
+    assert x == pytest.approx(128 + bench.LENGTH * right / ahead, abs=3)
+    assert y == pytest.approx(bench.HORIZON + bench.LENGTH * bench.HIGH / ahead, abs=3)
 
 
 def test_distances_and_waypoint_lead_around_a_wall():
     grid = [[c == "#" for c in row] for row in ("#####", "#.#.#", "#...#", "#####")]
-    far = bench.distances(grid, 3.5 + 1.5j)
+    far, p = bench.distances(grid, 3.5 + 1.5j), 1.5 + 1.5j
     assert far[1 + 1j] == 4 and far[3 + 1j] == 0 and 2 + 1j not in far
-    p, steps = 1.5 + 1.5j, 0
-    while int(p.real) != 3 or int(p.imag) != 1:
-        p, steps = bench.waypoint(far, p), steps + 1
-        assert steps < 5
-    maze = types.SimpleNamespace(grid=grid, cell=1)
-    assert not bench.Walled.sees(maze, 1.5 + 1.5j, 3.5 + 1.5j)
-    assert bench.Walled.sees(maze, 1.5 + 2.5j, 3.5 + 2.5j)
+    for _ in range(4):
+        p = bench.waypoint(far, p)
+    assert bench.cell_of(p) == 3 + 1j
+    maze = mock.Mock(grid=grid, cell=1)
+    assert not bench.Walled.sees(maze, 1.5 + 1.5j, p) and bench.Walled.sees(maze, 1.5 + 2.5j, 3.5 + 2.5j)
 
 
-def test_scripted_players_differ_and_slip():
-    actions = []
-    for seed in range(4):
-        game = bench.Swarm("swarm/bugs", 0)
-        player = bench.Scripted(game, seed)
-        rows = []
-        for _ in range(60):
-            rows.append(player.act())
-            game.advance(extract.neutral())
-        actions.append(np.array(rows))
-    sticks = np.array(actions)[..., 21:]
-    assert all(not np.array_equal(a, b) for i, a in enumerate(actions) for b in actions[:i])
-    share = ((np.abs(sticks) > 0.15) & (np.abs(sticks) < 0.85)).mean()
-    assert share > 0.1 and np.abs(sticks).max() <= 1                    # analogue, not eight-way
+def test_scripted_players_differ_and_tilt():
+    game = bench.Swarm("swarm/bugs", 0)
+    players = [bench.Scripted(game, seed) for seed in range(4)]
+    sticks = np.array([[player.act()[21:] for _ in range(60)] for player in players])
+    assert len({player.tobytes() for player in sticks}) == 4 and np.abs(sticks).max() <= 1
+    assert ((np.abs(sticks) > 0.15) & (np.abs(sticks) < 0.85)).mean() > 0.1      # analogue, not eight-way
 
 
 def test_every_room_of_the_vault_holds_what_it_is_about():
@@ -5416,102 +5140,75 @@ def test_every_room_of_the_vault_holds_what_it_is_about():
 def test_wilson_interval():
     high = 1.96 ** 2 / (10 + 1.96 ** 2)                                # closed form at 0 of n
     assert bench.wilson(0, 10) == pytest.approx((0, high))
-    assert bench.wilson(10, 10) == pytest.approx((1 - high, 1))
     assert bench.wilson(15, 50) == pytest.approx((0.19103, 0.43750), abs=2e-4)    # as statistics packages say
 
 
 def test_what_was_masked_in_training_is_masked_in_play(tmp_path):
-    """A model that learned from frames with a black hole only is shown that hole; one that saw whole frames
-    is not."""
+    """A model that learned from frames with a black hole only is shown that hole."""
+    hole = [0, 9, 80, 200]
     clip = lambda hole, n: types.SimpleNamespace(hole=hole, rows=range(n))
-    clips = [clip([0, 9, 8, 20], 5), clip([1, 2, 3, 4], 9), clip([0, 9, 8, 20], 6)]
-    assert train.usual_hole(clips) == [0, 9, 8, 20]
-    assert train.usual_hole([clip([0, 9, 8, 20], 5), clip(None, 1)]) is None
-    model, frame = tiny(), np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    assert train.usual_hole([clip(hole, 5), clip([1, 2, 3, 4], 9), clip(hole, 6)]) == hole
+    assert train.usual_hole([clip(hole, 5), clip(None, 1)]) is None
+    [frame], model, said = pictures(1), tiny(), {}
     black = frame.copy()
-    black[9:200, 0:80] = 0
-    said = {}
-    path = tmp_path / "m.safetensors"
-    save = lambda **data: M.save(path, model.state_dict(), model.config, data=data)
-    for name, data in (("whole", {}), ("hole", {"hole": [0, 9, 80, 200]})):
-        save(**data)
-        policy = sample.Policy(path, "cpu")
+    black[9:200, :80] = 0
+    for name, data in ("whole", {}), ("hole", {"hole": hole}):
+        policy = sample.Policy(save_model(tmp_path / "m.safetensors", model, data=data), "cpu")
         said[name] = [sample.Session(policy, seed=1).predict(f) for f in (frame, black)]
     assert np.array_equal(said["hole"][0], said["whole"][1]) and np.array_equal(*said["hole"])
     assert not np.array_equal(*said["whole"])
-    save(hole=[0, "x", 80, 900])
-    with pytest.raises(extract.UserError, match="m.safetensors: expected data with a hole"):
-        sample.Policy(path, "cpu")
+    save_model(tmp_path / "m.safetensors", model, data={"hole": [0, "x", 80, 900]})
+    with pytest.raises(UserError, match="m.safetensors: expected data with a hole"):
+        sample.Policy(tmp_path / "m.safetensors", "cpu")
 
 
 def test_recorded_clips_are_what_train_reads(tmp_path, capsys):
-    def record(out, *flags):
-        flags = "--games", "dojo", "crypt/key", "--minutes", "0.1", "--clip", "3", "--workers", "1", *flags
-        return run(bench.main, "record", "--out", tmp_path / out, *flags)
-    assert record("dätä") == 0
-    clips = extract.clips_in(tmp_path / "dätä")
-    assert [c.name for c in clips] == ["crypt-000", "crypt-001", "dojo-000", "dojo-001"]
-    for clip in clips:
-        actions, truth, keep = (np.load(clip / f"{name}.npy") for name in ("actions", "truth", "keep"))
-        assert len(extract.Frames(clip)) == len(actions) == len(keep) == 90
-        assert extract.read_clip(clip)["fps"] == 30
-        assert np.array_equal(actions, truth) and actions.dtype == np.float32
-        assert keep[:-16].any() and np.abs(actions[:, 21:]).max() <= 1
-    loaded = train.load_clips([tmp_path / "dätä"], M.preset("toy", hz=30.0))
-    assert {c.game for c in loaded} == {"dojo", "crypt"} and loaded[0].ratio == 1
-    times = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / "dätä").rglob("*.npy")}
-    before = times()
-    assert record("dätä") == 0 and "recorded already" in capsys.readouterr().out and times() == before
-    assert record("dätä", "--seed", 1) == 2 and "another --out" in capsys.readouterr().err
-    for seed in (0, 1):
-        assert record(str(seed), "--seed", seed) == 0
-        again = np.load(tmp_path / f"{seed}/dojo-000/actions.npy")
-        assert np.array_equal(again, np.load(clips[2] / "actions.npy")) == (seed == 0)
+    flags = "--games dojo crypt/key --minutes 0.1 --clip 3 --workers 1".split()
+    out = tmp_path / "dätä"
+    assert run(bench.main, "record", "--out", out, *flags) == 0
+    names = [clip.name for clip in extract.clips_in(out)]
+    assert names == ["crypt-000", "crypt-001", "dojo-000", "dojo-001"]
+    loaded = train.load_clips([out], M.preset("toy", hz=30.0))
+    assert [(clip.game, len(extract.Frames(out / name))) for clip, name in zip(loaded, names)] == [
+        ("crypt", 90), ("crypt", 90), ("dojo", 90), ("dojo", 90)]
+    actions = [np.load(out / name / "actions.npy") for name in names]
+    assert np.abs(np.array(actions)[..., 21:]).max() <= 1 and not np.array_equal(*actions[2:])
+    capsys.readouterr()
+    assert run(bench.main, "record", "--out", out, *flags) == 0
+    assert capsys.readouterr().out.count("recorded already") == 4
+    assert run(bench.main, "record", "--out", out, *flags, "--seed", 1) == 2
+    assert "another --out" in capsys.readouterr().err
 
 
 def test_recorded_frame_is_the_one_its_action_answers():
     """Row t holds the frame before action t: playing the actions again gives the frames."""
-    rows = list(bench.film(["rally/park"], "0 0", 50))
-    rng = bench.random.Random("rally 0 0")
-    game = bench.Rally("rally/park", rng.randrange(bench.PLAYED))
-    assert rows[0][2] and all(scripted for *_, scripted in rows)
-    for frame, action, *_ in rows:
-        assert np.array_equal(game.render(), frame)
+    game = bench.Rally("rally/park", random.Random("rally 0 0").randrange(bench.PLAYED))
+    for frame, action, _, scripted in bench.film(["rally/park"], "0 0", 50):
+        assert np.array_equal(game.render(), frame) and scripted
         game.advance(action)
 
 
-def test_corrections_keep_only_what_the_script_played(tmp_path, capsys):
-    """record --ckpt: model and script take turns; a chunk to learn from holds no step of the model's, and the
-    whole replays from the actions."""
-    M.save(tmp_path / "m.safetensors", tiny(hz=30.0).state_dict(), tiny(hz=30.0).config)
-    line = f"record --games cliffs/coins --clip 10 --minutes 0.16 --workers 1 --euler 1 --out {tmp_path}/a"
-    assert bench.main([*line.split(), "--ckpt", f"{tmp_path}/m.safetensors"]) == 0
-    clip = tmp_path / "a" / "cliffs-000"
-    actions, keep, human = (np.load(clip / f"{name}.npy") for name in ("actions", "keep", "human"))
-    assert not human[:30].any() and 30 < human.sum() < len(human) - 30 and keep.sum() > 10
-    read = train.Clip(clip, M.preset("toy", hz=30.0))
+def test_corrections_keep_only_what_the_script_played(tmp_path, toy):
+    """record --ckpt: model and script take turns; a chunk to learn from holds no step of the model's."""
+    line = f"record --games cliffs/coins --clip 10 --minutes 0.16 --workers 1 --euler 1 --out {tmp_path}"
+    assert run(bench.main, *line.split(), "--ckpt", toy) == 0
+    human = np.load(tmp_path / "cliffs-000" / "human.npy")
+    read = train.Clip(tmp_path / "cliffs-000", M.preset("toy", hz=30.0))
     learned = [human[row:row + 16][read.chunk(row)[1]] for row in read.rows]
-    assert all(rows.all() and len(rows) for rows in learned)
-    assert min(map(len, learned)) < 16                              # chunks end where the model's turn begins
-    game = bench.Cliffs("cliffs/coins", bench.random.Random("cliffs 0 0").randrange(bench.PLAYED))
-    for i in range(60):
-        stored = extract.Frames(clip)[i]
-        assert np.abs(game.render().astype(int) - stored).mean() < 6   # JPEG's loss
-        game.advance(actions[i])
+    assert not human[:30].any() and 30 < human.sum() < len(human) - 30
+    assert len(learned) > 10 and all(rows.all() for rows in learned)
+    assert 0 < min(map(len, learned)) < 16                          # chunks end where the model's turn begins
 
 
 def test_recorded_video_has_its_pad_where_its_json_says(tmp_path):
     line = f"record --out {tmp_path} --games swarm --minutes 0.05 --video --workers 1"
-    assert bench.main(line.split()) == 0
-    video, said = tmp_path / "swarm-000.mp4", json.loads((tmp_path / "swarm-000.json").read_text())
-    info, truth = extract.video_info(video), np.load(tmp_path / "swarm-000.truth.npy")
-    assert info["n"] == len(truth) == 90 and info["fps"] == 30 and truth.shape == (90, 25)
-    assert said["box"][2] >= 0.12 * info["size"][0]
-    assert said["template"] in [skin.name for skin in bench.skins()]
-    bare = [cv2.resize(frame, tuple(info["size"]), interpolation=cv2.INTER_LINEAR)
-            for frame, *_ in bench.film(bench.pick_tasks(["swarm"]), "0 0", 90)]
-    filmed = [frame.astype(int) for _, frame in extract.read_video(video)]
-    change = np.mean([np.abs(f - b).sum(-1) for f, b in zip(filmed, bare)], 0)
+    assert run(bench.main, *line.split()) == 0
+    said = json.loads((tmp_path / "swarm-000.json").read_text())
+    frames = [frame for _, frame in extract.read_video(tmp_path / "swarm-000.mp4")]
+    assert np.load(tmp_path / "swarm-000.truth.npy").shape == (90, 25) and len(frames) == 90
+    change = 0
+    for filmed, (bare, *_) in zip(frames, bench.film(bench.pick_tasks(["swarm"]), "0 0", 90)):
+        change += cv2.absdiff(filmed, cv2.resize(bare, (640, 360))).sum(-1)
     x, y, w, h = (round(v) for v in said["box"])
     inside = np.zeros(change.shape, bool)
     inside[max(y - 3, 0):y + h + 3, max(x - 3, 0):x + w + 3] = True
@@ -5519,52 +5216,37 @@ def test_recorded_video_has_its_pad_where_its_json_says(tmp_path):
 
 
 def test_suite_of_a_checkpoint(tmp_path, toy, capsys):
-    assert bench.main(["suite", "--ckpt", str(toy), "--delay", "9"]) == 2
-    assert "at most 7, a chunk of this checkpoint" in capsys.readouterr().err
     line = f"suite --ckpt {toy} --tasks dojo/boards swarm/bugs -n 2 --envs 3 --out {tmp_path} --workers 1"
-    assert bench.main([*line.split(), "--video", "--mashing", "--device", "cpu"]) == 0
-    said = json.loads((tmp_path / "suite.json").read_text())
-    assert list(said["rows"]) == ["swarm/bugs", "dojo/boards", "type: combat", "type: specific",
-                                  "family: top-down", "family: side", "all"]
-    row = said["rows"]["all"]
-    assert set(row) == {"random", "scripted", "best of mashing", "model"}
-    assert row["model"]["n"] == 4 and row["scripted"]["wins"] >= 3
-    assert row["model"]["low"] <= row["model"]["rate"] <= row["model"]["high"]
-    for name in ("dojo-boards", "swarm-bugs"):
-        assert extract.video_info(tmp_path / f"{name}.mp4")["n"] > 5
-    assert "all" in capsys.readouterr().out
+    assert run(bench.main, *line.split(), "--video", "--mashing", "--device", "cpu") == 0
+    rows = json.loads((tmp_path / "suite.json").read_text())["rows"]
+    assert list(rows) == ["swarm/bugs", "dojo/boards", "type: combat", "type: specific", "family: top-down",
+                          "family: side", "all"]
+    row = rows["all"]
+    assert set(row) == {"random", "scripted", "best of mashing", "model"} and row["scripted"]["wins"] >= 3
+    assert row["model"]["n"] == 4 and row["model"]["low"] <= row["model"]["rate"] <= row["model"]["high"]
+    assert extract.video_info(tmp_path / "dojo-boards.mp4")["n"] > 5 and "all" in capsys.readouterr().out
 
 
 def test_model_rollouts_are_the_same_again_in_any_place(toy):
-    policy = sample.Policy(toy, "cpu")
-    play = lambda envs: bench.play_model(policy, ["swarm/gems", "swarm/bugs"], 2, 8, envs=envs)
-    one, two, other = play(2), play(2), play(4)
-    for task in one:
+    policy, tasks = sample.Policy(toy, "cpu"), ["swarm/gems", "swarm/bugs"]
+    one, two, other = (bench.play_model(policy, tasks, 2, 8, envs=envs) for envs in (2, 2, 4))
+    for task in tasks:
         assert np.array_equal(one[task], two[task]) and one[task].shape == (2, 2)
         assert np.array_equal(sorted(one[task][:, 0]), sorted(other[task][:, 0]))
 
 
-@pytest.mark.parametrize(
-    "overlap, want",
-    [
-        (
-            True,
-            [-1, -1, 2, 3, 4, 5, 402, 403, 404, 405, 802, 803],
-        ),  # each for its own moment
-        (False, [-1, -1, 0, 1, 2, 3, 3, 3, 600, 601, 602, 603]),
-    ],
-)  # held twice, then from the start
-def test_a_late_chunk_is_played_from_where_it_comes_or_after_a_wait(
-    monkeypatch, overlap, want
-):
+@pytest.mark.parametrize("overlap, want", [
+    (True, [-1, -1, 2, 3, 4, 5, 402, 403, 404, 405, 802, 803]),        # each for its own moment
+    (False, [-1, -1, 0, 1, 2, 3, 3, 3, 600, 601, 602, 603])])          # held twice, then from the start
+def test_a_late_chunk_is_played_from_where_it_comes_or_after_a_wait(monkeypatch, overlap, want):
     """Step k of the chunk seen at step n is 100 n + k."""
-    done, zero = [], np.full(25, -1.0)
+    done = []
 
     class Steps:
-        fps, won, score = 30, True, 0.0
+        fps, won, score, over = 30, True, 0.0, False
 
         def __init__(self, task, seed):
-            self.over = False
+            """The game of 12 steps."""
 
         def render(self):
             return len(done)
@@ -5572,20 +5254,14 @@ def test_a_late_chunk_is_played_from_where_it_comes_or_after_a_wait(
         def advance(self, action):
             done.append(int(action[0]))
             self.over = len(done) == 12
-
-    session = lambda policy, seed, envs: types.SimpleNamespace(
-        envs=envs,
-        reset=lambda *_: None,
-        predict=lambda frames: np.repeat(
-            100 * frames[:, None, None] + np.arange(16)[:, None], 25, 2
-        ),
-    )
-    monkeypatch.setattr(sample, "Session", session)
-    monkeypatch.setattr(bench, "neutral", lambda: zero)
-    monkeypatch.setattr(bench, "PLAYABLE", {"steps": types.SimpleNamespace(game=Steps)})
-    policy = types.SimpleNamespace(config=M.preset("toy", hz=30.0))
-    ended = bench.play_model(policy, ["steps"], 1, 4, delay=2, overlap=overlap)
-    assert done == want and ended["steps"].tolist() == [[1, 0]]
+    session = mock.Mock(envs=1)
+    session.predict = lambda frames: np.tile(100 * frames[:, None, None] + np.arange(16)[:, None], 25)
+    monkeypatch.setattr(sample, "Session", lambda *_, **__: session)
+    monkeypatch.setattr(bench, "neutral", lambda: np.full(25, -1.0))
+    monkeypatch.setattr(bench, "PLAYABLE", {"steps": mock.Mock(game=Steps)})
+    policy = mock.Mock(config=M.preset("toy", hz=30.0))
+    bench.play_model(policy, ["steps"], 1, 4, delay=2, overlap=overlap)
+    assert done == want
 
 
 MISTAKES = {                                       # a command -> what its line names
@@ -5597,9 +5273,11 @@ MISTAKES = {                                       # a command -> what its line 
     "suite --video": "--video",
     "suite -n 0": "-n",
     "suite --ckpt nothing.safetensors": "nothing.safetensors",
+    "suite --ckpt TOY --delay 9": "at most 7, a chunk of this checkpoint",
     "suite --table x.json": "--env",
     "suite --env Tetris-v0": "--table",
     "suite --env A --tasks swarm": "--tasks",
+    "suite --env VizdoomBasic-v1 -n 1": "pip install gymnasium vizdoom",
     "demo --out x --tasks pong/left": "pong/left",
     "demo --out x --videos 0": "--videos",
     "demo --out x --minutes 0": "--minutes",
@@ -5613,46 +5291,41 @@ MISTAKES = {                                       # a command -> what its line 
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capfd, line):
+def test_mistakes_are_one_line(tmp_path, toy, monkeypatch, capfd, line):
     monkeypatch.chdir(tmp_path)
-    fails_in_one_line(capfd, bench.main, *line.split(), says=MISTAKES[line])
+    monkeypatch.setattr(bench, "PLAYABLE", bench.PLAYABLE.new_child())
+    for module in ("vizdoom", "vizdoom.gymnasium_wrapper"):
+        monkeypatch.setitem(sys.modules, module, None)                 # as if it were not installed
+    fails_in_one_line(capfd, bench.main, *line.replace("TOY", str(toy)).split(), says=MISTAKES[line])
 
 
-def test_gains_are_of_whole_pairs_and_none_where_scratch_completes_nothing(tmp_path):
+def test_gains_are_of_whole_pairs_and_none_where_scratch_completes_nothing():
     """Equal pairs have an interval of no width; pairs that differ have one around the mean; nothing divided
     by nothing is no gain."""
     row = bench.gain(np.array([[0.6, 0.4]] * 5))
     assert [row[name] for name in ("gain", "gain low", "points high")] == pytest.approx([0.5, 0.5, 0.2])
-    assert row["n"] == 5
     row = bench.gain(np.array([[0.5, 0.0], [0.1, 0.0], [0.3, 0.0]]))
     assert row["gain"] is None and row["points low"] < row["points"] < row["points high"]
-    assert row["points"] == pytest.approx(0.3)
-    bench.chart(tmp_path / "a.png", "completion", {"all": row["bars"]})
-    rgb = extract.read_rgba(tmp_path / "a.png")[70:, :, :3].astype(int)    # below the players' names
-    ink = [int(bench.INKS["post-trained"][i:i + 2], 16) for i in (1, 3, 5)]
-    red = (np.abs(rgb - ink).sum(2) < 30).any(0).nonzero()[0]
-    assert abs(red.max() - (190 + 0.3 * 680)) < 3                      # 30 % of 680 pixels
+    assert row["points"] == pytest.approx(0.3) and row["n"] == 3
 
 
 def test_gains_by_size_and_type():
     """Two trials of a game, tasks of two types: each type's pairs are of its own tasks."""
-    tasks = ["crypt/ghouls", "crypt/exit"]                             # combat, navigation
-    trial = lambda post: {"game": "crypt", "minutes": 1, "seed": 0, "tasks": {
-        "post-trained": dict(zip(tasks, post)), "scratch": dict(zip(tasks, (0.5, 0.25)))}}
-    gains = bench.gains_of([trial((1.0, 0.5)), trial((0.5, 0.5))])
-    points = {name: row["points"] for name, row in gains.items()}
+    trials = [{"minutes": 1, "tasks": {"post-trained": {"crypt/ghouls": combat, "crypt/exit": 0.5},
+                                       "scratch": {"crypt/ghouls": 0.5, "crypt/exit": 0.25}}}
+              for combat in (1.0, 0.5)]
+    points = {name: row["points"] for name, row in bench.gains_of(trials).items()}
     assert points == pytest.approx({"1 min, all": 0.25, "1 min, combat": 0.25, "1 min, navigation": 0.25})
-    assert {row["n"] for row in gains.values()} == {2}
 
 
 def test_contact_sheet(tmp_path):
-    assert bench.main(["games", "--out", str(tmp_path)]) == 0
+    assert run(bench.main, "games", "--out", tmp_path) == 0
     assert extract.read_rgba(tmp_path / "games.png").shape[1] == 1560
 
 
 def test_the_demo_goes_from_videos_to_a_page(tmp_path, capfd):
     line = f"demo --out {tmp_path} --tasks dojo/boards --minutes 0.1 --videos 1 --steps 2 --batch 4 -n 1"
-    assert bench.main(line.split()) == 0
+    assert run(bench.main, *line.split()) == 0
     assert "above random by an interval: 0 of 1" in capfd.readouterr().out
     said = json.loads((tmp_path / "demo.json").read_text())
     assert said["rows"]["all"].keys() == {"random", "scripted", "model", "true labels"}
@@ -5661,18 +5334,16 @@ def test_the_demo_goes_from_videos_to_a_page(tmp_path, capfd):
     fails_in_one_line(capfd, bench.main, *line.split(), "--seed", 1, says="a new --out")
 
 
-def test_transfer_compares_post_trained_with_scratch(tmp_path, capfd):
+def test_transfer_compares_post_trained_with_scratch(tmp_path):
     flags = "--games dojo --others 0.04 --minutes 0.04 --seeds 0 --pretrain 2 --steps 2 --batch 4 -n 1"
-    assert bench.main(["transfer", "--out", str(tmp_path), "--euler", "1", *flags.split()]) == 0
-    said = json.loads((tmp_path / "transfer.json").read_text())
-    tasks = said["results"][0]["tasks"]
+    assert run(bench.main, "transfer", "--out", tmp_path, "--euler", 1, *flags.split()) == 0
+    tasks = json.loads((tmp_path / "transfer.json").read_text())["results"][0]["tasks"]
     assert tasks["post-trained"].keys() == tasks["scratch"].keys() == set(bench.pick_tasks(["dojo"]))
     assert (tmp_path / "post-trained-dojo-0.04-0" / "model.safetensors").is_file()
-    assert "post-trained" in capfd.readouterr().out
 
 
 def test_latency_compares_two_ways_of_the_same_chunk(capsys):
-    assert bench.main("latency --preset toy --steps 3 --repeats 1 --device cpu".split()) == 0
+    assert run(bench.main, *"latency --preset toy --steps 3 --repeats 1 --device cpu".split()) == 0
     said = capsys.readouterr().out
     assert float(re.search(r"largest difference (\S+)", said)[1]) < 1e-5 and "x faster" in said
 
@@ -5687,16 +5358,15 @@ class Catch:
     """A game with Gymnasium's methods: a ball falls for 20 steps, action 1 moves the basket left, 2 right; a
     point for a catch."""
     action_space = space("Discrete", n=3)
+    unwrapped = property(lambda self: self)
 
-    def reset(self, seed=None):
-        self.rng, self.t, self.x = random.Random(seed), 0, 8
-        self.ball = self.rng.choice((1, 15))
+    def reset(self, seed):
+        self.t, self.x, self.ball = 0, 8, random.Random(seed).choice((1, 15))
         return self.picture(), {}
 
     def picture(self):
         frame = np.zeros((32, 32, 3), np.uint8)
-        frame[self.t:self.t + 4, 2 * self.ball - 2:2 * self.ball + 2] = 255, 0, 0
-        frame[28:, 2 * self.x - 2:2 * self.x + 2] = 0, 255, 0
+        frame[self.t:self.t + 4, 2 * self.ball - 2:2 * self.ball + 2] = 255
         return frame
 
     def step(self, action):
@@ -5704,72 +5374,62 @@ class Catch:
         caught = self.t == 20 and abs(self.x - self.ball) < 2
         return self.picture(), float(caught), self.t == 20, False, {"caught": caught}
 
-    unwrapped = property(lambda self: self)
 
-
-CATCH = {"fps": 15, "seconds": 60, "frame": "", "controls": {"1": {"left.left": 1}, "2": {"left.right": 1}, "0": {}},
-         "success": {"info": "caught"}, "script": "follows"}
+CATCH = {"fps": 15, "seconds": 60, "frame": "", "success": {"info": "caught"}, "script": "follows",
+         "controls": {"1": {"left.left": 1}, "2": {"left.right": 1}, "0": {}}}
 
 
 @pytest.fixture
 def catch(monkeypatch, tmp_path):
-    """The flags that play Catch."""
+    """Writes the table of Catch, with changes -> the flags that play it."""
     monkeypatch.setattr(bench, "open_env", lambda env_id, table: Catch())
     follows = lambda game: (complex(np.sign(game.inside.ball - game.inside.x)), 0j, "")
     monkeypatch.setitem(bench.SCRIPTS, "follows", follows)
     monkeypatch.setattr(bench, "PLAYABLE", bench.PLAYABLE.new_child())
-    (tmp_path / "catch.json").write_text(json.dumps(CATCH))
-    return ["--env", "Catch-v0", "--table", str(tmp_path / "catch.json")]
+
+    def flags(table=CATCH):
+        (tmp_path / "catch.json").write_text(json.dumps(table))
+        return "--env", "Catch-v0", "--table", tmp_path / "catch.json"
+    return flags
 
 
 def test_tables_map_pads_to_every_kind_of_action():
-    controls = {"3": {"left.up": 1, "SOUTH": 1}, "JUMP": {"SOUTH": 1}, "0": {}}
-    discrete = bench.pad_to_action(space("Discrete", n=4), controls, ("WAIT", "JUMP"))
-    pushes = push(-1j, 0j, "SOUTH"), push(1j, 0j, "SOUTH"), push(-1j), push(-0.4j)
-    assert [discrete(a) for a in pushes] == [3, 1, 0, 0]
-    controls = {"ATTACK": {"RIGHT_TRIGGER": 1}, "0": {"right.left": 1}, "OF OTHERS": {"WEST": 1}}
-    binary = bench.pad_to_action(space("MultiBinary", n=3), controls, ("TURN_LEFT", "USE", "ATTACK"))
-    assert binary(push(0j, -1, "RIGHT_TRIGGER")).tolist() == [1, 0, 1]
-    assert binary(push(1, 1)).tolist() == [0, 0, 0]
-    box = space("Box", shape=(3,), low=np.float32([-2, 0, -1]), high=np.float32([4, 1, 1]), dtype=np.float32)
-    sums = {"0": {"right.x": -12}, "1": {"RIGHT_TRIGGER": 1}, "2": {"SOUTH": 1, "left.y": -0.5}}
-    numbers = bench.pad_to_action(box, sums)
-    assert numbers(push(1j, 0.1, "RIGHT_TRIGGER", "SOUTH")).tolist() == pytest.approx([-1.2, 1, 0.5])
-    assert numbers(push(0j, -1)).tolist() == [4, 0, 0]                 # no more than the space's bounds
+    low, high, buttons = np.float32([-2, 0, -1]), np.float32([4, 1, 1]), ("TURN_LEFT", "USE", "ATTACK")
+    for kind, controls, names, answers in [
+            (space("Discrete", n=4), {"3": {"left.up": 1, "SOUTH": 1}, "USE": {"SOUTH": 1}, "0": {}},
+             buttons,
+             [(push(-1j, 0j, "SOUTH"), 3), (push(1j, 0j, "SOUTH"), 1), (push(-1j), 0), (push(-0.4j), 0)]),
+            (space("MultiBinary", n=3),
+             {"ATTACK": {"RIGHT_TRIGGER": 1}, "0": {"right.left": 1}, "OF OTHERS": {"WEST": 1}}, buttons,
+             [(push(0j, -1, "RIGHT_TRIGGER"), [1, 0, 1]), (push(1, 1), [0, 0, 0])]),
+            (space("Box", shape=(3,), low=low, high=high, dtype=np.float32),
+             {"0": {"right.x": -12}, "1": {"RIGHT_TRIGGER": 1}, "2": {"SOUTH": 1, "left.y": -0.5}}, (),
+             [(push(1j, 0.1, "RIGHT_TRIGGER", "SOUTH"), [-1.2, 1, 0.5]),
+              (push(0j, -1), [4, 0, 0])])]:                            # no more than the space's bounds
+        choose = bench.pad_to_action(kind, controls, names)
+        for pressed, answer in answers:
+            assert np.allclose(choose(pressed), answer)
 
 
 def test_ready_tables_speak_of_controls_that_exist():
     for pattern, table in bench.OTHERS.items():
         words = {word for rule in table.get("controls", {}).values() for word in rule}
         assert words <= set(bench.READINGS) - {"BACK", "START", "GUIDE"}, pattern
-        assert table.get("script", "aims") in bench.SCRIPTS
 
 
 def test_a_game_by_others_is_recorded_and_evaluated(tmp_path, catch, toy, capsys):
-    assert run(bench.main, "record", *catch, "--out", tmp_path / "data", "--minutes", 0.2, "--clip", 6) == 0
-    clips = extract.clips_in(tmp_path / "data")
-    assert [c.name for c in clips] == ["catch_v0-000", "catch_v0-001"]
-    assert extract.read_clip(clips[0])["fps"] == 15 and len(extract.Frames(clips[0])) == 90
-    assert train.load_clips([tmp_path / "data"], M.preset("toy", hz=30.0))[0].game == "catch_v0"
-    capsys.readouterr()
-    flags = "--actions-per-chunk", 4, "--device", "cpu", "--video", "--out", tmp_path / "out"
-    assert run(bench.main, "suite", *catch, "--ckpt", toy, "-n", 10, *flags) == 0
-    said, rows = capsys.readouterr().out, json.loads((tmp_path / "out" / "suite.json").read_text())["rows"]
-    row = rows["Catch-v0"]
-    assert set(row) == {"random", "scripted", "model"} and "scripted: return" in said and "Catch-v0" in said
+    data, out = tmp_path / "data", tmp_path / "out"
+    assert run(bench.main, "record", *catch(), "--out", data, "--minutes", 0.2, "--clip", 6) == 0
+    loaded = train.load_clips([data], M.preset("toy", hz=30.0))
+    assert [clip.game for clip in loaded] == ["catch_v0"] * 2
+    assert [len(extract.Frames(clip)) for clip in extract.clips_in(data)] == [90, 90]
+    flags = "--actions-per-chunk", 4, "--device", "cpu", "--video", "--out", out
+    assert run(bench.main, "suite", *catch(), "--ckpt", toy, "-n", 10, *flags) == 0
+    row = json.loads((out / "suite.json").read_text())["rows"]["Catch-v0"]
+    assert set(row) == {"random", "scripted", "model"} and "scripted: return" in capsys.readouterr().out
     assert row["scripted"]["wins"] > row["random"]["wins"]
     assert all(r["score"] == pytest.approx(r["rate"]) for r in row.values())    # a catch is one point
-    assert extract.video_info(tmp_path / "out" / "Catch-v0.mp4")["n"] == 20
-
-
-def test_gymnasiums_own_games_are_played_by_id(tmp_path, capsys):
-    pytest.importorskip("gymnasium", reason="needs the package gymnasium")
-    pytest.importorskip("pygame", reason="needs the package pygame, which draws Gymnasium's own games")
-    table = tmp_path / "pole.json"
-    pole = {"fps": 50, "frame": "render", "controls": {"0": {"left.left": 1}, "1": {}}, "success": {"return": 9}}
-    table.write_text(json.dumps(pole | {"seconds": 10}))
-    assert bench.main(["suite", "--env", "CartPole-v1", "--table", str(table), "-n", "2"]) == 0
-    assert "CartPole-v1" in capsys.readouterr().out
+    assert extract.video_info(out / "Catch-v0.mp4")["n"] == 20
 
 
 BAD_TABLES = {                                     # what the line names -> what is wrong
@@ -5784,20 +5444,12 @@ BAD_TABLES = {                                     # what the line names -> what
 
 
 @pytest.mark.parametrize("says", BAD_TABLES)
-def test_a_wrong_table_of_a_game_by_others_is_one_line(tmp_path, catch, capfd, says):
-    (tmp_path / "catch.json").write_text(json.dumps(CATCH | BAD_TABLES[says]))
-    fails_in_one_line(capfd, bench.main, "suite", *catch, "-n", 1, says=says)
-
-
-def test_a_package_that_is_missing_is_named(monkeypatch, capfd):
-    monkeypatch.setattr(bench, "PLAYABLE", bench.PLAYABLE.new_child())
-    for module in ("vizdoom", "vizdoom.gymnasium_wrapper"):
-        monkeypatch.setitem(sys.modules, module, None)                 # as if it were not installed
-    says = "pip install gymnasium vizdoom"
-    fails_in_one_line(capfd, bench.main, "suite", "--env", "VizdoomBasic-v1", "-n", 1, says=says)
+def test_a_wrong_table_of_a_game_by_others_is_one_line(catch, capfd, says):
+    flags = catch(CATCH | BAD_TABLES[says])
+    fails_in_one_line(capfd, bench.main, "suite", *flags, "-n", 1, says=says)
 
 
 def test_a_game_without_a_script_is_recorded_by_hand(tmp_path, catch, capfd):
-    (tmp_path / "catch.json").write_text(json.dumps({k: v for k, v in CATCH.items() if k != "script"}))
+    flags = catch({name: value for name, value in CATCH.items() if name != "script"})
     says = "play.py --exe GAME --human"
-    fails_in_one_line(capfd, bench.main, "record", *catch, "--out", tmp_path, says=says)
+    fails_in_one_line(capfd, bench.main, "record", *flags, "--out", tmp_path, says=says)

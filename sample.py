@@ -76,7 +76,8 @@ class Session:
         rgb = np.asarray(rgb)
         frames = rgb if rgb.ndim == 4 else rgb[None]
         if rgb.dtype != np.uint8 or frames.shape != (self.envs, *frames.shape[1:3], 3):
-            raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), found {rgb.dtype} {rgb.shape}")
+            raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), "
+                            f"found {rgb.dtype} {rgb.shape}")
         self.see(frames)
         shape = self.policy.config.horizon, self.policy.config.action_dim
         if noise is None:
@@ -715,7 +716,9 @@ def film_chunks(chunks, starts):
 
 def write_film(path, fps, pages):
     """Pictures of one size, one after another, as a video."""
-    first = next(pages)
+    first = next(pages, None)
+    if first is None:
+        raise UserError(f"{path}: expected a picture to begin with, found none: take another video")
     with extract.VideoWriter(path, fps, first.shape[1::-1]) as out:
         for page in itertools.chain([first], pages):
             out.add(page)

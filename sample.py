@@ -485,18 +485,16 @@ def label(policy, clip, draws, seed=0):
     starts = one_after_another([clip], 0.5)
     raw = chunks_at(policy, starts, seed, draws).clamp(0, 1).numpy()
     raw[..., :-4] = raw[..., :-4] > 0.5                                  # each sample's vote
-    votes, total, square = np.zeros((clip.n, 1)), *np.zeros((2, clip.n, extract.A))
+    votes, sums = np.zeros((clip.n, 1)), np.zeros((2, clip.n, extract.A))          # of values, of squares
     for (_, j), chunk in zip(starts, raw.swapaxes(0, 1)):                                  # (draws, T, 25)
         edges = clip.edges(clip.rows[j])
         rows = np.arange(edges[0], min(edges[-1], clip.end(clip.rows[j])))
         said = chunk[:, np.searchsorted(edges, rows, "right") - 1]                      # (draws, rows, 25)
-        total[rows] += said.sum(0)
-        square[rows] += (said ** 2).sum(0)
+        sums[:, rows] += [said.sum(0), (said ** 2).sum(0)]
         votes[rows] += draws
-    n, unheard = np.maximum(votes, 1), votes[:, 0] == 0
-    mean = total / n
-    confidence = (1 - 4 * (square / n - mean ** 2).max(1)).clip(0, 1).astype(np.float32)
-    actions = M.actions_out(torch.from_numpy(mean).float()).numpy()
+    mean, square = sums / np.maximum(votes, 1)
+    confidence = (1 - 4 * (square - mean ** 2).max(1)).clip(0, 1).astype(np.float32)
+    actions, unheard = M.actions_out(torch.from_numpy(mean).float()).numpy(), votes[:, 0] == 0
     actions[unheard], confidence[unheard] = extract.neutral(), 0
     return actions, confidence
 

@@ -2245,14 +2245,12 @@ def test_checkpoints_come_back_whole(tmp_path):
 def test_every_number_of_a_configuration_has_a_range():
     config = tiny().config
     for part in config, config.mixing, config.dit:
-        for name, value in [item for item in vars(part).items() if type(item[1]) in (int, float)]:
+        for name in [name for name, value in vars(part).items() if type(value) in (int, float)]:
             low, high = M.RANGES.get(name, (1, M.MOST))
-            for wrong in low - 1, high + 1, math.nan, "1", None, *[2.5] * (type(value) is int):
-                setattr(part, name, wrong)
-                with pytest.raises(M.ModelError, match=f"configuration: {name} = {wrong}, "):
+            for wrong in low - 1, high + 1, math.nan, "1", None:
+                refused = pytest.raises(M.ModelError, match=f"configuration: {name} = {wrong}, ")
+                with mock.patch.object(part, name, wrong), refused:
                     config.check()
-            setattr(part, name, value)
-            config.check()
 
 
 @pytest.mark.parametrize("wrong, says", [
@@ -2266,7 +2264,7 @@ def test_a_configuration_that_cannot_be_built_is_refused(wrong, says):
         tiny(**wrong)
 
 
-MODEL_CFG, TOKENIZER = "ckpt_config/model_cfg", "ckpt_config/tokenizer_cfg"
+MODEL_CFG = "ckpt_config/model_cfg"
 
 
 @needs_golden
@@ -2275,11 +2273,8 @@ MODEL_CFG, TOKENIZER = "ckpt_config/model_cfg", "ckpt_config/tokenizer_cfg"
     ("model/vis_sep_embedding", torch.zeros(2), "vis_sep_embedding"),
     (f"{MODEL_CFG}/diffusion_model_cfg/activation_fn", "geglu", "activation_fn is 'geglu'"),
     (f"{MODEL_CFG}/vl_self_attention_cfg/activation_fn", "gelu", "activation_fn is 'gelu'"),
-    (f"{TOKENIZER}/old_layout", True, "old_layout is True"),
-    (f"{TOKENIZER}/max_sequence_length", 100, "in a context of 100"),
-    (f"{MODEL_CFG}/action_horizon", None, "KeyError 'action_horizon'"),
-    ("ckpt_config", None, "expected the released format"),
-    (f"{MODEL_CFG}/a_key_of_tomorrow", 1, "")])
+    ("ckpt_config/tokenizer_cfg/old_layout", True, "old_layout is True"),
+    (f"{MODEL_CFG}/action_horizon", None, "KeyError 'action_horizon'")])
 def test_conversion_accounts_for_everything(tmp_path, capfd, place, value, says):
     """Of a released checkpoint with one value changed, or taken away (None)."""
     part = ckpt = torch.load(GOLDEN / "golden_tiny_a.pt", weights_only=True)
@@ -2290,11 +2285,14 @@ def test_conversion_accounts_for_everything(tmp_path, capfd, place, value, says)
     if value is None:
         del part[last]
     torch.save(ckpt, tmp_path / "ng.pt")
-    line = "convert", tmp_path / "ng.pt", tmp_path / "o"
-    if says:
-        fails_in_one_line(capfd, M.main, *line, "--vision-heads", 4, says=says)
-        assert not (tmp_path / "o").exists()
-        return
+    line = "convert", tmp_path / "ng.pt", tmp_path / "o", "--vision-heads", 4
+    fails_in_one_line(capfd, M.main, *line, says=says)
+    assert not (tmp_path / "o").exists()
+
+
+@needs_golden
+def test_conversion_counts_its_tensors_and_asks_for_the_vision_heads(tmp_path, capfd):
+    line = "convert", GOLDEN / "golden_tiny_a.pt", tmp_path / "o"
     fails_in_one_line(capfd, M.main, *line, says="add --vision-heads N")
     fails_in_one_line(capfd, M.main, *line, "--vision-heads", 5, says="do not divide into 5 heads")
     assert run(M.main, *line, "--vision-heads", 4) == 0
@@ -2486,11 +2484,6 @@ def trained(data, out, flags="", *more):
 
 def losses(folder):
     return np.genfromtxt(folder / "log.csv", delimiter=",", names=True)["loss"]
-
-
-def save_start(path, config):
-    """A fresh checkpoint to fine-tune."""
-    return save_model(path, M.create(config, 1))
 
 
 @pytest.fixture(scope="module")
@@ -2840,7 +2833,8 @@ def test_overfits_eight_clips(tmp_path):
     small = dict(patch=64, vision_width=64, vision_heads=4, vision_layers=2, vision_ffn=128)
     config = replace(TOY4, mixing=M.Stack(0, 4, 16), dit=M.Stack(2, 4, 16), **small)
     flags = "--batch 8 --steps 400 --lr 5e-3 --val 0 --no-augment --dropout 0 --draws 8 --every 400"
-    model = M.load(trained(data, tmp_path / "run", flags, "--ckpt", save_start(start, config)))[0]
+    save_model(start, M.create(config, 1))
+    model = M.load(trained(data, tmp_path / "run", flags, "--ckpt", start))[0]
     sampler = train.Sampler(train.load_clips([data], config), config, 8, augment=False)
     args = argparse.Namespace(micro=8, dtype="float32")
     result = train.validate(model, sampler, {}, ALONE.device, args)
@@ -2853,7 +2847,7 @@ def test_overfits_eight_clips(tmp_path):
 def test_fine_tuning_leaves_the_frozen_alone_and_adds_games_and_dropout(squares, tmp_path, freeze, still):
     """Also to a context which, as the released one, its image tokens fill."""
     config = replace(TOY, context_tokens=TOY.image_tokens, mixing=M.Stack(1, 6, 16, 0.0))
-    start = save_start(tmp_path / "start.safetensors", config)
+    start = save_model(tmp_path / "start.safetensors", M.create(config, 1))
     flags = f"--freeze {freeze} --steps 2 --game-ids --hz 30 --dropout 0.3"
     out = trained(squares, tmp_path / "run", flags, "--ckpt", start)
     before, after = load_file(start), M.load(out)[0]
@@ -2869,7 +2863,7 @@ def test_fine_tuning_leaves_the_frozen_alone_and_adds_games_and_dropout(squares,
 def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, tmp_path, monkeypatch):
     """Tokens on the disk in place of frames: the same losses up to float16, and no look at a frame again."""
     data = shutil.copytree(squares, tmp_path / "data", ignore=shutil.ignore_patterns(".tokens"))
-    start = save_start(tmp_path / "start.safetensors", TOY)
+    start = save_model(tmp_path / "start.safetensors", M.create(TOY, 1))
 
     def frozen(name):
         flags = "--freeze vision --no-augment --dropout 0"
@@ -4506,10 +4500,9 @@ def test_a_full_server_says_so_to_who_has_the_key_and_to_nobody_else(locked, mon
     play.Client(*locked.address, key="secret").close()       # its place is free again
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_model_that_gives_nan_is_an_error_and_no_pad_at_rest(policy, served, monkeypatch, bad):
+def test_a_model_that_gives_nan_is_an_error_and_no_pad_at_rest(policy, served, monkeypatch):
     client = play.Client(*served.address)
-    monkeypatch.setattr(sample.Policy, "chunk", lambda *_: torch.full((1, 8, 25), bad))
+    monkeypatch.setattr(sample.Policy, "chunk", lambda *_: torch.full((1, 8, 25), math.nan))
     for session in sample.Session(policy), client:
         with pytest.raises(UserError, match="the model gives NaN or infinity"):
             session.predict(pictures(1)[0])

@@ -25,7 +25,6 @@ import resource
 import shutil
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys

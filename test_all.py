@@ -2227,6 +2227,24 @@ def test_actions_survive_the_way_through_the_model():
     close(M.actions_out(inside), actions, 1e-6)
 
 
+@torch.no_grad()
+def test_dropped_frames_become_padding():
+    model, seen = tiny(frames=3, games=["x"], context_tokens=60), torch.randn(2, 3, 16, 32)
+    no_game, game = model.game_embedding.weight[:, None]
+    keep = torch.tensor([[True, False, True], [False, False, True]])
+    x = model.assemble(seen, torch.tensor([1, 0]), keep)
+    close(x[0], torch.cat([torch.zeros(27, 32), game, seen[0, 0], seen[0, 2]]), 0)
+    close(x[1], torch.cat([torch.zeros(43, 32), no_game, seen[1, 2]]), 0)
+
+
+def test_training_drops_in_four_places_of_a_block(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training: seen.append(p * training) or x)
+    model = tiny(mixing=M.Stack(1, 2, 16, 0.3), dit=M.Stack(2, 2, 16, 0.2)).train()
+    model(torch.zeros(1, 8, 25), torch.zeros(1), contexts(1))
+    assert [p for p in seen if p] == [0.3] * 4 + [0.2] * 8
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 def test_checkpoints_come_back_whole(tmp_path):

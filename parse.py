@@ -324,8 +324,8 @@ def find_spots(crops, at, geometry):
         cv2.ellipse(blinks, center.tolist(), axes.tolist(), 0, 0, 360, 0, -1)
     count, numbers = cv2.connectedComponents(links(blinks, lit), connectivity=4)
     found = []
-    for number in range(1, count):
-        mask = numbers[::2, ::2] == number
+    for i in range(1, count):
+        mask = numbers[::2, ::2] == i
         on = lit[:, mask].mean(1) > 0.5
         if mask.sum() >= 6 and mask.mean() < 0.08 and two_colours(crops[:, mask], on, at):
             x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))

@@ -2612,7 +2612,7 @@ def test_chunks_are_at_the_models_rate_from_clips_of_any_rate(tmp_path, fps, shi
     the clip's end or a cut is masked."""
     actions, config = np.random.default_rng(0).random((40, 25), np.float32), replace(TOY4, action_shift=shift)
     folder = make_clip(tmp_path / "clip", fps=fps, lag=lag, actions=actions, cuts=np.arange(40) == 20)
-    clip = train.Clip(folder, config)
+    clip = sample.Clip(folder, config)
     for row in clip.rows:
         end = 20 if row < 20 else 40
         starts = [lag + math.floor(row + (j + shift) * fps / 60 + 1e-6) for j in range(5)]
@@ -2630,7 +2630,7 @@ def test_chunks_are_at_the_models_rate_from_clips_of_any_rate(tmp_path, fps, shi
 def test_pictures_are_of_their_rows_and_cross_no_cut(tmp_path, future):
     """Four, three rows apart, of a clip with every second row; with two to come, these must be there."""
     folder = make_clip(tmp_path / "clip", every=2, cuts=np.arange(40) == 20, keep=np.arange(40) > 3)
-    clip, stored = train.Clip(folder, replace(INVERSE, future=future)), extract.Frames(folder)
+    clip, stored = sample.Clip(folder, replace(INVERSE, future=future)), extract.Frames(folder)
     ends = {row: 20 if row < 20 else 40 for row in range(4, 40, 2)}
     assert clip.rows.tolist() == [row for row in ends if row + 3 * future < ends[row]]
     for j, row in enumerate(clip.rows):
@@ -2659,7 +2659,7 @@ def test_sampling_is_uniform_over_kept_frames_or_over_games_and_weighs_people(tm
 
 
 def test_split_is_by_clip_stable_and_leaves_each_game_on_both_sides(tmp_path):
-    clips = [train.Clip(make_clip(tmp_path / f"{i:02}", 2, game="abc"[i % 3]), TOY) for i in range(30)]
+    clips = [sample.Clip(make_clip(tmp_path / f"{i:02}", 2, game="abc"[i % 3]), TOY) for i in range(30)]
     some, held = map(set, train.split(clips, 0.2))
     assert some | held == {*clips} and not some & held
     assert {c.game for c in held} == {c.game for c in some} == set("abc")
@@ -2685,7 +2685,7 @@ def test_splitting_twice_the_clips_compares_about_twice_as_many_games():
 
 
 def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over(tmp_path):
-    clip = train.Clip(make_clip(tmp_path / "own", 60), replace(TOY4, frames=2, frame_spacing=8))
+    clip = sample.Clip(make_clip(tmp_path / "own", 60), replace(TOY4, frames=2, frame_spacing=8))
     [first], [last] = train.split([clip], 0.1)
     assert first.rows.tolist() == [*range(54)] and last.rows.tolist() == [*range(54, 60)]
     assert first.chunk(52)[0][:, 23] * 1000 == pytest.approx([52, 52, 53, 53]) and first.lengths[-1] == 2
@@ -2807,7 +2807,7 @@ def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
     assert run(sample.main, "score", squares, "--ckpt", ckpt, "--limit", 1, "--video", film) == 0
     assert re.search(r"\nblue +1 .*\nred +1 .*\nall +2 ", capsys.readouterr().out)
     assert extract.video_info(film)["n"] == len(shots) == 16
-    clip, (rgb, _, played, said) = train.Clip(squares / "clip 1", TOY), shots[0]      # the first that is blue
+    clip, (rgb, _, played, said) = sample.Clip(squares / "clip 1", TOY), shots[0]      # the first that is blue
     assert (played == clip.chunk(0)[0][0]).all() and (rgb[1::3, 1::3] == clip.pictures(0)[0][0]).all()
     page, right = real(rgb, one_skin, played, said), real(rgb, one_skin, played, played)
     assert (page[:, :768] == rgb).all()
@@ -2825,7 +2825,7 @@ def test_the_shipped_clip_gives_the_figures_of_the_readme(capsys):
 def test_the_lag_of_labels_is_found(tmp_path, capsys):
     """Of labels that come three rows late; the chunks are the truth."""
     truth = np.random.default_rng(0).uniform(-1, 1, (60, 25)).astype(np.float32).clip(0)
-    late = train.Clip(make_clip(tmp_path / "late", 60, actions=np.roll(truth, 3, 0)), replace(TOY4, hz=30.0))
+    late = sample.Clip(make_clip(tmp_path / "late", 60, actions=np.roll(truth, 3, 0)), replace(TOY4, hz=30.0))
     starts = sample.one_after_another([late])
     assert [j for _, j in starts] == [*range(0, 60, 4)]
     sample.print_lags(truth.reshape(15, 4, 25), starts)
@@ -2868,7 +2868,7 @@ def test_an_inverse_model_labels_plain_clips_and_these_train(idm, tmp_path, capf
 
 def test_labels_are_means_of_draws_and_sure_where_these_agree(tmp_path, monkeypatch):
     """Draws that say 1, 1, 1, 0 of SOUTH, and tilt x by 0.5 or by 0.3; a row is in two chunks."""
-    clip = train.Clip(make_clip(tmp_path / "clip"), replace(INVERSE, horizon=8), "")
+    clip = sample.Clip(make_clip(tmp_path / "clip"), replace(INVERSE, horizon=8), "")
     draws = torch.full((4, 1, 8, 25), 0.5)
     draws[..., :21] = 0.1
     draws[:3, ..., 18] = 0.9
@@ -2999,7 +2999,7 @@ def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, tmp_pat
 
 
 def test_kept_tokens_are_of_augmentations_of_a_frame_each_in_turn(tmp_path):
-    model, clip = M.create(TOY), train.Clip(make_clip(tmp_path / "clip"), TOY)
+    model, clip = M.create(TOY), sample.Clip(make_clip(tmp_path / "clip"), TOY)
     model.freeze("vision")
     args = argparse.Namespace(dry_run=False, seed=0, dtype="float32")
     [path] = train.keep_tokens(model, [clip], 3, args, ALONE)
@@ -4040,7 +4040,7 @@ def check_recorded(data, ticks):
     for name, array in wanted.items():
         found = np.load(clip / f"{name}.npy")
         assert found.dtype == array.dtype and np.array_equal(found, array)
-    read = train.Clip(clip, M.preset("toy"))
+    read = sample.Clip(clip, M.preset("toy"))
     assert len(read.chunk(0)[0]) == M.preset("toy").horizon and read.game == "Größe: 1.exe"
     last = extract.Frames(clip)[len(ticks) - 1].astype(int)
     assert np.abs(last - np.roll(PICTURE, ticks[-1], 1)).mean() < 4
@@ -4619,7 +4619,7 @@ def test_corrections_keep_only_what_the_script_played(tmp_path, toy):
     line = f"record --games cliffs/coins --clip 10 --minutes 0.16 --workers 1 --euler 1 --out {tmp_path}"
     assert run(bench.main, *line.split(), "--ckpt", toy) == 0
     human = np.load(tmp_path / "cliffs-000" / "human.npy")
-    read = train.Clip(tmp_path / "cliffs-000", M.preset("toy", hz=30.0))
+    read = sample.Clip(tmp_path / "cliffs-000", M.preset("toy", hz=30.0))
     learned = [human[row:row + 16][read.chunk(row)[1]] for row in read.rows]
     assert not human[:30].any() and 30 < human.sum() < len(human) - 30
     assert len(learned) > 10 and all(rows.all() for rows in learned)

@@ -12,10 +12,11 @@ a video frame; template.png uint8 (h, w, 4). Out, beside them:
     keep.npy        bool (n,)         the frame may start a training chunk [paper: half of its steps act]
 
 How: each control is cut out of the crop at one scale ("close-up": a stick's travel, or a button's box, has
-always the same size), from the previous frame, from the current frame [paper: a pair of frames] and from the
-pad at rest, which is the video's own median picture [ours]. Two narrow SegFormers (arXiv 2105.15203): one
-reads a stick's close-ups into an 11 x 11 grid [paper: a segmentation, much better than regression], one a
-button's into one logit. The answers are then smoothed over the whole video.
+always the same size), from the previous frame, from the current frame [paper: a pair of frames] and, ours,
+from the pad at rest, which is the video's own median picture, and pressed, where that is known. Two narrow
+SegFormers (arXiv 2105.15203): one reads a stick's close-ups into an 11 x 11 grid [paper: a segmentation, much
+better than regression], one a button's into one logit. The answers are then smoothed over the whole video.
+Of a pad that no template shows, the buttons are first looked for where the picture blinks between two colours.
 Letters: n frames, k sticks, m buttons, S pixels a side of a close-up; B batch, N tokens, D width.
 """
 import copy

@@ -16,7 +16,7 @@ always the same size), from the previous frame, from the current frame [paper: a
 from the pad at rest, which is the video's own median picture, and pressed, where that is known. Two narrow
 SegFormers (arXiv 2105.15203): one reads a stick's close-ups into an 11 x 11 grid [paper: a segmentation, much
 better than regression], one a button's into one logit. The answers are then smoothed over the whole video.
-Of a pad that no template shows, the buttons are first looked for where the picture blinks between two colours.
+Buttons of a pad that no template shows are first looked for where the picture blinks between two colours.
 Letters: n frames, k sticks, m buttons, S pixels a side of a close-up; B batch, N tokens, D width.
 """
 import copy

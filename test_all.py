@@ -2807,7 +2807,7 @@ def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
     assert run(sample.main, "score", squares, "--ckpt", ckpt, "--limit", 1, "--video", film) == 0
     assert re.search(r"\nblue +1 .*\nred +1 .*\nall +2 ", capsys.readouterr().out)
     assert extract.video_info(film)["n"] == len(shots) == 16
-    clip, (rgb, _, played, said) = sample.Clip(squares / "clip 1", TOY), shots[0]      # the first that is blue
+    clip, (rgb, _, played, said) = sample.Clip(squares / "clip 1", TOY), shots[0]   # the first blue one
     assert (played == clip.chunk(0)[0][0]).all() and (rgb[1::3, 1::3] == clip.pictures(0)[0][0]).all()
     page, right = real(rgb, one_skin, played, said), real(rgb, one_skin, played, played)
     assert (page[:, :768] == rgb).all()

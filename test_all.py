@@ -472,9 +472,8 @@ def test_the_rate_is_that_of_the_commonest_interval(rate, digits):
 
 @needs_shared
 def test_a_clock_that_breaks_is_a_cut(tmp_path):
-    video = SHARED / "cases" / "mkv_begins_before_zero" / "cut.mkv"
-    cutter = extract.Cutter((640, 360), 1, [0] * 4)
-    assert cutter.run(video, tmp_path, extract.video_info(video)) == 300                  # each frame once
+    film = extract.Decoder(SHARED / "cases" / "mkv_begins_before_zero" / "cut.mkv")
+    assert extract.Cutter(film.size, 1).run(film, tmp_path) == 300       # each frame once
     assert np.flatnonzero(np.load(tmp_path / "cuts.npy")).tolist() == [99]
 
 
@@ -546,10 +545,35 @@ def test_a_find_has_twenty_inliers_and_edges_that_agree(monkeypatch, skin, inlie
     """The paper's 20 inliers; edges nearer to those of true poses (0.5 and more) than of false ones (0.2 and
     less)."""
     find = extract.Find(skin, pose(0.5, 100, 60), inliers)
-    pad = cv2.warpAffine(find.flat[0], find.affine, (640, 360), borderValue=127)
+    pad = cv2.warpAffine(extract.flat_template(skin)[0], find.affine, (640, 360), borderValue=127)
     monkeypatch.setattr(extract, "refine", lambda picture, find: replace(find, edges=edges))
     best, _ = extract.localise([pad] * 5, types.SimpleNamespace(search=lambda picture: [find]))
     assert (best is not None) == found
+
+
+CACHE = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The user's cache folder while the tests run."""
+    folder = tmp_path_factory.mktemp("cache")
+    with mock.patch.dict(os.environ, {CACHE: str(folder)}):
+        yield folder
+
+
+def test_features_are_kept_and_a_broken_file_is_made_again(cache, monkeypatch):
+    made = mock.Mock(return_value=[np.arange(3), np.eye(2)])
+    features = lambda: [array.tolist() for array in extract.from_cache("some-key", made)]
+    first = features()
+    assert features() == first
+    [file] = cache.rglob("*-some-key.npz")
+    file.write_bytes(file.read_bytes()[:300])
+    assert features() == features() == first
+    assert made.call_count == 2
+    monkeypatch.setenv(CACHE, str(file))                                 # nowhere to keep them
+    assert features() == features() == first
+    assert made.call_count == 4
 
 
 @pytest.fixture(scope="session")
@@ -588,6 +612,11 @@ def lines_of(data):
     return {Path(line["video"]).name: line for line in extract.journal(data).values()}
 
 
+def geometry_of(skin):
+    """A skin's geometry as clip.json has it."""
+    return {"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}
+
+
 def middles(geometry, affine):
     """Where buttons and sticks are in a video, by name."""
     places = {name: np.reshape(box, (2, 2)).mean(0) for name, box in geometry["buttons"].items()}
@@ -597,7 +626,8 @@ def middles(geometry, affine):
 
 def distances(clip, find):
     """How far a clip's controls are from those of the true Find, in pixels of the video."""
-    true = middles(vars(find.skin), extract.corners_convention(find.affine))
+    middle = (find.affine[0, 0] - 1) / 2
+    true = middles(geometry_of(find.skin), find.affine - [[0, 0, middle]])        # between corners of pixels
     found = middles(clip["geometry"], np.array(clip["affine"]))
     return [np.hypot(*found[name] - true[name]) for name in true.keys() & found]
 
@@ -646,8 +676,10 @@ def test_a_pad_without_a_geometry_gets_the_locators(tmp_path, extracted, skin, t
     assert clip["matcher"] == by
     assert extract.overlap((x, y, x + w, y + h), find.box) > 0.7
     off = distances(clip, find)
-    assert (off == []) == (by == "sift")
-    assert not off or len(off) >= len(middles(vars(skin), find.affine)) - 2 and np.median(off) < 0.015 * w
+    if by == "sift":
+        assert off == []
+    else:
+        assert len(off) > len(skin.buttons) and np.median(off) < 0.015 * w, off
 
 
 def test_what_is_no_pad_is_not_located():
@@ -975,16 +1007,17 @@ def test_no_clip_takes_the_place_of_a_video(tmp_path, quick, capfd):
     assert "'t.mp4' in it" in lines_of(tmp_path)["t.mp4"]["reason"]
 
 
-def test_a_clip_of_other_settings_goes_but_no_sibling_or_one_that_is_read(tmp_path, quick, skin):
+def test_a_clip_of_other_settings_goes_but_no_sibling_or_one_that_is_read(tmp_path, small_templates, skin):
     kept = drawn_clip(tmp_path / "a.tmp", skin, 2)                       # of a video a.tmp.mp4
     clip = drawn_clip(tmp_path / "a", skin, 2)
     before = tree(kept), tree(clip)
     video = film(tmp_path / "a.mp4")
-    with extract.lock(clip / ".lock"):                                   # parse.py's, while it reads
-        assert run(extract.main, video, "--out", tmp_path, *quick) == 0
+    work = extract.work_for(argparse.Namespace(
+        **vars(PLAIN), out=tmp_path, labels=None, plain=False, templates=small_templates, matcher="sift"))
+    with extract.lock(clip / ".lock"), pytest.raises(extract.Busy):      # parse.py's, while it reads
+        work(video, "a")
     assert (tree(kept), tree(clip)) == before
-    assert run(extract.main, video, "--out", tmp_path, *quick) == 0
-    assert lines_of(tmp_path)["a.mp4"]["status"] == "none"
+    assert work(video, "a")["status"] == "none"
     assert tree(kept) == before[0] and not clip.exists()
 
 
@@ -1133,6 +1166,27 @@ def test_released_labels_become_clips(tmp_path):
     assert extract.read_clip(clip)["box"] == [250, 100, 100, 60]
     rows = extract.Frames(clip)[29][145:225]
     assert rows[:, 202:].mean() < 8 and rows[:, :190].mean() > 30
+
+
+def test_the_chunks_of_a_video_share_one_decode_and_may_come_in_any_order(tmp_path):
+    """Forwards the second goes on where the first ended; backwards the video is opened again: the same
+    clips."""
+    first, video = released(tmp_path, {})
+    second = shutil.copytree(first, first.with_name("abc123_chunk_0001"))
+    meta = extract.read_json(second / "metadata.json", dict)
+    meta["original_video"] |= {"start_time": 1.5, "end_time": 2.5}       # half a second of it is there
+    extract.write_json(second / "metadata.json", meta)
+    trees = []
+    for opened, chunks in (1, (first, second)), (2, (second, first)):
+        extract.labelled_video.cache_clear()
+        out = tmp_path / str(opened)
+        with mock.patch.object(extract, "Decoder", wraps=extract.Decoder) as decoder:
+            for chunk in chunks:
+                extract.label_one(video, chunk, argparse.Namespace(out=out, every=1))
+        assert decoder.call_count == opened
+        trees.append(tree(out))
+    assert trees[0] == trees[1]
+    assert [len(extract.Frames(out / chunk.name)) for chunk in (first, second)] == [30, 15]
 
 
 BAD_LABELS = """south 2
@@ -1326,6 +1380,28 @@ def test_reads_a_pad_it_never_saw(tmp_path, capfd, ours):
     assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any()
 
 
+def test_what_blinks_near_a_located_button_is_that_button():
+    """Two buttons light up away from their boxes while a stick moves and the scene is cut; one never."""
+    rng = RNG(0)
+    at = parse.watched_frames(600)
+    boxes = {"SOUTH": [60, 40, 70, 50], "EAST": [80, 40, 90, 50], "START": [40, 10, 50, 16]}
+    stick = {"center": [20, 40], "travel": [6, 6], "radius": 6}
+    held = {button: np.repeat(rng.random(100) < 0.2, 6)[at] for button in ("SOUTH", "EAST")}
+    seen = {button: np.add(boxes[button], (3, -2, 3, -2)) for button in held}
+    crops = np.full((len(at), 60, 120, 3), 60, np.uint8)
+    crops[:, 55:] = np.where(at < 200, 20, 220)[:, None, None, None]
+    for i, crop in enumerate(crops):
+        crop[34 + i % 7:40 + i % 7, 15 + i % 11:20 + i % 11] = 200
+        for button, (x0, y0, x1, y1) in seen.items():
+            crop[y0:y1, x0:x1] = 230 if held[button][i] else 90
+    geometry = {"size": [120, 60], "buttons": boxes, "sticks": {"left": stick}}
+    named = parse.named_spots(parse.find_spots(crops, at, geometry), geometry)
+    assert named.keys() == held.keys()
+    for button, spot in named.items():
+        assert np.array_equal(spot.box, seen[button])
+        assert np.array_equal(spot.lit, held[button])
+
+
 def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(tmp_path, ours):
     """Its median picture is the pressed one; only the template knows better."""
     truth = np.zeros((150, 25), np.float32)
@@ -1349,8 +1425,8 @@ def test_a_stick_that_seldom_rests_is_read_beside_the_template(ours):
     template = cv2.resize(extract.draw(skin), (320, 232), interpolation=cv2.INTER_AREA)
     off = []
     for pictures in ([], [template]):
-        pad = parse.Pad(parse.load_parser(parse.CKPT), vars(skin), pads, pictures)
-        places = parse.decode(np.exp(pad.read(pads, 0, 160).grids[:, 0]))
+        pad = parse.Pad(parse.load_parser(parse.CKPT), geometry_of(skin), pads, pictures)
+        places = parse.decode(np.exp(pad.read(pads, 0, 160)[0][:, 0]))
         off.append(np.abs(places - actions[:, 21:23]).mean())
     assert off[1] < 0.12 and off[0] > 1.5 * off[1], off
 
@@ -1426,7 +1502,7 @@ def test_a_misread_button_is_red(skin):
     red, black, gold = (255, 0, 0), (0, 0, 0), (255, 215, 0)
     read = pressing("EAST")
     read[21] = 1
-    pad = parse.redrawn(parse.Image.new("RGB", skin.size), vars(skin), read, pressing("START"))
+    pad = parse.redrawn(parse.Image.new("RGB", skin.size), geometry_of(skin), read, pressing("START"))
     for button, middle, outline in ("EAST", red, True), ("START", black, True), ("BACK", black, False):
         x0, y0, x1, y1 = skin.buttons[button]
         assert pad.getpixel(((x0 + x1) // 2, (y0 + y1) // 2)) == middle
@@ -1519,20 +1595,21 @@ def test_training_is_reproducible(tmp_path, kind):
     assert not torch.equal(train(2), first)
 
 
-@pytest.mark.parametrize("missing", ["sticks", "buttons"])
-def test_a_pad_may_show_sticks_or_buttons_only(skin, missing):
+@pytest.mark.parametrize("missing, loss", [("sticks", "grid"), ("buttons", "button")])
+def test_a_pad_may_show_sticks_or_buttons_only(skin, missing, loss):
     rng = RNG(0)
     scene = parse.scene(rng, replace(skin, **{missing: {}}), [extract.backdrop(rng, 400, 600)])
     scene = [[torch.from_numpy(array) for array in part] for part in scene]
-    assert math.isnan(parse.check(parse.Parser(), [scene])["stick R2"]) == (missing == "sticks")
+    losses = parse.parser_loss(parse.Parser(), torch.Generator(), *scene)
+    assert [name for name in ("grid", "button") if losses[name].isnan()] == [loss]
 
 
 def test_a_lost_loss_ends_the_training_before_it_is_written(tmp_path, monkeypatch, capfd):
     broken = parse.KINDS["reader"]._replace(loss=lambda *args: {"grid": torch.tensor(math.nan)})
     monkeypatch.setitem(parse.KINDS, "reader", broken)
     words = "train --batch 8 --pool 400 --workers 0 --out".split()
-    says = "expected a falling loss, found nan at step 1"
-    fails_in_one_line(capfd, parse.main, *words, tmp_path / "w.safetensors", says=says)
+    assert run(parse.main, *words, tmp_path / "w.safetensors") == 2
+    assert "error: expected a falling loss, found nan at step 1" in capfd.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 
@@ -1568,7 +1645,7 @@ class NoisyPad(list, parse.Pad):
 
     def read(self, pads, begin, end):
         grids = RNG(begin).normal(0, 1, (end - begin, 2, 11, 11)).astype(np.float32)
-        return parse.Reads(grids, *np.ones((3, end - begin)))
+        return grids, *np.ones((3, end - begin))
 
 
 def test_reading_a_longer_clip_takes_no_more_memory(monkeypatch):

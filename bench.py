@@ -15,12 +15,10 @@ folders, videos, pictures, JSON. Ratios are taken in one run on one machine; bar
 """
 import argparse
 import contextlib
-import fnmatch
 import functools
 import importlib
 import io
 import itertools
-import json
 import math
 import os
 import platform
@@ -42,19 +40,20 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import extract                       # before torch, whose threads it keeps from spinning
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import extract
 import model as M
 import parse
 import play
 import sample
-from extract import UserError, neutral
+from extract import (BUTTON, BUTTONS, STICKS, UserError, VideoWriter, cores, neutral, read_clip, read_json,
+                     read_video, write_json, write_npy)
 
 HERE = Path(__file__).parent
-ICONS, ROWS_OF_GAMES, OTHERS = (json.loads((HERE / f"weights/{name}.json").read_text(encoding="utf-8"))
+ICONS, ROWS_OF_GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
                                 for name in ("icons", "games", "others"))
 FPS = 30                                           # steps a second of game time
 PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
@@ -111,25 +110,26 @@ def record(args):
     if args.env and "script" not in game.table:
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
-    n = round(min(args.clip, args.minutes * 60) * game.fps)
-    if n < 2 * extract.HORIZON:
+    if round(min(args.clip, args.minutes * 60) * game.fps) < 2 * extract.HORIZON:
         raise UserError(f"--minutes {args.minutes} --clip {args.clip}: expected clips of two chunks, "
                         f"{2 * extract.HORIZON / game.fps:.1f} s or more: give more")
     if args.ckpt and args.video:
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     if args.ckpt:
         learned(args.ckpt, args.euler)                                   # names a wrong file now, in one line
-    count = max(round(args.minutes * 60 * game.fps / n), 1)
-    jobs = recordings(folder(args.out), tasks, count, args.seed, n)
+    jobs = recordings(args.out, tasks, args.minutes, args.seed, args.clip)
     work = record_video if args.video else functools.partial(record_folder, ckpt=args.ckpt, euler=args.euler)
     for i, line in enumerate(in_processes(work, jobs, 1 if args.env else args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line}", flush=True)
 
 
-def recordings(out, tasks, count, seed, n):
-    """Jobs for record_folder or record_video: so many of each game, n steps long."""
-    return [(out / f"{PLAYABLE[group[0]].game.name}-{i:03}", group, f"{seed} {i}", n)
-            for group in by_game(tasks).values() for i in range(count)]
+def recordings(out, tasks, minutes, seed, clip=30.0):
+    """Jobs for record_folder or record_video: so many minutes of each game, in clips of so many seconds at
+    most."""
+    game = PLAYABLE[tasks[0]].game
+    n = round(min(clip, minutes * 60) * game.fps)
+    return [(folder(out) / f"{PLAYABLE[group[0]].game.name}-{i:03}", group, f"{seed} {i}", n)
+            for group in by_game(tasks).values() for i in range(max(round(minutes * 60 * game.fps / n), 1))]
 
 
 def film(tasks, seed, n, policy=None):
@@ -146,14 +146,16 @@ def film(tasks, seed, n, policy=None):
             env = PLAYABLE[task].game(task, number)
             script = Scripted(env, number)
             turn, scripted = 0, True
-        action = script.act()                                      # it sees every step, to be as late as ever
+        frame, action = env.render(), script.act()                 # it sees every step, to be as late as ever
         if policy and turn == 0:
             scripted, turn = not scripted, rng.randint(env.fps, 3 * env.fps)
-            model = Learned(env, policy, number)
+            model, session = Learned(policy.config, env.fps), sample.Session(policy, seed=number)
         turn -= 1
         if not scripted:
+            if model.waits():
+                model.take(session.predict(frame))
             action = model.act()
-        yield env.render(), action, begins, scripted
+        yield frame, action, begins, scripted
         env.advance(action)
 
 
@@ -166,7 +168,7 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
     clip = {"video": "", "game": game.name, "fps": game.fps, "n": n, "size": [extract.SIDE] * 2,
             "every": 1, "lag": 0, "player": str(ckpt or "scripted"), "seed": seed}
     if (path / "clip.json").is_file():
-        if extract.read_clip(path) != clip:
+        if read_clip(path) != clip:
             raise UserError(f"{path}: expected what these flags record, found another: give another --out")
         return f"{path.name}: recorded already"
     policy = learned(ckpt, euler) if ckpt else None
@@ -180,9 +182,11 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
         arrays = {"actions": actions, "truth": actions, "confidence": np.ones(n, np.float32),
                   "keep": extract.dense(actions) & scripted,     # what the model did is nothing to learn from
                   "cuts": begins | (~scripted & np.roll(scripted, 1))}     # no chunk goes on past these
-        for file, array in (arrays | ({"human": scripted} if policy else {})).items():
-            extract.write_npy(tmp / f"{file}.npy", array)
-        extract.write_json(tmp / "clip.json", clip)
+        if policy:
+            arrays["human"] = scripted
+        for file, array in arrays.items():
+            write_npy(tmp / f"{file}.npy", array)
+        write_json(tmp / "clip.json", clip)
     return f"{path.name}: {n} frames, {begins.sum()} episodes"
 
 
@@ -200,18 +204,18 @@ def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
     scale = wide / skin.size[0]
     high = round(skin.size[1] * scale)
     right, low = corner or (rng.random() < 0.5, rng.random() < 0.5)
-    x, y = size[0] - wide - 8 if right else 8, size[1] - high - 8 if low else 8
+    x, y = 8 + right * (size[0] - wide - 16), 8 + low * (size[1] - high - 16)
     truth = []
-    with extract.VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
+    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
         for frame, action, *_ in film(tasks, seed, n):
             picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
             paste_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
             video.add(picture)
             truth.append(action)
-    extract.write_npy(path.with_suffix(".truth.npy"), np.array(truth))
+    write_npy(path.with_suffix(".truth.npy"), np.array(truth))
     x0, y0, x1, y1 = (v * scale for v in extract.visible_box(skin))
     box = [x + x0, y + y0, x1 - x0, y1 - y0]
-    extract.write_json(path.with_suffix(".json"), {"box": box, "template": skin.name})
+    write_json(path.with_suffix(".json"), {"box": box, "template": skin.name})
     return f"{path.name}.mp4: {n} frames, {skin.name} {wide} px"
 
 
@@ -221,13 +225,12 @@ def suite(args):
     """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P
     3.2]."""
     tasks, began = chosen(args, args.tasks), time.monotonic()
-    game, policy = PLAYABLE[tasks[0]].game, None
+    game, overlap, policy = PLAYABLE[tasks[0]].game, not args.no_overlap, None
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
-        past = max(policy.config.action_shift, 0 if args.no_overlap else args.delay)
-        longest = int(policy.config.horizon * game.fps / policy.config.hz) - past
+        longest = Learned(policy.config, game.fps, args.delay, overlap).longest
         if args.actions_per_chunk > longest:
             raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: expected at most {longest}, "
                             "a chunk of this checkpoint: give a smaller number")
@@ -236,9 +239,8 @@ def suite(args):
     mashing = MASHING if args.mashing else []
     table = completion(tasks, players + mashing, args.n, args.seed, 1 if args.env else args.workers)
     if policy:
-        films = folder(args.out) if args.video else None
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.envs,
-                                    films, args.delay, not args.no_overlap)
+                                    folder(args.out) if args.video else None, args.delay, overlap)
     mashed = [table.pop(who) for who in mashing]
     if mashed:
         wins = lambda ended: ended[:, 0].sum()
@@ -249,7 +251,7 @@ def suite(args):
         for who, row in rows["all"].items():
             print(f"{who}: return {row['score']:.2f} +- {row['deviation']:.2f}")
     if args.out:
-        extract.write_json(folder(args.out) / "suite.json", facts(args, began) | {"rows": rows})
+        write_json(folder(args.out) / "suite.json", facts(args, began) | {"rows": rows})
         chart(Path(args.out) / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
 
 
@@ -279,19 +281,14 @@ def rollouts(task, who, n, seed):
     return np.array(ended, float)
 
 
-def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, delay=0, overlap=True):
+def play_model(policy, tasks, n, per_chunk=8, seed=0, envs=64, films=None, delay=0, overlap=True):
     """n rollouts of each task, `envs` games at a time, one batch of chunks for all of them.
 
-    films: a folder, where the first rollout of each task is filmed. All tasks have one rate. delay: a chunk
-    comes so many steps after its frame. Meanwhile the one before it is played on and its own first steps
-    pass; without `overlap` the last action is held, then it is played from its start.
-    Returns {task: float (n, 2): won, score}.
+    films: a folder, where the first rollout of each task is filmed. All tasks have one rate. delay, overlap:
+    see Learned. Returns {task: float (n, 2): won, score}.
     """
-    config, fps = policy.config, PLAYABLE[tasks[0]].game.fps
-    lead, wait = max(config.action_shift, delay * overlap), 0 if overlap else delay
-    past = lead - config.action_shift
+    fps, ended = PLAYABLE[tasks[0]].game.fps, {task: [] for task in tasks}
     jobs = deque((task, i) for i in range(n) for task in tasks)
-    ended = {task: [] for task in tasks}
     session = sample.Session(policy, seed=seed, envs=min(envs, len(jobs)))
 
     def rollout(s):
@@ -300,20 +297,16 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, delay=0
             task, i = jobs.popleft()
             game = PLAYABLE[task].game(task, PLAYED + seed + i)
             session.reset(s, seed + i - s)             # environment s adds s: the same noise in any place
-            coming, chunk = deque([neutral()] * lead), [neutral()]
+            player = Learned(policy.config, fps, delay, overlap, per_chunk)
             filmed = films and i == 0
             with new_film(films / film_name(task), fps) if filmed else contextlib.nullcontext() as video:
                 while not game.over:
-                    held = [chunk[-1]] * wait
-                    chunk = (yield game.render())[past:past + per_chunk]
-                    coming.extend([*held, *chunk])     # after what was planned before
-                    for _ in range(wait + per_chunk):
-                        action = coming.popleft()
-                        if video:
-                            video.add(beside_pad(game.render(), action))
-                        game.advance(action)
-                        if game.over:
-                            break
+                    if player.waits():
+                        player.take((yield game.render()))
+                    action = player.act()
+                    if video:
+                        video.add(beside_pad(game.render(), action))
+                    game.advance(action)
             ended[task].append((game.won, game.score))
             progress.update()
         while True:
@@ -323,8 +316,7 @@ def play_model(policy, tasks, n, per_chunk, seed=0, envs=64, films=None, delay=0
         slots = [rollout(s) for s in range(session.envs)]
         frames = [next(slot) for slot in slots]
         while sum(map(len, ended.values())) < progress.total:
-            chunks = at_rate(session.predict(np.stack(frames)), config, fps)
-            frames = [slot.send(chunk) for slot, chunk in zip(slots, chunks)]
+            frames = [slot.send(chunk) for slot, chunk in zip(slots, session.predict(np.stack(frames)))]
     return {task: np.array(rows, float) for task, rows in ended.items()}
 
 
@@ -333,25 +325,17 @@ def film_name(task):
     return f"{task.replace('/', '-')}.mp4"
 
 
-def at_rate(chunks, config, fps):
-    """Chunks (..., T, 25) at the model's rate -> (..., K, 25) at the game's."""
-    steps = np.arange(int(config.horizon * fps / config.hz))
-    return chunks[..., (steps * config.hz / fps).astype(int), :]
-
-
 def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
     tasks = next(iter(table.values()))
     groups = {task: [task] for task in tasks}
     ours = [TASKS[task] for task in tasks if task in TASKS]
-    for task in ours:
-        groups.setdefault(f"type: {task.kind}", []).append(task.name)
-    for task in ours:
-        groups.setdefault(f"family: {task.game.family}", []).append(task.name)
+    for label, of in ("type", lambda task: task.kind), ("family", lambda task: task.game.family):
+        for task in ours:
+            groups.setdefault(f"{label}: {of(task)}", []).append(task.name)
     groups["all"] = tasks
-    pooled = lambda ended, group: np.concatenate([ended[task] for task in group])
-    return {name: {who: share(pooled(ended, group)) for who, ended in table.items()}
-            for name, group in groups.items()}
+    return {name: {who: share(np.concatenate([ended[task] for task in group]))
+                   for who, ended in table.items()} for name, group in groups.items()}
 
 
 def share(ended):
@@ -386,40 +370,36 @@ def demo(args):
     out, began, tasks = folder(args.out), time.monotonic(), pick_tasks(args.tasks or DEMO)
     asked = vars(args) | {"run": "demo", "out": "", "n": 0}            # --out may be moved, -n differ
     before = out / "arguments.json"
-    if before.is_file() and extract.read_json(before, dict) != asked:
+    if before.is_file() and read_json(before, dict) != asked:
         raise UserError(f"{before}: expected the flags of this run, found others: give a new --out")
-    extract.write_json(before, asked)
+    write_json(before, asked)
     videos, clips = folder(out / "videos"), out / "clips"
     runs = {"model": out / "model", "true labels": out / "model-truth"}
 
     with stage(out, "play on video") as say:
-        steps = round(args.minutes * 60 * FPS / args.videos)
-        low_left = False, True                         # one channel keeps its pad in one place
-        jobs = recordings(videos, tasks, args.videos, args.seed, steps)
-        work = functools.partial(record_video, corner=low_left)
-        for line in in_processes(work, jobs, extract.cores()):
-            print(line)
-        minutes = len(jobs) * steps / FPS / 60
-        say(f"{len(jobs)} mp4 of {', '.join(by_game(tasks))}, {minutes:.1f} minutes at 640 x 360")
+        jobs = recordings(videos, tasks, args.minutes, args.seed, args.minutes * 60 / args.videos)
+        low_left = functools.partial(record_video, corner=(False, True))     # as one channel places its pad
+        print(*in_processes(low_left, jobs, cores()), sep="\n")
+        say(f"{len(jobs)} mp4, {args.minutes:.1f} minutes each of {', '.join(by_game(tasks))}, 640 x 360")
 
     with stage(out, "find the overlays (extract.py)") as say:
-        run_scripts(*[["extract.py", videos, "--out", clips]] * min(extract.cores(), len(jobs)))
+        run_scripts(*[["extract.py", videos, "--out", clips]] * min(cores(), len(jobs)))
         ious = {}
         for path in sorted(videos.glob("*.json")):
-            clip, known = clips / path.stem, extract.read_json(path, dict)
+            clip = clips / path.stem
             if (clip / "clip.json").is_file():
                 shutil.copy(path.with_suffix(".truth.npy"), clip / "truth.npy")
-                ious[path.stem] = extract.overlap(*(box_corners(said["box"])
-                                                    for said in (known, extract.read_clip(clip))))
+                known, found = read_json(path, dict), read_clip(clip)
+                ious[path.stem] = extract.overlap(box_corners(known["box"]), box_corners(found["box"]))
         if not ious:
             raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
         finding = f"{len(ious)} of {len(jobs)}, IoU {np.mean([*ious.values()]):.3f}"
         say(finding)
 
     with stage(out, "read the actions (parse.py)") as say:
-        run_scripts(*[["parse.py", "run", clips]] * min(extract.cores(), len(ious)))
+        run_scripts(*[["parse.py", "run", clips]] * min(cores(), len(ious)))
         scores = parse.mean_of([parse.score(*actions_and_truth(clips / name),
-                                            extract.read_clip(clips / name)["geometry"]) for name in ious])
+                                            read_clip(clips / name)["geometry"]) for name in ious])
         left, right = (scores.get(f"{side} R2", math.nan) for side in ("left", "right"))
         reading = f"stick R2 {left:.2f} left, {right:.2f} right, button F1 {scores['F1']:.2f}"
         say(reading)
@@ -430,10 +410,10 @@ def demo(args):
         say(f"{args.steps} steps of {args.batch} frames each, from parsed and from true labels")
 
     with stage(out, "play the tasks") as say:
-        table = completion(tasks, ["random", "scripted"], args.n, args.seed, extract.cores())
+        table = completion(tasks, ["random", "scripted"], args.n, args.seed, cores())
         for who, run in runs.items():
-            table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, 8, args.seed,
-                                    films=out if who == "model" else None)
+            films = out if who == "model" else None
+            table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, seed=args.seed, films=films)
         rows = rows_of(table)
         say(", ".join(f"{who} {row['rate']:.0%}" for who, row in rows["all"].items()))
 
@@ -443,7 +423,7 @@ def demo(args):
     said = facts(args, began)
     print(f"above random by an interval: {better} of {len(tasks)} tasks | {said['seconds']} s | "
           f"{out / 'demo.png'}")
-    extract.write_json(out / "demo.json", said | {"iou": ious, "parser": scores, "rows": rows})
+    write_json(out / "demo.json", said | {"iou": ious, "parser": scores, "rows": rows})
 
 
 def train_runs(args, steps, runs):
@@ -471,43 +451,33 @@ def box_corners(box):
 
 
 def story(out, video, tasks, rows, finding, reading):
-    """The demo's page, OUT/demo.png, 1600 x 820: a video with the box found, its crop, what was read from it,
-    the model at play, what it completes; finding, reading: the figures of extract.py and parse.py, in
-    words."""
+    """The demo's page, OUT/demo.png, 1600 x 820: a video with the box found, four of its crops beside what
+    was pressed and what was read, the model at play, what it completes; finding, reading: the figures of
+    extract.py and parse.py, in words."""
     page, clip = Image.new("RGB", (1600, 820), "#fafafa"), out / "clips" / video.stem
-    pen, meta, (actions, truth) = ImageDraw.Draw(page), extract.read_clip(clip), actions_and_truth(clip)
+    meta, (actions, truth) = read_clip(clip), actions_and_truth(clip)
 
-    def show(x, y, text, rgb, w):
-        pen.text((x, y - 10), text, "#14141e", ImageFont.load_default(16), "ls")
+    def show(x, y, w, rgb, text):
+        write(page, x, y - 10, text, 16)
         page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
-    change = np.convolve(np.abs(np.diff(truth, axis=0)).sum(1), np.ones(150), "valid")
-    start = int(change.argmax()) if len(change) else 0         # of five seconds with much to read
-    now = min(start + 75, meta["n"] - 1)
+    busy = np.abs(truth[:, 21:]).sum(1)                        # the widest tilts of each quarter
+    moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 4)]
     skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
 
-    frame = next(rgb for i, rgb in extract.read_video(video) if i == now)
-    show(20, 50, f"1  a video with one of our pads; extract.py finds it among them: {finding}", frame, 640)
-    box = np.multiply(box_corners(meta["box"]), 640 / frame.shape[1]) + (20, 50, 20, 50)
-    pen.rectangle([*box], outline="#00ff00", width=3)
-    crop = Image.fromarray(extract.Frames(clip, "pads")[now])
-    crop = np.asarray(crop.resize((320, 320 * skin.size[1] // skin.size[0])))
-    show(700, 50, "2  the crop    3  the true action, below it what parse.py reads",
-         sample.beside(crop, skin, truth[now], actions[now]), 480)
-    names = *extract.BUTTONS, "left x", "left y", "right x", "right y"
-    shown = slice(start, start + 150)
-    for k, column in enumerate([21, 22, 23, 24, *np.argsort(-truth[shown, :21].sum(0))[:3]]):
-        y = 334 + 28 * k
-        pen.text((700, y), names[column].lower(), "#14141e", ImageFont.load_default(13), "ls")
-        for values, ink, thick in (truth, "#bebec8", 5), (actions, INKS["model"], 2):
-            line = [(840 + 5 * t, y - 4 - 12 * float(v)) for t, v in enumerate(values[shown, column])]
-            pen.line(line, ink, thick)
-    pen.text((700, y + 20), f"grey: true, red: read; {reading}", "#14141e", ImageFont.load_default(13), "ls")
-
+    frame = next(rgb for i, rgb in read_video(video) if i == moments[1]).copy()
+    x0, y0, x1, y1 = (round(v) for v in box_corners(meta["box"]))
+    cv2.rectangle(frame, (x0, y0), (x1, y1), (0, 255, 0), 2)
+    show(20, 50, 640, frame, f"1  a video with one of our pads; extract.py finds it among them: {finding}")
+    write(page, 700, 40, f"2  the crop; upper pad: pressed, lower: read by parse.py; {reading}", 16)
+    for k, i in enumerate(moments):
+        crop = cv2.resize(extract.Frames(clip, "pads")[i], (290, 290 * skin.size[1] // skin.size[0]))
+        pads = sample.beside(crop, skin, truth[i], actions[i])
+        show(700 + 440 * (k % 2), 60 + 225 * (k // 2), 430, pads, "")
     for k, task in enumerate(tasks[:3]):
-        frames = [rgb for _, rgb in extract.read_video(out / film_name(task))]
-        show(20 + 290 * k, 570, f"{'' if k else '4  the model plays '}{task}", frames[len(frames) // 2], 280)
+        frames = [rgb for _, rgb in read_video(out / film_name(task))]
+        show(20 + 290 * k, 570, 280, frames[len(frames) // 2], f"{'' if k else '3  the model plays '}{task}")
     n = rows[tasks[0]]["model"]["n"]
-    chart(out / "tasks.png", f"5  tasks completed, n {n} each; thin lines: 95 % intervals",
+    chart(out / "tasks.png", f"4  tasks completed, n {n} each; thin lines: 95 % intervals",
           {name: row for name, row in rows.items() if ":" not in name})
     table = Image.open(out / "tasks.png")
     table.thumbnail((700, 290))
@@ -524,38 +494,36 @@ def transfer(args):
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
-    whole = {game: out / "data" / game for game in GAMES}
-    few = {trial: out / "few" / "{}-{:g}-{}".format(*trial)
-           for trial in itertools.product(games, args.minutes, args.seeds)}
+    trials = [*itertools.product(games, args.minutes, args.seeds)]
+    few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials}
     with stage(out, "record") as say:
-        jobs = [job for game, path in whole.items() for job in clips_of(path, game, args.others, 0)]
-        for (game, minutes, seed), path in few.items():
-            jobs += clips_of(path, game, minutes, 1000 + seed)
-        for line in in_processes(record_folder, jobs, args.workers):
-            print(line)
+        wanted = [(out / "data" / game, game, args.others, 0) for game in GAMES]
+        wanted += [(path, game, minutes, 1000 + seed) for (game, minutes, seed), path in few.items()]
+        jobs = [job for path, game, *more in wanted for job in recordings(path, pick_tasks([game]), *more)]
+        print(*in_processes(record_folder, jobs, args.workers), sep="\n")
         say(f"{args.others:g} minutes of each game, {len(few)} small recordings of held-out ones")
 
     def completed(run, game, seed):
         """{task: share completed} of a game by a run's model."""
-        ended = play_model(sample.Policy(run, "cpu", steps=args.euler), pick_tasks([game]), args.n, 8, seed)
+        ended = play_model(sample.Policy(run, "cpu", steps=args.euler), pick_tasks([game]), args.n, seed=seed)
         return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
 
     for game in games:
         first = out / f"pre-{game}"
         with stage(out, f"{game}: pre-train on the others") as say:
-            others = [path for name, path in whole.items() if name != game]
+            others = [out / "data" / name for name in GAMES if name != game]
             train_runs(args, args.pretrain, {first: [*others, "--preset", args.preset, "--balance"]})
             say(f"without any of its own data {np.mean([*completed(first, game, 0).values()]):.0%}")
-        starts = {"post-trained": ["--ckpt", first], "scratch": ["--preset", args.preset]}
-        for minutes, seed in itertools.product(args.minutes, args.seeds):
-            with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
-                data = few[game, minutes, seed]
-                runs = {who: out / f"{who}-{data.name}" for who in starts}
-                words = {run: [data, "--seed", seed, *starts[who]] for who, run in runs.items()}
-                train_runs(args, args.steps, words)
-                rates = {who: completed(run, game, seed) for who, run in runs.items()}
-                results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
-                say(", ".join(f"{who} {np.mean([*rate.values()]):.0%}" for who, rate in rates.items()))
+    starts = {"post-trained": lambda game: ["--ckpt", out / f"pre-{game}"],
+              "scratch": lambda game: ["--preset", args.preset]}
+    for (game, minutes, seed), data in few.items():
+        with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
+            runs = {who: out / f"{who}-{data.name}" for who in starts}
+            train_runs(args, args.steps,
+                       {run: [data, "--seed", seed, *starts[who](game)] for who, run in runs.items()})
+            rates = {who: completed(run, game, seed) for who, run in runs.items()}
+            results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
+            say(", ".join(f"{who} {np.mean([*rate.values()]):.0%}" for who, rate in rates.items()))
 
     gains = gains_of(results)
     for name, row in gains.items():
@@ -563,7 +531,7 @@ def transfer(args):
         gained = percent(row, "gain") if row["gain"] else "none: scratch completes nothing"
         print(f"{name:26} post-trained {post:.1%} | scratch {scratch:.1%} | "
               f"{percent(row, 'points')} points | gain {gained} | n {row['n']}")
-    extract.write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
+    write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
     chart(out / "transfer.png", f"completion of held-out games, {len(games) * len(args.seeds)} pairs",
           {name: row["bars"] for name, row in gains.items()})
 
@@ -571,12 +539,6 @@ def transfer(args):
 def percent(row, name):
     """A figure of gain() and its interval."""
     return f"{row[name]:+.1%} [{row[f'{name} low']:+.1%}, {row[f'{name} high']:+.1%}]"
-
-
-def clips_of(out, game, minutes, seed):
-    """Jobs for record_folder: so many minutes of all tasks of a game, in clips of half a minute at most."""
-    steps, count = round(min(minutes, 0.5) * 60 * FPS), max(round(minutes * 2), 1)
-    return recordings(folder(out), pick_tasks([game]), count, seed, steps)
 
 
 def gains_of(results):
@@ -602,19 +564,19 @@ def gain(pairs, rounds=4000):
     pairs; the gain is None where scratch completes nothing, its interval is of the draws in which scratch
     completes something.
     """
-    # (rounds, 2)
     picks = np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))
-    drawn = pairs[picks].mean(1)
-    interval = lambda values: [float(v) for v in np.quantile(values, (0.025, 0.975))]
-    some, (post, scratch) = drawn[drawn[:, 1] > 0], pairs.mean(0)
-    row = {"n": len(pairs), "bars": {}, "points": float(post - scratch)}
-    row["gain"] = float(post / scratch - 1) if scratch else None
-    for i, who in enumerate(("post-trained", "scratch")):
-        low, high = interval(drawn[:, i])
-        row["bars"][who] = {"rate": float(pairs[:, i].mean()), "low": low, "high": high}
-    row["points low"], row["points high"] = interval(drawn[:, 0] - drawn[:, 1])
-    if len(some):
-        row["gain low"], row["gain high"] = interval(some[:, 0] / some[:, 1] - 1)
+    drawn = pairs[picks].mean(1)                                                         # (rounds, 2)
+    (post, scratch), some = pairs.mean(0), drawn[drawn[:, 1] > 0]
+
+    def figure(name, value, draws, prefix=""):
+        low, high = np.quantile(draws, (0.025, 0.975))
+        return {name: float(value), f"{prefix}low": float(low), f"{prefix}high": float(high)}
+    bars = {who: figure("rate", rate, draws)
+            for who, rate, draws in zip(("post-trained", "scratch"), (post, scratch), drawn.T)}
+    row = {"n": len(pairs), "bars": bars, "gain": None}
+    row |= figure("points", post - scratch, drawn[:, 0] - drawn[:, 1], "points ")
+    if scratch:
+        row |= figure("gain", post / scratch - 1, some[:, 0] / some[:, 1] - 1, "gain ")
     return row
 
 
@@ -624,18 +586,20 @@ def latency(args):
     """Seconds for one chunk, against the same model sampled as the release does; in turn, so that a busy
     machine slows both. The release computes mixing, keys and values, time codes and AdaLN anew at each
     step."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device, reason = M.pick_device(args.device)
     if args.ckpt:
         model = M.load(args.ckpt, device)[0]
     else:
-        model = randomised(M.create(M.preset(args.preset), device=device)).eval()
+        model = M.create(M.preset(args.preset), device=device).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                if not p.any():                        # or all velocities are 0, and agree
+                    p.normal_(0, 0.02)
     c, g = model.config, torch.Generator().manual_seed(0)
     shape = 1, c.frames, c.image, c.image, 3
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).to(device)
     noise = torch.randn(1, c.horizon, c.action_dim, generator=g).to(device)
-    print(f"{args.ckpt or args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, float32, "
+    print(f"{args.ckpt or args.preset}: {M.count(model)[0]:,} parameters, float32, "
           f"batch 1, {device} ({reason}), {machine()}, best of {args.repeats}")
 
     def released(k):
@@ -643,27 +607,14 @@ def latency(args):
         for t in sample.buckets(k, c.buckets).to(device):
             x = x + model.velocity(x, t[None], model.mix(model.assemble(seen))) / k
         return x
+    ours = lambda k: sample.euler(model, model.encode(frames), noise, k)
 
     for k in args.steps:
-        ways = {"vision": lambda: model.see(frames),
-                "vision and mixing": lambda: model.encode(frames),
-                "ours": lambda: sample.euler(model, model.encode(frames), noise, k),
-                "released": lambda: released(k)}
         with torch.inference_mode():
-            took = dict(zip(ways, best_of(args.repeats, device, *ways.values())))
-            apart = float((ways["ours"]() - ways["released"]()).abs().max())
-        print(f"{k:3} steps | " + " | ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
-              + f" | {took['released'] / took['ours']:.2f} x faster | largest difference {apart:.1e}")
-
-
-def randomised(model):
-    """Random weights also where training starts from zeros: a velocity of 0 would compare well with
-    anything."""
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(0, 0.02)
-    return model
+            apart = float((ours(k) - released(k)).abs().max())
+            fast, slow = best_of(args.repeats, device, lambda: ours(k), lambda: released(k))
+        print(f"{k:3} steps | ours {fast:.3f} s | released {slow:.3f} s | {slow / fast:.2f} x faster | "
+              f"largest difference {apart:.1e}")
 
 
 def best_of(repeats, device, *works):
@@ -682,10 +633,10 @@ def best_of(repeats, device, *works):
 def throughput(args):
     """Microseconds of a step of each game; frames a second of each stage of the chain, on recordings of its
     own."""
-    for name, kind in GAMES.items():
+    for name, tasks in by_game(TASKS).items():
         steps, began = 0, time.perf_counter()
-        for task in pick_tasks([name]):
-            game = kind(task)
+        for task in tasks:
+            game = TASKS[task].game(task)
             player = Blind(game)
             while not game.over:
                 game.step(player.act())
@@ -695,7 +646,7 @@ def throughput(args):
         n, number = args.seconds * FPS, itertools.count()
         latest = lambda: max(Path(tmp).glob("*.mp4"))
         stages = {"record": lambda: record_video(Path(tmp) / f"{next(number)}", ["swarm/bugs"], "0 0", n),
-                  "decode": lambda: sum(1 for _ in extract.read_video(latest())),
+                  "decode": lambda: sum(1 for _ in read_video(latest())),
                   "extract.py": lambda: extract.main([str(latest()), "--out", f"{tmp}/clips"]),
                   "parse.py": lambda: parse.main(["run", f"{tmp}/clips"])}
         with contextlib.redirect_stdout(io.StringIO()):   # the second time the templates are drawn, described
@@ -712,25 +663,23 @@ class Scripted:
 
     def __init__(self, game, seed=0):
         self.game, self.rng = game, random.Random(f"player {seed}")
-        self.late = deque([(0j, 0j, "")] * self.rng.randint(*game.late))
+        self.late = deque([(0j, 0j, "")] * self.rng.randint(2, 4))
         self.askew, self.reach = self.rng.gauss(0, 0.05), self.rng.uniform(0.93, 1.0)
         self.quick, self.careless = self.rng.uniform(0.4, 0.7), self.rng.uniform(0.002, 0.007)
-        if game.late == (0, 0):
-            self.quick = 1.0                                           # a game that waits: each push is whole
-        self.sticks, self.slip, self.how = [0j, 0j], 0, ""
+        self.sticks, self.slip = [0j, 0j], 0
 
     def act(self):
         """float (25,), the action of this step."""
         self.late.append(self.game.wish())
         *wanted, keys = self.late.popleft()
-        wanted, keys = self.slipped(wanted, set(keys.split()))
+        wanted, keys = self.slipped(wanted, keys.split())
         action = neutral()
-        for i, (name, want) in enumerate(zip(extract.STICKS, wanted)):
+        for i, (name, want) in enumerate(zip(STICKS, wanted)):
             trembling = complex(self.rng.gauss(0, 0.03), self.rng.gauss(0, 0.03)) if want else 0
             self.sticks[i] += (want * rect(self.reach, self.askew) + trembling - self.sticks[i]) * self.quick
             s = capped(self.sticks[i])
-            action[extract.STICKS[name]] = s.real, s.imag
-        action[[extract.BUTTON[k] for k in keys]] = 1
+            action[STICKS[name]] = s.real, s.imag
+        action[[BUTTON[k] for k in keys]] = 1
         return action
 
     def slipped(self, wanted, keys):
@@ -745,7 +694,7 @@ class Scripted:
         self.slip -= 1
         if self.how == "veer":
             return [w * self.veer for w in wanted], keys
-        return ([0j, 0j], set()) if self.how == "rest" else (wanted, keys | {self.extra})
+        return ([0j, 0j], []) if self.how == "rest" else (wanted, [*keys, self.extra])
 
 
 class Blind:
@@ -755,43 +704,53 @@ class Blind:
 
     def __init__(self, game, seed=0, how="random"):
         self.rng, self.t, self.again = random.Random(f"{how} {seed}"), 0, 0
-        self.way, _, self.attacks = how.partition("+")
-        self.keys = [extract.BUTTON[k] for k in game.keys if k.isupper()]
-        self.attack = [extract.BUTTON[k] for k in game.attack if self.attacks]
+        self.way, _, attack = how.partition("+")
+        self.draws = how in ("random", "mash")
+        keys = [k for k in game.keys if k.isupper()] if self.draws else game.attack if attack else []
+        self.keys = [BUTTON[k] for k in keys]
 
     def act(self):
         """float (25,), the action of this step."""
         self.t += 1
-        if self.way == "random" and self.t <= self.again:
+        if self.t <= self.again:
             return self.last
-        action, pressed = neutral(), self.attack
+        action = self.last = neutral()
         if self.way == "random":
             self.again = self.t + self.rng.randint(3, 15)
             action[21:] = [self.rng.uniform(-1, 1) for _ in range(4)]
         else:
-            spin = rect(1, self.t / 6)
-            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "spin": spin, "mash": 0j}[self.way]
-            action[21:] = [push.real, push.imag] * 2
-        if self.way in ("random", "mash"):
-            pressed = [k for k in self.keys if self.rng.random() < 0.5]
-        action[pressed] = 1
-        self.last = action
+            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j, "spin": rect(1, self.t / 6)}
+            action[21:] = [push[self.way].real, push[self.way].imag] * 2
+        action[[k for k in self.keys if not self.draws or self.rng.random() < 0.5]] = 1
         return action
 
 
 class Learned:
-    """A policy plays one game alone; looks again after `per_chunk` steps."""
+    """The actions to come of a policy that plays one game: chunks go in, actions of single steps come out.
 
-    def __init__(self, game, policy, seed=0, per_chunk=8):
-        self.game, self.config, self.per_chunk = game, policy.config, per_chunk
-        self.session = sample.Session(policy, seed=seed)
-        self.coming = deque([neutral()] * self.config.action_shift)
+    delay: a chunk comes so many steps after its frame. Meanwhile the one before it is played on and its own
+    first steps pass; without `overlap` the last action is held, then it is played from its start.
+    """
+
+    def __init__(self, config, fps, delay=0, overlap=True, per_chunk=8):
+        self.lead = max(config.action_shift, delay * overlap)          # actions in hand when a frame is seen
+        at = (np.arange(int(config.horizon * fps / config.hz)) * config.hz / fps).astype(int)
+        self.longest = len(at) - self.lead
+        self.rows = at[self.lead - config.action_shift:][:per_chunk]   # of a chunk, at the game's rate
+        self.coming, self.wait, self.last = deque([neutral()] * self.lead), delay * (not overlap), neutral()
+
+    def waits(self):
+        """Is it time for the next chunk?"""
+        return len(self.coming) <= self.lead
+
+    def take(self, chunk):
+        """A chunk float (T, 25) for the frame of now, played after what was planned before."""
+        self.coming.extend([self.last] * self.wait)
+        self.coming.extend(chunk[self.rows])
+        self.last = self.coming[-1]
 
     def act(self):
         """float (25,), the action of this step."""
-        if len(self.coming) <= self.config.action_shift:
-            chunk = at_rate(self.session.predict(self.game.render()), self.config, self.game.fps)
-            self.coming.extend(chunk[:self.per_chunk])
         return self.coming.popleft()
 
 
@@ -804,42 +763,41 @@ def learned(path, steps):
 
 # ---- games by others
 
-# weights/others.json says how a pad plays them: patterns of Gymnasium ids and what holds for them; all that
-# fit are merged, later ones win, and --table FILE.json is one more.
+# weights/others.json says how a pad plays them: what holds for the Gymnasium ids that begin so; all that fit
+# are merged, later ones win, and --table FILE.json is one more.
 #   pip, module    what to install, and to import so that the ids are known
 #   make           arguments for gymnasium.make
 #   fps, seconds   steps a second of game time, after the frame skip; the longest episode
 #   frame          the picture: "render", "" = the observation, else the part of the observation of that name
-#   controls       the game's name of an action, or its number -> what the pad does for it: "left.up & SOUTH":
-#                  a stick beyond play.TILT, a button held. Of a Discrete space the first that holds is taken
-#                  ("" always does), of MultiBinary all that hold. A Box takes sums: "12 * right.x - SOUTH".
+#   controls       the game's name of an action, or its number -> what the pad does for it: readings and their
+#                  factors, {"left.up": 1, "SOUTH": 1}. Of a Discrete space the first is taken that has all of
+#                  its readings beyond play.TILT ({} always has), of MultiBinary all. A Box takes the sums.
 #   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
-#   script, late   the scripted player (of SCRIPTS) and by how many steps it is late
+#   script         the scripted player (of SCRIPTS)
 AXES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways
-READINGS = {f"{stick}.{side}": (at.start + axis, sign) for stick, at in extract.STICKS.items()
-            for side, (axis, sign) in AXES.items()} | {name: (i, 1) for name, i in extract.BUTTON.items()}
-WORD = re.compile(r"[A-Za-z][\w.]*")
+READINGS = {f"{stick}.{side}": (at.start + axis, sign) for stick, at in STICKS.items()
+            for side, (axis, sign) in AXES.items()} | {name: (i, 1) for name, i in BUTTON.items()}
 
 
 def foreign_task(args):
     """--env and --table -> the id, from now on a task in PLAYABLE."""
     table = {}
-    for pattern, row in OTHERS.items():
-        if fnmatch.fnmatchcase(args.env, pattern):
+    for beginning, row in OTHERS.items():
+        if args.env.startswith(beginning):
             table |= row
     if args.table:
-        table |= extract.read_json(args.table, dict)
+        table |= read_json(args.table, dict)
     known = ", ".join(OTHERS)
     with extract.reading(f"--env {args.env}", f"fps, seconds, frame, controls, success in --table ({known})"):
-        words = {word for rule in table["controls"].values() for word in WORD.findall(rule)}
+        words = {word for rule in table["controls"].values() for word in rule}
         unknown = words - READINGS.keys() | {table.get("script", "aims")} - SCRIPTS.keys()
         if unknown or min(table["fps"], table["seconds"]) <= 0:
             raise ValueError(", ".join(unknown) or "fps or seconds of 0")
         if not {"return", "info"} & table["success"].keys():
             raise ValueError("no success by return or info")
         name = re.sub(r"\W+", "_", args.env)
-        fields = {"name": name.lower(), "fps": table["fps"], "late": tuple(table.get("late", Game.late)),
-                  "table": table, "idle": [], "keys": sorted(words & extract.BUTTON.keys()) or ["SOUTH"]}
+        fields = {"name": name.lower(), "fps": table["fps"], "table": table, "idle": [],
+                  "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
         game = type(name, (Foreign,), fields)
         PLAYABLE[args.env] = Task(args.env, game, "theirs", 0, table["seconds"], {}, False, table["frame"])
     return args.env
@@ -848,7 +806,7 @@ def foreign_task(args):
 class Foreign:
     """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its
     table, and environments at rest."""
-    attack, table, idle = (), {}, []
+    attack = ()
 
     def __init__(self, task, seed=0):
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
@@ -880,17 +838,13 @@ class Foreign:
 
     def advance(self, action):
         """One step with action float (25,)."""
-        if self.over:
-            return
         seen, reward, terminated, truncated, info = self.env.step(self.choose(action))
         self.t, self.score = self.t + 1, self.score + float(reward)
         self.over = terminated or truncated or self.t >= self.table["seconds"] * self.fps
         if self.over:
             rule = self.table["success"]
-            if "return" in rule:
-                self.won = self.score >= rule["return"]
-            else:
-                self.won = bool(info.get(rule["info"], 0) >= rule.get("least", 1))
+            value = self.score if "return" in rule else info.get(rule["info"], 0)
+            self.won = bool(value >= rule.get("return", rule.get("least", 1)))
             self.idle.append(self.env)
         else:
             self.look(seen)
@@ -914,42 +868,29 @@ def pad_to_action(space, controls, names=()):
     """An action space, its controls, the game's names of its actions -> from action float (25,) to the
     space's element."""
     kind = type(space).__name__
-    if kind == "Dict":
-        parts = {key: pad_to_action(part, controls, names) for key, part in space.spaces.items()}
-        return lambda action: {key: choose(action) for key, choose in parts.items()}
-    names = [name for name in names if name.endswith("_DELTA") == (kind == "Box")]   # so ViZDoom numbers them
     rules = {names.index(key) if key in names else int(key): rule for key, rule in controls.items()
              if key in names or key.isdecimal()}                       # others are of other games of the kind
     n = math.prod(space.shape) if kind == "Box" else int(space.n)
-    if max(rules, default=n) >= n or kind == "Discrete" and "" not in rules.values():
-        raise ValueError(f"{kind} of {n} ({', '.join(names)}), {rules}; one has to be \"\": the pad at rest")
-    if kind == "Discrete":
-        return lambda action: next(i for i, rule in rules.items() if holds(action, rule))
-    if kind == "MultiBinary":
-        presses = lambda action: [i in rules and holds(action, rules[i]) for i in range(n)]
-        return lambda action: np.array(presses(action), np.int8)
+    if max(rules, default=n) >= n or kind == "Discrete" and {} not in rules.values():
+        raise ValueError(f"{kind} of {n} ({', '.join(names)}), {rules}; one has to be {{}}: the pad at rest")
 
-    def numbers(action):
-        values = [amount(action, rules.get(i, "")) for i in range(n)]
-        return np.clip(np.reshape(values, space.shape), space.low, space.high).astype(space.dtype)
-    return numbers
+    def choose(action):
+        read = {i: [factor * read_pad(action, name) for name, factor in rule.items()]
+                for i, rule in rules.items()}
+        held = [i for i, values in read.items() if all(value > play.TILT for value in values)]
+        if kind == "Discrete":
+            return held[0]
+        if kind == "MultiBinary":
+            return np.isin(np.arange(n), held).astype(np.int8)
+        sums = np.reshape([sum(read.get(i, ())) for i in range(n)], space.shape)
+        return np.clip(sums, space.low, space.high).astype(space.dtype)
+    return choose
 
 
 def read_pad(action, name):
     """What the pad says: a button or a side of a stick (left.up) 0..1, an axis (left.x) -1..1."""
     i, sign = READINGS[name]
     return float(max(action[i] * sign, 0) if sign else action[i])
-
-
-def holds(action, rule):
-    """Does the pad do all that a rule names?"""
-    return all(read_pad(action, name) > play.TILT for name in WORD.findall(rule))
-
-
-def amount(action, rule):
-    """A sum of readings with signs and factors: "RIGHT_TRIGGER - 0.5 * left.x"."""
-    terms = re.findall(r"(-?)\s*(?:([\d.]+)\s*\*\s*)?([A-Za-z][\w.]*)", rule)
-    return sum(float(sign + (factor or "1")) * read_pad(action, name) for sign, factor, name in terms)
 
 
 def aims(game):
@@ -964,34 +905,12 @@ def aims(game):
     moved, game.off = off - getattr(game, "off", off), off
     soon = off + 4 * moved if abs(moved) < 60 else off                     # else it is another monster
     stick = complex(copysign(1, soon)) if abs(soon) > max(half / 2, 4) else 0j
-    shoots = "RIGHT_TRIGGER" * (max(abs(off), abs(soon)) < 0.7 * half + 2)
+    shoots = "RIGHT_TRIGGER" if max(abs(off), abs(soon)) < 0.7 * half + 2 else ""
     turns = any(b.name == "TURN_LEFT" for b in doom.get_available_buttons())
     return (0j, stick, shoots) if turns else (stick, 0j, shoots)
 
 
-def walks(game):
-    """MiniGrid: the shortest way of turns and steps to the goal, around walls and lava; doors are not
-    opened."""
-    at, grid = game.inside, game.inside.grid
-    queue = deque([(*map(int, at.agent_pos), int(at.agent_dir))])
-    first = {queue[0]: 0j}                                       # state -> the push that begins the way to it
-    while queue:
-        x, y, d = here = queue.popleft()
-        if grid.get(x, y) and grid.get(x, y).type == "goal":
-            return first[here], 0j, ""
-        dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[d]
-        steps = {
-            (x, y, (d - 1) % 4): -1 + 0j,
-            (x, y, (d + 1) % 4): 1 + 0j,
-            (x + dx, y + dy, d): -1j}
-        for there, push in steps.items():
-            if there not in first and getattr(grid.get(*there[:2]), "type", "goal") in ("goal", "floor"):
-                first[there] = first[here] or push
-                queue.append(there)
-    return 0j, 0j, ""
-
-
-SCRIPTS = {"aims": aims, "walks": walks}
+SCRIPTS = {"aims": aims}
 
 
 # ---- what a game is
@@ -1001,28 +920,26 @@ class Game:
     the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
     control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
     What "look" holds are attributes of all its tasks, what a task's "start" holds is of this one."""
-    fps, late = FPS, (2, 4)                # steps a second; by how many of them a person is late
+    fps = FPS
 
     def __init__(self, task, seed=0):
-        self.task = TASKS[task] if isinstance(task, str) else task
-        self.rng = random.Random(f"{self.task.name} {seed}")
+        self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
         # A fixed level is the same for all seeds, its start is not.
-        self.plan = random.Random(self.task.name) if self.task.fixed else self.rng
+        self.plan = random.Random(task) if self.task.fixed else self.rng
         self.t = self.score = 0
         self.health, self.due = self.lives, {}
         self.won = self.over = False
         self.left = self.right = 0j
         self.held = frozenset()
-        for name, value in self.task.start.items():
-            setattr(self, name, value)
+        vars(self).update(self.task.start)
         self.things, self.foes, self.bolts, self.shots = [], [], [], []
         self.begin()
 
     def advance(self, action):
         """One step with action float (25,), without drawing."""
         if not self.over:
-            self.left, self.right = (capped(complex(*action[s])) for s in extract.STICKS.values())
-            self.held = {extract.BUTTONS[i] for i in np.flatnonzero(action[:21] > 0.5)}
+            self.left, self.right = (capped(complex(*action[s])) for s in STICKS.values())
+            self.held = {BUTTONS[i] for i in np.flatnonzero(action[:21] > 0.5)}
             self.t += 1
             self.play()
             self.won = self.score >= self.task.goal and self.health > 0
@@ -1040,14 +957,13 @@ class Game:
         for i in range(self.health):
             disc(frame, complex(14 + 16 * i, y + 8), 6, health)
         for i in range(self.task.goal if self.task.goal <= 12 else 0):
-            x = 244 - 11 * i
-            done = i < self.score
-            bar(frame, complex(x, y + 3), complex(x + 7, y + 13), score, -1 if done else 1)
+            corner = complex(244 - 11 * i, y + 3)
+            bar(frame, corner, corner + 7 + 10j, score, -1 if i < self.score else 1)
         return frame
 
     def ready(self, what, steps):
         """Has `what` rested? If so it is used now and rests for `steps`."""
-        if self.t < self.due.get(what, 0):
+        if self.rests(what):
             return False
         self.due[what] = self.t + steps
         return True
@@ -1105,23 +1021,23 @@ class Game:
         things.remove(thing)
         self.score += 1
 
-    def strikes(self, foes, width):
-        """hits() for fly(): the first foe so near loses a point of hp."""
-        def hits(shot):
-            foe = next((f for f in foes if abs(f.at - shot.at) < width), None)
-            if foe:
-                foe.hp -= 1
-            return foe is not None
-        return hits
+    def strikes(self, shot, foes, width):
+        """Does a shot hit a foe? The first one so near loses a point of hp."""
+        near = [foe for foe in foes if abs(foe.at - shot.at) < width]
+        for foe in near[:1]:
+            foe.hp -= 1
+        return near
 
-    def wounds(self, at, width):
-        """hits() for fly(): who stands at `at` is hurt."""
-        def hits(shot):
-            near = abs(shot.at - at) < width
-            if near:
-                self.hurt()
-            return near
-        return hits
+    def wounds(self, shot, at, width):
+        """Does a shot hit the player, who is at `at`? That hurts."""
+        near = abs(shot.at - at) < width
+        if near:
+            self.hurt()
+        return near
+
+    def near(self, things, reach):
+        """The things that are so near to the player, one after another."""
+        return (thing for thing in list(things) if self.distance(thing) < reach)
 
 
 # ---- machinery
@@ -1165,22 +1081,20 @@ def stage(out, what):
 
 
 def run_scripts(*commands):
-    """Run scripts of ours side by side, each with its share of the cores; equal commands share the videos or
-    clips. Inside of a stage: what they print goes to its log."""
+    """Run scripts of ours side by side, each with its share of the cores, of the videos or of the clips.
+    Inside of a stage: what they print goes to its log."""
     sys.stdout.flush()
-    running = []
+    running, world = [], len(commands)
     for rank, (script, *words) in enumerate(commands):
-        env = os.environ | {"OMP_NUM_THREADS": str(max(extract.cores() // len(commands), 1))}
-        if commands.count(commands[0]) == len(commands) > 1:
-            env |= {"RANK": str(rank), "WORLD_SIZE": str(len(commands))}
-        words = [sys.executable, str(HERE / script), *map(str, words)]
-        running.append(subprocess.Popen(words, stdout=sys.stdout, stderr=subprocess.STDOUT, env=env))
+        env = {"OMP_NUM_THREADS": max(cores() // world, 1), "RANK": rank, "WORLD_SIZE": world}
+        running.append(subprocess.Popen([sys.executable, str(HERE / script), *map(str, words)],
+                                        stdout=sys.stdout, stderr=subprocess.STDOUT,
+                                        env=os.environ | {name: str(value) for name, value in env.items()}))
     try:
         failed = [p.args[1] for p in running if p.wait()]
-    except KeyboardInterrupt:
+    finally:
         for p in running:
-            p.wait()                                              # they were interrupted too, and end cleanly
-        raise
+            p.wait()                                   # interrupted ones were so too, and end cleanly
     if failed:
         last = Path(sys.stdout.name).read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
         raise UserError(f"{failed[0]} failed: {' '.join(last)} (see {sys.stdout.name})")
@@ -1189,7 +1103,7 @@ def run_scripts(*commands):
 def machine():
     """What the numbers were taken on."""
     versions = f"torch {torch.__version__}, opencv {cv2.__version__}"
-    return f"{platform.machine()}, {extract.cores()} cores, {versions}"
+    return f"{platform.machine()}, {cores()} cores, {versions}"
 
 
 @functools.lru_cache(1)
@@ -1206,7 +1120,7 @@ def paste_pad(ground, skin, action, opacity=1.0):
 
 def new_film(path, fps):
     """A video for what beside_pad() gives."""
-    return extract.VideoWriter(path, fps, sample.page_size(512, 512, skins()[0], 1))
+    return VideoWriter(path, fps, sample.page_size(512, 512, skins()[0], 1))
 
 
 def beside_pad(frame, action):
@@ -1214,21 +1128,26 @@ def beside_pad(frame, action):
     return sample.beside(cv2.resize(frame, (512, 512), interpolation=cv2.INTER_NEAREST), skins()[0], action)
 
 
+def write(page, x, y, text, size=13, ink="#14141e"):
+    """A line of text on a picture, from its lower left corner."""
+    ImageDraw.Draw(page).text((x, y), text, ink, ImageFont.load_default(size), "ls")
+
+
 def chart(path, title, rows):
     """A table {row: {player: {"rate", "low", "high"}}} as a picture of bars, a group for each row; a thin
     line is the interval. Above them stands which colour is whose."""
     end = 70 + sum(9 * len(row) + 10 for row in rows.values())
     page = Image.new("RGB", (900, end + 20), "#fafafa")
-    pen, font, left, wide, y = ImageDraw.Draw(page), ImageFont.load_default(13), 190, 680, 70
-    pen.text((20, 30), title, "#14141e", ImageFont.load_default(18), "ls")
+    pen, left, wide, y = ImageDraw.Draw(page), 190, 680, 70
+    write(page, 20, 30, title, 18)
     for mark in (0, 0.25, 0.5, 0.75, 1):
         x = left + wide * mark
         pen.line((x, y, x, end), "#d7d7dc")
-        pen.text((x, end + 12), f"{mark:.0%}", "#14141e", font, "ms")
+        write(page, x - 12, end + 16, f"{mark:.0%}")
     for i, who in enumerate(next(iter(rows.values()))):
-        pen.text((left + 130 * i, y - 4), who, INKS[who], font, "ls")
+        write(page, left + 130 * i, y - 4, who, ink=INKS[who])
     for name, row in rows.items():
-        pen.text((left - 8, y + 4.5 * len(row)), name, "#14141e", font, "rm")
+        write(page, 10, y + 4.5 * len(row) + 5, name)
         for who, r in row.items():
             rate, low, high = (left + wide * r[key] for key in ("rate", "low", "high"))
             pen.rectangle((left, y, rate, y + 7), INKS[who])
@@ -1241,16 +1160,15 @@ def chart(path, title, rows):
 def games(args):
     """OUT/games.png: two games a row, the three tasks of each side by side, after two seconds of scripted
     play."""
-    page = Image.new("RGB", (1560, 280 * 5), "#181818")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
-    for i, task in enumerate(TASKS.values()):
-        game = task.game(task, args.seed)
+    page = Image.new("RGB", (1560, 1400), "#181818")
+    for i, (name, task) in enumerate(TASKS.items()):
+        game = task.game(name, args.seed)
         player = Scripted(game, args.seed)
         while not game.over and game.t < 60:
             game.advance(player.act())
         x, y = i % 6 * 260 + 2, i // 6 * 280 + 2
         page.paste(Image.fromarray(game.render()), (x, y))
-        pen.text((x, y + 272), f"{task.name}: {task.text}", "white", font, "ls")
+        write(page, x, y + 272, f"{name}: {task.text}", 10, "white")
     path = folder(args.out) / "games.png"
     page.save(path)
     print(path)
@@ -1279,15 +1197,15 @@ def colour(code):
 def icon(name, size, turn=0, flip=False):
     """A picture of ICONS at `size` pixels, turned clockwise by turn / 32 of a circle, with a dark rim.
 
-    Returns uint8 (size, size, 3) and its mask (size, size). The shapes lie on a grid of 64 x 64; actors look
+    Returns uint8 (size, size, 3) and its mask (size, size). Shapes lie on a grid of 256 x 256; actors look
     to the right: o x y r = disc, b x0 y0 x1 y1 = box, p x y x y ... = polygon; the colour comes last.
     """
     big = np.zeros((256, 256, 4), np.uint8)
     for shape in ICONS[name]:
         kind, *numbers, ink = shape.split()
-        v, rgba = [round(3.4 * float(n) + 19) for n in numbers], (*colour(ink), 255)
+        v, rgba = [*map(int, numbers)], (*colour(ink), 255)
         if kind == "o":
-            cv2.circle(big, v[:2], round(3.4 * float(numbers[2])), rgba, -1)
+            cv2.circle(big, v[:2], v[2], rgba, -1)
         elif kind == "b":
             cv2.rectangle(big, v[:2], v[2:], rgba, -1)
         else:
@@ -1295,10 +1213,11 @@ def icon(name, size, turn=0, flip=False):
     if turn:
         rotation = cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1)
         big = cv2.warpAffine(big, rotation, (256, 256), flags=cv2.INTER_NEAREST)
-    big = np.ascontiguousarray(big[:, ::-1] if flip else big)
+    if flip:
+        big = cv2.flip(big, 1)
     big[..., 3] = cv2.dilate(big[..., 3], np.ones((17, 17), np.uint8))
     small = cv2.resize(big, (size, size), interpolation=cv2.INTER_AREA)
-    return np.ascontiguousarray(small[..., :3]), (small[..., 3] > 127).astype(np.uint8)
+    return small[..., :3].copy(), np.uint8(small[..., 3] > 127)
 
 
 def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
@@ -1308,13 +1227,11 @@ def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
     """
     size = max(int(size) // 4 * 4, 4)
     x, y = round(at.real) - size // 2, round(at.imag) - size // 2
-    x0, y0 = max(x, 0), max(y, 0)
-    x1, y1 = min(x + size, 256), min(y + size, 256)
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + size, 256), min(y + size, 256)
     if x0 < x1 and y0 < y1:
-        picture, mask = icon(name, size, round(turn / tau * 32) % 32, flip)
-        inside = slice(y0 - y, y1 - y), slice(x0 - x, x1 - x)
-        mask = mask[inside] if seen is None else mask[inside] * seen[x0:x1]
-        cv2.copyTo(picture[inside], mask, frame[y0:y1, x0:x1])
+        layers = icon(name, size, round(turn / tau * 32) % 32, flip)
+        picture, mask = (layer[y0 - y:y1 - y, x0 - x:x1 - x] for layer in layers)
+        cv2.copyTo(picture, mask if seen is None else mask * seen[x0:x1], frame[y0:y1, x0:x1])
 
 
 def sprites(frame, things, size, corner=0j):
@@ -1361,36 +1278,31 @@ def whole(places):
 
 
 @functools.lru_cache(64)
-def pattern(kind, h, w, dark, light, seed=0):
-    """A texture of two colours with some noise, uint8 (h, w, 3), read-only."""
+def pattern(kind, dark, light, h, w):
+    """A texture of two colours with some noise, uint8 (h, w, 3)."""
     y, x = np.mgrid[:h, :w]
-    row = {"bricks": 16, "planks": 12}.get(kind, 32)
-    lines = (y % row < 2) | ((x + y // row * 12) % (24 if kind == "bricks" else 90) < 2)
+    joints = lambda high, wide, shift: (y % high < 2) | ((x + y // high * shift) % wide < 2)
     odd = (y // 32 + x // 32) % 2
     level = {
         "checker": odd,
-        "grid": ((y % 32 < 2) | (x % 32 < 2)) * 1.0,
-        "bricks": 1.0 - lines,
-        "planks": 1 - 0.8 * lines,
-        "sand": np.full((h, w), 0.5),
+        "grid": 1 * joints(32, 32, 0),
+        "bricks": 1 - joints(16, 24, 12),
+        "planks": 1 - 0.8 * joints(12, 90, 12),
+        "sand": 0.5 + 0 * x,
         "waves": 0.5 + 0.5 * np.sin(x / 9 + 2 * np.sin(y / 13)),
-        "tiles": ((y % 32 > 1) & (x % 32 > 1)) * (0.7 + 0.3 * odd),
-        "dots": ((y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10) * 1.0}[kind]
-    grain = np.random.default_rng(seed).random((h // 4 + 1, w // 4 + 1), np.float32)
+        "tiles": (1 - joints(32, 32, 0)) * (0.7 + 0.3 * odd),
+        "dots": 1 * ((y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10)}[kind]
+    grain = np.random.default_rng(0).random((h // 4 + 1, w // 4 + 1), np.float32)
     grain = cv2.resize(grain, (w, h), interpolation=cv2.INTER_NEAREST)
     mixed = (0.75 * level + 0.25 * grain)[..., None]
-    dark, light = np.array(colour(dark)), np.array(colour(light))
-    picture = (dark * (1 - mixed) + light * mixed).astype(np.uint8)
-    picture.flags.writeable = False
-    return picture
+    return np.uint8(colour(dark) * (1 - mixed) + colour(light) * mixed)
 
 
 @functools.lru_cache(16)
 def sky(top="37b", low="bdf", far="579", near="354", h=100):
     """Hills under a sky, uint8 (h, 768, 3), the same every 512 columns."""
     shade = np.linspace(0, 1, h)[:, None, None]
-    column = (1 - shade) * np.array(colour(top)) + shade * np.array(colour(low))
-    image = np.repeat(column.astype(np.uint8), 768, 1)
+    image = np.repeat(np.uint8((1 - shade) * colour(top) + shade * colour(low)), 768, 1)
     x = np.arange(768) / 512 * tau
     for i, ink in enumerate((far, near)):
         waves = np.sin(3 * x + i) + 0.6 * np.sin(7 * x + 2 * i)
@@ -1446,6 +1358,7 @@ def walled(w, h):
 
 
 MIDDLE = 0.5 + 0.5j                                # of a cell, from its corner
+WAYS = 1, -1, 1j, -1j                              # from a cell to the next ones
 
 
 def cell_of(p):
@@ -1468,34 +1381,16 @@ def solid(grid, p):
     return grid[int(p.imag)][int(p.real)]
 
 
-def slide(grid, p, d, r):
-    """Move a disc of radius r from p by d, one axis at a time, so that it glides along walls."""
-    for d in (complex(d.real, 0), complex(0, d.imag)):
-        q = p + d
-        left, right = int(q.real - r), int(q.real + r)
-        upper, lower = grid[int(q.imag - r)], grid[int(q.imag + r)]
-        blocked = upper[left] or upper[right] or lower[left] or lower[right]
-        if not blocked:
-            p = q
-    return p
-
-
-def sees(grid, p, q):
-    """Is the straight line between two places free of walls?"""
-    n = int(abs(q - p) * 4) + 1
-    return not any(solid(grid, p + (q - p) * i / n) for i in range(n + 1))
-
-
 def distances(grid, goal):
     """Steps to the cell of `goal` from every cell from which it can be reached: {cell: n}; cells are whole
     numbers."""
     queue = [cell_of(goal)]
     far = {queue[0]: 0}
     for here in queue:
-        for cell in (here + 1, here - 1, here + 1j, here - 1j):
-            if cell not in far and not solid(grid, cell):
-                far[cell] = far[here] + 1
-                queue.append(cell)
+        for way in WAYS:
+            if here + way not in far and not solid(grid, here + way):
+                far[here + way] = far[here] + 1
+                queue.append(here + way)
     return far
 
 
@@ -1504,7 +1399,7 @@ def waypoint(far, p):
     that of the last one of the first straight stretch."""
     here = cell_of(p)
     nearer = lambda way: far.get(here + way, 999) < far.get(here, 998)
-    way = next((way for way in (1, -1, 1j, -1j) if nearer(way)), 0)
+    way = next(filter(nearer, WAYS), 0)
     aside = abs((p.imag if way.real else p.real) % 1 - 0.5)
     here += way
     while aside <= 0.15 and nearer(way):
@@ -1518,23 +1413,24 @@ LENS = np.linspace(-0.7, 0.7, 128)                 # where each of 128 columns l
 ROWS = np.arange(128, dtype=np.float32)[:, None] - 63.5
 
 
-def packed(rgb):
-    """Colours (..., 3) as one uint32 each, RGBA."""
-    rgba = np.concatenate([rgb, np.full((*rgb.shape[:-1], 1), 255)], -1)
-    return rgba.astype(np.uint8).view(np.uint32)[..., 0]
-
-
 class Walled(Game):
     """A map of square cells with walls; cell: the side of one in the game's units."""
     cell = 1
 
     def move(self, p, d, r=12):
-        """From p by d, a disc of radius r that walls stop."""
-        return slide(self.grid, p / self.cell, d / self.cell, r / self.cell) * self.cell
+        """From p by d, a disc of radius r: one axis at a time, so that it glides along walls."""
+        p, d, r = p / self.cell, d / self.cell, r / self.cell
+        for step in (d.real, 1j * d.imag):
+            corners = (p + step + r * corner for corner in (1 + 1j, 1 - 1j, -1 + 1j, -1 - 1j))
+            if not any(solid(self.grid, corner) for corner in corners):
+                p += step
+        return p * self.cell
 
     def sees(self, p, q):
-        """Is no wall between two places?"""
-        return sees(self.grid, p / self.cell, q / self.cell)
+        """Is the straight line between two places free of walls?"""
+        p, q = p / self.cell, q / self.cell
+        n = int(abs(q - p) * 4) + 1
+        return not any(solid(self.grid, p + (q - p) * i / n) for i in range(n + 1))
 
     def ways_to(self, goal):
         """distances() of a place; each is found once a map, as actors stay in a cell for many steps."""
@@ -1555,15 +1451,14 @@ class FirstPerson(Walled):
     @classmethod
     @functools.lru_cache(8)
     def paint(cls):
-        """Wall texture (32 shades x 32 x 32,) and the ceiling's and floor's colours (128, 1), as packed
-        RGBA."""
-        texture = pattern(cls.wall[0], 32, 32, *cls.wall[1:]).astype(np.float32)
-        fades = [max(1 - i / 18, 0.15) for i in range(16)]
-        shades = np.stack([texture * fade * side for side in (1, 0.75) for fade in fades])
+        """Wall texture (32 shades x 32 x 32, 3) and ceiling and floor (128, 128, 3), uint8."""
+        texture, fades = np.float32(pattern(*cls.wall, 32, 32)), [max(1 - i / 18, 0.15) for i in range(16)]
+        shades = [texture * fade * side for side in (1, 0.75) for fade in fades]
         y = np.linspace(-1, 1, 128)[:, None]
         inks = zip(cls.ceiling, cls.floor)
         far, near = (np.where(y < 0, colour(above), colour(below)) for above, below in inks)
-        return packed(shades).ravel(), packed((1 - abs(y)) * far + abs(y) * near)[:, None]
+        ground = (1 - abs(y)) * far + abs(y) * near
+        return np.uint8(shades).reshape(-1, 3), np.repeat(np.uint8(ground)[:, None], 128, 1)
 
     def build(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
@@ -1614,13 +1509,11 @@ class FirstPerson(Walled):
         along = np.where(first < n - 1, p.imag + depth * ry, p.real + depth * rx)
         u = (along % 1 * 32).astype(np.int32)
         shade = np.minimum(depth * 2, 15).astype(np.int32) + 16 * (first >= n - 1)
-        v = ((ROWS * (depth / 115).astype(np.float32) + 0.5) * 32 + 1).astype(np.int32) - 1      # (128, 128)
+        v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(np.int32)              # (128, 128)
         texture, ground = self.paint()
-        walls = texture.take(shade * 1024 + u + v * 32, mode="clip")
-        pixels = np.where(v.view(np.uint32) < 32, walls, ground)
-        pixels = pixels.view(np.uint8).reshape(128, 128, 4)
+        walls = texture.take(shade * 1024 + u + v * 32, 0, mode="clip")
+        pixels = cv2.copyTo(walls, np.uint8(v == v % 32), ground.copy())
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
-        frame = cv2.cvtColor(frame, cv2.COLOR_RGBA2RGB)
         for thing in sorted(self.things, key=self.distance, reverse=True):
             self.billboard(frame, thing)
         return frame
@@ -1664,16 +1557,16 @@ class Crypt(FirstPerson):
             self.bring(self.steps[self.score])
 
     def play(self):
-        self.walk(0.05 if "LEFT_TRIGGER" in self.held else 0.09)
-        goal, reach = self.goal, self.distance(self.goal)
+        shield, goal = "LEFT_TRIGGER" in self.held, self.goal
+        self.walk(0.05 if shield else 0.09)
         if self.steps[0] == "ghoul":
-            self.fight(goal, reach)
-        elif reach < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
+            self.fight(goal, self.distance(goal), shield)
+        elif self.distance(goal) < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
             self.done()
 
-    def fight(self, ghoul, reach):
+    def fight(self, ghoul, reach, shield):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
-        shield, off = "LEFT_TRIGGER" in self.held, lambda: abs(self.angle(ghoul.at))
+        off = lambda: abs(self.angle(ghoul.at))
         self.goes_to = ghoul.at
         if reach > 0.8:
             to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
@@ -1685,8 +1578,8 @@ class Crypt(FirstPerson):
         elif reach < 1.2 and self.ready("wind", 45):
             ghoul.wind = 15
         ghoul.kind = "ghoul!" if ghoul.wind else "ghoul"
-        if not shield and self.pressed("RIGHT_TRIGGER", 24):
-            if reach < 1.25 and off() < 0.45 and not ghoul.wind:
+        if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
+            if reach < 1.25 and off() < 0.45:
                 ghoul.hp -= 1
                 ghoul.at = self.move(ghoul.at, 0.3 * unit(ghoul.at - self.pos), 0.2)
         if ghoul.hp <= 0:
@@ -1699,8 +1592,7 @@ class Crypt(FirstPerson):
         if "LEFT_TRIGGER" in self.held:
             disc(frame, 80 + 246j, 54, "5a6ec8")
         resting = self.rests("RIGHT_TRIGGER")
-        swing = max(resting - 14, 0)
-        tip = complex(210 - 4 * swing, 170 + 3 * swing)
+        tip = 210 + 170j + (3j - 4) * max(resting - 14, 0)
         line(frame, 214 + 256j, tip, "787882" if resting else "f0f0fa", 12)
         return frame
 
@@ -1709,10 +1601,9 @@ class Crypt(FirstPerson):
         if self.steps[0] != "ghoul":
             push = "SOUTH" if goal.kind != "portal" and reach < 1 else ""
             return *self.steer(self.target(), 0.1), push
-        near = reach < 1.6
-        straight = near and self.sees(self.pos, goal.at)
+        straight = reach < 1.6 and self.sees(self.pos, goal.at)
         left, right = self.steer(goal.at, 0.95) if straight else self.steer(self.target(), 0.1)
-        if near and goal.wind:
+        if reach < 1.6 and goal.wind:
             return 0j, right, "LEFT_TRIGGER"
         return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(goal.at)) < 0.35 else ""
 
@@ -1755,8 +1646,7 @@ class Siege(FirstPerson):
         if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
             speed = 0.07 * unit(self.pos - drone.at)
             self.shots.append(Thing("mine", drone.at, v=speed, lift=0.35, size=0.2))
-        wounds = self.wounds(self.pos, 0.3)
-        self.fly(self.shots, lambda shot: wounds(shot) or solid(self.grid, shot.at))
+        self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or solid(self.grid, shot.at))
 
     def draw(self):
         frame = super().draw()
@@ -1791,13 +1681,12 @@ class Rally(Game):
 
     def begin(self):
         self.speed, self.index, self.gates = 0.0, 0, []
-        k = self.plan.randint(2, 4)
-        bend, start = self.plan.uniform(0.16, 0.24), self.plan.uniform(0, tau)
+        k, bend, start = self.plan.randint(2, 4), self.plan.uniform(0.16, 0.24), self.plan.uniform(0, tau)
         ways = np.arange(256) / 256 * tau
         path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + start)) * np.exp(1j * ways)
         path = np.roll(path, self.rng.randrange(256))
         self.path = path if self.rng.random() < 0.5 else path[::-1]
-        self.ground = pattern(*self.paving).copy()
+        self.ground = pattern(*self.paving, 1024, 1024).copy()
         if self.park:
             self.pos, self.face = 512 + 512j, self.rng.uniform(0, tau)
             self.spawn()
@@ -1806,28 +1695,20 @@ class Rally(Game):
 
     def build(self, path):
         """The road, the trees beside it, its gates and the other cars."""
-        self.stroke(path, "ebebeb", 112)
-        self.stroke(path, "54545c", 100)
-        for i in range(0, 256, 4):
-            self.stroke(path[i:i + 2], "fadc5a", 5)
+        dashes = [(path[i:i + 2], "fadc5a", 5) for i in range(0, 256, 4)]
+        for places, ink, thick in [(path, "ebebeb", 112), (path, "54545c", 100), *dashes]:
+            cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
         self.pos, self.face = self.path[0], phase(self.path[2] - self.path[0])
-        pairs = lambda kind, first, step, aside, size: [
-            Thing(kind, self.beside(i, side), size=size)
-            for i in range(first, 255, step) for side in (-aside, aside)]
-        self.things, self.gates = pairs("tree", 0, 16, 95, 90), pairs("post", 20, 20, 54, 44)
-        for i in range(self.cars):
-            side = self.rng.choice((-22, 22))
-            self.foes.append(Thing("rival", 0j, size=46, along=14.0 + 16 * i, side=side, passed=False))
+        pairs = lambda kind, first, step, aside: [
+            Thing(kind, self.beside(i, side)) for i in range(first, 255, step) for side in (-aside, aside)]
+        self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
+        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=self.rng.choice((-22, 22)), passed=False)
+                     for i in range(self.cars)]
         self.ahead()
-
-    def stroke(self, places, ink, thick):
-        """A closed line of paint on the ground."""
-        cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
 
     def beside(self, place, far):
         """So many pixels to the right of a place on the path, in points of it from its start."""
-        i = int(place)
-        a, b = self.path[i % 256], self.path[(i + 1) % 256]
+        a, b = self.path[int(place) % 256], self.path[int(place + 1) % 256]
         return a + (b - a) * (place % 1) + far * 1j * unit(b - a)
 
     def spawn(self):
@@ -1836,7 +1717,7 @@ class Rally(Game):
         self.bay = fence(self.pos + rect(self.rng.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
-        self.things = [Thing("bay", self.bay, size=60)]
+        self.things = [Thing("bay", self.bay)]
 
     def ahead(self):
         """Where on the path the car is: the nearest of the next few points; rivals drive on."""
@@ -1850,10 +1731,8 @@ class Rally(Game):
         on_road = self.park or abs(self.path[self.index] - self.pos) < 58
         gas, brake = "RIGHT_TRIGGER" in self.held, "LEFT_TRIGGER" in self.held
         slower = 0.3 if self.speed > 0 else 0.1                        # in reverse the brake is a weak engine
-        self.speed += 0.28 * gas - slower * brake
-        self.speed = max(-2, self.speed * (0.972 if on_road else 0.88))
-        if not gas and not brake:
-            self.speed *= 0.97
+        self.speed = max(-2, (self.speed + 0.28 * gas - slower * brake) * (0.972 if on_road else 0.88))
+        self.speed *= 1 if gas or brake else 0.97
         self.face = wrap(self.face + self.left.real * 0.05 * span(self.speed / 2))
         self.pos = fence(self.pos + self.speed * rect(1, self.face), 40, 984)
         if self.park:
@@ -1865,9 +1744,9 @@ class Rally(Game):
         self.ahead()
         if not self.cars:
             self.score = self.index // 20
-        for rival in self.foes:
-            if not rival.passed and rival.along < self.index - 1:
-                rival.passed, self.score = True, self.score + 1
+        for rival in [r for r in self.foes if not r.passed]:
+            rival.passed = rival.along < self.index - 1
+            self.score += rival.passed
             if self.distance(rival) < 24 and not rival.passed:
                 self.speed *= 0.3
                 self.hurt()
@@ -1884,7 +1763,7 @@ class Rally(Game):
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
         rows = [(ahead_and_right(thing.at - eye, way), thing) for thing in self.things + self.foes + gates]
         for rel, thing in sorted(rows, key=lambda row: -row[0].real):
-            size = LENGTH * thing.size / max(rel.real, 1)
+            size = LENGTH * self.sizes[thing.kind] / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
                 x, y = LENGTH * rel.imag / rel.real, HORIZON + LENGTH * HIGH / rel.real
                 sprite(frame, thing.kind, complex(128 + x, y - size / 2), size)
@@ -1911,9 +1790,8 @@ class Rally(Game):
             return span(2.5 * angle), 0j, self.pedal(fast, 0.4)
         target = self.path[min(self.index + 9, 254)]
         close = [r for r in self.foes if not r.passed and 0 < r.along - self.index < 13]
-        if close:                                                          # pass it on its other side
-            side = min(close, key=lambda r: r.along).side
-            target = self.beside(min(self.index + 7, 254), -side)
+        if close:                                                          # pass the first on its other side
+            target = self.beside(min(self.index + 7, 254), -close[0].side)
         angle = self.angle(target)
         return span(2.6 * angle), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
 
@@ -1928,11 +1806,11 @@ class TopDown(Walled):
         """Take a map of walls and draw it once, with a margin for the camera."""
         self.grid, self.known = grid, {}
         wall = np.kron(np.uint8(grid), np.ones((self.cell, self.cell), np.uint8))
-        (floor, *floor_inks), (block, dark, light), (h, w) = self.floor, self.block, wall.shape
-        self.ground = np.full((h + 256, w + 256, 3), np.uint8(colour(dark)) // 2)
+        h, w = wall.shape
+        self.ground = np.full((h + 256, w + 256, 3), np.uint8(colour(self.block[1])) // 2)
         inner = self.ground[128:-128, 128:-128]
-        inner[:] = pattern(floor, h, w, *floor_inks)
-        cv2.copyTo(pattern(block, h, w, dark, light), wall, inner)
+        inner[:] = pattern(*self.floor, h, w)
+        cv2.copyTo(pattern(*self.block, h, w), wall, inner)
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
@@ -1967,28 +1845,26 @@ class Swarm(TopDown):
     def begin(self):
         self.lay(walled(12, 12))
         self.pos, self.aim = 384 + 384j + self.around(0, 90), self.rng.uniform(0, tau)
-        self.brute = self.foe == "brute"
-        self.next()
-
-    def next(self):
-        """As many bugs or brutes as there are at a time, or the next gem with mines about."""
         if not self.count:
             self.lay_gem()
+        self.gather()
+
+    def gather(self):
+        """As many bugs or brutes as there are at a time."""
         while len(self.foes) < self.count:
-            at = self.spot(self.pos, 105, 135)
-            if abs(at - self.pos) > 80:
-                self.foes.append(Thing(self.foe, at, hp=self.hp, wind=0, dash=0, way=1))
+            foe = Thing(self.foe, self.spot(self.pos, 105, 135), hp=self.hp, wind=0, dash=0, way=1)
+            if self.distance(foe) > 80:
+                self.foes.append(foe)
 
     def lay_gem(self):
         """The next gem, and mines on the way to it."""
         at = self.spot(self.pos, 130, 200)
         if abs(at - self.pos) < 90:
             at = fence(2 * self.pos - at, *COURT)
-        self.gem, self.things = Thing("gem", at), []
-        for _ in range(2):
-            p = self.spot(self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7), 0, 40)
-            if abs(p - self.pos) > 60 and abs(p - at) > 45:
-                self.things.append(Thing("mine", p))
+        self.gem = Thing("gem", at)
+        mines = [Thing("mine", self.spot(self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7), 0, 40))
+                 for _ in range(2)]
+        self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine.at - at) > 45]
 
     def spot(self, p, low, high):
         """A place in the court around p."""
@@ -2001,30 +1877,29 @@ class Swarm(TopDown):
         self.pos = self.move(self.pos, self.left * (8 if self.rests("dash") else 3.2))
         if self.count and self.pressed("RIGHT_TRIGGER", 7):
             self.shoot(self.pos, 22, 9)
-        self.fly(self.bolts, self.strikes(self.foes, self.width), 180)
+        self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, self.width), 180)
         for f in list(self.foes):
-            if self.brute:
+            if f.kind != "bug":
                 self.score = self.hp - f.hp
             if f.hp <= 0:
                 self.foes.remove(f)
-                self.score += not self.brute
+                self.score += f.kind == "bug"
             elif self.distance(f) < self.reach:
                 self.hurt()
                 f.at = self.move(f.at, 70 * unit(f.at - self.pos) or 70)
             self.chase(f)
-        for mine in self.things:
-            if self.distance(mine) < 26:
-                self.hurt()
-                self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
-        taken = not self.count and self.distance(self.gem) < 28
-        self.score += taken
-        if self.count or taken:
-            self.next()
+        for mine in self.near(self.things, 26):
+            self.hurt()
+            self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
+        self.gather()
+        if not self.count and self.distance(self.gem) < 28:
+            self.score += 1
+            self.lay_gem()
 
     def chase(self, f):
         """A bug comes straight; the brute in a spiral, then it winds up and charges."""
         way = unit(self.pos - f.at)
-        if not self.brute:
+        if f.kind == "bug":
             f.at += 1.7 * way
         elif f.dash:
             f.dash -= 1
@@ -2051,8 +1926,8 @@ class Swarm(TopDown):
         if not self.count:
             self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
             sprite(frame, "gem", self.gem.at - corner, 52)
-        if self.brute and self.foes:
-            bar(frame, 60 + 240j, 60 + 10 * self.foes[0].hp + 250j, "ff7800")
+        for f in self.foes if self.count == 1 else ():
+            bar(frame, 60 + 240j, 60 + 10 * f.hp + 250j, "ff7800")
         sprite(frame, "hero", 128 + 128j, 48, self.aim)
         disc(frame, 128 + 128j, 26, "46465a" if self.rests("LEFT_TRIGGER") else "00ffff", 2)
         return frame
@@ -2060,15 +1935,12 @@ class Swarm(TopDown):
     def wish(self):
         if not self.count:
             return self.wish_for_gems()
-        middle = 384 + 384j - self.pos
-        near = self.nearest(self.foes)
-        d = near.at - self.pos
-        far = abs(d)
+        foe, middle = self.nearest(self.foes), 384 + 384j - self.pos
+        d, far = foe.at - self.pos, self.distance(foe)
         push = 1.0 if far < 80 else 0.3 if far < 100 else -0.3             # nearer where it is too far to hit
         away = -unit(d) * push + middle / 500
-        if near.wind or near.dash:                                     # step off the line of its charge
-            side = ahead_and_right(d, near.way).imag
-            away = 1j * near.way * (-1 if side > 0 else 1) + middle / 400
+        if foe.wind or foe.dash:                                       # step off the line of its charge
+            away = 1j * foe.way * (-1 if ahead_and_right(d, foe.way).imag > 0 else 1) + middle / 400
         fire = "RIGHT_TRIGGER" if between(d, self.aim) < 0.2 and far < 140 else ""
         return capped(away), unit(d), fire + (" LEFT_TRIGGER" if far < 60 else "")
 
@@ -2079,8 +1951,7 @@ class Swarm(TopDown):
             d = ahead_and_right(mine.at - self.pos, way)
             if -10 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
-        free = all(self.distance(thing) >= 110 for thing in self.things) and self.distance(self.gem) > 110
-        return way, way, "LEFT_TRIGGER" if free else ""
+        return way, way, "" if any(self.near([*self.things, self.gem], 110)) else "LEFT_TRIGGER"
 
 
 class Vault(TopDown):
@@ -2104,7 +1975,7 @@ class Vault(TopDown):
         self.pos = (here + MIDDLE) * 32
         cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
         places = [(c + MIDDLE) * 32 for c in cells]
-        self.things = [Thing(kind, at, reach=reach) for (kind, reach), at in zip(self.holds.items(), places)]
+        self.things = [Thing(kind, at) for kind, at in zip(self.holds, places)]
         self.foes = [Thing("slime", at, hp=2) for at in places[:self.slimes]]
         self.aim()
 
@@ -2123,8 +1994,8 @@ class Vault(TopDown):
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
         self.pos = self.move(self.pos, self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
         self.fight(self.pressed("WEST", 24))
-        for thing in list(self.things):
-            near = thing is self.things[0] and self.distance(thing) < thing.reach
+        for thing in self.things[:1]:
+            near = self.distance(thing) < self.holds[thing.kind]
             if near and thing.kind == "key":
                 self.things.remove(thing)
                 self.aim()
@@ -2136,14 +2007,14 @@ class Vault(TopDown):
         if self.foes and self.t % 4 == 0:
             self.aim()
         for s in list(self.foes):
-            d = s.at - self.pos
-            struck = strike and abs(d) < 50 and between(d, self.face) < 0.7
+            d, far = s.at - self.pos, self.distance(s)
+            struck = strike and far < 50 and between(d, self.face) < 0.7
             s.hp -= struck
-            if struck or abs(d) < 22:
+            if struck or far < 22:
                 s.at = self.move(s.at, 30 * unit(d), 11)
                 if not struck:
                     self.hurt()
-            to = self.on_the_way(self.goes_to, s.at) if abs(d) > 44 else self.pos
+            to = self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos
             s.at = self.move(s.at, 1.1 * unit(to - s.at), 11)
             if s.hp <= 0:
                 self.foes.remove(s)
@@ -2169,18 +2040,16 @@ class Vault(TopDown):
 
     def wish(self):
         goal = self.nearest(self.foes or self.things[:1])
-        d = goal.at - self.pos
-        far = abs(d)
-        if self.foes:
-            if far < 48 and self.rests("WEST"):
-                return -unit(d), 0j, ""
-            way = self.on_the_way(goal.at, self.pos) - self.pos if far > 60 else d
-            strike = far < 48 and between(d, self.face) < 0.5
-            return unit(way) * (0.5 if far < 50 else 1), 0j, "WEST" if strike else ""
-        way = unit((self.on_the_way(goal.at, self.pos) if far > 32 else goal.at) - self.pos)
-        if goal.kind == "chest" and far < 40:
-            return way, 0j, "SOUTH"
-        return way, 0j, "RIGHT_TRIGGER" if far > 80 else ""
+        d, far = goal.at - self.pos, self.distance(goal)
+        to = self.on_the_way(goal.at, self.pos) if far > (60 if self.foes else 32) else goal.at
+        way = unit(to - self.pos)
+        if not self.foes:
+            opens = goal.kind == "chest" and far < 40
+            return way, 0j, "SOUTH" if opens else "RIGHT_TRIGGER" if far > 80 else ""
+        if far < 48 and self.rests("WEST"):
+            return -unit(d), 0j, ""
+        strike = far < 48 and between(d, self.face) < 0.5
+        return way * (0.5 if far < 50 else 1), 0j, "WEST" if strike else ""
 
 
 class Shade(TopDown):
@@ -2189,17 +2058,16 @@ class Shade(TopDown):
 
     def begin(self):
         self.alarm, self.knife, grid = 0.0, self.want == "guard", walled(13, 11)
-        for y in (2, 6):
-            for x in (2, 6, 10):
-                grid[y][x] = self.plan.random() < 0.8                      # most of the pillars
+        for y, x in itertools.product((2, 6), (2, 6, 10)):
+            grid[y][x] = self.plan.random() < 0.8                          # most of the pillars
         self.lay(grid)
         rows, columns = [1, 3, 5, 7, 9], (3, 4, 5, 7, 8, 9)
         spot = lambda column: (complex(column, self.rng.choice(rows)) + MIDDLE) * 48
         start, end = self.rng.choice(((1, 11), (11, 1)))
         self.pos = spot(start)
-        for column in self.plan.sample(columns, self.guards):
-            at = complex((column + 0.5) * 48, self.rng.uniform(100, 420))
-            self.foes.append(Thing("guard", at, way=self.rng.choice((-1j, 1j))))
+        self.foes = [Thing("guard", complex((column + 0.5) * 48, self.rng.uniform(100, 420)),
+                           way=self.rng.choice((-1j, 1j)))
+                     for column in self.plan.sample(columns, self.guards)]
         if self.want == "exit":
             rows.remove(self.pos.imag // 48)                               # not straight across
             self.things = [Thing("exit", spot(end))]
@@ -2227,24 +2095,20 @@ class Shade(TopDown):
                 self.take(self.foes, g)
         seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
-        if self.alarm >= 1:
-            self.health = 0
-        for thing in list(self.things):
-            if self.distance(thing) < 30:
-                self.take(self.things, thing)
+        self.health = int(self.alarm < 1)
+        for thing in self.near(self.things, 30):
+            self.take(self.things, thing)
 
     def draw(self):
         frame, corner = self.view()
         for g in self.foes:
-            p = g.at - corner
-            if -120 < p.real < 376 and -120 < p.imag < 376:
-                angle, fan = phase(g.way), (-0.55, -0.28, 0, 0.28, 0.55)
-                polygon(frame, [p, *(p + rect(self.light(), angle + a) for a in fan)], "f0dc5a")
-                sprite(frame, g.kind, p, 40, angle)
+            p, angle = g.at - corner, phase(g.way)
+            fan = [p + rect(self.light(), angle + a) for a in (-0.55, -0.28, 0, 0.28, 0.55)]
+            polygon(frame, [p, *fan], "f0dc5a")
+            sprite(frame, g.kind, p, 40, angle)
         sprites(frame, self.things, 40, corner)
-        goal = self.goal()
-        if goal:
-            self.pointer(frame, goal.at, "5affa0")
+        if self.goal():
+            self.pointer(frame, self.goal().at, "5affa0")
         sprite(frame, "thief", 128 + 128j, 32 if "LEFT_TRIGGER" in self.held else 40, phase(self.left))
         bar(frame, 60 + 240j, 60 + round(136 * self.alarm) + 251j, "ff2828")
         bar(frame, 60 + 240j, 196 + 251j, "ffffff", 1)
@@ -2301,22 +2165,20 @@ class Side(Game):
         if "SOUTH" in self.held and self.t - self.stood <= 4:    # a jump a moment after the edge still counts
             self.v, self.stood = -8.4, -9
         self.v = min(self.v + 0.5, 11)
-        old = self.pos
+        before = self.pos.imag
         self.pos += complex(self.left.real * speed, self.v)
         self.ground = False
         for i, (x0, x1, y) in enumerate(self.islands):
-            over = x0 - 8 < self.pos.real < x1 + 8
-            if over and self.v >= 0 and old.imag <= y + 0.01 and self.pos.imag >= y:
+            if x0 - 8 < self.pos.real < x1 + 8 and before - 0.01 <= y <= self.pos.imag and self.v >= 0:
                 self.pos, self.v = complex(self.pos.real, y), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
 
     def land(self, frame, corner):
         """The islands in sight of a camera whose top left corner is there."""
         for x0, x1, y in self.islands:
-            if x1 > corner.real and x0 < corner.real + 256:
-                left, right = complex(x0, y) - corner, complex(x1, y) - corner
-                bar(frame, left, right + 26j, "96643c")
-                bar(frame, left, right + 8j, "50c846")
+            left, right = complex(x0, y) - corner, complex(x1, y) - corner
+            bar(frame, left, right + 26j, "96643c")
+            bar(frame, left, right + 8j, "50c846")
 
     def back(self, x):
         """The scenery behind, moving at a third of the speed."""
@@ -2385,7 +2247,7 @@ class Cliffs(Side):
         to = min(range(len(self.islands)), key=apart)
         if to == self.on:
             d = goal.at - self.pos
-            leap = goal.at.imag < self.islands[to][2] - 40 and abs(d.real) < 30 and self.ground
+            leap = goal.at.imag < self.top(to).imag - 40 and abs(d.real) < 30 and self.ground
             return span(d.real / 20), 0j, "SOUTH" if leap else ""
         x, run = self.cross(self.on + (1 if to > self.on else -1))
         return x, 0j, run
@@ -2396,18 +2258,17 @@ class Cliffs(Side):
         s = 1 if self.top(to).real > self.top(self.on).real else -1
         (_, edge), (near, _) = (sorted(s * x for x in self.islands[i][:2]) for i in (self.on, to))
         x, up = s * self.pos.real, "SOUTH" if self.v < 0 else ""
+        gap = edge - x
         if self.tower and self.ground:
-            spot = edge - 6
-            return s * span((spot - x) / 16), "SOUTH" if spot - x < 24 else ""
+            return s * span((gap - 6) / 16), "SOUTH" if gap < 30 else ""
         if self.tower:
             return span((self.top(to) - self.pos).real / 24), up
         if self.ground:
-            gap = edge - x
             return s, "SOUTH" if gap < 24 else "RIGHT_TRIGGER" if gap > 70 else ""
-        drop = self.v ** 2 + (self.islands[to][2] - self.pos.imag)
+        drop = self.v ** 2 + (self.top(to) - self.pos).imag
         flight = 2 * (sqrt(drop) - self.v) if drop > 0 else 0.0      # steps until there: drop = v t + t^2 / 4
         if near - 8 - x > 3 * flight:                              # not to be reached: back to where we stood
-            return s * span((edge - 20 - x) / 20), ""
+            return s * span((gap - 20) / 20), ""
         aim = near + 26 - x
         return s * (1 if aim > 0 else aim / 30), up
 
@@ -2440,9 +2301,8 @@ class Commando(Side):
         heart = self.pos - 22j
         if self.pressed("RIGHT_TRIGGER", 10):
             self.shoot(heart, 16, 10)
-        strikes, wounds = self.strikes(self.foes, 23), self.wounds(heart, 20)
-        self.fly(self.bolts, lambda bolt: strikes(bolt) or bolt.at.imag > 200, 170)
-        self.fly(self.shots, lambda shot: wounds(shot) or shot.at.imag > 200)
+        self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, 23) or bolt.at.imag > 200, 170)
+        self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
         for f in list(self.foes):
             self.skirmish(f, heart)
         torn = any(abs(wire.at.real - self.pos.real) < 20 for wire in self.things)
@@ -2470,8 +2330,8 @@ class Commando(Side):
         corner = self.pos.real - 128
         frame = self.back(self.pos.real)
         x = int(corner) % 128
-        frame[200:] = pattern("sand", 56, 512, "541", "874")[:, x:x + 256]
-        sprites(frame, [wire for wire in self.things if abs(wire.at.real - corner - 128) < 160], 40, corner)
+        frame[200:] = pattern("sand", "541", "874", 56, 512)[:, x:x + 256]
+        sprites(frame, self.things, 40, corner)
         if not self.foe:
             sprite(frame, "copter", self.copter - corner, 92)
             arrow(frame, 128 + 40j, 0 if self.copter.real > self.pos.real else pi, 32, "ffff3c")
@@ -2501,16 +2361,13 @@ class Commando(Side):
         d = foe.at - heart
         coming = [s for s in self.shots
                   if abs(s.at - heart) < 80 and ahead_and_right(heart - s.at, s.v).real > 0]
-        if coming:
-            s = coming[0]
+        for s in coming[:1]:
             if abs(s.v.imag) >= 0.6:
                 run = -copysign(1, s.v.real)                            # run under it, to where it comes from
             elif abs(s.at.real - heart.real) < 58:
                 leap = " SOUTH"
-        elif abs(d.real) > 115:
-            run = copysign(0.8, d.real)
-        elif not 70 < abs(d.real) < 115:
-            run = -copysign(0.6, d.real)
+        if not coming and not 70 < abs(d.real) < 115:
+            run = copysign(1, d.real) * (0.8 if abs(d.real) > 115 else -0.6)
         return run, unit(d), ("RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else "") + leap
 
 
@@ -2527,22 +2384,20 @@ class Glider(Side):
         return 2.6 + 1.2 * self.left.real
 
     def play(self):
-        self.pos += self.speed() + 3.4j * self.left.imag
-        self.pos = complex(self.pos.real, span(self.pos.imag, 34, self.lowest))
+        height = span(self.pos.imag + 3.4 * self.left.imag, 34, self.lowest)
+        self.pos = complex(self.pos.real + self.speed(), height)
         self.gap -= self.speed()
         if self.gap <= 0:
             self.gap = self.apart * self.rng.uniform(0.85, 1.25)
             y = 226 if self.tank else self.rng.uniform(50, 195)
-            at, wave = complex(self.pos.real + 200, y), self.rng.uniform(0, 6)
-            self.things.append(Thing(self.want, at, base=y, wave=wave, hp=1))
+            wave = self.rng.uniform(0, 6)
+            self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y, wave=wave, hp=1))
         if self.ammo and self.pressed(self.trigger, self.rest):
             self.ammo -= 1
             bomb = Thing("bomb", self.pos + 10j, v=complex(self.speed(), 1.0))
             self.bolts.append(bomb if self.tank else Thing("bolt", self.pos + 26, v=10))
-        if self.tank:
-            self.fly(self.bolts, self.falls, 999)
-        else:
-            self.fly(self.bolts, self.strikes(self.things, 20))
+        hits = self.falls if self.tank else lambda bolt: self.strikes(bolt, self.things, 20)
+        self.fly(self.bolts, hits, 999 if self.tank else 200)
         for thing in list(self.things):
             self.meet(thing)
 
@@ -2557,21 +2412,17 @@ class Glider(Side):
     def meet(self, thing):
         """A ring is flown through or missed, a foe shot, touched or let through, a tank bombed or passed."""
         d = thing.at - self.pos
-        foe, past = self.want == "foe", d.real < -90
-        if foe:
+        if self.want == "foe":
             y = thing.base + 14 * math.sin(thing.wave + self.t / 18)
             thing.at = complex(thing.at.real - 0.4, y)
             if abs(d.real) < 30 and abs(d.imag) < 26:
                 self.hurt()
-        if self.want == "ring" and abs(d.real) < self.speed():
-            past, through = True, abs(d.imag) < 25
-            self.score += through
-            self.health -= not through
-        if thing.hp <= 0:
+        through = self.want == "ring" and abs(d.real) < self.speed()
+        if thing.hp <= 0 or (through and abs(d.imag) < 25):
             self.take(self.things, thing)
-        elif past:
+        elif through or d.real < -90:
             self.things.remove(thing)
-            self.health -= foe
+            self.health -= not self.tank
 
     def mark(self):
         """How far ahead a bomb dropped now would fall: dy = v t + g t^2 / 2."""
@@ -2583,7 +2434,7 @@ class Glider(Side):
         down, ground = min(round(corner.imag) + 96, 432 - 256), max(round(232 - corner.imag), 0)
         x = int(self.pos.real)
         frame = sky(*self.scenery, 432)[down:down + 256, x % 512:x % 512 + 256].copy()
-        fields = pattern("checker", 256, 512, "313", "636")
+        fields = pattern("checker", "313", "636", 256, 512)
         frame[ground:] = fields[:max(256 - ground, 0), x % 256:x % 256 + 256]
         if self.tank:
             spot = 70 + self.mark() + (212 - corner.imag) * 1j
@@ -2629,12 +2480,11 @@ class Dojo(Game):
 
     def begin(self):
         self.board, self.pos, self.way, self.aim = None, 128.0, self.rng.choice((-1, 1)), 0.0
-        self.floor = pattern("planks", 256, 256, "630", "a62").copy()
-        self.floor[:170] = pattern("grid", 170, 256, "fec", "c96")
+        self.floor = pattern("planks", "630", "a62", 256, 256).copy()
+        self.floor[:170] = pattern("grid", "fec", "c96", 170, 256)
         disc(self.floor, 128 + 70j, 40, "e63c32")
-        for i in range(self.rivals):
-            side = self.rng.choice((-1, 1)) if self.rivals == 1 else 2 * i - 1
-            self.foes.append(Thing("idle", 128.0 + 90 * side, wait=20 + 40 * i))
+        sides = [-1, 1] if self.rivals == 2 else [self.rng.choice((-1, 1)) for _ in range(self.rivals)]
+        self.foes = [Thing("idle", 128.0 + 90 * side, wait=20 + 40 * i) for i, side in enumerate(sides)]
 
     def play(self):
         stunned = self.rests("stun")
@@ -2771,22 +2621,20 @@ for task in TASKS if play.gymnasium else ():
 
 MANY, SEED, TIME = extract.number(int, 1), extract.number(int, 0), extract.number(float, 1 / 30)
 FLAGS = {
-    "--out": dict(metavar="DIR", help="folder to write to; what is whole there stays"),
-    "--games": dict(nargs="+", metavar="G", help="games or tasks (default: record all, transfer three)"),
-    "--tasks": dict(nargs="+", metavar="T", help="tasks or games (default: suite all, demo three)"),
-    "--env": dict(metavar="ID", help="a game by others instead: its Gymnasium id"),
-    "--table": dict(metavar="FILE.json", help="how a pad plays --env (default: as weights/others.json says)"),
+    "--out": dict(help="folder to write to; what is whole there stays"),
+    "--games": dict(nargs="+", help="games or tasks (default: record all, transfer three)"),
+    "--tasks": dict(nargs="+", help="tasks or games (default: suite all, demo three)"),
+    "--env": dict(help="a game by others instead: its Gymnasium id"),
+    "--table": dict(help="JSON file: how a pad plays --env (default: as weights/others.json says)"),
     "--ckpt": dict(help="a .safetensors or a run folder; record: it plays in turns with the script"),
-    "--euler": dict(type=MANY, metavar="K", help="its Euler steps (default: the checkpoint's; transfer: 4)"),
+    "--euler": dict(type=MANY, help="its Euler steps (default: suite 2, transfer 4, record its own)"),
     "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
     "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),
     "--clip": dict(type=TIME, default=30, help="seconds of a clip (default 30)"),
     "--videos": dict(type=MANY, default=4, help="files of these minutes, each with another pad (default 4)"),
     "-n": dict(type=MANY, help="rollouts of each task (default %(default)s)"),
-    "--actions-per-chunk": dict(type=MANY, default=8, metavar="K",
-                                help="steps to play before looking again (default 8)"),
-    "--delay": dict(type=SEED, default=0, metavar="D",
-                    help="steps by which each chunk comes late, as on a slow machine (default 0)"),
+    "--actions-per-chunk": dict(type=MANY, default=8, help="steps to play before looking again (default 8)"),
+    "--delay": dict(type=SEED, default=0, help="steps by which each chunk comes late, as on a slow machine"),
     "--no-overlap": dict(action="store_true", help="through --delay hold the last action, play no chunk on"),
     "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
     "--envs": dict(type=MANY, default=64, help="games side by side (default 64; of --env 8 do)"),
@@ -2797,11 +2645,10 @@ FLAGS = {
     "--pretrain": dict(type=MANY, default=1500, help="steps of pre-training (default 1500)"),
     "--others": dict(type=TIME, default=5, help="minutes of each other game to pre-train on (default 5)"),
     "--repeats": dict(type=MANY, default=3, help="the best of this many (default 3)"),
-    "--threads": dict(type=MANY, help="CPU threads (default: torch's choice)"),
     "--device": dict(default="auto", help="auto, cpu, cuda, mps (default auto)"),
     "--seconds": dict(type=MANY, default=20, help="length of the video (default 20)"),
     "--seed": dict(type=SEED, default=0, help="of everything drawn (default 0)"),
-    "--workers": dict(type=MANY, default=extract.cores(), help="processes (default: one a core)")}
+    "--workers": dict(type=MANY, default=cores(), help="processes (default: one a core)")}
 
 
 def main(argv=None):
@@ -2814,14 +2661,14 @@ def main(argv=None):
     def command(run, text, flags, **defaults):
         p = sub.add_parser(run.__name__, help=text, allow_abbrev=False)
         for name in flags.split():
-            p.add_argument(name, required=name == "--out" and run is not suite, **FLAGS[name])
+            p.add_argument(name, required=name == "--out" and run != suite, **FLAGS[name])
         p.set_defaults(run=run, **defaults)
         return p
     command(record, "scripted play -> clip folders, or videos with an overlay",
             "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers", minutes=5)
     command(suite, "completion of tasks, beside random and scripted players",
             "--ckpt --tasks --env --table -n --actions-per-chunk --delay --no-overlap --mashing --out "
-            "--video --euler --envs --device --seed --workers", n=50)
+            "--video --euler --envs --device --seed --workers", n=50, euler=extract.PLAY_STEPS)
     command(demo, "the whole chain on embedded games",
             "--out --tasks --minutes --videos --steps --batch --lr -n --seed", minutes=2, steps=1200, n=100)
     p = command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",
@@ -2830,7 +2677,7 @@ def main(argv=None):
     p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
     p.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="of data, noise (default 0 1 2)")
     p = command(latency, "seconds for one chunk, against the released way of sampling",
-                "--preset --ckpt --repeats --threads --device", preset="nitrogen")
+                "--preset --ckpt --repeats --device", preset="nitrogen")
     p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")
     command(throughput, "a step of each game, and of each stage of the chain", "--seconds")
     command(games, "a picture of the ten games", "--out --seed")

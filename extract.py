@@ -13,7 +13,8 @@ where the overlay moves; one per chunk with --labels), written whole or not at a
     template.png, pressed.png      uint8 (h, w, 4): the template at rest and, where it is known, with every
                                    control pressed, at the size of the crops
 (with --labels, instead of the last two: actions.npy, confidence.npy, keep.npy), one line a video in
-DATA/extract.jsonl, and an empty DATA/.lock-HASH a clip.
+DATA/extract.jsonl, and an empty DATA/.lock-HASH a clip. The templates' features are kept in the user's cache
+folder: nitrogen/templates-HASH.npz in $XDG_CACHE_HOME or ~/.cache, on Windows in %LOCALAPPDATA%.
 This file is also the home of what every stage shares: the 25-dim action, the clip folder, video in and out,
 shrink() and draw().
 """
@@ -39,6 +40,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -47,6 +49,9 @@ from tqdm import tqdm
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)    # we report errors ourselves, in one line
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+# torch's threads spin while they wait for each other: beside another busy process a step took 20 to 200 times
+# as long. libgomp reads this once, when torch is imported: every script that uses it imports this one before.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -64,6 +69,7 @@ THUMB = {"left": "LEFT_THUMB", "right": "RIGHT_THUMB"}                  # a stic
 A = len(BUTTONS) + 4
 SIDE = 256                                         # policy frames are SIDE x SIDE
 HORIZON = 16                                       # steps of a training chunk [P]
+PLAY_STEPS = 2          # Euler steps of a chunk that is played: completes as many tasks as 16 [P] do [O]
 DEAD_ZONE, SURE = 0.15, 0.5             # a stick nearer to its centre does not act; least confidence used [O]
 
 
@@ -83,6 +89,8 @@ AHEAD = 8                                   # frames decoded ahead of the thread
 
 def run_extract(args):
     """The main command: localise and cut every video, or cut along released labels."""
+    if args.videos == ["templates"]:
+        return run_templates(Path(args.out))
     videos, out = find_videos(args.videos)[:args.limit], Path(args.out)
     if args.sheet:
         writable(args.sheet)
@@ -119,9 +127,6 @@ def extract_one(video, name, matcher, args, settings):
                 "reason": f"best of {len(matcher.skins)} templates has {most} inliers, {MIN_INLIERS} and "
                           "agreeing edges are needed"}
     told = {k: clips[0][k] for k in ("template", "box", "inliers", "edges", "places") if k in clips[0]}
-    truth = video.with_suffix(".truth.npy")
-    if matcher and os.path.isfile(truth) and not (folders[0] / "truth.npy").exists():
-        told["reason"] = f"{truth.name} left out: expected float32 ({clips[0]['n']}, {A})"
     return {"status": "found" if matcher else "plain", "run": key, **told}
 
 
@@ -145,7 +150,12 @@ def localise_all(frames, pictures, matcher):
             find = replace(find, skin=recolour(find, present, frames[0].shape[1], matcher.skins))
         if matcher.locator and not (known and (find.skin.buttons or find.skin.sticks)):
             located = locate(matcher.locator, grey, colour)
-            find = with_geometry(find, located) if known else located
+            if not known:
+                find = located
+            elif located and overlap(find.box, located.box) >= 0.5:      # a bare picture, in its own place
+                k = np.diag(find.affine)
+                seen = moved(located.skin, (find.affine - located.affine)[:, 2], 1 / k)
+                find = replace(find, skin=replace(find.skin, buttons=seen.buttons, sticks=seen.sticks))
         if not find or any(overlap(find.box, p.box) > 0.5 for p in places):
             break
         places.append(find)
@@ -157,20 +167,16 @@ def localise(frames, matcher):
     """The overlay in sampled grey frames -> (Find or None, the most inliers of any pose): in the median of
     all first, then of halves, then in one frame."""
     n, best, most = len(frames), None, 0
-    halves = [frames[:n // 2], frames[n // 2:], frames[n // 2:n // 2 + 1]] if n >= 4 else []
-    for group in [frames, *halves]:
+    for group in filter(None, [frames, frames[:n // 2], frames[n // 2:], frames[n // 2:][:1]]):
         picture = median_image(group)
         finds = matcher.search(picture)
-        if not finds:
-            continue
-        most = max(most, finds[0].inliers)
-        enough = max(MIN_INLIERS, finds[0].inliers / 2, best.inliers + 1 if best else 0)
-        close = [f for f in finds if f.inliers >= enough][:4]
-        close = [refine(picture, f) for f in close]
+        top = finds[0].inliers if finds else 0
+        most, enough = max(most, top), max(MIN_INLIERS, top / 2, best.inliers + 1 if best else 0)
+        close = [refine(picture, f) for f in finds[:4] if f.inliers >= enough]
         find = max(close, key=lambda f: f.edges, default=None)   # siblings share corners, but not edges
-        if find:
-            there = np.array([edge_agreement(f, find.flat, find.affine) > find.edges / 2 for f in frames])
-            if find.edges >= MIN_EDGES and there.mean() >= 0.2:          # stands in at least 5 of 25 frames
+        if find and find.edges >= MIN_EDGES:
+            there = np.array([edge_agreement(f, find.skin, find.affine) > find.edges / 2 for f in frames])
+            if there.mean() >= 0.2:                                      # stands in at least 5 of 25 frames
                 best = replace(find, there=there)
         if best and best.inliers >= 1.5 * MIN_INLIERS:
             break
@@ -192,11 +198,6 @@ class Find:
         """[x0, y0, x1, y1] in video pixels."""
         return pose_box(self.affine, self.skin.size)
 
-    @functools.cached_property
-    def flat(self):
-        """flat_template() of the skin."""
-        return flat_template(self.skin)
-
 
 def sample_frames(path, n=SAMPLES):
     """At most n frames spread over a video -> (list of uint8 (h, w) grey, the same as uint8 (h', w', 3) RGB,
@@ -206,39 +207,36 @@ def sample_frames(path, n=SAMPLES):
     if 100 * n < total < 1e9:                      # a seek costs the decoding of some 100 frames
         for number in np.linspace(0, total - 1, n + 2)[1:-1]:
             capture.set(cv2.CAP_PROP_POS_FRAMES, int(number))
-            ok, bgr = capture.read()
-            kept += [grey_and_small(bgr)] if ok else []
-    if len(kept) < n // 2:                         # a short video, or one without an index: read it through
-        kept = read_through(path, n)
+            kept.append(grey_and_small(*capture.read()))
+    if len(kept) - kept.count(None) < n // 2:      # a short video, or one without an index: read it through
+        total, capture = sum(1 for _ in presented(open_video(path))), open_video(path)
+        wanted = set(np.linspace(0, total - 1, n).astype(int))
+        kept = [grey_and_small(*capture.retrieve())
+                for number, _ in enumerate(presented(capture)) if number in wanted]
+    kept = list(filter(None, kept))
     if not kept:
         raise UserError(f"{path}: expected a video with frames, found none that decode: download it again")
     return list(zip(*kept))
 
 
-def read_through(path, n):
-    """n frames (all of a shorter video) spread over a video, decoded in order -> list of grey_and_small()."""
-    total, capture = sum(1 for _ in presented(open_video(path))), open_video(path)
-    wanted, kept = set(np.linspace(0, total - 1, n).astype(int)), []
-    for number, _ in enumerate(presented(capture)):
-        ok, bgr = capture.retrieve() if number in wanted else (False, None)
-        kept += [grey_and_small(bgr)] if ok else []
-    return kept
-
-
-def grey_and_small(bgr):
-    """A frame as localise() wants it, and in colour for recolour() and locate()."""
-    scale = min(1280 / bgr.shape[1], 1)
-    small = cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
+def grey_and_small(ok, bgr):
+    """A frame as localise() wants it, and in colour for recolour() and locate(); None where it is not ok."""
+    if ok:
+        scale = min(1280 / bgr.shape[1], 1)
+        small = cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
 
 
 def median_image(frames):
     """Per-pixel median over time: what stands still (the overlay) stays, what moves (the game) blurs. uint8
-    as the frames."""
-    stack, out = np.stack(frames), np.empty_like(frames[0])
+    as the frames, of which there are 255 at most. Bit by bit, the highest first: set where no more than half
+    of the frames are darker."""
+    stack, out = np.stack(frames), np.zeros_like(frames[0])
     for top in range(0, len(out), 32):             # in parts that fit the cache
-        rows = stack[:, top:top + 32]
-        out[top:top + 32] = np.partition(rows, len(frames) // 2, axis=0)[len(frames) // 2]
+        rows, median = stack[:, top:top + 32], out[top:top + 32]
+        for bit in (128, 64, 32, 16, 8, 4, 2, 1):
+            darker = (rows < (median | bit)).sum(0, dtype=np.uint8)
+            median |= np.uint8(bit) * (darker <= len(frames) // 2)
     return out
 
 
@@ -246,16 +244,24 @@ class Matcher:
     """Finds templates in pictures by local features: XFeat's where a net is given, else SIFT's, without
     torch."""
 
-    def __init__(self, skins, net=None, locator=None):
-        """net: load_xfeat()'s. locator: load_locator()'s."""
+    def __init__(self, skins, net=None, locator=None, key=None):
+        """net: load_xfeat()'s. locator: load_locator()'s. key: of what skins and net are made of; the skins'
+        features are kept in the user's cache folder under it."""
         self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
-        flats = [flat_template(s) for s in skins]
-        weights = [] if net is None else [p.detach().numpy() for p in net.parameters()]
-        self.key = fingerprint(*(flat for flat, _ in flats), *weights)
-        self.features = []                         # of each skin, in template pixels
-        for flat, scale in flats:
-            points, descriptors = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
-            self.features.append((points / scale, descriptors))
+        points, descriptors, counts = from_cache(key, self.describe_skins) if key else self.describe_skins()
+        ends = np.cumsum(counts)[:-1]                                    # of each skin, in template pixels
+        self.features = list(zip(np.split(points, ends), np.split(descriptors, ends)))
+
+    def describe_skins(self):
+        """Features of all skins, one after the other -> points (k, 2), descriptors (k, d), how many of each
+        skin (n,)."""
+        points, descriptors = [], []
+        for skin in self.skins:
+            flat, scale = flat_template(skin)
+            found, d = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
+            points.append(found / scale)
+            descriptors.append(d)
+        return np.concatenate(points), np.concatenate(descriptors), np.array([len(p) for p in points])
 
     def describe(self, gray, views=VIEWS):
         """Features of a grey picture brought to each width of views -> points (k, 2) in its own pixels,
@@ -266,7 +272,7 @@ class Matcher:
             size = width, max(round(gray.shape[0] * scale), 32)
             how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
             big = cv2.resize(gray, size, interpolation=how)
-            found, d = xfeat(self.net, big, limit)[::2] if self.net else root_sift(big, limit)
+            found, d = xfeat(self.net, big, limit) if self.net else root_sift(big, limit)
             points.append((found + 0.5) / np.float32([scale, size[1] / gray.shape[0]]) - 0.5)
             descriptors.append(d)
         return np.concatenate(points).astype(np.float32), np.concatenate(descriptors)
@@ -279,15 +285,17 @@ class Matcher:
 
     def shortlist(self, points, descriptors):
         """Which templates are worth a full look: those whose strongest features' nearest neighbours agree
-        best."""
+        best. One by one, so that the products stay in the processor's cache."""
         if len(points) < 4:
             return []
-        scores = []
+        theirs, scores = np.ascontiguousarray(descriptors.T), []
+        cosines = np.empty((COARSE_FEATURES, len(points)), np.float32)
         for ours, few in self.features:
-            cosine = few[:COARSE_FEATURES] @ descriptors.T
-            near = cosine.max(1) > MIN_COSINE
-            theirs = points[cosine.argmax(1)[near]]
-            scores.append(consensus(ours[:COARSE_FEATURES][near], theirs, 500)[1].sum())
+            ours, few = ours[:COARSE_FEATURES], few[:COARSE_FEATURES]
+            cosine = np.matmul(few, theirs, out=cosines[:len(few)])
+            nearest = cosine.argmax(1)
+            near = cosine[np.arange(len(few)), nearest] > MIN_COSINE
+            scores.append(consensus(ours[near], points[nearest[near]], 500)[1].sum())
         return np.argsort(scores, kind="stable")[::-1][:FINALISTS]
 
     def pose(self, shape, points, descriptors, i):
@@ -303,6 +311,7 @@ class Matcher:
         return Find(self.skins[i], affine, inliers, by=self.kind)
 
 
+@functools.lru_cache(64)
 def flat_template(skin):
     """A skin at rest over mid-grey -> (uint8 (h, TEMPLATE_WIDTH) grey, scale from template pixels)."""
     rgba, width = draw(skin), TEMPLATE_WIDTH
@@ -343,8 +352,8 @@ def plausible(affine, size, shape):
     if a <= 0 or d <= 0 or max(abs(c / sx), abs(b / sy)) > np.sin(np.radians(4)):
         return False
     w, h = size[0] * sx, size[1] * sy
-    inside = max(0, min(x + w, shape[1]) - max(x, 0)) * max(0, min(y + h, shape[0]) - max(y, 0))
-    return 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and 0.6 <= sx / sy <= 1.7 and inside >= 0.6 * w * h
+    shown = area([max(x, 0), max(y, 0), min(x + w, shape[1]), min(y + h, shape[0])])
+    return 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and 0.6 <= sx / sy <= 1.7 and shown >= 0.6 * w * h
 
 
 def distinct(ours, theirs, tolerance):
@@ -363,10 +372,9 @@ def spread(points, size):
 def refine(gray, find):
     """Sub-pixel pose: hill-climb edge agreement over shift, then scale of both axes, in steps down to 1/8
     pixel at the pad's edge -> Find."""
-    affine, flat = np.array(find.affine, np.float64), find.flat
+    affine, (w, h) = np.array(find.affine, np.float64), find.skin.size
     affine[0, 1] = affine[1, 0] = 0                                      # overlays stand upright
-    w, h = flat[0].shape[1] / flat[1], flat[0].shape[0] / flat[1]
-    best = edge_agreement(gray, flat, affine)
+    best = edge_agreement(gray, find.skin, affine)
     for step in (1.0, 0.5, 0.25, 0.125):
         moves = [(0, 2, step, 0), (1, 2, step, 0), (0, 0, step / w, w / 2), (1, 1, step / h, h / 2)]
         for _ in range(6):
@@ -376,7 +384,7 @@ def refine(gray, find):
                     trial = affine.copy()
                     trial[row, column] += change
                     trial[row, 2] -= change * anchor                     # scale about the middle
-                    score = edge_agreement(gray, flat, trial)
+                    score = edge_agreement(gray, find.skin, trial)
                     if score > best:
                         affine, best = trial, score
             if best - before < 1e-4:
@@ -384,16 +392,15 @@ def refine(gray, find):
     return replace(find, affine=affine, edges=best)
 
 
-def edge_agreement(gray, flat, affine):
+def edge_agreement(gray, skin, affine):
     """Do the template's edges run along edges of the picture? Mean cos(2 angle between gradients), weighted
     by the template's gradient: 1 = all parallel (either polarity: backgrounds and colour variants may invert
     it), 0 = chance.
 
-    gray uint8 (h, w), flat = flat_template(), affine template pixels -> the picture's.
+    gray uint8 (h, w), affine template pixels -> the picture's.
     """
-    flat, scale = flat
-    box = pose_box(affine, (flat.shape[1] / scale, flat.shape[0] / scale))
-    x0, y0, x1, y1 = whole_pixels(box, gray.shape, 2)
+    flat, scale = flat_template(skin)
+    x0, y0, x1, y1 = whole_pixels(pose_box(affine, skin.size), gray.shape, 2)
     if x1 - x0 < 16 or y1 - y0 < 16:
         return 0.0
     to_video = np.array(affine, np.float64) @ np.diag([1 / scale, 1 / scale, 1])
@@ -402,7 +409,7 @@ def edge_agreement(gray, flat, affine):
     blur = max(0.45 / shrunk - 0.45, 0.01)                               # as shrinking so far would
     soft = cv2.GaussianBlur(flat.astype(np.float32), (0, 0), blur)
     template = cv2.warpAffine(soft, to_video, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderValue=127)
-    seen = cv2.GaussianBlur(gray[y0:y1, x0:x1].astype(np.float32), (0, 0), 0.7)
+    seen = cv2.GaussianBlur(inside(gray, (x0, y0, x1, y1)).astype(np.float32), (0, 0), 0.7)
     gradients = lambda p: (cv2.Sobel(p, cv2.CV_32F, 1, 0), cv2.Sobel(p, cv2.CV_32F, 0, 1))
     (tx, ty), (vx, vy) = gradients(template), gradients(seen)
     weight, strength = np.hypot(tx, ty), np.hypot(vx, vy)
@@ -420,21 +427,19 @@ def recolour(find, pictures, width, skins):
     template and background: the same share of the template, the overlay's opacity, wherever the template is
     opaque, and for background the mean colour of a frame around the box.
     """
-    shape = lambda s: (s.family, s.size, s.buttons, s.sticks)
-    siblings = [s for s in skins if shape(s) == shape(find.skin)]
-    if len(siblings) == 1:
-        return find.skin
+    shape = lambda s: (s.size, s.buttons, s.sticks)
+    siblings = [s for s in skins if s.family == find.skin.family and shape(s) == shape(find.skin)]
     picture = median_image(pictures).astype(np.float32)
     box = np.array(find.box) * picture.shape[1] / width
-    x0, y0, x1, y1 = whole_pixels(box, picture.shape, 0)
+    near, box = (whole_pixels(box, picture.shape, margin) for margin in (12, 0))
     around = np.zeros(picture.shape[:2], bool)
-    around[max(y0 - 12, 0):y1 + 12, max(x0 - 12, 0):x1 + 12] = True
-    around[y0:y1, x0:x1] = False
+    inside(around, near)[:] = True
+    inside(around, box)[:] = False
     ground = picture[around].mean(0) if around.any() else np.full(3, 127.0)
-    seen = picture[y0:y1, x0:x1] - ground
+    seen = inside(picture, box) - ground
 
     def unlike(skin):
-        rgba = cv2.resize(draw(skin), (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA).astype(np.float32)
+        rgba = cv2.resize(draw(skin), seen.shape[1::-1], interpolation=cv2.INTER_AREA).astype(np.float32)
         full = (rgba[..., :3] - ground) * rgba[..., 3:] / 255  # at full opacity, less the background
         share = np.clip((seen * full).sum() / max((full * full).sum(), 1), 0.3, 1)
         return ((seen - share * full) ** 2).mean()
@@ -445,6 +450,7 @@ def recolour(find, pictures, width, skins):
 PLACES = (*(b for b in BUTTONS if b not in LEGACY), *STICKS, "pad")      # 20 things that it looks for
 WINDOW, CELL = 192, 4             # pixels a side of the windows that it sees and of a cell of its heat maps
 MIN_CONTROLS, MIN_PRESENCE = 8, 0.9        # for a find: of 19, and how surely they are there on average
+NEARER = ((1.3, 0, 0), (1.7, 0, 0))       # times the pad's size, moved by shares of that: the next windows
 LAST_WINDOWS = ((1.25, 0.02, 0), (1.4, -0.03, 0.03), (1.5, 0, 0), (1.65, 0.05, -0.05), (1.5, 0.04, 0.04))
 
 
@@ -454,111 +460,109 @@ def locate(net, frames, pictures):
     where it saw most; the result is the median of the last looks."""
     picture = motion_picture(np.stack(pictures))
     h, w = picture.shape[:2]
-    windows = list(windows_over(w, h))
-    for closest in (4, 4, 1):
+    windows = windows_over(w, h)
+    for closest, looks in ((4, NEARER), (4, NEARER), (1, LAST_WINDOWS)):
         there, places = see_windows(net, picture, windows)
         best = np.argsort(-there[:, -1] * there[:, :-1].sum(1))[:closest]
-        zooms = LAST_WINDOWS if closest == 1 else ((1.3,), (1.7,))
-        windows = [closer(pad, *zoom) for pad in places[best, -1] for zoom in zooms]
+        windows = [(x + (dx - 0.5) * side, y + (dy - 0.5) * side, side) for x, y, *size in places[best, -1]
+                   for zoom, dx, dy in looks for side in [zoom * max(size)]]
     there, places = (np.median(part, 0) for part in see_windows(net, picture, windows))
     sure = there > 0.5
     if not sure[-1] or sure.sum() - 1 < MIN_CONTROLS or there[sure].mean() < MIN_PRESENCE:
         return None
     skin, corner = located_skin(picture[..., :3], places, sure, frames[0].shape[1] / w)
     find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1)
-    edges = np.array([edge_agreement(f, find.flat, find.affine) for f in frames])
+    edges = np.array([edge_agreement(f, find.skin, find.affine) for f in frames])
     return replace(find, edges=float(np.median(edges)), there=edges > np.median(edges) / 2)
 
 
 def located_skin(picture, places, sure, scale):
     """What locate() saw in its median picture uint8 (h, w, 3), the video's but for this scale -> Skin at the
     video's size, its corner (x, y) in video pixels. Around the controls a margin is left for the reader."""
-    low, high = places[:, :2] - places[:, 2:] / 2, places[:, :2] + places[:, 2:] / 2
+    boxes = np.hstack([places[:, :2] - places[:, 2:] / 2, places[:, :2] + places[:, 2:] / 2])
+    bounds = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]          # what shows a control is part of it
     margin = 0.06 * places[-1, 2]
-    shape = picture.shape[:2]
-    x0, y0, x1, y1 = whole_pixels([*(low[sure].min(0) - margin), *(high[sure].max(0) + margin)], shape, 0)
+    x0, y0, x1, y1 = whole_pixels(inset(bounds, -margin, -margin), picture.shape, 0)
     size = round((x1 - x0) * scale), round((y1 - y0) * scale)
-    rgb = cv2.resize(picture[y0:y1, x0:x1], size, interpolation=cv2.INTER_LINEAR)
-    boxes = np.hstack([low - (x0, y0), high - (x0, y0)]) * scale
-    named = {name: box.tolist() for name, box, seen in zip(PLACES, boxes, sure) if seen}
-    sticks = {}
-    for name, (x, y, travel, radius) in zip(PLACES, (places - (x0, y0, 0, 0)) * scale):
-        if name in STICKS and named.pop(name, None):
-            sticks[name] = {"center": [x, y], "travel": [travel, travel], "radius": radius}
+    rgb = cv2.resize(inside(picture, (x0, y0, x1, y1)), size, interpolation=cv2.INTER_LINEAR)
     part = Part("", (0, 0), [cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA)])
-    pad = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]             # what shows a control is part of it
-    named.pop("pad")
-    return Skin("located", "generic", size, [part], named, sticks, pad), np.array([x0, y0]) * scale
+    seen = {name: i for i, name in enumerate(PLACES) if sure[i]}
+    buttons = {name: boxes[i] for name, i in seen.items() if name in BUTTON}
+    sticks = {side: {"center": places[i, :2], "travel": places[i, [2, 2]], "radius": places[i, 3]}
+              for side, i in seen.items() if side in STICKS}
+    skin = Skin("located", "generic", size, [part], {**buttons, "pad": bounds}, sticks)
+    skin = moved(skin, (x0, y0), scale)
+    skin.bbox = skin.buttons.pop("pad")
+    return skin, np.array([x0, y0]) * scale
 
 
-def with_geometry(find, located):
-    """The find of a bare picture, with the controls that locate() saw in its place, if it did."""
-    if not located or overlap(find.box, located.box) < 0.5:
-        return find
-    k = np.diag(find.affine)                                             # it stands upright
-    shift = (located.affine[:, 2] - find.affine[:, 2]) / k
-    boxes = {b: [*(np.reshape(box, (2, 2)) / k + shift).ravel()] for b, box in located.skin.buttons.items()}
-    sticks = {side: {"center": [*(s["center"] / k + shift)], "travel": [*(s["travel"] / k)],
-                     "radius": s["radius"] / k.mean()} for side, s in located.skin.sticks.items()}
-    return replace(find, skin=replace(find.skin, buttons=boxes, sticks=sticks))
+def moved(skin, corner, k):
+    """The skin with its controls as they are on a canvas that begins at `corner` and is k (or k_x, k_y) times
+    as large."""
+    k = np.multiply(k, (1, 1))
+    there = lambda points: ((np.reshape(points, (-1, 2)) - corner) * k).ravel().tolist()
+    boxes = {name: there(box) for name, box in skin.buttons.items()}
+    sticks = {side: {"center": there(stick["center"]), "travel": [*(stick["travel"] * k)],
+                     "radius": stick["radius"] * k.mean()} for side, stick in skin.sticks.items()}
+    return replace(skin, buttons=boxes, sticks=sticks)
 
 
 def motion_picture(pictures):
     """Sampled frames uint8 (n, h, w, 3) -> uint8 (h, w, 5): their median, and how far they are from it, on
     average and at most: an overlay stands still, its caps move in small discs, its buttons blink."""
     median = median_image(pictures)
-    away = np.stack([cv2.absdiff(picture, median).max(2) for picture in pictures])
+    away = np.stack([np.maximum.reduce(cv2.split(cv2.absdiff(picture, median))) for picture in pictures])
     return np.dstack([median, np.uint8(away.mean(0)), away.max(0)])
 
 
 def windows_over(w, h):
     """Square windows (x, y, side) that overlap by half, in four sizes, all over a picture of (w, h)."""
-    for side in w * np.array([0.2, 0.4, 0.8, 1.2]):
-        def starts(length):
-            n = math.ceil((length - side) / (side / 2)) + 1
-            return np.linspace(0, length - side, n) if n > 1 else [(length - side) / 2]
-        yield from ((x, y, side) for y in starts(h) for x in starts(w))
-
-
-def closer(pad, zoom, dx=0, dy=0):
-    """The window zoom times as large as a pad (x, y, w, h), moved by shares of its side."""
-    side = zoom * max(pad[2:])
-    return pad[0] + (dx - 0.5) * side, pad[1] + (dy - 0.5) * side, side
+    def starts(length, side):
+        n = math.ceil(2 * length / side) - 1
+        return np.linspace(0, length - side, n) if n > 1 else [(length - side) / 2]
+    return [(x, y, side) for side in w * np.array([0.2, 0.4, 0.8, 1.2])
+            for y in starts(h, side) for x in starts(w, side)]
 
 
 def see_windows(net, picture, windows):
     """What the net sees in windows (x, y, side) of a motion_picture() -> there (k, 20) in 0..1, places (k,
     20, 4): x, y, width, height in the picture's pixels; of a stick x, y, travel, radius."""
     import torch
-    small, cuts = {1: picture}, []
-    for x, y, side in windows:
+    small, seen = {1: picture}, []
+    for x, y, side in np.array(windows):
         share = max(1, int(side / WINDOW / 1.4))                         # shrink large ones first
         if share not in small:
             size = picture.shape[1] // share, picture.shape[0] // share
             small[share] = in_halves(picture, cv2.resize, size, interpolation=cv2.INTER_AREA)
-        cuts.append(window(small[share], x / share, y / share, side / share))
-    with torch.inference_mode():
-        seen = [net.decode(torch.from_numpy(cut)[None]) for cut in cuts]
-    there, places = (torch.cat(part).numpy() for part in zip(*seen))
-    x, y, side = np.transpose(windows)[..., None]
-    places *= side[..., None] / WINDOW
-    places[..., 0] += x
-    places[..., 1] += y
-    return there, places
+        cut = window(small[share], x / share, y / share, side / share)
+        with torch.inference_mode():
+            there, places = (part[0].numpy() for part in net.decode(torch.from_numpy(cut)[None]))
+        places *= side / WINDOW
+        places[:, :2] += x, y
+        seen.append((there, places))
+    return [np.stack(part) for part in zip(*seen)]
 
 
 def window(picture, x, y, side):
     """A square of a picture uint8 (h, w, 5), beyond its edge as at it -> uint8 (192, 192, 5)."""
-    k = WINDOW / side
+    near, k = whole_pixels((x, y, x + side, y + side), picture.shape, 2), WINDOW / side
+    x, y = x - near[0], y - near[1]
     to_window = np.array([[k, 0, (0.5 - x) * k - 0.5], [0, k, (0.5 - y) * k - 0.5]])
-    return in_halves(picture, cv2.warpAffine, to_window, (WINDOW, WINDOW), flags=cv2.INTER_LINEAR,
-                     borderMode=cv2.BORDER_REPLICATE)
+    return in_halves(inside(picture, near), cv2.warpAffine, to_window, (WINDOW, WINDOW),
+                     flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def in_halves(picture, change, *how, **more):
     """What an OpenCV function, which takes 4 channels at most, makes of a picture of 5."""
     halves = picture[..., :3], picture[..., 3:]
     return np.dstack([change(np.ascontiguousarray(half), *how, **more) for half in halves])
+
+
+def conv(i, o, kernel=3, stride=1, affine=True):
+    """A block of both nets: convolution, batch norm, ReLU."""
+    from torch import nn
+    return nn.Sequential(nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False),
+                         nn.BatchNorm2d(o, affine=affine), nn.ReLU(True))
 
 
 def locator_net():
@@ -568,17 +572,14 @@ def locator_net():
     import torch.nn.functional as F
     from torch import nn
 
-    def conv(i, o, stride=1):
-        return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(True))
-
     class Locator(nn.Module):
         def __init__(self):
             super().__init__()
-            n = len(PLACES)
-            self.down = nn.ModuleList([nn.Sequential(conv(5, 16, 2), conv(16, 32, 2), conv(32, 32)),
-                                       nn.Sequential(conv(32, 64, 2), conv(64, 64)),
-                                       nn.Sequential(conv(64, 96, 2), conv(96, 96)),
-                                       nn.Sequential(conv(96, 128, 2), conv(128, 128), conv(128, 128))])
+            n, down = len(PLACES), functools.partial(conv, stride=2)
+            self.down = nn.ModuleList([nn.Sequential(down(5, 16), down(16, 32), conv(32, 32)),
+                                       nn.Sequential(down(32, 64), conv(64, 64)),
+                                       nn.Sequential(down(64, 96), conv(96, 96)),
+                                       nn.Sequential(down(96, 128), conv(128, 128), conv(128, 128))])
             widths = ((32, 48), (64, 64), (96, 64), (128, 64))
             self.side = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in widths)
             self.up = nn.ModuleList([conv(48, 48), conv(64, 48), conv(64, 64)])
@@ -590,18 +591,16 @@ def locator_net():
             here"; log sizes (B, 20, 2, 48, 48)."""
             x = windows.permute(0, 3, 1, 2).float()
             rgb, away = x[:, :3], x[:, 3:]
-            mean = rgb.mean((2, 3), keepdim=True)
-            contrast = (rgb - mean).square().mean((1, 2, 3), keepdim=True).sqrt() + 6
-            x = torch.cat([(rgb - mean) / contrast, (away / 24).clamp(max=3)], 1)
-            x = x.contiguous(memory_format=torch.channels_last)
-            maps = []
+            rgb = rgb - rgb.mean((2, 3), keepdim=True)
+            contrast = rgb.square().mean((1, 2, 3), keepdim=True).sqrt() + 6
+            x, maps = torch.cat([rgb / contrast, (away / 24).clamp(max=3)], 1), []
             for block in self.down:                                      # strides 4, 8, 16, 32
                 x = block(x)
                 maps.append(x)
             absent = self.absent(x.mean((2, 3)))
             y = self.side[3](x)
             for i in (2, 1, 0):
-                y = F.interpolate(y, maps[i].shape[2:], mode="bilinear", align_corners=False)
+                y = F.interpolate(y, maps[i].shape[2:], mode="bilinear")
                 y = self.up[i](self.side[i](maps[i]) + y)
             heat = torch.cat([self.heat(y).flatten(2), absent[:, :, None]], 2)
             return F.log_softmax(heat, 2), self.size(y).unflatten(1, (-1, 2))
@@ -609,27 +608,34 @@ def locator_net():
         def decode(self, windows):
             """-> there (B, 20), places (B, 20, 4) in window pixels, by the 3 x 3 cells at each peak."""
             log_p, sizes = self(windows)
-            p = log_p.exp()
-            cells = torch.arange(WINDOW // CELL)
-            peak = p[..., :-1].argmax(2)[..., None]
-            rows, columns = (abs(cells - peak // len(cells)) <= 1), (abs(cells - peak % len(cells)) <= 1)
-            near = p[..., :-1].unflatten(2, (len(cells), -1)) * rows[..., None] * columns[:, :, None]
+            heat = log_p[..., :-1].exp().unflatten(2, sizes.shape[3:])
+            peak = heat == heat.amax((2, 3), keepdim=True)
+            near = heat * F.max_pool2d(peak.float(), 3, 1, 1)
             near = near / near.sum((2, 3), keepdim=True).clamp(min=1e-9)
-            middles = (cells + 0.5) * CELL
+            middles = (torch.arange(WINDOW // CELL) + 0.5) * CELL
             xy = torch.stack([near.sum(2) @ middles, near.sum(3) @ middles], 2)
             sizes = (sizes * near[:, :, None]).sum((3, 4)).exp()
-            return 1 - p[..., -1], torch.cat([xy, sizes], 2)
+            return 1 - log_p[..., -1].exp(), torch.cat([xy, sizes], 2)
 
     return Locator().to(memory_format=torch.channels_last)
 
 
 def load_locator(path=None):
     """The trained locator (default: weights/locator.safetensors beside this script)."""
+    return load_net(locator_net(), path or WEIGHTS / "locator.safetensors",
+                    "weights of the locator (parse.py train --locator makes them)")
+
+
+def load_net(net, path, expected):
+    """The net with the weights of a .safetensors or, by their names there, of the official xfeat.pt."""
+    import torch
     from safetensors.torch import load_file
-    path, net = Path(path or WEIGHTS / "locator.safetensors"), locator_net().eval()
-    with reading(path, "weights of the locator (parse.py train --locator makes them)"):
-        net.load_state_dict(load_file(path))
-    return net
+    with reading(path, expected):
+        ours = Path(path).suffix == ".safetensors"
+        state = load_file(path) if ours else torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict({name.replace(".layer.", "."): value for name, value in state.items()
+                             if not name.startswith("fine_matcher.")})
+    return net.eval()
 
 
 def pose_box(affine, size):
@@ -645,9 +651,19 @@ def whole_pixels(box, shape, margin):
             min(x1 + 1 + margin, shape[1]), min(y1 + 1 + margin, shape[0]))
 
 
+def inside(picture, box):
+    """The part of a picture (h, w, ..) in a box of whole pixels, not a copy."""
+    x0, y0, x1, y1 = box
+    return picture[y0:y1, x0:x1]
+
+
+def area(box):
+    """Of a box [x0, y0, x1, y1]; 0 where it is none."""
+    return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
+
+
 def overlap(a, b):
     """Intersection over union of two boxes [x0, y0, x1, y1]."""
-    area = lambda box: max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
     common = area([*np.maximum(a[:2], b[:2]), *np.minimum(a[2:], b[2:])])
     return common / (area(a) + area(b) - common)
 
@@ -656,31 +672,29 @@ def overlap(a, b):
 def cut_clip(video, folder, find, places, args, key):
     """Write the clip folder of a found overlay, the first of so many places -> clip.json's dict. find None:
     the frames alone, for sample.py label."""
-    info, every = video_info(video), args.every
-    clip = {"video": video.name, "game": args.game or video.parent.name, "fps": info["fps"],
-            "size": info["size"], "every": every, "lag": 0, "places": places, "run": key}
+    film, truth = Decoder(video), video.with_suffix(".truth.npy")
+    clip = film.clip(args.game or video.parent.name, args.every, key) | {"places": places}
     if find is None:
-        with new_folder(folder) as tmp:
-            clip |= {"plain": True, "n": Cutter(info["size"], every, [0] * 4).run(video, tmp, info)}
-            write_json(tmp / "clip.json", clip)
-        return clip
-    skin = find.skin
-    affine, (x0, y0, x1, y1) = corners_convention(find.affine), visible_box(skin)
-    (ax, ay), (bx, by) = affine @ (x0, y0, 1), affine @ (x1, y1, 1)
-    cutter = Cutter(info["size"], every, [ax - 1, ay - 1, bx + 1, by + 1], skin, find.affine)
-    clip |= {"box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name, "controller": skin.family,
-             "affine": rounded(affine, 6), "inliers": find.inliers, "edges": round(find.edges, 3),
-             "matcher": find.by, "hole": cutter.hole, "pad": cutter.pad}
-    clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
+        clip["plain"], cutter, pictures = True, Cutter(film.size, args.every), {}
+    else:
+        skin, (x0, y0, x1, y1) = find.skin, visible_box(find.skin)
+        affine = np.c_[find.affine[:, :2], find.affine @ (-0.5, -0.5, 1) + 0.5]      # between pixels' corners
+        (ax, ay), (bx, by) = affine @ (x0, y0, 1), affine @ (x1, y1, 1)
+        cutter = Cutter(film.size, args.every, inset((ax, ay, bx, by), -1, -1), skin, find.affine)
+        clip |= {"box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name,
+                 "controller": skin.family, "affine": rounded(affine, 6), "inliers": find.inliers,
+                 "edges": round(find.edges, 3), "matcher": find.by, "hole": cutter.hole, "pad": cutter.pad}
+        clip["geometry"] = {"size": skin.size, **rounded({"buttons": skin.buttons, "sticks": skin.sticks}, 2)}
+        pictures = {"template": draw(skin)}
+        if any(part.control for part in skin.parts):
+            pictures["pressed"] = draw_pressed(skin)
     with new_folder(folder) as tmp:
-        clip["n"] = cutter.run(video, tmp, info)
-        truth = video.with_suffix(".truth.npy")
+        clip["n"] = cutter.run(film, tmp)
         if truth.exists():
             write_npy(tmp / "truth.npy", read_npy(truth, np.float32, (clip["n"], A)))
-        how = cv2.INTER_AREA if skin.size[0] > PAD_WIDTH else cv2.INTER_LINEAR
-        for name, drawn in (("template", draw(skin)), ("pressed", draw_pressed(skin))):
-            if name == "template" or any(p.control for p in skin.parts):
-                save_png(tmp / f"{name}.png", cv2.resize(drawn, cutter.pad, interpolation=how))
+        for name, picture in pictures.items():
+            how = cv2.INTER_AREA if picture.shape[1] > PAD_WIDTH else cv2.INTER_LINEAR
+            save_png(tmp / f"{name}.png", cv2.resize(picture, cutter.pad, interpolation=how))
         write_json(tmp / "clip.json", clip)
     return clip
 
@@ -689,29 +703,26 @@ class Cutter:
     """What becomes of a frame of size (w, h): the policy's picture, and the overlay in its template's frame.
     Frames stay BGR from the decoder to the JPEG."""
 
-    def __init__(self, size, every, box, skin=None, affine=None, window=None):
+    def __init__(self, size, every, box=(0, 0, 0, 0), skin=None, affine=None, window=None):
         """every: each Kth row gets a policy frame. box [x0, y0, x1, y1]: hidden from the policy; window,
         alike: the part of the frame that is the game. affine: template -> video pixels of the skin that is
         cut out, None: no crops."""
         self.every, self.window, self.pad = every, window or [0, 0, *size], None
-        x0, y0, x1, y1 = self.window
-        corners = (np.reshape(box, (2, 2)) - (x0, y0)) / (x1 - x0, y1 - y0) * SIDE
-        self.hole = np.clip([*np.floor(corners[0]), *np.ceil(corners[1])], 0, SIDE).astype(int).tolist()
+        low, high = np.reshape(self.window, (2, 2))
+        low, high = (np.reshape(box, (2, 2)) - low) / (high - low) * SIDE
+        self.hole = np.clip([*np.floor(low), *np.ceil(high)], 0, SIDE).astype(int).tolist()
         if skin:
             self.pad = [PAD_WIDTH, max(round(skin.size[1] * PAD_WIDTH / skin.size[0]), 1)]
-            to_template = np.diag([*np.divide(skin.size, self.pad), 1])
-            to_template[:2, 2] = (np.diag(to_template)[:2] - 1) / 2      # between pixel centres, not corners
-            to_video = affine @ to_template                              # crop -> video pixels
+            k = np.divide(skin.size, self.pad)
+            to_video = affine @ np.block([[np.diag(k), (k[:, None] - 1) / 2], [0, 0, 1]])    # from the crop
             self.shrunk = max(1, int(to_video[0, 0] / 1.5))          # shrink large ones first
             to_video[:, 2] = (to_video[:, 2] + 0.5) / self.shrunk - 0.5
             self.to_video = to_video / [self.shrunk, self.shrunk, 1]
 
     def policy(self, frame):
         """uint8 (256, 256, 3): what a model sees, the overlay's box black [P]."""
-        x0, y0, x1, y1 = self.window
-        small = np.array(shrink(frame[y0:y1, x0:x1]))                 # a copy: crop() still needs the overlay
-        x0, y0, x1, y1 = self.hole
-        small[y0:y1, x0:x1] = 0
+        small = np.array(shrink(inside(frame, self.window)))          # a copy: crop() still needs the overlay
+        inside(small, self.hole)[:] = 0
         return small
 
     def crop(self, frame):
@@ -722,20 +733,17 @@ class Cutter:
         return cv2.warpAffine(frame, self.to_video, self.pad, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                               borderMode=cv2.BORDER_REPLICATE)
 
-    def run(self, video, folder, info, first=0, end=math.inf, pause=PAUSE):
-        """Decode `video`, of this video_info(), once and write frames (and pads) of its rows [first, end),
-        and cuts.npy where its clock breaks (pause: slots()'s), into `folder` -> how many rows."""
+    def run(self, film, folder, first=0, end=math.inf):
+        """Write frames (and pads) of rows [first, end) of a Decoder, and cuts.npy where its clock breaks,
+        into `folder` -> how many rows."""
         frames, pads = FramesWriter(folder, "frames"), FramesWriter(folder, "pads") if self.pad else None
         waiting, n, cuts = deque(), 0, []
 
         def encode(rows, bgr):
             """In a thread: a decoded frame that fills rows -> a list of (writer, the rows it keeps, JPEG)."""
-            jpegs, kept = [], [k for k in rows if k % self.every == 0]
-            if kept:
-                jpegs.append((frames, kept, frames.encode(self.policy(bgr))))
-            if pads:
-                jpegs.append((pads, rows, pads.encode(self.crop(bgr))))
-            return jpegs
+            kept = [row for row in rows if row % self.every == 0]
+            jpegs = [(frames, kept, frames.encode(self.policy(bgr)))] if kept else []
+            return jpegs + ([(pads, rows, pads.encode(self.crop(bgr)))] if pads else [])
 
         def write(most):
             while len(waiting) > most:
@@ -744,13 +752,10 @@ class Cutter:
                         writer.add_bytes(row, jpeg)
 
         with ThreadPoolExecutor(2) as pool:
-            decoded = decode_video(video, info["fps"], first, pause)
-            bar = tqdm(decoded, video.name, min(info["n"], end) - first, unit=" frames", position=1, **BAR)
-            for row, bgr, count, cut in bar:
-                if row >= end:
-                    break
+            decoded, total = film.rows(first, end), min(film.n, end) - first
+            for row, bgr, count, cut in tqdm(decoded, film.name, total, unit=" frames", position=1, **BAR):
                 cuts += [row - first] if cut else []
-                n = min(row + count, end) - first
+                n = row + count - first
                 waiting.append(pool.submit(encode, range(row - first, n), bgr))
                 write(AHEAD)
             write(0)
@@ -770,18 +775,13 @@ def rounded(value, digits):
 
 def visible_box(skin):
     """[x0, y0, x1, y1] of what a skin shows at rest, in template pixels."""
-    if skin.bbox:
-        return skin.bbox
-    x, y, w, h = cv2.boundingRect((draw(skin)[..., 3] > 20).astype(np.uint8))
+    return skin.bbox or corners_of(draw(skin)[..., 3] > 20)
+
+
+def corners_of(mask):
+    """The box [x0, y0, x1, y1] around what is true in a mask bool (h, w)."""
+    x, y, w, h = cv2.boundingRect(np.uint8(mask))
     return [x, y, x + w, y + h]
-
-
-def corners_convention(affine):
-    """An affine between pixel centres (OpenCV's) as one between pixel corners (0 = the picture's edge), as
-    clip.json has."""
-    out = np.array(affine, np.float64)
-    out[:, 2] += 0.5 - out[:, :2] @ (0.5, 0.5)
-    return out
 
 
 def dense(actions, confidence=None):
@@ -829,42 +829,52 @@ def label_one(video, folder, args):
 def cut_labelled(folder, meta, video, out, every, key):
     """One released chunk + its video -> a clip folder with actions, at the video's own rate -> clip.json's
     dict."""
-    info, actions = video_info(video), label_actions(folder)
+    actions, film = label_actions(folder), labelled_video(video)
+    size = np.array(film.size)
     with reading(folder / "metadata.json", "original_video, chunk_size and bbox_controller_overlay"):
         source, chunk = meta["original_video"], int(meta["chunk_size"])
-        first, last = (float(source[when]) for when in ("start_time", "end_time"))
+        times = np.array([float(source[when]) for when in ("start_time", "end_time")])
         height, width = source["resolution"]
+        limit = np.array([width, height])
         low, span = np.reshape(meta["bbox_controller_overlay"], (2, 2))
-        middle, limit = low + span / 2, (width, height)
-        seen = (1 <= span) & (span <= limit) & (0 <= middle) & (middle <= limit)
-        scale = np.divide(info["size"], limit)
-        box = np.multiply([*low, *(low + span)], [*scale, *scale])
         area = meta.get("bbox_game_area") or {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}   # shares of the frame
-        edges = np.multiply([area[edge] for edge in ("xtl", "ytl", "xbr", "ybr")], info["size"] * 2)
-        window = [int(v) for v in np.clip(np.round(edges), 0, info["size"] * 2)]          # NaN: ValueError
-        if not seen.all() or window[0] >= window[2] or window[1] >= window[3]:
-            raise ValueError(f"boxes {[*low, *span]} and {window} in a picture of {limit}")
-        if len(actions) != chunk or last <= first:
-            raise ValueError(f"{len(actions)} rows of actions over {first}-{last} s")
-    begin, end = round(first * info["fps"]), round(last * info["fps"])
-    cutter = Cutter(info["size"], every, box, window=window)
+        edges = np.reshape([area[edge] for edge in ("xtl", "ytl", "xbr", "ybr")], (2, 2))
+        window = np.clip(np.round(edges * size), 0, size)
+        seen = (1 <= span) & (span <= limit) & (abs(low + span / 2 - limit / 2) <= limit / 2)
+        if not seen.all() or not (window[0] < window[1]).all():                             # NaN is not
+            raise ValueError(f"boxes {[*low, *span]} and {[*window.ravel()]} in a picture of {limit}")
+        if len(actions) != chunk or not times[0] < times[1]:
+            raise ValueError(f"{len(actions)} rows of actions over {times} s")
+        first, end = (round(when * film.fps) for when in times.tolist())
+    scale = size / limit
+    box = [*low * scale, *(low + span) * scale]
+    cutter = Cutter(film.size, every, box, window=window.astype(int).ravel().tolist())
+    if film.row > first:                           # decoded further than that: from its beginning again
+        labelled_video.cache_clear()
+        film = labelled_video(video)
     with new_folder(out) as tmp:
-        n = cutter.run(video, tmp, info, begin, end, math.inf)           # labels count a pause's seconds too
-        if n < 0.5 * (end - begin):
-            raise UserError(f"{video}: expected frames {begin}-{end} of chunk {folder.name}, found {n}: "
+        n = cutter.run(film, tmp, first, end)
+        if n < 0.5 * (end - first):
+            raise UserError(f"{video}: expected frames {first}-{end} of chunk {folder.name}, found {n}: "
                             "download the whole video")
-        seconds = (np.arange(n) + 0.5) / info["fps"]                # frames and label rows may differ in rate
-        actions = actions[np.minimum(seconds * chunk / (last - first), chunk - 1).astype(int)]
+        seconds = (np.arange(n) + 0.5) / film.fps                # frames and label rows may differ in rate
+        actions = actions[np.minimum(seconds * chunk / np.ptp(times), chunk - 1).astype(int)]
         write_npy(tmp / "actions.npy", actions)
         write_npy(tmp / "confidence.npy", np.ones(n, np.float32))
         write_npy(tmp / "keep.npy", dense(actions))
-        affine = np.c_[np.diag(scale), box[:2]]
-        clip = {"video": video.name, "game": meta.get("game") or "other", "fps": info["fps"], "n": n,
-                "size": info["size"], "box": [*box[:2], *(span * scale)], "template": "released labels",
-                "controller": meta.get("controller_type", "generic"), "affine": rounded(affine, 6),
-                "inliers": 0, "matcher": "labels", "every": every, "lag": 0, "hole": cutter.hole, "run": key}
+        clip = film.clip(meta.get("game") or "other", every, key) | {
+            "n": n, "box": [*box[:2], *span * scale], "affine": rounded(np.c_[np.diag(scale), box[:2]], 6),
+            "template": "released labels", "controller": meta.get("controller_type", "generic"), "inliers": 0,
+            "matcher": "labels", "hole": cutter.hole}
         write_json(tmp / "clip.json", clip)
     return clip
+
+
+@functools.lru_cache(1)
+def labelled_video(video):
+    """The Decoder that the chunks of one video share, which come in its order: it is decoded once. Labels
+    count a pause's seconds too."""
+    return Decoder(video, math.inf)
 
 
 def label_actions(folder):
@@ -886,9 +896,8 @@ def label_actions(folder):
 
 # ---- features: XFeat (arXiv 2404.19174) by hand, and SIFT
 def xfeat(net, image, top_k=4096):
-    """Features of a grey image uint8 (h, w) -> keypoints float32 (k, 2) x, y in its pixels, scores (k,),
-    descriptors (k, 64) of length 1; the best k <= top_k first. Score = keypoint probability x reliability
-    (Sec. 3.2)."""
+    """Features of a grey image uint8 (h, w) -> keypoints float32 (k, 2) x, y in its pixels, descriptors (k,
+    64) of length 1; the best k <= top_k first, by keypoint probability x reliability (Sec. 3.2)."""
     import torch
     import torch.nn.functional as F
     x = torch.from_numpy(image).float()[None, None] / 255
@@ -904,7 +913,7 @@ def xfeat(net, image, top_k=4096):
         order = order[scores[order] > 0]
         found = F.normalize(sample(descriptors, points[order], (h, w), "bicubic"), dim=1)
     scale = np.float32([image.shape[1] / w, image.shape[0] / h])
-    return points[order].float().numpy() * scale, scores[order].numpy(), found.numpy()
+    return points[order].float().numpy() * scale, found.numpy()
 
 
 def keypoint_scores(logits):
@@ -932,17 +941,12 @@ def sample(maps, points, size, mode):
 
 
 def xfeat_net():
-    """The network of XFeat (Sec. 3.1-3.2), 658 k parameters, with the official parameter names; untrained."""
+    """The network of XFeat (Sec. 3.1-3.2), 658 k parameters, with the official names, but for ".layer";
+    untrained."""
     import torch
     import torch.nn.functional as F
     from torch import nn
-
-    def basic(i, o, kernel=3, stride=1):
-        """Convolution, batch norm without affine, ReLU; named .layer.0, .layer.1 as in the release."""
-        conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
-        block = nn.Sequential()
-        block.layer = nn.Sequential(conv, nn.BatchNorm2d(o, affine=False), nn.ReLU(inplace=True))
-        return block
+    basic = functools.partial(conv, affine=False)
 
     class XFeat(nn.Module):
         def __init__(self):
@@ -978,16 +982,9 @@ def xfeat_net():
 
 
 def load_xfeat(path=None):
-    """A trained network: ours (weights/xfeat.safetensors beside this script) or the official xfeat.pt, by
-    name."""
-    import torch
-    from safetensors.torch import load_file
-    path, net = Path(path or WEIGHTS / "xfeat.safetensors"), xfeat_net().eval()
-    with reading(path, "XFeat weights (ours, or the official xfeat.pt)"):
-        ours = path.suffix == ".safetensors"
-        state = load_file(path) if ours else torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fine_matcher.")})
-    return net
+    """A trained network: ours (weights/xfeat.safetensors beside this script) or the official xfeat.pt."""
+    return load_net(xfeat_net(), path or WEIGHTS / "xfeat.safetensors",
+                    "XFeat weights (ours, or the official xfeat.pt)")
 
 
 def root_sift(gray, limit):
@@ -1016,8 +1013,8 @@ class FramesWriter:
     offset], last [n, total]."""
 
     def __init__(self, folder, name):
-        self.path, self.index_path = Path(folder) / f"{name}.npy", Path(folder) / f"{name}_index.npy"
-        self.tmp, self.index, self.total = temporary(self.path), [], 0
+        self.path, self.index, self.total = Path(folder) / f"{name}.npy", [], 0
+        self.tmp = temporary(self.path)
         self.file = open(self.tmp, "wb")
         self._header()
 
@@ -1046,7 +1043,8 @@ class FramesWriter:
         self.file.close()
         sync(self.tmp)
         os.replace(self.tmp, self.path)
-        write_npy(self.index_path, np.array([*self.index, (n, self.total)], np.int64))
+        index = np.array([*self.index, (n, self.total)], np.int64)
+        write_npy(self.path.with_name(f"{self.path.stem}_index.npy"), index)
 
 
 class Frames:
@@ -1242,23 +1240,40 @@ def usual_rate(times, fps):
 
 def read_video(path):
     """Yields (row number, uint8 (h, w, 3) RGB) at the constant rate video_info(path)["fps"]."""
-    for row, bgr, count, _ in decode_video(path, video_info(path)["fps"]):
+    for row, bgr, count, _ in Decoder(path).rows():
         rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
         for k in range(count):
             yield row + k, rgb
 
 
-def decode_video(path, fps, first=0, pause=PAUSE):
-    """Decode once, in order: yields (row number, from `first` on, uint8 (h, w, 3) BGR, number of rows it
-    fills, whether the clock breaks before it); fps, pause: slots()'s."""
-    capture, row = open_video(path), 0
-    for count, cut in slots(presented(capture), fps, pause):
-        if count and row >= first:
-            ok, bgr = capture.retrieve()
-            if not ok:
+class Decoder:
+    """A video that is decoded once, in order: name, fps, size (w, h) and n as video_info() says; row: the
+    next frame's."""
+
+    def __init__(self, path, pause=PAUSE):
+        """pause: slots()'s."""
+        info, self.name, self.row = video_info(path), Path(path).name, 0
+        self.fps, self.size, self.n = info["fps"], info["size"], info["n"]
+        self.capture = open_video(path)
+        self.slots = slots(presented(self.capture), self.fps, pause)
+
+    def clip(self, game, every, key):
+        """What clip.json says of it and of how it is cut."""
+        return {"video": self.name, "game": game, "fps": self.fps, "size": self.size, "every": every,
+                "lag": 0, "run": key}
+
+    def rows(self, first=0, end=math.inf):
+        """Yields (row number, uint8 (h, w, 3) BGR, number of rows it fills, whether the clock breaks before
+        it) of rows [first, end); goes on where the last call ended."""
+        for count, cut in self.slots:
+            row, self.row = self.row, self.row + count
+            if count and row >= first:
+                ok, bgr = self.capture.retrieve()
+                if not ok:
+                    return
+                yield row, bgr, min(self.row, end) - row, cut
+            if self.row >= end:
                 return
-            yield row, bgr, count, cut
-        row += count
 
 
 def presented(capture):
@@ -1300,9 +1315,12 @@ class VideoWriter:
         fourcc = cv2.VideoWriter_fourcc(*codec)
         self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, fourcc, fps, size)
         if not self.writer.isOpened():
-            remove(self.tmp)
-            raise UserError(f"{path}: can't open a {codec} encoder for {size} at {fps} frames/s: "
-                            "try a name ending in .avi")
+            self._fail(f"can't open a {codec} encoder for {size} at {fps} frames/s: "
+                       "try a name ending in .avi")
+
+    def _fail(self, trouble):
+        remove(self.tmp)
+        raise UserError(f"{self.path}: {trouble}")
 
     def add(self, rgb):
         """Append one uint8 (h, w, 3) RGB frame."""
@@ -1315,9 +1333,8 @@ class VideoWriter:
         self.writer.release()
         found = sum(1 for _ in presented(cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG)))
         if found != self.n:
-            remove(self.tmp)
-            raise UserError(f"{self.path}: expected {self.n} frames in the finished video, found {found}: "
-                            "make room on its disk")
+            self._fail(f"expected {self.n} frames in the finished video, found {found}: "
+                       "make room on its disk")
         sync(self.tmp)
         os.replace(self.tmp, self.path)
 
@@ -1382,17 +1399,14 @@ def pack_message(header, array=None):
 
 
 def unpack_message(message):
-    """bytes -> (header, array or None). ValueError says what is wrong with bytes that nobody vouches for."""
-    try:
+    """bytes -> (header, array or None). UserError says what is wrong with bytes that nobody vouches for."""
+    with reading("message", "a JSON object and a newline in 4096 bytes, then a .npy of uint8 or float32"):
         head, newline, _ = message[:4096].partition(b"\n")
         header, body = json.loads(head), io.BytesIO(message[len(head) + 1:])
         array = np.load(body, allow_pickle=False) if body.getbuffer().nbytes else None
         fits = array is None or array.dtype in (np.uint8, np.float32) and array.size and not body.read(1)
-    except Exception as e:                         # also of a stack or a memory that is too small
-        found = f"{type(e).__name__} {str(e)[:200]}"
-        raise ValueError(f"expected a JSON object, a newline and a .npy, found {found}") from None
-    if not newline or not isinstance(header, dict) or not fits:
-        raise ValueError("expected a JSON object and a newline in 4096 bytes, then uint8 or float32")
+        if not newline or not isinstance(header, dict) or not fits:
+            raise ValueError("others")
     return header, array
 
 
@@ -1415,7 +1429,7 @@ class Part:
     tilt: float = 0.0                              # sticks: how much flatter the cap looks at full deflection
 
 
-@dataclass
+@dataclass(eq=False)
 class Skin:
     """Anything that can be drawn. Boxes and centres are in template pixels; only what the skin shows is
     listed."""
@@ -1447,20 +1461,18 @@ def draw(skin, action=None):
     canvas = base.copy()
     for part in parts:
         draw_part(canvas, part, action)
-    alpha = np.ascontiguousarray(canvas[..., 3])
-    return cv2.merge([*cv2.split(cv2.divide(canvas[..., :3], cv2.merge([alpha] * 3), scale=255)), alpha])
+    return by_alpha(cv2.divide, canvas, 255)
 
 
 def draw_pressed(skin):
     """The skin with every control pressed, as draw(): left and right can't be shown at once, so two arms of
     the d-pad are taken from a second drawing."""
-    first, second = np.ones((2, A), np.float32)
-    first[21:] = second[21:] = 0
-    late, early = ["DPAD_DOWN", "DPAD_RIGHT"], ["DPAD_UP", "DPAD_LEFT"]
-    first[[BUTTON[b] for b in late]] = second[[BUTTON[b] for b in early]] = 0
-    first, second = draw(skin, first), draw(skin, second)
-    for x0, y0, x1, y1 in (np.int32(skin.buttons[b]).clip(0) for b in late if b in skin.buttons):
-        first[y0:y1, x0:x1] = second[y0:y1, x0:x1]
+    all_but = lambda *arrows: [float(b not in arrows) for b in BUTTONS] + [0.0] * 4
+    first = draw(skin, all_but("DPAD_DOWN", "DPAD_RIGHT"))
+    second = draw(skin, all_but("DPAD_UP", "DPAD_LEFT"))
+    for arrow in {"DPAD_DOWN", "DPAD_RIGHT"} & skin.buttons.keys():
+        box = np.int32(skin.buttons[arrow]).clip(0)
+        inside(first, box)[:] = inside(second, box)
     return first
 
 
@@ -1473,22 +1485,19 @@ def draw_part(canvas, part, action):
         free = 2 if len(part.sprites) > 2 and max(abs(dx), abs(dy)) > 0.1 else 0
         sprite = part.sprites[1 if pressed(THUMB[part.control]) else free]
         sprite = tilted(sprite, dx, dy, part.tilt) if part.tilt and (dx or dy) else sprite
-        x, y = x + dx * part.travel[0], y + dy * part.travel[1]
-        (h, w), shift = sprite.shape[:2], np.float32([[1, 0, x % 1], [0, 1, y % 1]])
+        (x, dx), (y, dy) = divmod(x + dx * part.travel[0], 1), divmod(y + dy * part.travel[1], 1)
+        (h, w), shift = sprite.shape[:2], np.float32([[1, 0, dx], [0, 1, dy]])
         sprite = cv2.warpAffine(sprite, shift, (w + 1, h + 1))           # sticks move by parts of a pixel
-        x, y = math.floor(x), math.floor(y)
     elif part.control == "DPAD":
         state = [pressed("DPAD_RIGHT") - pressed("DPAD_LEFT"), pressed("DPAD_DOWN") - pressed("DPAD_UP")]
         sprite = part.sprites[PADS["dpad_states"].index(state)]
     elif part.grow:
-        if part.sprites[0] is not None:
-            blend(canvas, part.sprites[0], x, y)
-        value = min(max(float(action[BUTTON[part.control]]), 0), 1)
-        sprite, x, y = uncover(part.sprites[1], value, part.grow, x, y)
+        blend(canvas, part.sprites[0], x, y)
+        value = np.clip(action[BUTTON[part.control]], 0, 1)
+        sprite, x, y = uncover(part.sprites[1], float(value), part.grow, x, y)
     else:
         sprite = part.sprites[pressed(part.control) if part.control else 0]
-    if sprite is not None:
-        blend(canvas, sprite, x, y)
+    blend(canvas, sprite, int(x), int(y))
 
 
 def tilted(sprite, dx, dy, tilt):
@@ -1508,21 +1517,25 @@ def uncover(sprite, value, grow, x, y):
 
 
 def blend(canvas, sprite, x, y):
-    """Premultiplied 'over' of sprite on canvas at (x, y), in place, cut at the canvas edge."""
+    """Premultiplied 'over' of sprite, or of None, on canvas at (x, y), in place, cut at the canvas edge."""
     x0, y0 = max(x, 0), max(y, 0)
-    sprite = sprite[y0 - y:, x0 - x:][:max(canvas.shape[0] - y0, 0), :max(canvas.shape[1] - x0, 0)]
-    if not sprite.size:
-        return
-    h, w = sprite.shape[:2]
-    under = canvas[y0:y0 + h, x0:x0 + w]
-    clear = cv2.merge([cv2.bitwise_not(np.ascontiguousarray(sprite[..., 3]))] * 4)
-    canvas[y0:y0 + h, x0:x0 + w] = cv2.add(cv2.multiply(under, clear, scale=1 / 255), sprite)
+    under = canvas[y0:, x0:]
+    sprite = blank(0, 0) if sprite is None else sprite[y0 - y:, x0 - x:][:len(under), :under.shape[1]]
+    if sprite.size:
+        under = under[:sprite.shape[0], :sprite.shape[1]]
+        clear = cv2.merge([cv2.bitwise_not(np.ascontiguousarray(sprite[..., 3]))] * 4)
+        under[:] = cv2.add(cv2.multiply(under, clear, scale=1 / 255), sprite)
+
+
+def by_alpha(operation, rgba, scale):
+    """The colours of a picture uint8 (h, w, 4) multiplied or divided (cv2's operation) by its alpha."""
+    alpha = np.ascontiguousarray(rgba[..., 3])
+    return cv2.merge([*cv2.split(operation(rgba[..., :3], cv2.merge([alpha] * 3), scale=scale)), alpha])
 
 
 def premultiply(rgba):
     """Straight -> premultiplied alpha, uint8."""
-    alpha = np.ascontiguousarray(rgba[..., 3])
-    return cv2.merge([*cv2.split(cv2.multiply(rgba[..., :3], cv2.merge([alpha] * 3), scale=1 / 255)), alpha])
+    return by_alpha(cv2.multiply, rgba, 1 / 255)
 
 
 def over(ground, rgba, opacity=1.0):
@@ -1540,7 +1553,7 @@ def load_skins(path, width=None):
     """Every skin under `path`: an OBS layout .json, a .png, or a folder (searched at any depth) of either
     -> list of Skins, presets `width` pixels wide (None: their own size)."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [path] if path.is_file() else template_files(path)
     layouts = [p for p in files if p.suffix == ".json" and b'"elements"' in p.read_bytes()]
     pictures = [p for p in files if p.suffix == ".png" and p.parent not in {q.parent for q in layouts}]
     skins = [load_preset(p, width) for p in layouts] + [load_picture(p) for p in pictures]
@@ -1553,6 +1566,13 @@ def load_skins(path, width=None):
     return skins
 
 
+def template_files(path):
+    """The files that load_skins() may read under `path`, or beside it where it is one."""
+    path = Path(path)
+    files = path.rglob("*") if path.is_dir() else [path, *path.parent.glob("*.png")]
+    return sorted(file for file in files if file.suffix in (".json", ".png"))
+
+
 def load_picture(png):
     """NAME.png, a pad at rest (RGB or RGBA), with an optional NAME.json beside it, its geometry -> Skin,
     which draws nothing but the picture."""
@@ -1562,14 +1582,13 @@ def load_picture(png):
         with reading(note, "buttons.NAME.box and sticks.left.center/travel"):
             geometry = read_json(note, dict)
             skin.family = str(geometry.get("controller") or skin.family)
-            boxes = geometry.get("buttons", {})
+            boxes, sticks = geometry.get("buttons", {}), geometry.get("sticks", {})
             shown = geometry.get("visible_buttons", boxes)
             skin.buttons = {n: numbers(b["box"], 4) for n, b in boxes.items() if n in BUTTON and n in shown}
-            for side, stick in geometry.get("sticks", {}).items():
-                if side in STICKS:
-                    center, travel = numbers(stick["center"], 2), numbers(stick["travel"], 2)
-                    [radius] = numbers([stick.get("radius", max(travel))], 1)
-                    skin.sticks[side] = {"center": center, "travel": travel, "radius": radius}
+            for side in STICKS.keys() & sticks.keys():
+                center, travel = (numbers(sticks[side][key], 2) for key in ("center", "travel"))
+                [radius] = numbers([sticks[side].get("radius", max(travel))], 1)
+                skin.sticks[side] = {"center": center, "travel": travel, "radius": radius}
             skin.bbox = numbers(geometry["bbox"], 4) if geometry.get("bbox") else None
     return skin
 
@@ -1591,12 +1610,9 @@ def load_preset(layout, width=None):
         if not any(e["type"] for e in elements):
             return None
         own = preset.get("default_width"), preset.get("default_height")
-
-        def misfit(png):
-            with Image.open(png) as picture:
-                return png.stem != layout.stem, picture.size != own, png
-
-        atlas = premultiply(read_rgba(min(layout.parent.glob("*.png"), key=misfit)))
+        atlases = {png: read_rgba(png) for png in sorted(layout.parent.glob("*.png"))}
+        fits = lambda png: (png.stem == layout.stem, atlases[png].shape[1::-1] == own)
+        atlas = premultiply(atlases[max(atlases, key=fits)])
         right, below = np.max([np.add(e["pos"], e["mapping"][2:]) for e in elements], 0)
         size = int(preset.get("overlay_width") or right), int(preset.get("overlay_height") or below)
         parts = [p for e in elements if (p := preset_part(e, atlas)) and p.sprites[0] is not None]
@@ -1612,8 +1628,8 @@ def preset_part(element, atlas):
     Its type: 0 picture, 2 button, 5 stick, 6 trigger, 7 guide button (a sprite for each player), 8 d-pad.
     """
     x, y, w, h = (int(v) for v in element["mapping"])
-    left, top = (int(v) for v in element["pos"])
-    at, kind, side = (left, top), element["type"], element.get("side", 0)
+    at = tuple(int(v) for v in element["pos"][:2])
+    kind, side = element["type"], element.get("side", 0)
 
     def sprite(column, row=0):
         left, top = x + column * (w + OBS_GAP), y + row * (h + OBS_GAP)
@@ -1628,15 +1644,14 @@ def preset_part(element, atlas):
         return name and Part(name, at, [rest, pressed])
     if kind == 5:
         radius = float(element.get("stick_radius", w / 4))
-        pressed = rest if pressed is None else pressed
-        return Part(("left", "right")[side], at, [rest, pressed], (radius, radius))
+        return Part([*STICKS][side], at, [rest, rest if pressed is None else pressed], (radius, radius))
     if kind == 6:
         control = ("LEFT_TRIGGER", "RIGHT_TRIGGER")[side]
         grow = ("", "up", "down", "left", "right")[element.get("direction", 1)]
         if element.get("trigger_mode") or pressed is None:               # a plain button; nothing to uncover
             grow = ""
         elif not pressed.any():                                  # an empty picture: this pad shows no trigger
-            control, grow = "", ""
+            control = grow = ""
         return Part(control, at, [rest, pressed], grow=grow)
     if kind == 7:
         return Part("GUIDE", at, [rest, sprite(4)])
@@ -1658,22 +1673,22 @@ def measured(name, family, size, parts, width=None):
     ends = [stick_reach(p) for p in parts if p.control in STICKS]
     low = np.floor(np.min([(0, 0), *(end[0] for end in ends)], 0)).astype(int)
     high = np.ceil(np.max([size, *(end[1] for end in ends)], 0)).astype(int)
-    for part in parts:
-        part.at = tuple((part.at - low).tolist())
+    parts = [replace(part, at=tuple((part.at - low).tolist())) for part in parts]
     skin = Skin(name, family, tuple((high - low).tolist()), parts)
     for part in parts:
         x0, y0, x1, y1 = box = ink_box(part)
-        center, w, h = [(x0 + x1) / 2, (y0 + y1) / 2], x1 - x0, y1 - y0
+        x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
         if not part.control or not w:
             continue
         if part.control in STICKS:
-            skin.sticks[part.control] = {"center": center, "travel": list(part.travel), "radius": (w + h) / 4}
+            stick = {"center": [x, y], "travel": list(part.travel), "radius": (w + h) / 4}
+            skin.sticks[part.control] = stick
             if not np.array_equal(*part.sprites[:2]):
                 skin.buttons.setdefault(THUMB[part.control], box)
         elif part.control == "DPAD":
             for direction, (dx, dy) in ARROWS.items():
-                cx, cy = center[0] + 2 * dx * (w / 6), center[1] + 2 * dy * (h / 6)
-                skin.buttons["DPAD_" + direction.upper()] = list(around(cx, cy, w / 6, h / 6))
+                arm = around(x + 2 * dx * (w / 6), y + 2 * dy * (h / 6), w / 6, h / 6)
+                skin.buttons["DPAD_" + direction.upper()] = list(arm)
         else:
             skin.buttons[part.control] = box
     return skin
@@ -1685,12 +1700,10 @@ def ink_box(part):
     seen = [s for s in part.sprites if s is not None]
     h, w = np.max([s.shape[:2] for s in seen], 0)
     seen = np.stack([np.pad(s, ((0, h - s.shape[0]), (0, w - s.shape[1]), (0, 0))) for s in seen])
-    x, y, w, h = cv2.boundingRect(np.uint8(seen[..., 3].max(0) > 24))
-    change = cv2.boundingRect(np.uint8(np.ptp(seen, 0).max(2) > 24))
-    if part.control not in (*STICKS, "DPAD") and 0.05 < change[2] * change[3] / max(w * h, 1) < 0.5:
-        x, y, w, h = change
-    left, top = part.at
-    return [x + left, y + top, x + w + left, y + h + top]
+    box, change = corners_of(seen[..., 3].max(0) > 24), corners_of(np.ptp(seen, 0).max(2) > 24)
+    if part.control not in (*STICKS, "DPAD") and 0.05 < area(change) / max(area(box), 1) < 0.5:
+        box = change
+    return np.add(box, part.at * 2).tolist()
 
 
 def stick_reach(part):
@@ -1727,44 +1740,47 @@ ARROWS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 BLACK, WHITE, GREY = (0, 0, 0), (255, 255, 255), (90, 90, 90)
 
 
-@dataclass
-class Look:
-    """How a pad of ours is drawn: all that varies between two skins of one family. Colours: (r, g, b[, alpha
-    0..1]) or None."""
-    body: tuple = (60, 60, 66)                  # fill; None = see-through
-    line: tuple = None                          # outline of the body and the controls
-    width: float = 2.0                          # of that outline
-    button: tuple = (30, 30, 34)            # fill of the controls at rest; None = only their outline or label
-    label: tuple = (235, 235, 235)              # ink of the labels; None = unlabelled
-    colored: bool = True                        # face buttons labelled in the family's colours
-    cap: tuple = (20, 20, 22)
-    well: tuple = (44, 44, 48)
-    lit: tuple = (255, 240, 80)                 # what pressed looks like
-    press: str = "light"                   # face buttons and small ones: one of when_pressed()'s ways or blob
-    press_thumb: str = "light"
-    press_dpad: str = "light"
-    press_top: str = "light"                    # shoulders and triggers
-    stick: str = "cap"                          # cap dot ring knurl
-    dpad: str = "cross"                         # cross four arrows
-    shape: str = "ellipse"                      # of the face buttons
-    trigger: str = ""                           # up down left right: it grows there with its value
-    trigger_shape: str = "rect"                 # rect horn ellipse
-    thumb: str = "cap"                     # where L3 / R3 shows: cap label none behind (a disc under the cap)
-    glow: bool = False                          # the cap is lit while it is off centre
-    dish: float = 0.0                           # the cap shaded like a photographed one, 0 .. 1
-    blob: float = 1.0                           # a pressed blob's size beside the button's
-    missing: tuple = ()
-    shade: float = 0.0                          # 0 flat .. 1 like a photograph
-    radius: float = 20.0                        # of the caps, pixels
-    travel: float = 12.0                        # of the caps, pixels
-    size: float = 12.0                          # radius of a face button
-    spread: float = 25 / 12                     # of the face buttons round their centre, in their radii
-    spill: float = 0.7                          # how far the well reaches beyond a cap at rest, in travels
+def Look(**changes):
+    """How a pad of ours is drawn: all that varies between two skins of one family; what is not given is
+    pads.json's "look". Colours: (r, g, b[, alpha 0..1]) or None.
+
+    body: fill, None = see-through          line, width: outline of the body and the controls
+    button: fill of the controls at rest, None = only their outline or label
+    label: their ink, None = unlabelled     colored: face buttons labelled in the family's colours
+    cap, well: of the sticks                lit: what pressed looks like
+    press, press_thumb, press_dpad, press_top: of face and small buttons, clicks, d-pad, shoulders and
+        triggers: one of when_pressed()'s ways or blob
+    stick: cap dot ring knurl               dpad: cross four arrows
+    shape: of the face buttons              trigger: up down left right, it grows there with its value
+    trigger_shape: rect horn ellipse        thumb: where L3 / R3 shows: cap label none behind (a disc)
+    glow: the cap is lit off centre         dish: the cap shaded like a photographed one, 0 .. 1
+    blob: its size beside the button's      missing: controls that it lacks
+    shade: 0 flat .. 1 like a photograph    radius, travel: of the caps, pixels
+    size: radius of a face button           spread: of these round their centre, in their radii
+    spill: how far the well reaches beyond a cap at rest, in travels
+    """
+    return SimpleNamespace(**PADS["look"] | changes)
+
+
+class OurSkin(Skin):
+    """A template of ours that is drawn, and from then on is a Skin, when more than its name and its family is
+    asked for."""
+
+    def __init__(self, name, family, look):
+        self.name, self.family, self.look = name, family, look
+
+    def __getattr__(self, name):
+        """What it has only once it is drawn."""
+        if name not in ("size", "parts", "buttons", "sticks"):
+            raise AttributeError(name)
+        vars(self).update(vars(pad_skin(self.name, self.family, Look(**self.look))))
+        self.__class__ = Skin
+        return vars(self)[name]
 
 
 def our_skins():
     """Our own templates, about 300: every family in every look, always the same -> list of Skins."""
-    return [pad_skin(f"{family}_{name}", family, Look(**look))
+    return [OurSkin(f"{family}_{name}", family, look)
             for family in LAYOUTS for name, look in PADS["looks"].items()]
 
 
@@ -1807,7 +1823,7 @@ def random_skin(rng):
         lit = (*lit, rng.uniform(0.4, 0.8))
     styles = {name: choose(*options) for name, options in PADS["random_options"].items()}
     styles |= {name: rng.uniform(low, high) for name, (low, high) in PADS["random_ranges"].items()}
-    look = Look(body, line, button=button, label=label, cap=cap, well=well, lit=lit, **styles)
+    look = Look(body=body, line=line, button=button, label=label, cap=cap, well=well, lit=lit, **styles)
     return pad_skin(f"random_{family}", family, look, place)
 
 
@@ -1818,19 +1834,39 @@ def pad_skin(name, family, look, place=None):
     parts, inks = [], words["inks"] if look.colored else {}
 
     def button(control, x, y, rx, ry, kind, how=look.press, fill=look.button, grow="", bare=False):
+        """Add a control of `kind` with half sizes rx, ry round (x, y), pressed as `how` says: one of
+        when_pressed()'s ways or blob."""
         if control in look.missing:
             return
         m = 5                                      # room for strokes, moves and growth
         left, top = math.floor(x - rx - m), math.floor(y - ry - m)
-        box = [v - corner for v, corner in zip(around(x, y, rx, ry), (left, top) * 2)]
+        x, y = x - left, y - top
+        whole, size = around(x, y, rx, ry), (2 * (rx + m) + 1, 2 * (ry + m) + 1)
         label = words["labels"][control] if look.label and not bare else ""
-        ink = inks.get(control, look.label)
-        sprites = press(look, how, (2 * (rx + m) + 1, 2 * (ry + m) + 1), kind, box, fill, label, ink)
-        parts.append(Part(control, (left, top), sprites, grow=grow))
+
+        def face(fill=fill, ink=inks.get(control, look.label), line=look.line, width=look.width, box=whole):
+            canvas = paint(paint(blank(*size), fill, kind, box), line, kind, box, width)
+            if label:
+                drawn = label if label in (*"^ox#", *ARROWS) else "text"
+                inner = inset(box, (box[2] - box[0]) * 0.24, (box[3] - box[1]) * 0.24)
+                paint(canvas, ink, drawn, inner, 0 if drawn in ARROWS else 1.6, label)
+            return canvas
+
+        rest = face()
+        if how == "blob":
+            r = min(rx, ry) * look.blob
+            pressed = paint(rest.copy(), look.lit, "ellipse", around(x, y, r, r))
+        elif how == "light" and len(look.lit) == 4:                      # a see-through light
+            pressed = paint(rest.copy(), look.lit, kind, whole)
+        else:
+            larger = {"ring": 1, "grow": 3}.get(how, 0)
+            box = around(x, y + 3 * (how == "move"), rx + larger, ry + larger)
+            shown, ink = fill or look.body or GREY, inks.get(control, look.label)
+            pressed = face(**when_pressed(look, how, shown, look.line, ink), box=box)
+        parts.append(Part(control, (left, top), [None if how == "show" else rest, pressed], grow=grow))
 
     mirrored = {"left": "right", "right": "left"}.get(look.trigger, look.trigger)
-    for side, grow in (("LEFT", look.trigger), ("RIGHT", mirrored)):
-        control = f"{side}_TRIGGER"
+    for control, grow in (("LEFT_TRIGGER", look.trigger), ("RIGHT_TRIGGER", mirrored)):
         button(control, *place[control], 24, 13, look.trigger_shape, look.press_top, grow=grow)
     for control in ("LEFT_SHOULDER", "RIGHT_SHOULDER"):
         button(control, *place[control], 32, 8, "rect", look.press_top)
@@ -1859,22 +1895,26 @@ def pad_body(family, look, half):
     t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]            # a quadratic B-spline through the ring
     smooth = ring * (1 - t) ** 2 / 2 + np.roll(ring, -1, 0) * (0.5 + t * (1 - t))
     smooth += np.roll(ring, -2, 0) * t ** 2 / 2
-    outline = np.int32(smooth.transpose(1, 0, 2).reshape(-1, 2) * 2)     # drawn twice as large
+    outline = [np.int32(smooth.transpose(1, 0, 2).reshape(-1, 2) * 2)]   # drawn twice as large
     mask, edge = np.zeros((2, h * 2, w * 2), np.uint8)
-    cv2.fillPoly(mask, [outline], 255)
-    cv2.polylines(edge, [outline], True, 255, max(1, int(look.width * 2)))
+    cv2.fillPoly(mask, outline, 255)
+    cv2.polylines(edge, outline, True, 255, max(1, int(look.width * 2)))
     mask, edge = (cv2.resize(m, PAD_SIZE, interpolation=cv2.INTER_AREA) for m in (mask, edge))
     ink(canvas, mask, look.body)
     if look.body and look.shade:
         rim = cv2.distanceTransform((mask > 127).astype(np.uint8), cv2.DIST_L2, 3).clip(0, 24) / 24
         light = np.linspace(1.25, 0.7, h)[:, None] * (0.55 + 0.6 * cv2.GaussianBlur(rim, (0, 0), 4))
-        gain = 1 + look.shade * (light - 1)
-        canvas[..., :3] = np.minimum(canvas[..., :3] * gain[..., None], canvas[..., 3:]).astype(np.uint8)
+        lighted(canvas, 1 + look.shade * (light - 1))
     ink(canvas, edge, look.line)
     if family in ("ps4", "ps5"):                   # the touch pad
-        touch = (156, 62, 244, 122)
         shade = look.body and mix(look.body, BLACK if family == "ps4" else WHITE, 0.5)
-        paint(canvas, shade or look.line, "rect", touch, 0 if shade else look.width)
+        paint(canvas, shade or look.line, "rect", (156, 62, 244, 122), 0 if shade else look.width)
+    return canvas
+
+
+def lighted(canvas, gain):
+    """A premultiplied canvas with its colours times gain (h, w), in place."""
+    canvas[..., :3] = np.clip(canvas[..., :3] * gain[..., None], 0, canvas[..., 3:])
     return canvas
 
 
@@ -1883,7 +1923,7 @@ def dpad_parts(parts, button, look, x, y):
     cross, arrows = look.dpad == "cross", look.dpad == "arrows"
     if cross:
         line = look.line or (None if look.button else look.label or look.lit)
-        parts.append(centred("", x, y, [painted("cross", 27, (look.button, 0), (line, look.width))]))
+        parts.append(centred("", x, y, [painted("cross", 27, (look.button, 0, 0), (line, look.width, 0))]))
     how = "show" if cross and look.press_dpad in ("light", "grow", "move") else look.press_dpad
     bare, fill = arrows or cross and how == "show", look.button or arrows and look.label
     for arrow, (dx, dy) in ARROWS.items():
@@ -1899,7 +1939,7 @@ def stick_parts(parts, button, look, side, x, y):
 
     reach = {"dot": travel + r * 0.4, "ring": max(r, travel) * 1.1}.get(look.stick, r + travel * look.spill)
     edge = line or (None if look.well or look.stick == "cap" else look.label or look.lit)
-    parts.append(centred("", x, y, [painted("ellipse", reach, (look.well, 0), (edge, look.width))]))
+    parts.append(centred("", x, y, [painted("ellipse", reach, (look.well, 0, 0), (edge, look.width, 0))]))
 
     r = r * 0.42 if look.stick == "dot" else r
     cap = None if look.stick == "ring" else cap
@@ -1907,14 +1947,14 @@ def stick_parts(parts, button, look, side, x, y):
     shown = cap or look.body or GREY               # of a cap that is drawn as an outline only
 
     def face(fill=cap, line=line, width=look.width, **_):
-        canvas = painted("ellipse", r, (fill, 0))
-        box = around(len(canvas) // 2, len(canvas) // 2, r, r)
+        coats = [(fill, 0, 0)]
         if fill and (look.stick == "knurl" or look.shade):
-            paint(canvas, mix(fill, WHITE, 0.14), "ellipse", inset(box, 0.3 * r, 0.3 * r))
-            paint(canvas, mix(fill, BLACK if sum(fill[:3]) > 200 else WHITE, 0.25), "ellipse", box, 1.5)
-        paint(canvas, line, "ellipse", box, width)
+            rim = BLACK if sum(fill[:3]) > 200 else WHITE
+            coats += [(mix(fill, WHITE, 0.14), 0, 0.3), (mix(fill, rim, 0.25), 1.5, 0)]
+        coats.append((line, width, 0))
         if look.stick in ("knurl", "ring"):
-            paint(canvas, line, "ellipse", inset(box, 0.35 * r, 0.35 * r), width * 0.7)
+            coats.append((line, width * 0.7, 0.35))
+        canvas = painted("ellipse", r, *coats)
         return dished(canvas, look.dish, r) if look.dish else canvas
 
     pressed = when_pressed(look, look.press_thumb, shown, line, None)
@@ -1924,18 +1964,20 @@ def stick_parts(parts, button, look, side, x, y):
     if look.glow:
         sprites.append(face(mix(shown, look.lit, 0.6)))
     if clicks == "behind":
-        parts.append(centred(thumb, x, y, [None, painted("ellipse", r * look.blob * 1.3, (look.lit, 0))]))
+        disc = painted("ellipse", r * look.blob * 1.3, (look.lit, 0, 0))
+        parts.append(centred(thumb, x, y, [None, disc]))
     parts.append(centred(side, x, y, sprites, (travel, travel)))
     if clicks == "label":
         button(thumb, x, y + reach + 12, 16, 9, "rect")
 
 
 def painted(kind, r, *coats):
-    """A shape of half size r in the middle of a see-through square, painted in coats (colour, stroke)."""
+    """A shape of half size r in the middle of a see-through square, painted in coats (colour, stroke, by
+    which share of r it is smaller)."""
     m = math.ceil(r) + 4
     canvas = blank(2 * m, 2 * m)
-    for color, stroke in coats:
-        paint(canvas, color, kind, around(m, m, r, r), stroke)
+    for color, stroke, share in coats:
+        paint(canvas, color, kind, inset(around(m, m, r, r), share * r, share * r), stroke)
     return canvas
 
 
@@ -1948,51 +1990,22 @@ def centred(control, x, y, sprites, travel=(0.0, 0.0)):
 def dished(canvas, depth, r):
     """A cap of radius r shaded like a photographed one: light from above left, a concave dish."""
     y, x = (np.mgrid[:len(canvas), :len(canvas)] - len(canvas) // 2) / r
-    slope = np.where(np.hypot(x, y) < 0.68, 0.35, -0.45) * (x + y)
-    gain = 1 + depth * slope[..., None]
-    canvas[..., :3] = np.clip(canvas[..., :3] * gain, 0, canvas[..., 3:])
-    return canvas
-
-
-def press(look, how, size, kind, box, fill, label, ink):
-    """The sprites [at rest, pressed] of a control of `kind` in `box` of a canvas of `size`: pressed looks as
-    `how` says, one of when_pressed()'s ways or blob."""
-    x0, y0, x1, y1 = box
-
-    def face(fill=fill, ink=ink, line=look.line, width=look.width, box=box):
-        canvas = blank(*size)
-        paint(canvas, fill, kind, box)
-        paint(canvas, line, kind, box, width)
-        if label:
-            drawn = label if label in (*"^ox#", *ARROWS) else "text"
-            inner = inset(box, (box[2] - box[0]) * 0.24, (box[3] - box[1]) * 0.24)
-            paint(canvas, ink, drawn, inner, 0 if drawn in ARROWS else 1.6, label)
-        return canvas
-
-    rest = face()
-    if how == "blob":
-        r = min(x1 - x0, y1 - y0) / 2 * look.blob
-        return [rest, paint(rest.copy(), look.lit, "ellipse", around((x0 + x1) / 2, (y0 + y1) / 2, r, r))]
-    if how == "light" and len(look.lit) == 4:      # a see-through light over what is at rest
-        return [rest, paint(rest.copy(), look.lit, kind, box)]
-    moved = {"ring": inset(box, -1, -1), "move": (x0, y0 + 3, x1, y1 + 3), "grow": inset(box, -3, -3)}
-    changed = when_pressed(look, how, fill or look.body or GREY, look.line, ink)
-    return [None if how == "show" else rest, face(**changed, box=moved.get(how, box))]
+    return lighted(canvas, 1 + depth * (np.where(np.hypot(x, y) < 0.68, 0.35, -0.45) * (x + y)))
 
 
 def when_pressed(look, how, shown, line, ink):
-    """What changes in the fill, ink, line and width of a control when it is pressed, as `how` says: light
-    show grow white faint tint move fill dark ring. shown: the colour that its fill has or seems to have."""
+    """What changes in the fill, ink, line and width of a control when it is pressed, as `how` says: white
+    faint tint move fill dark ring; light, show and grow: bright. shown: the colour that its fill has or seems
+    to have."""
     lit = look.lit[:3]
     bright = {"fill": lit, "ink": ink and (mix(lit, BLACK, 0.8) if sum(lit) > 380 else WHITE)}
-    return {"light": bright, "show": bright, "grow": bright,
-            "white": {"fill": lit, "ink": None, "line": lit},
+    return {"white": {"fill": lit, "ink": None, "line": lit},
             "faint": {"fill": mix(shown, lit, 0.14)},
             "tint": {"fill": mix(shown, lit, 0.45)},
             "move": {"fill": mix(shown, lit, 0.2)},
             "fill": {"fill": line or ink or lit, "ink": shown},
             "dark": {"fill": mix(shown, BLACK, 0.6), "ink": ink and mix(ink, BLACK, 0.4)},
-            "ring": {"line": lit, "width": max(look.width, 2.5) * 1.4}}[how]
+            "ring": {"line": lit, "width": max(look.width, 2.5) * 1.4}}.get(how, bright)
 
 
 def blank(w, h):
@@ -2035,8 +2048,7 @@ def stamp(size, kind, box, stroke=0.0, text=""):
 
     kind: one of POLYGONS, ellipse or o, rect (rounded), x, text. stroke: width of the outline, 0 = filled.
     """
-    w, h = size
-    mask = np.zeros((h * 4, w * 4), np.uint8)
+    mask = np.zeros((size[1] * 4, size[0] * 4), np.uint8)
     x0, y0, x1, y1 = (float(v) * 4 for v in box)
     cx, cy, rx, ry = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2
     thick = max(1, round(stroke * 4)) if stroke else -1                                     # -1: filled
@@ -2046,8 +2058,9 @@ def stamp(size, kind, box, stroke=0.0, text=""):
         (tw, th), _ = cv2.getTextSize(text, font, scale, thick)
         cv2.putText(mask, text, (int(cx - tw / 2), int(cy + th / 2)), font, scale, 255, thick)
     elif kind == "x":
-        for dx, dy in ((0.7 * rx, -0.7 * ry), (0.7 * rx, 0.7 * ry)):
-            cv2.line(mask, (int(cx - dx), int(cy - dy)), (int(cx + dx), int(cy + dy)), 255, max(thick, 1))
+        for end in (-0.7 * ry, 0.7 * ry):
+            ends = np.int32([(cx - 0.7 * rx, cy - end), (cx + 0.7 * rx, cy + end)]).tolist()
+            cv2.line(mask, *ends, 255, max(thick, 1))
     elif kind in ("ellipse", "o"):
         radii = max(int(rx - rim), 1), max(int(ry - rim), 1)
         cv2.ellipse(mask, (int(cx), int(cy)), radii, 0, 0, 360, 255, thick)
@@ -2055,21 +2068,20 @@ def stamp(size, kind, box, stroke=0.0, text=""):
         if kind in POLYGONS:
             polygon = np.int32(np.multiply(POLYGONS[kind], (rx, ry)) + (cx, cy))
         else:
-            r = max(min(rx, ry) * 0.6 - rim, 1)
-            polygon = rounded_corners(*inset((x0, y0, x1, y1), rim, rim), r)
+            polygon = rounded_corners(cx, cy, rx - rim, ry - rim, max(min(rx, ry) * 0.6 - rim, 1))
         if thick < 0:
             cv2.fillPoly(mask, [polygon], 255)
         else:
             cv2.polylines(mask, [polygon], True, 255, thick)
-    return cv2.resize(mask, (w, h), interpolation=cv2.INTER_AREA)
+    return cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
 
 
-def rounded_corners(x0, y0, x1, y1, r):
-    """The outline of a rectangle with corners of radius r: int32 (n, 2)."""
-    corners = (x1 - r, y1 - r), (x0 + r, y1 - r), (x0 + r, y0 + r), (x1 - r, y0 + r)
-    turns = [np.linspace(0, np.pi / 2, 8) + q * np.pi / 2 for q in range(4)]
-    arcs = [np.c_[x + r * np.cos(turn), y + r * np.sin(turn)] for (x, y), turn in zip(corners, turns)]
-    return np.int32(np.concatenate(arcs))
+def rounded_corners(cx, cy, rx, ry, r):
+    """The outline of a rectangle of half sizes rx, ry with corners of radius r: int32 (n, 2)."""
+    arc = np.linspace(0, np.pi / 2, 8)
+    turns = np.concatenate([arc + quarter * np.pi / 2 for quarter in range(4)])
+    x, y = np.repeat([(1, 1), (-1, 1), (-1, -1), (1, -1)], 8, 0).T
+    return np.int32(np.c_[cx + x * (rx - r) + r * np.cos(turns), cy + y * (ry - r) + r * np.sin(turns)])
 
 
 # ---- backdrops: pictures that could be any game
@@ -2211,9 +2223,10 @@ def read_journal(path, size):
 def log_line(out, line):
     """Append one line to DATA/extract.jsonl in a single write, so that several processes may share the
     file."""
-    path, text = out / "extract.jsonl", json.dumps(line, ensure_ascii=False) + "\n"
-    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")   # a kill cut the last line
-    with open(path, "ab", buffering=0) as f:
+    text = json.dumps(line, ensure_ascii=False) + "\n"
+    with open(out / "extract.jsonl", "a+b", buffering=0) as f:
+        f.seek(max(f.tell() - 1, 0))
+        cut = f.read() not in (b"", b"\n")         # a kill cut the last line
         f.write(("\n" * cut + text).encode())
 
 
@@ -2321,19 +2334,21 @@ def work_for(args):
     """The function that does one job of these args."""
     if args.labels:
         return lambda video, folder: label_one(video, folder, args)
-    if args.plain:
-        settings = fingerprint("plain", args.every, args.game)
-        return lambda video, name: extract_one(video, name, None, args, settings)
-    skins = load_skins(args.templates) if args.templates else our_skins()
-    net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
-    matcher = Matcher(skins, net, load_locator() if net else None)
-    settings = fingerprint(matcher.key, [(s.name, s.family, s.buttons, s.sticks) for s in skins], args.every,
-                           args.game)
+    settings, matcher = fingerprint("plain", args.every, args.game), None
+    if not args.plain:
+        skins = load_skins(args.templates) if args.templates else our_skins()
+        net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
+        files = template_files(args.templates) if args.templates else [WEIGHTS / "pads.json"]
+        files += [Path(args.xfeat or WEIGHTS / "xfeat.safetensors")] if net else []
+        made_of = fingerprint([s.name for s in skins], *(np.fromfile(file, np.uint8) for file in files))
+        key = fingerprint(args.matcher, made_of, np.fromfile(__file__, np.uint8))     # and how it is done
+        matcher = Matcher(skins, net, load_locator() if net else None, key)
+        settings = fingerprint(made_of, args.every, args.game)
     return lambda video, name: extract_one(video, name, matcher, args, settings)
 
 
 def contact_sheet(path, videos, out):
-    """One picture of every video's find for a person to check: a frame with the box, the crop, the template
+    """One picture of every video's find for a person to check: a frame with the box, the template, the crop
     beside it."""
     lines = journal(out)
     shown = [(video, out / name, lines[str(video)]) for video, name in videos if str(video) in lines]
@@ -2341,11 +2356,10 @@ def contact_sheet(path, videos, out):
     for i, (video, folder, line) in enumerate(shown):
         left, top, pictures = i % 2 * 640, i // 2 * 200, []
         if line["status"] != "error":
-            frame = sample_frames(video, 2)[1][-1]
-            pictures = [frame]
+            pictures = [sample_frames(video, 2)[1][-1]]
         if line["status"] == "found":
-            scale = frame.shape[1] / read_clip(folder)["size"][0]
-            cv2.rectangle(frame, [round(v * scale) for v in line["box"]], (0, 255, 0), 4)
+            scale = pictures[0].shape[1] / read_clip(folder)["size"][0]
+            cv2.rectangle(pictures[0], [round(v * scale) for v in line["box"]], (0, 255, 0), 4)
             pictures.append(over(96, read_rgba(folder / "template.png")))
             if (folder / "pads.npy").exists():     # else dropped when they were read
                 pictures.append(Frames(folder, "pads")[0])
@@ -2358,14 +2372,14 @@ def contact_sheet(path, videos, out):
         save_png(path, np.asarray(page))
 
 
-def run_templates(args):
+def run_templates(out):
     """Write our templates as NAME.png + NAME.json."""
-    out, skins = Path(args.out), our_skins()
+    skins = our_skins()
     out.mkdir(parents=True, exist_ok=True)
     for skin in skins:
         save_png(out / f"{skin.name}.png", draw(skin))
-        buttons = {name: {"center": [(x0 + x1) / 2, (y0 + y1) / 2], "box": [x0, y0, x1, y1]}
-                   for name, (x0, y0, x1, y1) in skin.buttons.items()}
+        buttons = {name: {"center": [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2], "box": box}
+                   for name, box in skin.buttons.items()}
         write_json(out / f"{skin.name}.json", {
             "name": skin.name, "controller": skin.family, "size": skin.size, "bbox": visible_box(skin),
             "buttons": buttons, "sticks": skin.sticks})
@@ -2415,6 +2429,20 @@ def fingerprint(*parts):
     for part in parts:
         digest.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
     return digest.hexdigest()[:16]
+
+
+def from_cache(key, make):
+    """The list of arrays that make() gives, from a file of this key in the user's cache folder
+    ($XDG_CACHE_HOME or ~/.cache, on Windows %LOCALAPPDATA%); made anew where that is missing or broken."""
+    home = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    path = Path(home or os.path.expanduser("~/.cache"), "nitrogen", f"templates-{key}.npz")
+    with suppress(Exception), np.load(path) as file:
+        return [file[name] for name in file.files]
+    arrays = make()
+    with suppress(UserError, OSError):             # goes on without a home or room on its disk
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda tmp: np.savez(tmp, *arrays))
+    return arrays
 
 
 def write_atomic(path, write):
@@ -2588,17 +2616,11 @@ def file_trouble(e):
 
 
 def main(argv=None):
-    """Parse the command line; without a sub-command's name the main command runs."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["templates"]:
-        parser = ArgumentParser(prog="extract.py templates", allow_abbrev=False,
-                        description="Write our own templates as PNG + JSON.")
-        parser.add_argument("--out", required=True, help="folder to write to")
-        parser.set_defaults(run=run_templates)
-        return cli(parser, argv[1:])
+    """Parse and run the command line."""
     parser = ArgumentParser(prog="extract.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them")
+    parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them; "
+                        "or the word templates")
     parser.add_argument("--out", required=True, help="the data folder: a folder a video, and extract.jsonl")
     parser.add_argument("--templates", help="folder of NAME.png (+ NAME.json) or of OBS presets "
                         "(default: our own, about 300)")

@@ -12,10 +12,11 @@ a video frame; template.png uint8 (h, w, 4). Out, beside them:
     keep.npy        bool (n,)         the frame may start a training chunk [paper: half of its steps act]
 
 How: each control is cut out of the crop at one scale ("close-up": a stick's travel, or a button's box, has
-always the same size), from the previous frame, from the current frame [paper: a pair of frames] and from the
-pad at rest, which is the video's own median picture [ours]. Two narrow SegFormers (arXiv 2105.15203): one
-reads a stick's close-ups into an 11 x 11 grid [paper: a segmentation, much better than regression], one a
-button's into one logit. The answers are then smoothed over the whole video.
+always the same size), from the previous frame, from the current frame [paper: a pair of frames] and, ours,
+from the pad at rest, which is the video's own median picture, and pressed, where that is known. Two narrow
+SegFormers (arXiv 2105.15203): one reads a stick's close-ups into an 11 x 11 grid [paper: a segmentation, much
+better than regression], one a button's into one logit. The answers are then smoothed over the whole video.
+Buttons of a pad that no template shows are first looked for where the picture blinks between two colours.
 Letters: n frames, k sticks, m buttons, S pixels a side of a close-up; B batch, N tokens, D width.
 """
 import copy
@@ -24,12 +25,14 @@ import json
 import math
 import textwrap
 import time
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import extract                       # before torch, whose threads it keeps from spinning
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save
@@ -37,8 +40,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import extract
-from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, Busy, UserError, number
+from extract import BUTTON, BUTTONS, LEGACY, STICKS, THUMB, Busy, UserError, number, overlap
 
 GRID = 11                                  # cells a side of a stick's grid [paper]: -1, -0.8 ... 1
 STRIDE, SUB = 4, 3                       # a token of the finest map covers 4 x 4 pixels and tells 3 x 3 cells
@@ -47,7 +49,7 @@ TRAVEL = (GRID - 1) / 2 * STRIDE / SUB     # pixels from rest to full tilt in a 
 BOX = 20                                   # pixels of a button's box in its close-up, both ways
 LABEL_WIDTH = 0.12                        # sd of the grid's label: about half a cell (0.1 - 0.15 decode best)
 SAMPLES = 128                              # frames that the pad at rest is made from
-PIECE, OVERLAP = 4096, 1024              # frames smoothed at once, and frames looked at on both sides of them
+PIECE, OVERLAP = 8192, 128            # frames smoothed at once, and frames looked at on both sides of them
 ONE_SKIN = 0.85                         # median likeness of template and video above which they show one skin
 CKPT = Path(__file__).parent / "weights" / "parser.safetensors"
 
@@ -66,7 +68,9 @@ def label_clip(model, folder, clip, pads):
         for _ in range(3):                                     # a foreign geometry's sticks may be far off
             if moved := pad.better_geometry():
                 pad = Pad(model, moved, pads, drawn)
-        actions, confidence = settle(pad, *pad.read_all(pads))
+        if not pad.known:
+            pad.watch(pads)
+        actions, confidence = settle(pad, pad.read_all(pads))
     keep = extract.dense(actions, confidence)
     for name, array in (("keep", keep), ("confidence", confidence), ("actions", actions)):
         extract.write_npy(folder / f"{name}.npy", array)
@@ -81,23 +85,21 @@ def label_clip(model, folder, clip, pads):
             f"pressed {pressed:.0%} | {speed:.0f} frames/s, {speed / clip['fps']:.1f} x real time{advice}")
 
 
-def settle(pad, places, spread, reads):
+def settle(pad, reads):
     """What Pad.read_all says of a whole video -> actions float32 (n, 25), confidence float32 (n,)."""
     closeups = pad.closeups
-    logits = reads.buttons.copy()
-    sure = []
-    actions = np.zeros((len(logits), extract.A), np.float32)
+    actions = np.zeros((len(reads.likeness), extract.A), np.float32)
+    sure = [1.6 - 3 * spread for spread in reads.spread.T]
     for i, side in enumerate(closeups.sticks):
-        actions[:, STICKS[side]] = normalise(places[:, i], pad.known)
-        sure.append(1.6 - 3 * spread[:, i])
-    for i, j in closeups.clicks.items():                       # the stick's net follows the moving cap
-        logits[:, j] = (logits[:, j] + reads.clicks[:, i]) / 2
+        actions[:, STICKS[side]] = normalise(reads.places[:, i], pad.known)
     if closeups.buttons:
-        on_caps = np.isin(np.arange(len(closeups.buttons)), [*closeups.clicks.values()])
-        logits = level(logits, fixed=~on_caps)
-        p = np.concatenate([smooth_buttons(logits[low:high])[begin - low:end - low]
-                            for low, begin, end, high in pieces(len(logits))])
-        actions[:, [BUTTON[b] for b in closeups.buttons]] = p > 0.5
+        logits = reads.buttons.copy()
+        for i, j in closeups.clicks.items():                   # the stick's net follows the moving cap
+            logits[:, j] = (logits[:, j] + reads.clicks[:, i]) / 2
+        fixed = [j not in closeups.clicks.values() for j in range(len(closeups.buttons))]
+        logits = level(logits, fixed)
+        p = [smooth_buttons(logits[low:high])[inner] for low, high, inner in pieces(len(logits))]
+        actions[:, [BUTTON[b] for b in closeups.buttons]] = np.concatenate(p) > 0.5
         sure.append(1.1 * np.abs(np.tanh(reads.buttons / 2)).mean(1))
     seen = reads.likeness / max(pad.usual, 0.05)
     there = np.clip((seen - 0.25) / 0.4, 0, 1)
@@ -107,8 +109,9 @@ def settle(pad, places, spread, reads):
 
 
 class Reads(NamedTuple):
-    """What the net says of n frames, one at a time."""
-    grids: np.ndarray                      # (n, k, 11, 11) log probability of the sticks' places
+    """What the nets say of n frames."""
+    places: np.ndarray                     # (n, k, 2) of the sticks, smoothed
+    spread: np.ndarray                     # (n, k) of the places: 1 standard deviation
     clicks: np.ndarray                     # (n, k) logits
     buttons: np.ndarray                    # (n, m) logits
     likeness: np.ndarray                   # (n,) of each crop's edges to the pad's
@@ -124,40 +127,51 @@ class Pad:
         at = np.unique(np.linspace(0, len(pads) - 1, SAMPLES).astype(int))
         crops = [pads[i] for i in at]
         self.closeups = closeups = Closeups(geometry, crops[0].shape[1::-1])
-        before = closeups.all(pads[max(i - 1, 0)] for i in at)
-        now = closeups.all(crops)
+        sampled = closeups.all(pads[max(i - 1, 0)] for i in at), closeups.all(crops)
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # of the whole video
-        median = closeups(picture)
-        drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
-        alike = likenesses(drawn, median) if drawn else None
-        self.rest = rest_pictures(model, before, now, median, drawn, alike)
+        self.rest = closeups(picture)
+        self.pressed = [np.zeros_like(rest) for rest in self.rest]             # not known
         self.known = False
+        drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         if drawn:
-            self.known = np.median(np.concatenate(alike)) > ONE_SKIN
+            both = [map(without_mean, kind) for kind in zip(drawn, self.rest)]
+            alike = [np.array([*map(likeness, *kind)]) for kind in both]
+            typical = np.median(np.concatenate(alike))
+            self.known = typical > ONE_SKIN
+            median = [cuts[None] for cuts in self.rest]
+            *_, logits = net_reads(model, map(montages, median, median, drawn))
+            held = (logits > 3) & (alike[1] < 0.95)            # most of the time, so that the median shows
+            self.rest[1][held] = drawn[1][held]                # it pressed
+        for _ in range(2):
+            self.rest = at_rest(model, *sampled, self.rest)
         if self.known:
-            self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
-        self.pressed = np.uint8([0, 0])                        # not known
-        if self.known and pressed:
-            self.pressed = [changed(*pictures) for pictures in zip(self.rest, drawn, *pressed)]
-        grids, *_ = net_reads(model, map(montages, before, now, self.rest, self.pressed))
+            shown = [(self.rest[0], self.pressed[0]), (drawn[0], self.pressed[0])]      # of caps
+            if pressed:                                        # what the video shows, changed as the skin is
+                changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
+                self.pressed[1] = changed(self.rest[1], changes[1])
+                shown += [(rest, changed(rest, changes[0])) for rest, _ in shown]
+            before, now = (cuts[0] for cuts in sampled)
+            self.rest[0], self.pressed[0] = surest(model, before, now, shown)
+        grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
+        _, spread = expect(np.exp(grids))
+        self.spread = spread.reshape(len(at), -1).mean(0)                      # of each
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
     def likeness(self, crop):
         """Of the crop's edges to those of the pad at rest: falls towards 0 where the overlay is gone or
         covered."""
-        return likeness(edges(crop), self.outline, centre=False)
+        return likeness(edges(crop), self.outline)
 
     def better_geometry(self):
         """The geometry of a pad that is no known skin, with each stick where it rests in the sampled frames
         and a travel as long as it goes; None where it is so already."""
-        if self.known:
-            return None
         sticks = dict(self.geometry["sticks"])
-        for values, side in zip(self.sampled.transpose(1, 0, 2), self.closeups.sticks):
+        for i, side in enumerate(self.closeups.sticks):
+            values = self.sampled[:, i]
             rest = resting_place(values, known=False)
-            if rest is None:
+            if rest is None or self.known or self.spread[i] > 0.4:             # a blurred read tells nothing
                 continue
             center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
             reach = np.percentile(np.hypot(*(values - rest).T), 97)
@@ -167,112 +181,219 @@ class Pad:
                                 "travel": [*(travel * longer)]}
         return None if sticks == self.geometry["sticks"] else {**self.geometry, "sticks": sticks}
 
+    def watch(self, pads):
+        """Take the box of each button that blinks, and how it looks at rest and pressed, from the video: for
+        a pad that is no known skin."""
+        at = watched_frames(len(pads))
+        crops = [pads[i] for i in at]
+        h, w = crops[0].shape[:2]
+        half = [cv2.resize(crop, (w // 2, h // 2), interpolation=cv2.INTER_AREA) for crop in crops]
+        found = find_spots(np.stack(half), at, self.geometry)
+        named = named_spots(found, self.geometry)
+        if not named:
+            return
+        boxes = {button: spot.box.tolist() for button, spot in named.items()}
+        self.geometry = {**self.geometry, "buttons": self.geometry["buttons"] | boxes}
+        self.closeups = Closeups(self.geometry, crops[0].shape[1::-1])
+        _, buttons = self.closeups.all(crops)
+        for button, spot in named.items():
+            j = self.closeups.buttons.index(button)
+            self.rest[1][j] = np.median(buttons[~spot.lit, j], 0)
+            self.pressed[1][j] = np.median(buttons[spot.lit, j], 0)
+
+    def read_all(self, pads):
+        """All n frames -> Reads. Of the grids, which are 100 times as large, only a piece is held."""
+        parts = []
+        for low, high, inner in tqdm([*pieces(len(pads))], "read", disable=None):
+            pads.data = extract.read_npy(pads.path, np.uint8, (None,))         # frees what was read
+            grids, *others = self.read(pads, low, high)
+            parts.append([*expect(smooth_grids(grids)[inner]), *(part[inner] for part in others)])
+        return Reads(*map(np.concatenate, zip(*parts)))
+
     def read(self, pads, begin, end):
-        """Frames begin .. end -> Reads."""
-        reads, alike = [], []
+        """Frames begin .. end -> log probability of the sticks' places (n, k, 11, 11), logits of the clicks
+        (n, k) and of the buttons (n, m), likeness (n,)."""
+        parts = []
         last = self.closeups.all([pads[max(begin - 1, 0)]])    # the first frame is its own previous one
         for start in range(begin, end, 32):
             crops = [pads[i] for i in range(start, min(start + 32, end))]
-            alike += [self.likeness(c) for c in crops]
             now = self.closeups.all(crops)
             before = [np.concatenate([b, c[:-1]]) for b, c in zip(last, now)]
-            reads.append(net_reads(self.model, map(montages, before, now, self.rest, self.pressed)))
             last = [c[-1:] for c in now]
-        grids, clicks, buttons = map(np.concatenate, zip(*reads))
-        n = end - begin
-        grids = grids.reshape(n, -1, GRID, GRID)
-        return Reads(grids, clicks.reshape(n, -1), buttons.reshape(n, -1), np.array(alike))
+            sticks, buttons = map(montages, before, now, self.rest, self.pressed)
+            same = as_before(before[1], now[1])
+            new = same == np.arange(len(crops))[:, None]
+            grids, clicks, logits = net_reads(self.model, [sticks, buttons[new.ravel()]])
+            spots = np.cumsum(new).reshape(new.shape) - 1      # of each new read among them
+            spots = np.take_along_axis(spots, same, 0)
+            n, k = now[0].shape[:2]
+            alike = [self.likeness(crop) for crop in crops]
+            parts.append((grids.reshape(n, k, GRID, GRID), clicks.reshape(n, k), logits[spots], alike))
+        return [*map(np.concatenate, zip(*parts))]
 
-    def read_all(self, pads):
-        """All n frames -> places of the sticks float32 (n, k, 2), smoothed; their spread (n, k); Reads
-        without grids, which are 100 times as large: only a piece of them is held."""
-        k = len(self.closeups.sticks)
-        reads, done = [], 0
-        pads = copy.copy(pads)
-        places = np.zeros((len(pads), k, 2), np.float32)
-        spread = np.zeros((len(pads), k))
-        grids = np.zeros((0, k, GRID, GRID), np.float32)
-        for low, begin, end, high in tqdm([*pieces(len(pads))], "read", disable=None):
-            if done < high:
-                pads.data = extract.read_npy(pads.path, np.uint8, (None,))     # frees what was read
-                more = self.read(pads, done, high)
-                grids, done = np.concatenate([grids, more.grids]), high
-                reads.append(more._replace(grids=grids[:0].copy()))         # a view would hold them all
-            grids = grids[low - done:]
-            smoothed = smooth_grids(grids) if k else grids
-            for i in range(k):
-                places[begin:end, i], spread[begin:end, i] = expect(smoothed[begin - low:end - low, i])
-        return places, spread, Reads(*map(np.concatenate, zip(*reads)))
+
+def as_before(before, now, most=0.5):
+    """Close-ups of buttons in n frames and in the frames before them, (n, m, S, S, 3) each -> int (n, m): the
+    first of these frames in which the button looked as it does now, to `most` grey levels on average."""
+    pairs = np.stack([before, now], 2)[:, :, :, ::2, ::2]                      # a quarter of the pixels
+    every = np.arange(now.shape[1])
+    same = np.zeros(now.shape[:2], int)
+    for t in range(1, len(now)):
+        pair, old = pairs[t], pairs[same[t - 1], every]
+        change = np.maximum(pair, old) - np.minimum(pair, old)                 # uint8 has no sign
+        same[t] = np.where(change.mean((1, 2, 3, 4)) < most, same[t - 1], t)
+    return same
 
 
 def pieces(n):
-    """n frames -> (low, begin, end, high) of each piece: begin .. end is smoothed there, from what low ..
-    high hold. Equal to one piece within 1e-12; within 1e-5 where a stick is seen in two far places all along
-    the overlap."""
+    """n frames -> (low, high, inner) of each piece: low .. high are looked at, of which the slice `inner` is
+    the piece; the frames around it are as many as smoothing remembers."""
     for begin in range(0, n, PIECE):
-        end = min(begin + PIECE, n)
-        yield max(begin - OVERLAP, 0), begin, end, min(end + OVERLAP, n)
-
-
-# -------------------------------------------------------------------------------------------- the pad at rest
-def rest_pictures(model, before, now, median, drawn, alike):
-    """What each control looks like at rest -> [sticks uint8 (k, S, S, 3), buttons (m, S, S, 3)].
-
-    before, now: close-ups of sampled frames, (samples, k or m, S, S, 3) each; median: those of the video's
-    median picture; drawn: those of the template in the video's light, or None; alike: the likenesses() of
-    both.
-    """
-    if drawn is None:
-        rest, _ = at_rest(model, before, now, median)
-        return at_rest(model, before, now, rest)[0]
-    rest, doubted = beside_template(model, median, drawn, alike)
-    rest, few = at_rest(model, before, now, rest)
-    for picture, old, wrong in zip(rest, median, map(np.logical_and, doubted, few)):
-        picture[wrong] = old[wrong]                       # seen at rest too seldom beside a template in doubt
-    return at_rest(model, before, now, rest)[0]
-
-
-def likenesses(drawn, median):
-    """likeness() of each close-up of two pictures -> [of sticks (k,), of buttons (m,)]."""
-    return [np.array([likeness(a, b) for a, b in zip(*kinds)]) for kinds in zip(drawn, median)]
-
-
-def changed(rest, drawn, pressed):
-    """The pad at rest as the video shows it, changed as the template changes when it is pressed, uint8."""
-    change = pressed.astype(int) - drawn
-    return np.clip(rest + change, 0, 255).astype(np.uint8)
-
-
-def beside_template(model, median, drawn, alike):
-    """A control that the net, given the template as rest, sees deflected or pressed in the median picture
-    seldom rests: its rest picture is the template's. -> rest pictures; bool (k,), (m,): replaced, but the
-    template may be wrong, as it hardly differs there from the median picture, or is unlike the pad also where
-    controls do rest."""
-    grids, clicks, logits = net_reads(model, [montages(m[None], m[None], d) for m, d in zip(median, drawn)])
-    plain = grids.max((1, 2)) > math.log(0.15)
-    away = plain & (np.hypot(*decode(np.exp(grids)).T) > 0.5)
-    seldom = [away | (clicks > 3), logits > 3]
-    if len(logits):                                    # far less alike than the others: the net need say less
-        seldom[1] |= (alike[1] < np.median(alike[1]) - 0.25) & (logits > 2)
-    calm = np.concatenate([a[~s] for a, s in zip(alike, seldom)])
-    replaced = [s & (a < 0.95) for a, s in zip(alike, seldom)]      # what looks as it does at rest is at rest
-    rest = [np.where(r[:, None, None, None], d, m) for r, d, m in zip(replaced, drawn, median)]
-    faithful = len(calm) > 0 and np.median(calm) > 0.8         # like the pad where controls do rest
-    return rest, [r & (a > 0.85) for a, r in zip(alike, replaced)] if faithful else replaced
+        low = max(begin - OVERLAP, 0)
+        yield low, min(begin + PIECE + OVERLAP, n), slice(begin - low, begin - low + PIECE)
 
 
 def at_rest(model, before, now, rest):
-    """Each control's median over the frames in which the net, given the old rest pictures, sees it at rest
-    -> new pictures; bool (k,), (m,): too few such frames, so left as it was."""
+    """Each control's median over the frames in which the nets, given the old rest pictures, see it at rest ->
+    new rest pictures; as it was where there are few such frames.
+
+    before, now: close-ups of sampled frames, [(samples, k, S, S, 3), (samples, m, S, S, 3)] each.
+    """
     n, k = now[0].shape[:2]
     grids, clicks, logits = net_reads(model, map(montages, before, now, rest))
-    still = np.hypot(*decode(np.exp(grids)).T) < 0.2
-    quiets = (still & (clicks < 0)).reshape(n, k), (logits < -0.5).reshape(n, -1)
+    still = (np.hypot(*decode(np.exp(grids)).T) < 0.2) & (clicks < 0)
+    quiets = still.reshape(n, k), logits.reshape(n, -1) < -0.5
     rest = [r.copy() for r in rest]
     for picture, closeups, quiet in zip(rest, now, quiets):
         for j in np.flatnonzero(quiet.sum(0) >= 8):
             picture[j] = np.median(closeups[quiet[:, j], j], 0)
-    return rest, [quiet.sum(0) < 8 for quiet in quiets]
+    return rest
+
+
+def surest(model, before, now, options):
+    """Of pairs of pictures of the sticks at rest and pressed, (k, S, S, 3) each, those for each stick with
+    which the net is surest in the sampled frames, (samples, k, S, S, 3): a template may show a cap in a way
+    that this video does not."""
+    spreads = []
+    no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
+    for rest, pressed in options:
+        sticks = montages(before[::2], now[::2], rest, pressed)
+        grids, *_ = net_reads(model, [sticks, no_buttons])
+        _, spread = expect(np.exp(grids))
+        spreads.append(spread.reshape(-1, now.shape[1]).mean(0))
+    best = [options[o] for o in np.argmin(spreads, 0)]
+    return [np.stack([pair[kind][i] for i, pair in enumerate(best)]) for kind in (0, 1)]
+
+
+def changed(rest, change):
+    """Pictures at rest uint8 and how pressing changes them, int -> pressed, uint8."""
+    return (rest + change).clip(0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ what blinks
+class Spot(NamedTuple):
+    """A place of a pad that lights up now and then, as a button does."""
+    box: np.ndarray                        # x0, y0, x1, y1 in template pixels
+    lit: np.ndarray                        # (n,) bool, of the watched frames
+
+
+def watched_frames(n):
+    """Numbers of 512 frames of n, in 16 runs, as a press is some frames long."""
+    starts = np.linspace(0, max(n - 32, 0), 16).astype(int)
+    frames = starts[:, None] + np.arange(32)
+    return np.unique(frames.clip(0, n - 1))
+
+
+def find_spots(crops, at, geometry):
+    """Crops uint8 (n, h, w, 3) of the frames `at` -> Spots: neighbouring pixels that have two colours and
+    change them in the same frames. No net is asked, so it holds for a pad of any look; what lies over or
+    shines through it seldom has two colours only."""
+    n, h, w = crops.shape[:3]
+    scale = np.divide((w, h), geometry["size"])
+    median = np.median(crops[::2], 0).astype(np.uint8)
+    away = np.stack([cv2.absdiff(crop, median).max(2) for crop in crops])      # (n, h, w), from rest
+    high = np.sort(away, 0)[-max(n // 64, 4)].astype(int)                      # of a pixel that is lit
+    lit = away > high / 2
+    between = (np.abs(away - high / 2) < high / 5).sum(0)
+    count = lit.sum(0)
+    often = (count >= 4) & (count < 0.6 * n)
+    blinks = np.uint8(often & (high > 18) & (between < count / 4))
+    for stick in geometry["sticks"].values():                  # a cap changes what it moves over
+        center = np.int32(stick["center"] * scale)
+        reach = stick["radius"] + np.array(stick["travel"])
+        axes = np.int32(1.25 * reach * scale)
+        cv2.ellipse(blinks, center.tolist(), axes.tolist(), 0, 0, 360, 0, -1)
+    count, numbers = cv2.connectedComponents(links(blinks, lit), connectivity=4)
+    found = []
+    for i in range(1, count):
+        mask = numbers[::2, ::2] == i
+        on = lit[:, mask].mean(1) > 0.5
+        if mask.sum() >= 6 and mask.mean() < 0.08 and two_colours(crops[:, mask], on, at):
+            x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+            corners = np.array([[x, y], [x + width, y + height]])
+            found.append(Spot((corners / scale).ravel(), on))
+    return found
+
+
+def links(blinks, lit):
+    """Pixels that blink uint8 (h, w), and when each is lit (n, h, w) -> uint8 (2 h - 1, 2 w - 1): the pixels,
+    and between two neighbours 1 if they blink together."""
+    h, w = blinks.shape
+    grid = np.zeros((2 * h - 1, 2 * w - 1), np.uint8)
+    grid[::2, ::2] = blinks
+    across = blinks[:, 1:] & blinks[:, :-1]
+    down = blinks[1:] & blinks[:-1]
+    grid[::2, 1::2] = across & together(lit[:, :, 1:], lit[:, :, :-1])
+    grid[1::2, ::2] = down & together(lit[:, 1:], lit[:, :-1])
+    return grid
+
+
+def together(a, b):
+    """Are two series of lit frames (n, ...) one and the same, nearly (intersection over union)?"""
+    both = (a & b).sum(0)
+    either = (a | b).sum(0)
+    return both > 0.7 * either
+
+
+def two_colours(pixels, lit, at):
+    """Does a spot, pixels uint8 (n, k, 3) in the frames `at`, look one way when lit and one way else, with
+    nothing between, and does it change as often as fingers do?"""
+    if not 4 <= lit.sum() < len(lit) / 2:
+        return False
+    rest = np.median(pixels[~lit], 0)
+    change = np.median(pixels[lit], 0) - rest
+    x = ((pixels - rest) * change).sum((1, 2)) / (change ** 2).sum()           # 0 at rest, 1 when lit
+    apart = np.percentile(x[lit], 5) - np.percentile(x[~lit], 95)
+    switched = lit[1:] != lit[:-1]
+    switches = switched[np.diff(at) == 1].sum() / lit.sum()
+    return apart > 0.75 and 0.03 < switches < 0.9
+
+
+def named_spots(found, geometry):
+    """Which spot is which button: the nearest that is about as large -> {button: Spot}."""
+    def side(box):
+        x0, y0, x1, y1 = box
+        return math.sqrt((x1 - x0) * (y1 - y0))
+
+    boxes = geometry["buttons"]
+    pairs = []
+    for button, box in boxes.items():
+        for i, spot in enumerate(found):
+            x, y = (spot.box - box).reshape(2, 2).mean(0)
+            away = np.hypot(x, y) / geometry["size"][0]
+            larger = abs(math.log(side(spot.box) / side(box)))
+            if away < 0.2 and larger < 1.25:
+                pairs.append((away + 0.03 * larger, away, button, i))
+    named = {}
+    for _, away, button, i in sorted(pairs):
+        part_of_another = any(together(found[i].lit, spot.lit) for spot in named.values())
+        if button in named or part_of_another:
+            continue
+        shows_another = any(overlap(boxes[button], spot.box) for spot in named.values())
+        swapped = shows_another and button.endswith(("SHOULDER", "TRIGGER"))
+        if away < 0.08 or swapped:
+            named[button] = found[i]
+    return named
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -284,34 +405,24 @@ def decode(p):
     rows = abs(cells - y[:, None]) <= 1
     columns = abs(cells - x[:, None]) <= 1
     w = (p + 1e-9) * rows[:, :, None] * columns[:, None, :]                # zero beyond the peak's neighbours
-    w /= w.sum((1, 2), keepdims=True)
-    xy = np.stack([w.sum(1) @ cells, w.sum(2) @ cells], 1)                     # in cells
-    return np.clip(xy * 2 / (GRID - 1) - 1, -1, 1).astype(np.float32)
-
-
-def labels(values):
-    """Stick values (B, 2) -> the grid's label (B, 11, 11): a normal bump around the true place, summing to
-    1."""
-    cells = torch.linspace(-1, 1, GRID)
-    bumps = torch.exp(-0.5 * ((cells - values[:, :, None]) / LABEL_WIDTH) ** 2)              # (B, xy, 11)
-    grid = bumps[:, 1, :, None] * bumps[:, 0, None, :]
-    return grid / grid.sum((1, 2), keepdim=True)
+    values, _ = expect(w / w.sum((1, 2), keepdims=True))
+    return values
 
 
 def expect(p):
-    """Posterior grids (n, 11, 11) -> the mean over all cells, values (n, 2): the least squared error where
-    there are several peaks (what smooth_grids leaves is free of diffuse mass); and their spread (n,), 1
-    standard deviation."""
+    """Grids of probability (..., 11, 11) -> the mean over all cells, values (..., 2): the least squared error
+    where there are several peaks and no diffuse mass, as in what smooth_grids leaves; and their spread (...),
+    1 standard deviation."""
     cells = np.linspace(-1, 1, GRID)
-    x = p.sum(1)
-    y = p.sum(2)                                               # (n, 11) each
-    mean = np.stack([x @ cells, y @ cells], 1)
-    variance = (x + y) @ cells ** 2 - (mean ** 2).sum(1)
+    x = p.sum(-2)
+    y = p.sum(-1)                                              # (..., 11) each
+    mean = np.stack([x @ cells, y @ cells], -1)
+    variance = (x + y) @ cells ** 2 - (mean ** 2).sum(-1)
     return mean.astype(np.float32), np.sqrt(np.maximum(variance, 0))
 
 
 def smooth(e, transition, prior, trust, own):
-    """Forward-backward: log likelihoods e (n, k, states) of k controls -> posterior (n, k, states) given all
+    """Forward-backward: log likelihoods e (n, m, states) of m controls -> posterior (n, m, states) given all
     n frames.
 
     transition (states, states): row = state now, column = next; prior (states,): of the first frame. What the
@@ -319,18 +430,15 @@ def smooth(e, transition, prior, trust, own):
     behind); what the frame itself says counts `own`.
     """
     e = e - e.max(-1, keepdims=True)
-    others = np.exp(trust * e) + 1e-12
+    others = np.exp(trust * e) + e.dtype.type(1e-12)
+    p = np.exp(own * e) + e.dtype.type(1e-12)
     forward = range(len(e)), transition, prior
     backward = range(len(e) - 1, -1, -1), transition.T, np.ones_like(prior)
-    passes = []
     for order, matrix, message in (forward, backward):
-        out = np.empty_like(others)
         for t in order:
-            out[t] = message                                   # what the frames on this side say of frame t
+            p[t] *= message                                    # what the frames on this side say of frame t
             message = (message * others[t]) @ matrix
             message = message / message.sum(-1, keepdims=True)
-        passes.append(out)
-    p = passes[0] * passes[1] * (np.exp(own * e) + 1e-12)
     return p / p.sum(-1, keepdims=True)
 
 
@@ -342,11 +450,11 @@ def smooth_grids(log_p, trust=0.3, own=0.8):
     i = np.arange(GRID)
     near = np.exp(-0.5 * ((i[:, None] - i) / 1.2) ** 2)
     near /= near.sum(1, keepdims=True)
-    home = labels(torch.zeros(1, 2)).numpy().ravel().astype(np.float64)
-    prior = 0.36 * home + 0.64 / GRID ** 2                     # some 0.4 of the teacher's frames are at rest
+    home = labels(torch.zeros(1, 2)).numpy().ravel()
+    prior = 0.36 * home + np.float32(0.64 / GRID ** 2)         # some 0.4 of the teacher's frames are at rest
     transition = 0.3 * np.eye(GRID ** 2) + 0.4 * np.kron(near, near) + 0.3 * prior
-    e = log_p.reshape(*log_p.shape[:2], -1).astype(np.float64) - np.log(prior)
-    return smooth(e, transition, prior, trust, own).reshape(log_p.shape)
+    e = log_p.reshape(*log_p.shape[:2], -1) - np.log(prior)
+    return smooth(e, transition.astype(np.float32), prior, trust, own).reshape(log_p.shape)
 
 
 def smooth_buttons(logits, press=0.2, release=0.4, trust=0.8):
@@ -368,12 +476,11 @@ def level(logits, fixed):
     the net calls it, where they are tight, nothing lies between them and they come and go, as no scene behind
     a see-through pad does. Else a button stays as it is."""
     out = logits.copy()
-    n = len(logits)
-    for j, x in enumerate(logits.T if n >= 8 else ()):         # fewer are too few for two groups of four
+    for j, x in enumerate(logits.T if len(logits) >= 8 else ()):           # fewer are no two groups of four
         low, high = two_groups(x)
         middle = (low.mean() + high.mean()) / 2
         apart = high.mean() - low.mean()
-        spread = math.sqrt((low.var() * len(low) + high.var() * len(high)) / n)
+        spread = math.sqrt((low.var() * len(low) + high.var() * len(high)) / len(x))
         fewer = min(len(low), len(high))
         between = (np.abs(x - middle) < apart / 6).sum()
         switches = np.count_nonzero(np.diff(x > middle))
@@ -405,9 +512,7 @@ def normalise(values, known=False):
         return values
     values = values - rest
     reach = np.percentile(np.hypot(*values.T), 99)
-    if reach > 0.3:
-        values = values / reach
-    return np.clip(values, -1, 1).astype(np.float32)
+    return np.clip(values / reach if reach > 0.3 else values, -1, 1).astype(np.float32)
 
 
 def resting_place(values, known):
@@ -436,45 +541,41 @@ class Closeups:
         self.sticks = [s for s in STICKS if s in sticks]
         self.buttons = [b for b in BUTTONS if b in boxes and b not in LEGACY]
         self.clicks = {}                                       # number of a stick -> of the button on its cap
-        centers, travels = [], []
+        self.maps = [], []                                     # of the sticks and the buttons: pixels to crop
         for i, side in enumerate(self.sticks):
             stick = sticks[side]
-            thumb = THUMB[side]
-            if thumb in boxes and on_stick(boxes[thumb], stick):
-                self.clicks[i] = self.buttons.index(thumb)
-            half_cap = stick.get("radius", geometry["size"][0] / 16) / 2       # where the travel is not known
-            centers.append(np.multiply(stick["center"], scale))
-            travels.append(np.multiply(stick.get("travel") or half_cap, scale))
-        self.stick_map = closeup_map(centers, np.divide(travels, TRAVEL), STICK_SIDE)
-        boxes = np.float32([boxes[b] for b in self.buttons]).reshape(-1, 2, 2) * scale
-        sides = np.maximum(boxes[:, 1] - boxes[:, 0], 4)
-        self.button_map = closeup_map(boxes.mean(1), sides / BOX, BUTTON_SIDE)
+            box = boxes.get(THUMB[side])
+            if box and on_stick(box, stick):
+                self.clicks[i] = self.buttons.index(THUMB[side])
+            step = np.multiply(stick["travel"], scale) / TRAVEL
+            self.maps[0].append(closeup_map(stick["center"] * scale, step, STICK_SIDE))
+        for button in self.buttons:
+            low, high = np.reshape(boxes[button], (2, 2)) * scale
+            step = np.maximum(high - low, 4) / BOX
+            self.maps[1].append(closeup_map((low + high) / 2, step, BUTTON_SIDE))
 
     def __call__(self, crop):
         """uint8 (h, w, 3) -> [sticks uint8 (k, 57, 57, 3), buttons uint8 (m, 33, 33, 3)]."""
-        return [cut(crop, self.stick_map, STICK_SIDE), cut(crop, self.button_map, BUTTON_SIDE)]
+        cuts = []
+        for maps, side in zip(self.maps, (STICK_SIDE, BUTTON_SIDE)):
+            controls = [warped(crop, to_crop, (side, side)) for to_crop in maps]
+            cuts.append(np.array(controls, np.uint8).reshape(-1, side, side, 3))
+        return cuts
 
     def all(self, crops):
         """Crops of n frames -> the same two arrays with n in front."""
         return [np.stack(kind) for kind in zip(*map(self, crops))]
 
 
-def closeup_map(centers, steps, side):
-    """Where each pixel of the close-ups lies in the crop: two float32 (k side, side) maps for cv2.remap."""
-    i = np.arange(side, dtype=np.float32) - (side - 1) / 2
-    centers, steps = (np.float32(x).reshape(-1, 2, 1) for x in (centers, steps))
-    at = centers + i * steps - 0.5                                    # (k, xy, side); a pixel's middle: + 0.5
-    x = np.broadcast_to(at[:, 0, None, :], (len(at), side, side))
-    y = np.broadcast_to(at[:, 1, :, None], (len(at), side, side))
-    return np.ascontiguousarray(x.reshape(-1, side)), np.ascontiguousarray(y.reshape(-1, side))
+def closeup_map(center, step, side):
+    """The affine map (2, 3) from a close-up's pixels, `step` crop pixels apart, to the crop's."""
+    return np.c_[np.diag(step), center - step * (side - 1) / 2 - 0.5]
 
 
-def cut(crop, maps, side):
-    """The close-ups that closeup_map laid out, uint8 (k, side, side, 3)."""
-    if len(maps[0]) == 0:                                                      # remap takes no empty maps
-        return np.zeros((0, side, side, 3), np.uint8)
-    cuts = cv2.remap(crop, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return cuts.reshape(-1, side, side, 3)
+def warped(picture, to_picture, size):
+    """A picture of size (w, h) out of another, whose edge goes on for ever."""
+    return cv2.warpAffine(picture, to_picture, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                          borderMode=cv2.BORDER_REPLICATE)
 
 
 def on_stick(box, stick):
@@ -494,18 +595,14 @@ def net_reads(model, panels, batch=256):
     """Panels of sticks (k, 4, 57, 57, 3) and of buttons (m, 4, 33, 33, 3), uint8 -> log grids (k, 11, 11),
     click logits (k,), button logits (m,), float32. UserError where one is no number."""
     device = next(model.parameters()).device
-    sticks, buttons = ([t.to(device) for t in torch.from_numpy(p).split(batch) if len(t)] for p in panels)
-    places = [model.sticks(t) for t in sticks]
-
-    def joined(parts, *shape):
-        parts = [part.float().cpu() for part in parts]
-        out = torch.cat([torch.zeros(0, *shape), *parts]).numpy()
-        if not np.isfinite(out).all():
-            raise UserError("expected numbers from the reader, found NaN or infinity: "
-                            "its weights are damaged, give another --ckpt")
-        return out
-    return (joined([grid for grid, _ in places], GRID, GRID), joined([click for _, click in places]),
-            joined([model.buttons(t) for t in buttons]))
+    sticks, buttons = (torch.from_numpy(p).split(batch) for p in panels)
+    grids, clicks = zip(*(model.sticks(t.to(device)) for t in sticks))
+    logits = [model.buttons(t.to(device)) for t in buttons]
+    reads = [torch.cat(part).float().cpu().numpy() for part in (grids, clicks, logits)]
+    if not all(np.isfinite(read).all() for read in reads):
+        raise UserError("expected numbers from the reader, found NaN or infinity: "
+                        "its weights are damaged, give another --ckpt")
+    return reads
 
 
 # ------------------------------------------------------------------------------------ the net: two SegFormers
@@ -533,8 +630,8 @@ class Parser(nn.Module):
         cells = F.pixel_shuffle(out[:, :-1], SUB)[:, 0]                        # one cell = 0.2 of the travel
         edge = (cells.shape[-1] - GRID) // 2
         grid = cells[:, edge:edge + GRID, edge:edge + GRID]
-        log_p = F.log_softmax(grid.flatten(1), 1).view(grid.shape)
-        return log_p, out[:, -1].mean((1, 2))
+        log_p = F.log_softmax(grid.flatten(1), 1)
+        return log_p.view(grid.shape), out[:, -1].mean((1, 2))
 
     def buttons(self, panels):
         """uint8 (B, 4, S, S, 3) -> logit of "pressed" (B,)."""
@@ -545,48 +642,39 @@ class Parser(nn.Module):
 def montage(panels):
     """Panels uint8 (B, 4, S, S, 3) -> float (B, 12, S, S): contrast is stretched over all panels together,
     so the same picture elements meet in the first convolution at one scale; what is not known stays 0."""
-    mask = panels.flatten(2).any(2)[:, :, None, None, None].float()
-    x = panels.float()
-    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
-    fewer = x[:, :, ::2, ::2]
-    var, mean = torch.var_mean(fewer, (2, 3), correction=0, keepdim=True)                # (B, panel, 1, 1, C)
-    center = (mean * weight).sum(1, keepdim=True)          # each colour's mean over the panels that are there
-    var = var + (mean - center).square()
-    var = (var * weight).sum(1, keepdim=True).mean(-1, keepdim=True)
-    x = (x - center) * (mask / (var.sqrt() + 6))               # 6 grey levels: noise is not blown up
-    return x.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
+    known = panels.flatten(2).any(2)[:, None, None, :, None].float()           # (B, 1, 1, 4, 1)
+    weight = known / known.sum(3, keepdim=True).clamp(min=1)
+    x = panels.permute(0, 2, 3, 1, 4).contiguous()                             # (B, S, S, 4, 3)
+    fewer = x[:, ::2, ::2].float()
+    center = fewer.mean((1, 2), keepdim=True)
+    center = (center * weight).sum(3, keepdim=True)        # each colour's mean over the panels that are there
+    var = (fewer - center).square().mean((1, 2), keepdim=True)
+    var = (var * weight).sum(3, keepdim=True).mean(-1, keepdim=True)
+    x = (x - center) * (known / (var.sqrt() + 6))              # 6 grey levels: noise is not blown up
+    return x.flatten(3).permute(0, 3, 1, 2)
 
 
 class SegFormer(nn.Module):
     """SegFormer with the published files' names (`nvidia/mit-b0`), narrower: a CPU reads faster than real
-    time."""
+    time. MiT has four stages at strides 4, 8, 16, 32, here of one block each; between them maps lie in memory
+    with channels last, (B, h, w, D)."""
 
     def __init__(self, labels):
         super().__init__()
-        self.segformer = nn.ModuleDict({"encoder": Encoder()})
+        sizes = [*zip(WIDTHS, HEADS, REDUCTION)]
+        later = [Patches(a, b, 3, 2) for a, b in zip(WIDTHS, WIDTHS[1:])]
+        self.segformer = nn.ModuleDict({"encoder": nn.ModuleDict({
+            "patch_embeddings": nn.ModuleList([Patches(3 * PANELS, WIDTHS[0], 7, STRIDE), *later]),
+            "block": nn.ModuleList(nn.ModuleList([Stage(*size)]) for size in sizes),
+            "layer_norm": nn.ModuleList(map(nn.LayerNorm, WIDTHS))})})
         self.decode_head = Head(labels)
 
     def forward(self, x):                                                      # (B, C, H, W)
-        return self.decode_head(self.segformer["encoder"](x))                  # (B, labels, H / 4, W / 4)
-
-
-class Encoder(nn.Module):
-    """MiT: four stages at strides 4, 8, 16, 32, one block each."""
-
-    def __init__(self):
-        super().__init__()
-        later = [Patches(a, b, 3, 2) for a, b in zip(WIDTHS, WIDTHS[1:])]
-        self.patch_embeddings = nn.ModuleList([Patches(3 * PANELS, WIDTHS[0], 7, STRIDE), *later])
-        self.block = nn.ModuleList(nn.ModuleList([Stage(*sizes)]) for sizes in zip(WIDTHS, HEADS, REDUCTION))
-        self.layer_norm = nn.ModuleList(map(nn.LayerNorm, WIDTHS))
-
-    def forward(self, x):                                                      # (B, C, H, W)
         maps = []
-        for embed, (block,), norm in zip(self.patch_embeddings, self.block, self.layer_norm):
-            x, hw = embed(x)
-            x = as_map(norm(block(x, hw)), hw)                                # (B, D, H / stride, W / stride)
+        for embed, (block,), norm in zip(*self.segformer["encoder"].values()):
+            x = norm(block(embed(x))).permute(0, 3, 1, 2)                     # (B, D, H / stride, W / stride)
             maps.append(x)
-        return maps
+        return self.decode_head(maps)                                          # (B, labels, H / 4, W / 4)
 
 
 class Patches(nn.Module):
@@ -598,8 +686,7 @@ class Patches(nn.Module):
         self.layer_norm = nn.LayerNorm(cout)
 
     def forward(self, x):                                                      # (B, C, H, W)
-        x = self.proj(x)
-        return self.layer_norm(x.flatten(2).transpose(1, 2)), x.shape[2:]      # (B, N, D)
+        return self.layer_norm(self.proj(x).permute(0, 2, 3, 1))               # (B, h, w, D)
 
 
 class Stage(nn.Module):
@@ -612,9 +699,9 @@ class Stage(nn.Module):
         self.layer_norm_2 = nn.LayerNorm(d)
         self.mlp = MixFFN(d, MLP * d)
 
-    def forward(self, x, hw):                                                  # (B, N, D)
-        x = x + self.attention(self.layer_norm_1(x), hw)
-        return x + self.mlp(self.layer_norm_2(x), hw)
+    def forward(self, x):                                                      # (B, h, w, D)
+        x = x + self.attention(self.layer_norm_1(x))
+        return x + self.mlp(self.layer_norm_2(x))
 
 
 class ReducedAttention(nn.Module):
@@ -629,16 +716,15 @@ class ReducedAttention(nn.Module):
             self.self["layer_norm"] = nn.LayerNorm(d)
         self.output = nn.ModuleDict({"dense": nn.Linear(d, d)})
 
-    def forward(self, x, hw):                                                  # (B, N, D)
+    def forward(self, x):                                                      # (B, h, w, D)
         kv = x
         if "sr" in self.self:
-            kv = self.self["sr"](as_map(x, hw)).flatten(2).transpose(1, 2)
-            kv = self.self["layer_norm"](kv)                                   # (B, N / reduction^2, D)
+            kv = self.self["layer_norm"](over_map(self.self["sr"], x))        # (B, h, w / reduction, D)
         each = zip(self.self.values(), (x, kv, kv))
-        each = (layer(t).unflatten(2, (self.heads, -1)) for layer, t in each)
-        q, k, v = (t.transpose(1, 2) for t in each)
-        x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, N, D / heads)
-        return self.output["dense"](x.transpose(1, 2).flatten(2))
+        each = (layer(t).flatten(1, 2).unflatten(2, (self.heads, -1)) for layer, t in each)
+        q, k, v = (t.transpose(1, 2) for t in each)                            # (B, heads, N, D / heads)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.output["dense"](y.transpose(1, 2).reshape(x.shape))
 
 
 class MixFFN(nn.Module):
@@ -651,9 +737,13 @@ class MixFFN(nn.Module):
         self.dense2 = nn.Linear(hidden, d)
         self.dwconv = nn.ModuleDict({"dwconv": nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)})
 
-    def forward(self, x, hw):                                                  # (B, N, D)
-        x = self.dwconv["dwconv"](as_map(self.dense1(x), hw))                  # (B, hidden, h, w)
-        return self.dense2(F.gelu(x.flatten(2).transpose(1, 2)))               # (B, N, D)
+    def forward(self, x):                                                      # (B, h, w, D)
+        return self.dense2(F.gelu(over_map(self.dwconv["dwconv"], self.dense1(x))))
+
+
+def over_map(conv, x):
+    """A convolution of a map whose channels are last, (B, h, w, D)."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Head(nn.Module):
@@ -674,16 +764,8 @@ class Head(nn.Module):
         for x, c, f in zip(maps, self.linear_c, fuse):
             weight = f @ c["proj"].weight
             x = F.conv2d(x, weight[..., None, None], f @ c["proj"].bias)
-            if x.shape[2:] != maps[0].shape[2:]:
-                x = F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
-            total = total + x                                                  # (B, 64, H / 4, W / 4)
+            total = total + F.interpolate(x, maps[0].shape[2:], mode="bilinear")       # (B, 64, H / 4, W / 4)
         return self.classifier(F.relu(self.batch_norm(total)))                 # (B, labels, H / 4, W / 4)
-
-
-def as_map(x, hw):
-    """Tokens (B, N, D) -> map (B, D, h, w), a view: in memory the channels stay last, which a CPU's
-    convolutions like."""
-    return x.transpose(1, 2).unflatten(2, hw)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -691,10 +773,10 @@ def train_net(args):
     """Train the reader, or with --locator the locator, on drawn scenes; what is checked and written every
     --every steps is the running mean of the weights."""
     kind = KINDS["locator" if args.locator else "reader"]
-    steps = args.steps or (600 if args.skins and args.ckpt else kind.steps)
+    steps = args.steps or (600 if args.skins and args.ckpt else 5000)
     peak = (5e-4 if args.ckpt else 2e-3) if args.lr is None else args.lr
     extract.writable(args.out)
-    skins = extract.load_skins(args.skins, kind.width) if args.skins else []
+    skins = extract.load_skins(args.skins, 400) if args.skins else []
     skins = [s for s in skins if any(p.control for p in s.parts)]
     if args.skins and not skins:
         raise UserError(f"--skins {args.skins}: expected OBS input-overlay presets, "
@@ -704,49 +786,51 @@ def train_net(args):
     generator = torch.Generator().manual_seed(args.seed)
     model = kind.load(args.ckpt) if args.ckpt else kind.net()
     mean = copy.deepcopy(model)
-    held = [*itertools.islice(Teacher(args.seed + 1000, skins, kind.scene, fresh=0), 16)]
+    held = itertools.islice(Teacher(args.seed + 1000, skins, kind.scene, fresh=0), 16)
+    held = [[*map(torch.cat, zip(*part))] for part in zip(*held)]
     curve = []
 
-    def record(step, **losses):
-        curve.append({"step": step, **losses, **kind.check(mean.eval(), held)})
+    @torch.no_grad()
+    def record(step, losses):
+        checked = kind.loss(mean.eval(), torch.Generator().manual_seed(0), *held)
+        losses |= {f"held-out {k}": v for k, v in checked.items()}
+        losses = {k: round(v.item(), 4) for k, v in losses.items()}
+        curve.append({"step": step, **losses})
         tqdm.write(" | ".join(f"{k} {v}" for k, v in curve[-1].items()))
     if args.ckpt:
-        record(0)                                              # before, to compare the last one with
-    loader = torch.utils.data.DataLoader(
-        Teacher(args.seed, skins, kind.scene), batch_size=None, num_workers=args.workers,
-        prefetch_factor=8 if args.workers else None)
-    scenes = iter(loader)
-    pools = [Pool(int(args.pool * share)) for share in kind.pools]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.02, betas=(0.9, 0.98))
+        record(0, {})                                          # before, to compare the last one with
+    scenes = iter(torch.utils.data.DataLoader(
+        Teacher(args.seed, skins, kind.scene), batch_size=None, num_workers=args.workers))
+    pools = [deque(maxlen=math.ceil(args.pool * share)) for share in kind.pools]       # each is used often
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02, betas=(0.9, 0.98))
     warmup = min(200, steps // 10 + 1)
-    bar = tqdm(range(1, steps + 1), desc="train", mininterval=10)
-    for step in bar:
-        for _ in range(kind.scenes if pools[0].n else 40):                     # forty before the first step
+    for step in tqdm(range(1, steps + 1), "train", mininterval=10):
+        for _ in range(kind.scenes if step > 1 else 40):
             for pool, rendered in zip(pools, next(scenes)):
-                pool.add(*rendered)
+                pool.extend(zip(*(t.clone() for t in rendered)))               # out of the memory they share
         lr = peak * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / (steps + 1)))
-        # --- one step: everything below the next line is book-keeping
-        model.train()
-        counts = [int(args.batch * share) for share in kind.batches]
-        batches = [pool.draw(generator, count) for pool, count in zip(pools, counts)]
-        loss = kind.loss(model, generator, *batches)
-        total = sum(loss.values())
+        optimizer.param_groups[0]["lr"] = lr
+        batches = [draw_rows(generator, pool, int(args.batch * share))
+                   for pool, share in zip(pools, kind.batches)]
+        losses = kind.loss(model.train(), generator, *batches)
+        total = sum(losses.values())
         if not math.isfinite(total.item()):                    # or it would spoil the mean and the file
             raise UserError(f"expected a falling loss, found {total.item()} at step {step}: "
                             f"give a smaller --lr than {peak:g}")
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         follow(mean, model, min(0.998, step / (step + 10)))
-        # ---
-        losses = {k: round(v.item(), 4) for k, v in loss.items()}
-        bar.set_postfix(losses | {"lr": lr}, refresh=False)
         if step % args.every == 0 or step == steps:
-            record(step, **losses)
-            given = {k: str(v) for k, v in vars(args).items() if k != "run"}
-            save_parser(args.out, mean, step=step, curve=curve, args=given)
+            record(step, losses)
+            save_parser(args.out, mean, step=step, curve=curve, args=str(vars(args)))
+
+
+def draw_rows(generator, pool, count):
+    """`count` random rows of a pool, with replacement -> a batch of each of their tensors."""
+    rows = torch.randint(len(pool), (count,), generator=generator)
+    return [*map(torch.stack, zip(*(pool[i] for i in rows)))]
 
 
 @torch.no_grad()
@@ -761,136 +845,80 @@ def parser_loss(model, generator, sticks, buttons):
     in a tenth to a half of the frames and only shows buttons that the skin has, so a head of all zeros can't
     win."""
     panels, values, clicks = sticks
-    panels, grid = turn_and_mask(generator, panels, labels(values))
-    log_p, click = model.sticks(panels)
-    loss = {"grid": -(grid * log_p).sum((1, 2)).mean()}
+    log_p, click = model.sticks(masked(generator, turned(panels, (2, 3))))
+    grid = turned(labels(values), (1, 2))
     seen = ~clicks.isnan()
-    if seen.any():
-        loss["click"] = F.binary_cross_entropy_with_logits(click[seen], clicks[seen])
-    panels, _ = turn_and_mask(generator, buttons[0])
-    loss["button"] = F.binary_cross_entropy_with_logits(model.buttons(panels), buttons[1])
-    return loss
+    logits = model.buttons(masked(generator, turned(buttons[0], (2, 3))))
+    return {"grid": -(grid * log_p).sum((1, 2)).mean(),
+            "click": F.binary_cross_entropy_with_logits(click[seen], clicks[seen]).nan_to_num(),   # of none
+            "button": F.binary_cross_entropy_with_logits(logits, buttons[1])}
+
+
+def labels(values):
+    """Stick values (B, 2) -> the grid's label (B, 11, 11): a normal bump around the true place, summing to
+    1."""
+    return bump(values, torch.linspace(-1, 1, GRID), LABEL_WIDTH)
+
+
+def bump(places, cells, width):
+    """Places (..., 2), x and y -> grids (..., cells, cells) of a normal bump, summing to 1; cells (c,): where
+    their middles are."""
+    away = (cells - places[..., None]) / width
+    x, y = torch.exp(-0.5 * away ** 2).unbind(-2)                              # (..., c) each
+    grid = y[..., :, None] * x[..., None, :]
+    return grid / grid.sum((-1, -2), keepdim=True).clamp(min=1e-6)
+
+
+def turned(x, axes):
+    """A batch, each eighth of it turned and mirrored its own way."""
+    eighths = [torch.rot90(part, i, axes) for i, part in enumerate(x.chunk(8))]
+    mirrored = [part.flip(axes[1]) for part in eighths[4:]]
+    return torch.cat(eighths[:4] + mirrored)
+
+
+def masked(generator, panels):
+    """Panels (B, 4, S, S, 3), their colours sometimes inverted; now and then no previous frame, no pad at
+    rest."""
+    known = panels.flatten(2).any(2)
+    known[:, ::2] &= torch.rand(len(panels), 2, generator=generator) > 0.12
+    inverted = torch.rand(len(panels), 1, 1, 1, 1, generator=generator) < 0.15
+    return torch.where(inverted, 255 - panels, panels) * known[:, :, None, None, None]
 
 
 def locator_loss(model, generator, batch):
     """Cross-entropy of each place's heat map, in which "not here" is one more cell, and the log error of the
     sizes at the true place."""
-    seed = torch.randint(1 << 31, (), generator=generator)
-    rng = np.random.default_rng(seed.item())
-    pictures, truths = (part.numpy() for part in batch)
-    pairs = (a_window(rng, *pair) for pair in zip(pictures, truths))
-    windows, places = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))           # (B, 20, 4)
+    windows, places = batch                                                    # (B, 20, 4)
     log_p, sizes = model(windows)
     here = ~places[..., 0].isnan()
     cells = (torch.arange(extract.WINDOW // extract.CELL) + 0.5) * extract.CELL
-    away = (cells - torch.nan_to_num(places[..., :2, None])) / (0.6 * extract.CELL)
-    bumps = torch.exp(-0.5 * away ** 2)                                        # (B, 20, xy, 48)
-    grid = bumps[:, :, 1, :, None] * bumps[:, :, 0, None, :]
-    grid = grid / grid.sum((2, 3), keepdim=True).clamp(min=1e-6)
+    grid = bump(places[..., :2].nan_to_num(), cells, 0.6 * extract.CELL)
     grid = grid * here[..., None, None]
-    elsewhere = (~here).float()[..., None]
-    label = torch.cat([grid.flatten(2), elsewhere], 2)
+    label = torch.cat([grid.flatten(2), ~here[..., None]], 2)
     got = (sizes * grid[:, :, None]).sum((3, 4))
     true = places[..., 2:].clamp(min=1).log().nan_to_num()
     wrong = (got - true).abs().mean(2) * here
-    count = here.sum(0).clamp(min=1)                                           # (20,)
+    wrong = wrong.sum(0) / here.sum(0).clamp(min=1)                            # (20,), the pad itself last
     return {"heat": -(label * log_p).sum(2).mean(),
-            "size": wrong.sum() / count.sum(),
-            "pad": wrong[:, -1].sum() / count[-1]}                             # once more: the overlay's box
-
-
-def a_window(rng, picture, places):
-    """One square out of a scene of the locator's, its colours sometimes inverted or exchanged -> uint8 (192,
-    192, 5), places (20, 4) in it. In most cases the whole pad is in it."""
-    whole, pad = len(picture), places[-1]
-    first, last, smallest = np.zeros(2), np.full(2, whole), 130
-    if not np.isnan(pad[0]) and rng.random() < 0.85:
-        first = pad[:2] + pad[2:] / 2                                          # the window ends after it
-        last = pad[:2] - pad[2:] / 2                                           # and begins before it
-        smallest = min(max(1.05 * pad[2:].max(), smallest), whole - 2)
-    side = rng.uniform(smallest, whole)
-    first = np.clip(first - side, 0, whole - side)
-    last = np.clip(last, 0, whole - side)
-    corner = first + rng.random(2) * (last - first)
-    cut = extract.window(picture, *corner, side)
-    if rng.random() < 0.15:
-        cut[..., :3] = 255 - cut[..., :3]
-    if rng.random() < 0.3:
-        cut[..., :3] = cut[..., rng.permutation(3)]
-    if rng.random() < 0.1:
-        cut[..., 3:] = 0                                                       # as if the game stood still
-    k = extract.WINDOW / side
-    places = k * np.hstack([places[:, :2] - corner, places[:, 2:]])
-    return cut, only_inside(places, extract.WINDOW)
-
-
-def only_inside(places, side):
-    """The places (20, 4), nan where their middle is outside a square picture."""
-    x, y = places[:, :2].T
-    inside = (0 <= x) & (x < side) & (0 <= y) & (y < side)
-    return np.where(inside[:, None], places, np.nan).astype(np.float32)
-
-
-def turn_and_mask(generator, panels, grid=None):
-    """Each eighth of the batch turned and mirrored its own way, colours sometimes inverted; now and then no
-    previous frame, no pad at rest -> panels, grid."""
-    known = panels.flatten(2).any(2)
-    known[:, ::2] &= torch.rand(len(panels), 2, generator=generator) > 0.12
-    def turned(part, i, axes):
-        part = torch.rot90(part, i % 4, axes)
-        return part.flip(axes[1]) if i >= 4 else part
-    for i, rows in enumerate(torch.arange(len(panels)).chunk(8)):
-        panels[rows] = turned(panels[rows], i, (2, 3))
-        if grid is not None:
-            grid[rows] = turned(grid[rows], i, (1, 2))
-        if torch.rand((), generator=generator) < 0.15:
-            panels[rows] = 255 - panels[rows]
-    return panels * known[:, :, None, None, None], grid
-
-
-class Pool:
-    """The last `size` close-ups of one kind with their truth, drawn from at random: each slow rendering
-    serves often."""
-
-    def __init__(self, size):
-        self.size = size
-        self.n = 0
-        self.at = 0
-        self.data = None
-
-    def add(self, *tensors):
-        """Store these rows over the oldest."""
-        if self.data is None:
-            empty = lambda t: torch.empty((self.size, *t.shape[1:]), dtype=t.dtype)
-            self.data = [*map(empty, tensors)]
-        rows = (self.at + torch.arange(len(tensors[0]))) % self.size
-        for store, t in zip(self.data, tensors):
-            store[rows] = t
-        self.at = (self.at + len(rows)) % self.size
-        self.n = min(self.n + len(rows), self.size)
-
-    def draw(self, generator, count):
-        """`count` rows of each tensor, with replacement."""
-        rows = torch.randint(self.n, (count,), generator=generator)
-        return [store[rows] for store in self.data]
+            "size": wrong.mean(),
+            "pad": wrong[-1]}
 
 
 # ------------------------------------------------------------------------------------------------ the teacher
 # A scene = one skin over one moving background, some frames of play, through one video codec: what a clip
 # folder would hold, with the truth. What differs between channels is drawn per scene: skin, size, opacity ...
 FRAMES, RESTS = 8, 5                       # frames of a scene; pictures that its pad at rest is the median of
-SCENE, SAMPLED = 288, 10                   # pixels a side of the locator's scenes, and their frames
+SAMPLED = 10                               # frames of a scene of the locator's
 
 
+@dataclass(eq=False)
 class Teacher(torch.utils.data.IterableDataset):
     """Endless scenes as tensors, each of a skin drawn anew or of one of `skins`; a share `fresh` of new ones
     prevents forgetting."""
-
-    def __init__(self, seed, skins, scene, fresh=0.35):
-        self.seed = seed
-        self.skins = skins
-        self.scene = scene
-        self.fresh = fresh
+    seed: int
+    skins: list
+    scene: object
+    fresh: float = 0.35
 
     def __iter__(self):
         cv2.setNumThreads(1)
@@ -899,12 +927,9 @@ class Teacher(torch.utils.data.IterableDataset):
         while True:
             if rng.random() < 0.25:
                 backdrops[rng.integers(24)] = extract.backdrop(rng, 400, 600)
-            if not self.skins or rng.random() < self.fresh:
-                skin = extract.random_skin(rng)
-            else:
-                skin = self.skins[rng.integers(len(self.skins))]
-            if rng.random() < 0.6:
-                skin = restyle(rng, skin)
+            drawn = not self.skins or rng.random() < self.fresh
+            skin = extract.random_skin(rng) if drawn else self.skins[rng.integers(len(self.skins))]
+            skin = restyle(rng, skin) if rng.random() < 0.6 else skin
             yield [[torch.from_numpy(a) for a in part] for part in self.scene(rng, skin, backdrops)]
 
 
@@ -913,37 +938,27 @@ def scene(rng, skin, backdrops):
     not shown on this pad)), (buttons uint8 (8 m, 4, 33, 33, 3), pressed (8 m,)). The panels are previous,
     current, rest, pressed: in half of the scenes the reader knows the very skin, so how it looks pressed, and
     its geometry is right; in the others it has a foreign one or the locator's."""
-    overlay = Overlay(rng, skin)
-    actions = random_play(rng, FRAMES)
-    film = Film(rng, backdrops, overlay.w, overlay.h)
+    overlay = Overlay(rng, skin, 96, 380)
+    film = Film(rng, backdrops, overlay.size)
     known = rng.random() < 0.5
-    much = rng.choice([0, 0.15]) if known else rng.choice([0.1, 0.5, 1, 1])
-    geometry = misplaced(rng, skin, much)
+    geometry = misplaced(rng, skin, rng.choice([0, 0.15] if known else [0.1, 0.5, 1, 1]))
     closeups = Closeups(geometry, overlay.pad)
-    sprites = [overlay.sprite(extract.draw(skin, a)) for a in actions]
+    actions = random_play(rng, FRAMES)
     views = [film.step() for _ in actions]
-    frames = [*map(overlay.over, sprites, views)]
-    now = closeups.all(overlay.crops(frames))
-    # the pad at rest: a median over frames that mostly are at rest, over the same background or over others
-    asleep = overlay.sprite(extract.draw(skin))
-    idle = rng.choice([0.3, 0.75, 0.95, 1, 1])
-    same = rng.random() < 0.4
-    rests = []
-    for _ in range(RESTS):
-        if not same:
-            film.cut()
-        sprite = asleep if rng.random() < idle else sprites[rng.integers(FRAMES)]
-        rests.append(overlay.over(sprite, views[rng.integers(FRAMES)] if same else film.window()))
-    ground = np.median(views if same else [film.window()], 0)
-    down = overlay.over(overlay.sprite(extract.draw_pressed(skin)), ground)
-    overlay.passes = overlay.passes * (rng.random() < 0.3)     # a median over a video hardly shows its codec
-    rest = [np.sort(cuts, 0)[RESTS // 2] for cuts in closeups.all(overlay.crops(rests))]    # a fast np.median
-    [down] = overlay.crops([down])
-    gain = rng.uniform(0.85, 1.1)                              # drawn, not seen: its light is a little off
-    lift = rng.uniform(-12, 12)
-    down = cv2.convertScaleAbs(down, alpha=gain, beta=lift)
-    down = closeups(down) if known else np.uint8([0, 0])
+    now = closeups.all(overlay.crops([*map(overlay.over, views, actions)]))
     before = [np.concatenate([cuts[:1], cuts[:-1]]) for cuts in now]
+    overlay.passes *= rng.random() < 0.3                       # a median over a video hardly shows its codec
+    # the pad at rest: a median over frames that mostly are at rest, over the same background or over others
+    if rng.random() < 0.6:
+        views = [film.cut() for _ in actions]
+    asleep = rng.random(FRAMES) < rng.choice([0.3, 0.75, 0.95, 1, 1])
+    rests = np.where(asleep[:, None], 0, actions)[:RESTS]
+    rests = closeups.all(overlay.crops([*map(overlay.over, views, rests)]))
+    rest = [*map(extract.median_image, rests)]
+    down = np.uint8([0, 0])
+    if known:
+        [crop] = overlay.crops([overlay.over(extract.median_image(views), None)])
+        down = closeups(cv2.convertScaleAbs(crop, None, *light(rng)))          # drawn, not seen: a little off
     sticks, buttons = map(montages, before, now, rest, down)
     values = np.zeros((FRAMES, len(closeups.sticks), 2), np.float32)
     clicks = np.full((FRAMES, len(closeups.sticks)), np.nan, np.float32)
@@ -951,119 +966,74 @@ def scene(rng, skin, backdrops):
     for i, side in enumerate(closeups.sticks):
         true = np.divide(skin.sticks[side]["travel"], geometry["sticks"][side]["travel"])
         values[:, i] = np.clip(actions[:, STICKS[side]] * true, -1, 1)
-        thumb = THUMB[side]
-        if thumb in skin.buttons and on_stick(skin.buttons[thumb], skin.sticks[side]):
-            clicks[:, i] = actions[:, BUTTON[thumb]]
+    for i, j in closeups.clicks.items():
+        clicks[:, i] = pressed[:, j]
     return (sticks, values.reshape(-1, 2), clicks.ravel()), (buttons, pressed.ravel())
 
 
 def located_scene(rng, skin, backdrops):
-    """One scene for the locator -> ((picture uint8 (1, 288, 288, 5), places float32 (1, 20, 4)),): what
+    """One window for the locator -> ((picture uint8 (1, 192, 192, 5), places float32 (1, 20, 4)),): what
     extract.motion_picture() makes of ten frames; each place's x, y and two sizes, nan where it isn't seen."""
-    film = Film(rng, backdrops, SCENE, SCENE)
-    views = [film.step() for _ in range(SAMPLED)]
-    if rng.random() < 0.4:                                     # sampled so far apart that nothing stays
-        views = [film.cut() or film.window() for _ in range(SAMPLED)]
-    frames = [view.copy() for view in views]
-    places = np.full((len(extract.PLACES), 4), np.nan, np.float32)
-    if rng.random() < 0.5:
-        for _ in range(rng.integers(1, 6)):
-            distract(rng, frames, views)
-    if rng.random() < 0.86:
-        place_pad(rng, skin, frames, places)
+    film = Film(rng, backdrops, (extract.WINDOW, extract.WINDOW))
+    move = film.cut if rng.random() < 0.4 else film.step       # sampled so far apart that nothing stays
+    frames = [move() for _ in range(SAMPLED)]
+    places = np.full((1, len(extract.PLACES), 4), np.nan, np.float32)
+    for _ in range(rng.choice([0, 0, 0, 1, 2, 4])):
+        distract(rng, frames, film.cut())
+    overlay = Overlay(rng, skin, 50, 180)
+    if rng.random() < 0.8:
+        spare = np.multiply(overlay.size, rng.choice([0, 0, 0, 0.1, 0.3]))     # so much of it may be cut off
+        room = np.maximum(np.subtract(extract.WINDOW, overlay.size), 1)
+        corner = rng.uniform(-spare, room + spare)
+        lazy = rng.choice([1, 3, 12])                          # frames between two samples
+        actions = random_play(rng, SAMPLED * lazy)[::lazy]
+        actions *= rng.random(extract.A) < rng.uniform(0.2, 1.5)               # some are never used
+        shown = rng.choice([1, 1, 1, 0.8, 0.6])                # in the others the overlay is not there yet
+        frames = [overlay.over(frame, action, corner) if rng.random() < shown else frame
+                  for frame, action in zip(frames, actions)]
+        places[0] = places_of(skin, np.divide(overlay.size, skin.size), corner)
     if rng.random() < 0.3:
-        distract(rng, frames, views)
-    if rng.random() < 0.6:
-        quality = rng.integers(40, 92)
-        frames = [jpeg(frame, quality) for frame in frames]
-    if rng.random() < 0.3:
-        gain = rng.uniform(0.7, 1.1)
-        lift = rng.uniform(-10, 20)
-        frames = [cv2.convertScaleAbs(frame, alpha=gain, beta=lift) for frame in frames]
-    return (extract.motion_picture(np.stack(frames))[None], places[None]),
+        distract(rng, frames, film.cut())
+    return (extract.motion_picture(np.stack(overlay.seen(frames)))[None], places),
 
 
-def place_pad(rng, skin, frames, places):
-    """Draw a skin into the frames, in place, at one place and size in some states, and fill in its places."""
-    bounds = np.reshape(extract.visible_box(skin), (2, 2))
-    w, h = bounds[1] - bounds[0]
-    wide = np.exp(rng.uniform(*np.log([60, 230])))
-    scale = wide / max(w, 0.8 * h)
-    size = np.multiply(skin.size, (scale, scale * rng.uniform(0.85, 1.18)))
-    size = np.maximum(size, 20).astype(int)
-    k = size / skin.size                                       # template -> scene pixels
-    room = np.maximum(SCENE - (w, h) * k, 1)
-    spare = 0.1 * k * (w, h)                                   # so much of it may be cut off
-    corner = rng.uniform(-spare, room + spare) - bounds[0] * k
-    opacity = 1.0 if rng.random() < 0.3 else rng.uniform(0.45, 1)
-    lazy = rng.choice([1, 3, 12])                              # frames between two samples
-    actions = random_play(rng, len(frames) * lazy)[::lazy]
-    actions[:, 21:] *= rng.choice([1, 1, 1, 0.3, 0])
-    actions[:, :21] *= rng.random(21) < rng.uniform(0.2, 1.5)  # some are never pressed
-    shown = rng.choice([1, 1, 1, 0.8, 0.6])
-    blur = rng.uniform(0.3, 0.8) if rng.random() < 0.3 else 0
-    for frame, action in zip(frames, actions):
-        if rng.random() > shown:                               # the overlay is not there yet
-            continue
-        sprite = extract.premultiply(extract.draw(skin, action))
-        sprite = cv2.resize(sprite, size.tolist(), interpolation=cv2.INTER_AREA)
-        sprite = cv2.GaussianBlur(sprite, (0, 0), blur) if blur else sprite
-        sprite = cv2.warpAffine(sprite, np.c_[np.eye(2), corner], (SCENE, SCENE))
-        rgb, alpha = np.split(sprite * np.float32(opacity), [3], 2)
-        frame[:] = np.rint(rgb + frame * (1 - alpha / 255))
-    boxes = {name: np.reshape(box, (2, 2)) for name, box in skin.buttons.items()}
-    boxes["pad"] = bounds
-    for i, name in enumerate(extract.PLACES):
+def places_of(skin, scale, corner):
+    """Where a skin drawn at this scale and corner has extract.PLACES in a window, float32 (20, 4): x, y and
+    two sizes; nan where it does not show them."""
+    boxes = {**skin.buttons, "pad": extract.visible_box(skin)}
+    places = np.full((len(extract.PLACES), 4), np.nan)
+    for place, name in zip(places, extract.PLACES):
         if name in boxes:
-            low, high = boxes[name]
-            places[i, :2] = (low + high) / 2 * k + corner
-            places[i, 2:] = (high - low) * k
+            low, high = np.reshape(boxes[name], (2, 2))
+            place[:] = [*((low + high) / 2), *(high - low)]
         elif name in skin.sticks:
             stick = skin.sticks[name]
             travel = max(np.mean(stick["travel"]), 0.25 * stick["radius"])
-            places[i, :2] = stick["center"] * k + corner
-            places[i, 2:] = travel * k.mean(), stick["radius"] * k.mean()
-    places[:] = only_inside(places, SCENE)
+            place[:] = [*stick["center"], travel, stick["radius"]]
+    places = places * np.tile(scale, 2) + [*corner, 0, 0]
+    xy = places[:, :2]
+    outside = (xy < 0) | (xy >= extract.WINDOW)
+    places[outside.any(1)] = np.nan
+    return places
 
 
-def distract(rng, frames, views):
+def distract(rng, frames, piece):
     """Draw something into the frames, in place, that stands still as an overlay does: a piece of another
-    scene, a panel, a word, keys that light up, a disc."""
-    x, y = rng.integers(-20, SCENE, 2).tolist()
-    w, h = rng.integers(8, 120), rng.integers(6, 70)
-    kind = rng.choice(["piece", "panel", "word", "keys", "disc"])
-    inks = rng.integers(0, 256, (2, 3)).tolist()
-    opacity = rng.uniform(0.3, 1)
-    piece = views[rng.integers(len(views))][:h, :w]
-    letters = "".join(rng.choice([*"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"], rng.integers(1, 18)))
-    columns, step = rng.integers(1, 6), int(rng.integers(10, 34))
-    size = rng.uniform(0.25, 1.2)
-    often = rng.uniform(0, 0.4)
-    write = lambda where, text, at, ink, size: cv2.putText(
-        where, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, ink, max(1, int(size * 2)), cv2.LINE_AA)
+    picture or none, and marks over it, which now and then are others, as keys light up."""
+    x, y = rng.integers(0, extract.WINDOW - 8, 2)
+    w, h = rng.integers((8, 6), (120, 70))
+    inks = rng.integers(0, 256, (6, 3))
+    seeds = rng.integers(1 << 32, size=2)
+    often = rng.choice([0, 0.1, 0.4])
+    opacity = rng.choice([0.5, 0.8, 1])
+    solid = rng.random() < 0.4
     for frame in frames:
-        layer = frame.copy()
-        ink, other = inks if rng.random() < often else inks[::-1]
-        if kind == "piece":
-            hidden = layer[max(y, 0):, max(x, 0):][:h, :w]
-            hidden[:] = piece[:len(hidden), :hidden.shape[1]]
-        elif kind == "panel":
-            corners = (x, y), (x + w, y + h)
-            cv2.rectangle(layer, *corners, inks[0], -1)
-            cv2.rectangle(layer, *corners, inks[1], 2)
-        elif kind == "word":
-            write(layer, letters[:8], (x, y + 10), ink, size)
-        elif kind == "keys":
-            for i, letter in enumerate(letters):
-                left, top = x + i % columns * step, y + i // columns * step
-                key, label = inks if rng.random() < often else inks[::-1]
-                right, bottom = left + step - 3, top + step - 3
-                cv2.rectangle(layer, (left, top), (right, bottom), key, -1)
-                write(layer, letter, (left + 2, top + step - 6), label, step / 40)
-        else:
-            filled = -1 if opacity > 0.6 else 2
-            cv2.circle(layer, (x, y), int(h) // 2, ink, filled, cv2.LINE_AA)
-        frame[:] = cv2.addWeighted(layer, opacity, frame, 1 - opacity, 0)
+        hidden = frame[y:y + h, x:x + w]
+        layer = piece[:h, :w][:len(hidden), :hidden.shape[1]] if solid else hidden
+        layer = layer.copy()
+        seed = seeds[int(rng.random() < often)]
+        extract.marks(np.random.default_rng(seed), layer, inks)
+        hidden[:] = cv2.addWeighted(layer, opacity, hidden, 1 - opacity, 0)
 
 
 def random_play(rng, n):
@@ -1079,249 +1049,209 @@ def random_play(rng, n):
     actions[:, [BUTTON[b] for b in LEGACY]] = 0
     for s in STICKS.values():
         idle = rng.choice([0.1, 0.35, 0.8])
-        square = rng.random() < 0.3
+        speed = rng.choice([0.3, 0.6, 1])
         noise = rng.choice([0, 0, 0.03])
-        at = np.zeros(2)
-        goal = np.zeros(2)
-        speed = 1.0
-        if rng.random() > idle:
-            at = goal = tilt(rng, square)
+        at = goal = tilt(rng, idle)
         for t in range(n):
-            if rng.random() < 0.2:
-                goal = np.zeros(2) if rng.random() < idle else tilt(rng, square)
-                speed = rng.choice([0.3, 0.7, 3])
-            step = goal - at
-            at = at + step * min(1, speed / (np.hypot(*step) + 1e-6))
+            goal = tilt(rng, idle) if rng.random() < 0.2 else goal
+            at = at + (goal - at) * speed
             actions[t, s] = np.clip(at + rng.normal(0, 1, 2) * noise, -1, 1)
     return actions
 
 
-def tilt(rng, square):
-    """Where a stick is pushed to: often full tilt, often along an axis."""
-    along = rng.random() < 0.4
-    angle = rng.uniform(0, 2 * np.pi)
-    if along:
-        angle = rng.integers(8) * np.pi / 4 + rng.normal(0, 0.08)
+def tilt(rng, idle):
+    """Where a stick is pushed to: home, or often to full tilt, often along an axis, in a round or a square
+    gate."""
+    along = rng.integers(8) * np.pi / 4 + rng.normal(0, 0.08)
+    angle = along if rng.random() < 0.4 else rng.uniform(0, 2 * np.pi)
     v = np.array([np.cos(angle), np.sin(angle)])
-    v = v / np.abs(v).max() if square else v
-    return v * (1 if rng.random() < 0.5 else rng.uniform(0.1, 1))
+    v /= rng.choice([1, 1, np.abs(v).max()])
+    v *= rng.choice([1, rng.uniform(0.1, 1)])
+    return v * (rng.random() >= idle)
 
 
 # -------------------------------------------------------------------------------------------------- machinery
+
+
 # ------------------------------------------------------------------------------ what a drawn video is made of
 def restyle(rng, skin):
     """A skin as another author might have made it: other colours, a thinner body, other pressed looks, darker
     caps that go further or tilt."""
-    order, gain = np.arange(3), np.full(3, rng.uniform(0.6, 1.1))
+    order, gain = range(3), rng.uniform(0.6, 1.1)
     if rng.random() < 0.5:
         order, gain = rng.permutation(3), rng.uniform(0.5, 1.2, 3)
     recoloured, inverted = rng.random(2) < (0.7, 0.15)
-    thin = rng.uniform(0.15, 0.8) if rng.random() < 0.3 else 1
-    dark = rng.uniform(0.2, 0.6) if rng.random() < 0.15 else 1
+    relit = rng.choice([0, 0, 0.3, 1])                         # the share of its controls
+    body = rng.uniform(0.15, 0.8) if rng.random() < 0.3 else 1
+    cap = rng.uniform(0.2, 0.6) if rng.random() < 0.15 else 1
     longer = rng.uniform(0.6, 1.4) if rng.random() < 0.5 else 1
-    relit, moved = rng.random(2) < (0.35, 0.2)
     tilt = rng.uniform(0.15, 0.5) if rng.random() < 0.3 else 0
 
-    def paint(sprite, share=1.0):
+    def paint(sprite, share, opacity):
         rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)
         if recoloured:
             rgb = (alpha - rgb if inverted else rgb)[..., order] * gain
-        return np.dstack([np.minimum(rgb * share, alpha), alpha]).astype(np.uint8)
+        return np.uint8(np.dstack([np.minimum(rgb * share, alpha), alpha]) * opacity)
 
-    parts, sticks = [], dict(skin.sticks)
+    parts = []
     for p in skin.parts:
-        on_cap = p.control in STICKS
-        sprites = [s if s is None else paint(s, dark if on_cap else 1) for s in p.sprites]
-        travel = np.multiply(p.travel, longer)
-        if not p.control and thin < 1:
-            sprites = [s if s is None else np.uint8(s * thin) for s in sprites]
-        elif on_cap and sprites[0] is not None:
-            if rng.random() < 0.3 and THUMB[p.control] in skin.buttons:
-                sprites[1] = relight(rng, sprites[0])
-            if moved:
-                sprites[2:] = [relight(rng, sprites[0])]
-            if p.control in sticks:
-                sticks[p.control] = {**sticks[p.control], "travel": travel.tolist()}
-        elif relit and len(sprites) == 2 and sprites[0] is not None:
-            sprites[1] = relight(rng, sprites[0])
-        parts.append(replace(p, sprites=sprites, travel=travel, tilt=tilt))
+        look = cap if p.control in STICKS else 1, 1 if p.control else body
+        sprites = [s if s is None else paint(s, *look) for s in p.sprites]
+        if len(sprites) in (2, 3) and sprites[0] is not None and rng.random() < relit:
+            sprites[-1] = relight(rng, sprites[0])             # pressed, or of a stick: moved
+        parts.append(replace(p, sprites=sprites, travel=np.multiply(p.travel, longer), tilt=tilt))
+    sticks = {side: {**stick, "travel": [*np.multiply(stick["travel"], longer)]}
+              for side, stick in skin.sticks.items()}
     return replace(skin, parts=parts, sticks=sticks)
 
 
 def relight(rng, sprite):
-    """A sprite, premultiplied, as another skin would show it pressed: turned to its opposite colours, smaller
-    or larger, with a ring, a spot or a see-through disc on it, or tinted."""
+    """A sprite, premultiplied, as another skin would show it pressed: smaller or larger, with a ring or a
+    spot on it, or tinted."""
     h, w = sprite.shape[:2]
     rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)
-    ink = rng.choice([0, 255]) * np.ones(3)
-    if rng.random() < 0.6:
-        ink = rng.uniform(0, 255, 3)
-    share = rng.uniform(0.35, 1)
-    how = rng.integers(5)
-    if how == 0:
-        rgb = alpha - rgb
-    elif how == 1:
+    how = rng.choice(["size", "spot", "spot", "tint", "tint"])
+    if how == "size":
         middle = (w - 1) / 2, (h - 1) / 2
         larger = cv2.getRotationMatrix2D(middle, 0, rng.choice([0.8, 0.88, 1.12]))
-        return cv2.warpAffine(sprite, larger, (w, h), flags=cv2.INTER_LINEAR)
-    elif how < 4:
-        inked = cv2.boundingRect(np.uint8(sprite[..., 3] > 24))
-        size = rng.uniform(0.3, 0.9) if how == 2 else rng.uniform(0.8, 1)
-        rx, ry = (max(int(side / 2 * size), 1) for side in inked[2:])
-        stroke = -1
-        if how == 2 and rng.random() < 0.6:
-            stroke = max(int(min(rx, ry) * rng.uniform(0.15, 0.5)), 1)
-        spot = np.zeros((h, w), np.uint8)
-        middle = inked[0] + inked[2] // 2, inked[1] + inked[3] // 2
-        cv2.ellipse(spot, middle, (rx, ry), 0, 0, 360, 255, stroke, cv2.LINE_AA)
-        cover = spot[..., None] / 255 * (share if how == 2 else rng.uniform(0.25, 0.7))
-        rgb = rgb * (1 - cover) + ink * cover
-        alpha = alpha * (1 - cover) + 255 * cover
-    else:
-        rgb = rgb * (1 - share) + ink * alpha / 255 * share
-    painted = np.dstack([np.minimum(rgb, alpha), alpha])
-    return painted.clip(0, 255).astype(np.uint8)
+        return cv2.warpAffine(sprite, larger, (w, h))
+    cover = alpha / 255
+    if how == "spot":
+        x, y, *size = cv2.boundingRect(np.uint8(sprite[..., 3] > 24))
+        share = rng.uniform(0.15, 0.5)
+        rx, ry = (int(side * share) + 1 for side in size)
+        middle = x + size[0] // 2, y + size[1] // 2
+        stroke = rng.choice([-1, -1, min(rx, ry) // 3 + 1])
+        spot = np.zeros((h, w, 1))
+        cover = cv2.ellipse(spot, middle, (rx, ry), 0, 0, 360, 1, int(stroke))
+    cover = cover * rng.uniform(0.25, 1)
+    inks = rng.uniform(0, 255, 3), rng.choice([0, 255]), 255 - rgb             # the last is the opposite
+    rgb = rgb * (1 - cover) + inks[rng.integers(3)] * cover
+    return np.uint8(np.dstack([rgb, alpha * (1 - cover) + 255 * cover]))
 
 
 def misplaced(rng, skin, much):
     """The skin's geometry as a foreign template or the locator would tell it: boxes, centres and travels a
     little (much = 0.1) or far (1) off."""
     geometry = {"size": skin.size, "buttons": {}, "sticks": {}}
+    off = lambda most: rng.uniform(-most, most, 2) * much
     for name, box in skin.buttons.items():
-        corners = np.reshape(box, (2, 2))
-        side = corners[1] - corners[0]
-        middle = corners.mean(0) + rng.uniform(-0.15, 0.15, 2) * much * side
-        half = side / 2 * np.exp(rng.uniform(-0.2, 0.2, 2) * much)
+        low, high = np.reshape(box, (2, 2))
+        middle = (low + high) / 2 + off(0.15) * (high - low)
+        half = (high - low) / 2 * np.exp(off(0.2))
         geometry["buttons"][name] = [*(middle - half), *(middle + half)]
     for side, stick in skin.sticks.items():
         travel = np.maximum(stick["travel"], 1)
-        center = stick["center"] + rng.uniform(-0.5, 0.5, 2) * much * travel
-        longer = math.exp(rng.uniform(math.log(0.85), math.log(1.4)) * much)
-        geometry["sticks"][side] = {**stick, "center": center, "travel": [*(travel * longer)]}
+        longer = np.exp(rng.uniform(-0.16, 0.34) * much)
+        geometry["sticks"][side] = {**stick, "center": stick["center"] + off(0.5) * travel,
+                                    "travel": travel * longer}
     return geometry
 
 
 class Film:
     """A moving picture behind the overlay: windows into backdrops that stand still, scroll, shake, zoom or
-    cut."""
+    cut, and pieces of other backdrops that move over it."""
 
-    def __init__(self, rng, backdrops, w, h):
+    def __init__(self, rng, backdrops, size):
         self.rng = rng
         self.backdrops = backdrops
-        self.size = (w, h)
-        self.mode = rng.choice(["still", "still", "scroll", "shake", "zoom", "cut"])
+        self.size = size                                       # (w, h)
+        self.velocity = rng.normal(0, rng.choice([0, 0, 0, 1, 4, 12]), 2)
+        self.shake = rng.choice([0, 0, 0, 6])
+        self.growth = rng.normal(1, rng.choice([0, 0, 0, 0.03]))
+        self.cuts = rng.choice([0, 0, 0, 0.3])
+        self.pieces = []
+        for i in rng.integers(len(backdrops), size=rng.integers(0, 4)):
+            side = rng.integers(6, 40)
+            self.pieces.append((backdrops[i][:side, :side], rng.random(2) * size, rng.normal(0, 6, 2)))
         self.cut()
-        self.velocity = rng.normal(0, 1, 2) * rng.choice([1, 4, 12])
-        self.growth = rng.normal(0, 0.03)
-        self.sprites = []                                      # pieces of other backdrops that move over it
-        for _ in range(rng.integers(0, 4)):
-            source = rng.integers(len(backdrops))
-            at = rng.uniform(0, 1, 2) * (w, h)
-            velocity = rng.normal(0, 6, 2)
-            side = rng.integers(6, max(7, h // 3))
-            self.sprites.append([source, at, velocity, side])
 
     def cut(self):
-        """Another backdrop, or another place in it."""
+        """Another backdrop, or another place in it -> its window."""
         self.image = self.backdrops[self.rng.integers(len(self.backdrops))]
         self.zoom = self.rng.choice([0.6, 1, 1, 2, 3])
-        H, W = self.image.shape[:2]
-        room = (W, H) - np.array(self.size) / self.zoom
-        self.at = self.rng.uniform(0, 1, 2) * np.maximum(room, 1)
+        room = self.image.shape[1::-1] - np.array(self.size) / self.zoom
+        self.at = self.rng.random(2) * np.maximum(room, 1)
+        return self.window()
 
     def window(self):
         """uint8 (h, w, 3): what is behind the overlay now."""
         m = np.c_[np.eye(2) / self.zoom, self.at]
-        flags = cv2.INTER_LINEAR if self.zoom == 1 or self.rng.random() < 0.5 else cv2.INTER_NEAREST
-        return cv2.warpAffine(self.image, m, self.size, flags=flags | cv2.WARP_INVERSE_MAP,
-                              borderMode=cv2.BORDER_REFLECT)
+        flags = self.rng.choice([cv2.INTER_LINEAR, cv2.INTER_NEAREST]) | cv2.WARP_INVERSE_MAP
+        return cv2.warpAffine(self.image, m, self.size, flags=int(flags), borderMode=cv2.BORDER_REFLECT)
 
     def step(self):
         """The next frame's background."""
-        if self.mode == "cut" and self.rng.random() < 0.3:
+        if self.rng.random() < self.cuts:
             self.cut()
-        shake = self.rng.normal(0, 1, 2) * np.abs(self.velocity)
-        self.at = self.at + {"scroll": self.velocity, "shake": shake}.get(self.mode, 0)
-        self.zoom *= 1 + self.growth if self.mode == "zoom" else 1
+        self.at = self.at + self.velocity + self.rng.normal(0, 1, 2) * self.shake
+        self.zoom = self.zoom * self.growth
         view = self.window()
-        for sprite in self.sprites:
-            source, at, velocity, side = sprite
-            sprite[1] = at = at + velocity
+        for piece, at, velocity in self.pieces:
+            at += velocity
             x, y = at.astype(int) % self.size
-            hidden = view[y:y + side, x:x + side]
-            hidden[:] = self.backdrops[source][:hidden.shape[0], :hidden.shape[1]]
+            hidden = view[y:, x:][:len(piece), :len(piece)]
+            hidden[:] = piece[:len(hidden), :hidden.shape[1]]
         return view
 
 
 class Overlay:
     """How one video shows one skin: size, opacity, quality, and where the crop lies a little wrong."""
 
-    def __init__(self, rng, skin):
+    def __init__(self, rng, skin, *widths):
+        """widths: the least and the largest in the video."""
         self.rng = rng
         self.skin = skin
-        (W, H) = skin.size
-        self.w = int(np.exp(rng.uniform(*np.log([96, 380]))))
-        self.h = max(16, round(self.w * H / W))
+        shape = np.divide(skin.size, skin.size[0])
+        width = np.exp(rng.uniform(*np.log(widths)))
+        sizes = np.maximum([shape * width, shape * 320], 16).astype(int)
+        self.size, self.pad = sizes.tolist()                   # in the video; of the crop
         self.opacity = 1.0 if rng.random() < 0.25 else rng.uniform(0.5, 1)
-        self.pad = (320, max(16, round(320 * H / W)))
-        wrong = rng.choice([0.2, 1])                           # most poses are better than the worst allowed
-        k = 1 + rng.uniform(-0.02, 0.02) * wrong
-        shift = rng.uniform(-1.5, 1.5, 2) * wrong
-        size = np.array([self.w, self.h])
-        pad = np.array(self.pad)
-        s = size / pad * k
-        offset = size / 2 + shift - s * pad / 2 + s / 2 - 0.5
-        self.warp = np.c_[np.diag(s), offset]                  # crop -> video pixels
+        middle = np.divide(self.size, 2) + rng.normal(0, 0.6, 2)               # a pose is a little wrong
+        step = np.divide(self.size, self.pad) * rng.normal(1, 0.008)
+        self.warp = closeup_map(middle, step, np.array(self.pad))              # crop -> video pixels
         self.passes = rng.choice([0, 1, 1, 2])                 # through a codec
-        self.blur = rng.uniform(0.4, 1.2) if rng.random() < 0.2 else 0
-        gamma = np.exp(rng.normal(0, 0.2))
-        gain = rng.uniform(0.75, 1.1)
-        lift = rng.uniform(0, 20)
-        grey = np.arange(256) / 255
-        lut = np.clip(255 * gain * grey ** gamma + lift, 0, 255).astype(np.uint8)
-        self.lut = lut if rng.random() < 0.4 else None
-        self.jpeg = 90 if rng.random() < 0.6 else None
+        self.light = light(rng) if rng.random() < 0.4 else (1, 0)
 
-    def sprite(self, rgba):
-        """A drawn skin at the video's size, premultiplied by its alpha and the opacity: float32 (h, w, 4)."""
-        rgba = cv2.resize(extract.premultiply(rgba), (self.w, self.h), interpolation=cv2.INTER_AREA)
-        return rgba.astype(np.float32) * np.float32(self.opacity)
+    def over(self, view, action, corner=(0, 0)):
+        """The skin in the state of an action (None: with every control pressed) over what is behind it, uint8
+        (h, w, 3)."""
+        rgba = extract.draw_pressed(self.skin) if action is None else extract.draw(self.skin, action)
+        sprite = cv2.resize(extract.premultiply(rgba), self.size, interpolation=cv2.INTER_AREA)
+        sprite = cv2.warpAffine(sprite, np.c_[np.eye(2), corner], view.shape[1::-1])
+        sprite = sprite * np.float32(self.opacity)
+        behind = view * (1 - sprite[..., 3:] / 255)
+        return np.rint(sprite[..., :3] + behind).astype(np.uint8)
 
-    def over(self, sprite, view):
-        """The sprite drawn over what is behind it, uint8 (h, w, 3)."""
-        return np.rint(sprite[..., :3] + view * (1 - sprite[..., 3:] / 255)).astype(np.uint8)
+    def seen(self, frames):
+        """Frames as the video shows them."""
+        for _ in range(self.passes):
+            frames = [*codec(self.rng, frames)]
+        return [cv2.convertScaleAbs(frame, None, *self.light) for frame in frames]
 
     def crops(self, frames):
-        """Frames -> crops as extract.py would cut them, one by one."""
-        for _ in range(self.passes):
-            frames = codec(self.rng, frames)
-        for frame in frames:
-            if self.blur:
-                frame = cv2.GaussianBlur(frame, (0, 0), self.blur)
-            if self.lut is not None:
-                frame = self.lut[frame]
-            crop = cv2.warpAffine(frame, self.warp, self.pad, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                                  borderMode=cv2.BORDER_REPLICATE)
-            yield jpeg(crop, self.jpeg) if self.jpeg else crop
+        """Frames -> crops as extract.py would cut them."""
+        return [jpeg(warped(frame, self.warp, self.pad), extract.QUALITY) for frame in self.seen(frames)]
+
+
+def light(rng):
+    """Gain and lift of a video whose levels are a little off."""
+    return rng.uniform(0.75, 1.1), rng.uniform(-10, 20)
 
 
 def codec(rng, frames):
-    """Frames as a video codec leaves them: a JPEG, then JPEGs of what changed; blocks with little change are
-    kept."""
-    quality = rng.integers(45, 95)
-    inter = rng.integers(30, 92)
+    """Frames as a video codec leaves them, one by one: blocks that change little stay as they were, the
+    others are JPEG's."""
+    quality = rng.integers(35, 95)
     keep = rng.choice([0, 1, 3, 6])
-    out = [jpeg(frames[0], quality)]
-    for frame in frames[1:]:
-        last = out[-1]
-        change = cv2.addWeighted(frame, 0.5, last, -0.5, 128)
-        moved = cv2.absdiff(frame, last)
-        blocks = cv2.resize(moved, None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA)
-        still = (blocks.max(2) < keep).astype(np.uint8)
-        still = cv2.resize(still, frame.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        change[still > 0] = 128
-        out.append(cv2.addWeighted(last, 1, jpeg(change, inter), 2, -256))
-    return out
+    last = jpeg(frames[0], quality)
+    for frame in frames:
+        change = cv2.absdiff(frame, last)
+        blocks = cv2.resize(change, None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA)
+        moved = np.uint8(blocks.max(2) >= keep)
+        moved = cv2.resize(moved, frame.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        last = np.where(moved[..., None], jpeg(frame, quality), last)
+        yield last
 
 
 def jpeg(image, quality):
@@ -1332,55 +1262,50 @@ def jpeg(image, quality):
 
 # ------------------------------------------------------------------------------------ pictures, files, scores
 def as_wide_as(template, width):
-    """The template, uint8 (h, w, 4), no sharper than a video that shows it so many pixels wide."""
+    """The template, uint8 (h, w, 4), no sharper than a video that shows it so many pixels wide, its alpha
+    premultiplied."""
     h, w = template.shape[:2]
-    if width >= w:
-        return template
-    size = max(round(width), 1), max(round(width * h / w), 1)
+    share = min(width / w, 1)
+    size = max(round(w * share), 1), max(round(h * share), 1)
     small = cv2.resize(extract.premultiply(template), size, interpolation=cv2.INTER_AREA)
-    blurred = cv2.resize(small, (w, h), interpolation=cv2.INTER_LINEAR)
-    alpha = np.maximum(blurred[..., 3:], 1)
-    straight = np.minimum(blurred[..., :3] * (255 / alpha), 255)
-    return np.dstack([straight.astype(np.uint8), blurred[..., 3:]])
+    return cv2.resize(small, (w, h), interpolation=cv2.INTER_LINEAR)
 
 
 def in_the_videos_light(templates, picture):
-    """Templates, uint8 (h, w, 4), the first at rest, as they would look in the video whose median picture (h,
-    w, 3) is given: by a line fitted where the first is opaque; where little is, as a share (the overlay's
-    opacity) of it over the mean colour beside it -> list of uint8 (h, w, 3)."""
+    """Templates, uint8 (h, w, 4), premultiplied, the first at rest, as they would look in the video whose
+    median picture (h, w, 3) is given: by a line fitted where the first is opaque; where little is, as a share
+    (the overlay's opacity) of it over the mean colour beside it -> list of uint8 (h, w, 3)."""
     drawn = []
     for template in templates:
-        alpha = template[..., 3:] / 255.0
-        rgb = template[..., :3].astype(float)
+        full, alpha = np.split(template.astype(float), [3], 2)
+        alpha /= 255
         if not drawn:
-            solid = template[..., 3] > 200
-            beside = template[..., 3] < 25
-            ground = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
-            full = alpha * (rgb - ground)
-            share = ((picture - ground) * full).sum() / max((full ** 2).sum(), 1)
-            opacity = np.clip(share, 0.3, 1)
-            fitted = solid.sum() >= 200 and rgb[solid].std() >= 8
-            if fitted:
-                gain, lift = np.polyfit(rgb[solid].ravel(), picture[solid].ravel(), 1)
-                gain = np.clip(gain, 0.3, 1.1)
-        if fitted:
-            lit = np.clip(gain * rgb + lift, 0, 255)
-            seen = alpha * lit + (1 - alpha) * picture
-        else:
-            seen = np.clip(ground + opacity * alpha * (rgb - ground), 0, 255)
-            beside = template[..., 3] < 25
-            seen[beside] = picture[beside]
-        drawn.append(np.rint(seen).astype(np.uint8))
+            solid = alpha[..., 0] > 0.78
+            rgb = full[solid] / alpha[solid]
+            beside = alpha[..., 0] < 0.1
+            behind = picture
+            if len(rgb) >= 200 and rgb.std() >= 8:
+                gain, lift = np.polyfit(rgb.ravel(), picture[solid].ravel(), 1)
+            else:
+                behind = picture[beside].mean(0) if beside.any() else np.full(3, 127.0)
+                added = full - alpha * behind
+                gain = ((picture - behind) * added).sum() / max((added ** 2).sum(), 1)
+                lift = behind * (1 - gain)
+        seen = np.clip(gain, 0.3, 1.1) * full + lift * alpha + (1 - alpha) * behind
+        seen = np.where(alpha < 0.1, picture, seen)
+        drawn.append(np.rint(seen).clip(0, 255).astype(np.uint8))
     return drawn
 
 
-def likeness(a, b, centre=True):
-    """Correlation, -1..1, of two pictures, each colour's mean taken off; centre=False: of edge maps, which
-    average 0."""
-    if centre:
-        a, b = (x - x.mean((0, 1), dtype=np.float32) for x in (a, b))
+def likeness(a, b):
+    """Correlation, -1..1, of two arrays that average 0."""
     scale = np.linalg.norm(a) * np.linalg.norm(b)
-    return float((a * b).sum() / (scale + 1e-6))
+    return float(np.vdot(a, b) / (scale + 1e-6))
+
+
+def without_mean(closeups):
+    """Close-ups (k, S, S, 3), each colour's mean in each taken off."""
+    return closeups - closeups.mean((1, 2), keepdims=True)
 
 
 def edges(crop):
@@ -1388,8 +1313,8 @@ def edges(crop):
     that no single one decides."""
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    slopes = cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)
-    return np.clip(np.stack(slopes), -80, 80)
+    slopes = [cv2.Sobel(small, cv2.CV_32F, *way) for way in ((1, 0), (0, 1))]
+    return np.stack(slopes).clip(-80, 80)
 
 
 def run(args):
@@ -1448,9 +1373,8 @@ def open_pads(folder):
     with extract.reading(folder, expected), np.errstate(all="ignore"):
         if pads and [len(pads), *pads[0].shape[1::-1]] != [clip["n"], *clip["pad"]]:
             raise ValueError(f"{len(pads)} of {pads[0].shape[1::-1]} in pads.npy")
-        closeups = Closeups(clip["geometry"], clip["pad"])   # all that reading asks of a geometry, tried once
-        numbers = [*closeups.stick_map, *closeups.button_map, width_in_video(clip)]
-        if not all(np.isfinite(x).all() for x in numbers):
+        sticks, buttons = Closeups(clip["geometry"], clip["pad"]).maps         # all that reading asks of it
+        if not (np.isfinite([*sticks, *buttons]).all() and np.isfinite(width_in_video(clip))):
             raise ValueError("numbers that are not finite")
     return clip, pads
 
@@ -1461,8 +1385,8 @@ def width_in_video(clip):
 
 
 def read_templates(folder, clip):
-    """template.png of a clip and, where it has one, pressed.png, uint8 (h, w, 4), as sharp as the video shows
-    them; none for a pad that the locator found: its template is the video's own picture."""
+    """template.png of a clip and, where it has one, pressed.png, uint8 (h, w, 4), premultiplied, as sharp as
+    the video shows them; none for a pad that the locator found: its template is the video's own picture."""
     pictures = []
     for path in (folder / "template.png", folder / "pressed.png"):
         if path.is_file() and clip.get("matcher") != "locator":
@@ -1515,14 +1439,15 @@ def score(actions, truth, geometry):
     mean over the buttons that are pressed at all, "false" counts the frames in which others are read as
     pressed."""
     shown = [BUTTON[b] for b in geometry["buttons"] if b not in LEGACY]
-    got = actions[:, shown] > 0.5
-    true = truth[:, shown] > 0.5
+    got, true = (rows[:, shown] > 0.5 for rows in (actions, truth))
     occurs = true.any(0)
     both = got.sum(0) + true.sum(0)
     f1 = 2 * (got & true).sum(0) / np.maximum(both, 1)
     sticks = {f"{s} R2": r2(actions[:, STICKS[s]], truth[:, STICKS[s]]) for s in geometry["sticks"]}
-    return {**sticks, "stick R2": mean(sticks.values()), "accuracy": mean((got == true).mean(0)),
-            "F1": mean(f1[occurs]), "false": got[:, ~occurs].sum()}
+    return {**sticks, "stick R2": mean(sticks.values()),
+            "accuracy": mean((got == true).mean(0)),
+            "F1": mean(f1[occurs]),
+            "false": got[:, ~occurs].sum()}
 
 
 def mean(values):
@@ -1596,25 +1521,24 @@ def pictures(folder, high, k=None):
     confidence, *labels = read_rows(folder, n, *names)
     ground = extract.over(32, extract.read_rgba(folder / "template.png"), 0.6)
     ground = Image.fromarray(ground).resize(geometry["size"])
-    rows = np.arange(n)
+    parts = np.array_split(np.arange(n), min(k or n, n))
     busy = np.abs(labels[0]).sum(1)
     w = high * 4 // 3
-    if k:
-        rows = [part[busy[part].argmax()] for part in np.array_split(rows, min(k, n))]
-    for i in rows:
+    for part in parts:
+        i = part[busy[part].argmax()]
         now = np.searchsorted(frames.numbers[1:], i, "right")                  # --every K keeps each Kth
-        panels = [(f"{folder.name}   {i / clip['fps']:.2f} s   confidence {confidence[i]:.2f}",
-                   Image.fromarray(frames[now]))]
+        title = f"{folder.name}   {i / clip['fps']:.2f} s   confidence {confidence[i]:.2f}"
+        panels = {title: Image.fromarray(frames[now])}
         if pads:
-            panels.append(("the pad in the video", Image.fromarray(pads[i])))
+            panels["the pad in the video"] = Image.fromarray(pads[i])
         for title, actions in zip(("read", "truth"), labels):
             names = ", ".join(b for b in geometry["buttons"] if actions[i, BUTTON[b]] > 0.5)
             picture = redrawn(ground.copy(), geometry, actions[i], labels[-1][i])
-            panels.append((textwrap.fill(f"{title}: {names}", 30), picture))
+            panels[textwrap.fill(f"{title}: {names}", 30)] = picture
         page = Image.new("RGB", (4 * w, w))
-        for x, (text, picture) in enumerate(panels):
-            page.paste(ImageOps.contain(picture, (w, high)), (x * w, 0))
-            ImageDraw.Draw(page).text((x * w, high), text, font_size=high * 0.07)
+        for x, (text, picture) in zip(range(0, 4 * w, w), panels.items()):
+            page.paste(ImageOps.contain(picture, (w, high)), (x, 0))
+            ImageDraw.Draw(page).text((x, high), text, font_size=high * 0.07)
         yield np.asarray(page)
 
 
@@ -1633,36 +1557,6 @@ def redrawn(picture, geometry, action, truth):
         pen.line([*stick["center"], *tip], "gold", 4 * thin)
         pen.circle(tip, reach / 5, "gold")
     return picture
-
-
-def check_locator(net, scenes):
-    """Of what drawn scenes hold: how much is found within a twentieth of the pad's width; of what they don't
-    hold: how much is seen all the same."""
-    pictures, places = (torch.cat(part) for part in zip(*(scene for scene, in scenes)))
-    all_of_it = [(0, 0, SCENE)]
-    looks = [extract.see_windows(net, picture.numpy(), all_of_it) for picture in pictures]
-    there, seen = (np.concatenate(part) for part in zip(*looks))
-    places = places.numpy()
-    here = ~np.isnan(places[..., 0])
-    x, y = (seen - places)[..., :2].transpose(2, 0, 1)
-    near = np.hypot(x, y) < 0.05 * places[:, -1:, 2]
-    found = there > 0.5
-    return {"recall": round(float((near & found)[here].mean()), 4),
-            "false": round(float(found[~here].mean()), 4)}
-
-
-def check(model, scenes):
-    """Single-frame score on drawn scenes: R2 of the sticks, F1 of clicks and buttons together."""
-    sticks, buttons = zip(*scenes)
-    sticks, values, clicks = (torch.cat(part).numpy() for part in zip(*sticks))
-    buttons, pressed = (torch.cat(part).numpy() for part in zip(*buttons))
-    grids, *logits = net_reads(model, [sticks, buttons])
-    fit = r2(decode(np.exp(grids)), values) if len(grids) else math.nan
-    true = np.concatenate([clicks, pressed])                   # a click that the pad does not show: nan
-    read = (np.concatenate(logits) > 0) & ~np.isnan(true)
-    held = true == 1
-    f1 = 2 * (read & held).sum() / max(read.sum() + held.sum(), 1)
-    return {"stick R2": round(fit, 4), "button F1": round(float(f1), 4)}
 
 
 def save_parser(path, model, **about):
@@ -1688,24 +1582,21 @@ def load_parser(path):
 
 class Kind(NamedTuple):
     """What differs between training the reader and the locator. pools, batches: in shares of --pool and
-    --batch; width: of the skins, as larger ones are slower to draw; scenes: new ones a step."""
+    --batch; scenes: new ones a step."""
     net: object
     load: object
     scene: object
     loss: object
-    check: object
     pools: tuple
     batches: tuple
-    width: int
     scenes: int
-    steps: int
 
 
 KINDS = {
-    "reader": Kind(Parser, load_parser, scene, parser_loss, check,
-                   pools=(1, 8), batches=(1, 3), width=480, scenes=1, steps=5000),
-    "locator": Kind(extract.locator_net, extract.load_locator, located_scene, locator_loss, check_locator,
-                    pools=(0.3,), batches=(0.25,), width=300, scenes=2, steps=5000)}
+    "reader": Kind(Parser, load_parser, scene, parser_loss,
+                   pools=(1, 8), batches=(1, 3), scenes=1),
+    "locator": Kind(extract.locator_net, extract.load_locator, located_scene, locator_loss,
+                    pools=(0.3,), batches=(0.25,), scenes=4)}
 
 
 def main(argv=None):

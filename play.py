@@ -38,11 +38,11 @@ import tempfile
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from ctypes import byref, c_int, c_ulong, c_void_p, create_string_buffer, wintypes
 from dataclasses import dataclass
 from multiprocessing import connection as mpc, get_context
+from multiprocessing.pool import ThreadPool
 from ntpath import basename, splitext             # of Windows: / and \ part names
 from pathlib import Path
 
@@ -52,8 +52,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import extract
-from extract import (A, BUTTON, BUTTONS, LEGACY, MESSAGE_LIMIT, SIDE, STICKS, UserError, neutral, number,
-                     pack_message, reading, shrink, unpack_message)
+from extract import (A, BUTTON, BUTTONS, LEGACY, MESSAGE_LIMIT, PLAY_STEPS, SIDE, STICKS, UserError, neutral,
+                     number, pack_message, reading, shrink, unpack_message)
 
 try:
     import gymnasium
@@ -70,8 +70,9 @@ MARKED = 0.1                       # seconds after a touch that still count as a
 # The names of buttons and keys in each API; "mapping" is what --pad keyboard presses. KEYS: X keysym,
 # Windows virtual key, whether its scan code has a prefix. MOUSE: X button, virtual key, MOUSEEVENTF of
 # pressing it.
-TABLES = json.loads(Path(__file__).with_name("weights").joinpath("keys.json").read_text(encoding="utf-8"))
-KEYS, MOUSE, MAPPING = TABLES["keys"], TABLES["mouse"], TABLES["mapping"]
+TABLES = extract.read_json(Path(__file__).with_name("weights") / "keys.json", dict)
+KEYS, MOUSE = TABLES["keys"], TABLES["mouse"]
+LOWEST = np.float32([0] * len(BUTTONS) + [-1] * 4)        # of an action; its highest is 1
 TILT, REST = 0.5, 0.35                             # a stick presses its key at TILT and holds it until REST
 SIDES = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}      # axis and sign; y is down
 
@@ -83,9 +84,9 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
     and nothing is pressed.
 
     In real time the next chunk is computed from the newest frame while this one plays: it is asked for
-    after `per_chunk` actions (default: half a chunk), or as soon as the rest of the plan lasts no longer
-    than the slowest of the last ten predictions. With a pausing environment the game stands while the model
-    thinks, and `per_chunk` actions (default: all) are played of each chunk.
+    after `per_chunk` actions (default: half a chunk), or later where the answer before it is late. With a
+    pausing environment the game stands while the model thinks, and `per_chunk` actions (default: all) are
+    played of each chunk.
 
     A touched pad of `people` takes over at once, until none was touched for `handback` seconds. With a
     `hotkey` the model waits for its press, and the next press stops it: meanwhile people play."""
@@ -116,7 +117,7 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
                 score.press_ms.append((time.perf_counter() - seen) * 1e3)
 
             # 3. Look, where the picture is used: for the next prediction, the recording, the person.
-            draws = view and view.is_due(tick)
+            draws = view and tick % view.every == 0
             if plays and thinker.is_due(tick):
                 thinker.ask(tick)
             elif recorder or draws:
@@ -135,6 +136,8 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
         with suppress(UserError, OSError):
             env.pad.press(neutral())
             env.pause.go()                                 # now, not when the recording has been written
+        if thinker:
+            thinker.thread.terminate()
         score.bar.close()
         print(score.line(env))
     return score
@@ -158,44 +161,39 @@ class Switch:
 
 
 class Thinker:
-    """The policy in threads of its own, so that a late prediction never stalls the pad, and the plan that its
-    chunks make. `answer`: the prediction that is under way, one at a time."""
+    """The policy in a thread of its own, so that a late prediction never stalls the pad, and the plan that
+    its chunks make. `answer`: the prediction that is under way, one at a time."""
 
     def __init__(self, policy, env, per_chunk=None):
         config = policy.info()["config"]
-        horizon, self.shift = config["horizon"], 0 if env.pause.stops else config["action_shift"]
-        usual = horizon if env.pause.stops else max(horizon // 2, 1)
-        self.per_chunk = min(per_chunk or usual, horizon)
-        self.policy, self.env, self.plan, self.answer = policy, env, Plan(env.hz / 4), None
-        self.asked, self.delays = -horizon, deque([0], 10)   # tick of the last question, ticks to answers
-        began = time.perf_counter()
-        policy.predict(env.look())                         # the first takes longest: not while the pad waits
-        self.patience = STANDS + 3 * (time.perf_counter() - began)
+        horizon, self.stops = config["horizon"], env.pause.stops
+        self.shift = 0 if self.stops else config["action_shift"]
+        self.per_chunk = min(per_chunk or (horizon if self.stops else horizon // 2), horizon)
+        self.policy, self.env, self.plan = policy, env, Plan(env.hz / 4)
+        self.thread, self.answer = ThreadPool(1), None
+        self.asked = -horizon                              # the tick of the last question
+        # The first prediction takes longest: not while the pad waits.
+        self.patience = STANDS + 3 * self._predict(env.look())[1]
         policy.reset()
 
     def ask(self, tick):
         """Predict from a new frame; row 0 of the chunk belongs to tick `tick`."""
-        self.asked, self.answer, frame = tick, Future(), self.env.look()
+        self.asked, frame = tick, self.env.look()
         self.seen = self.env.seen
-        threading.Thread(target=self._predict, args=(frame, self.answer), daemon=True).start()
+        self.answer = self.thread.apply_async(self._predict, [frame])
 
-    def _predict(self, frame, answer):
+    def _predict(self, frame):
         began = time.perf_counter()
-        try:
-            chunk = self.policy.predict(frame)
-            answer.set_result((chunk, time.perf_counter() - began))
-        except Exception as e:                             # whatever breaks it, the pad's thread must know
-            answer.set_exception(e)
+        return self.policy.predict(frame), time.perf_counter() - began
 
     def think(self, tick, score):
         """Bring the plan up to date -> the time at which a new chunk's frame was seen, None without a
         chunk. Raises what the policy raised."""
-        if self.env.pause.stops and tick - self.asked >= self.per_chunk:
+        if self.stops and tick - self.asked >= self.per_chunk:
             self._ask_while_it_stands(tick, score.beat)
-        if not (self.answer and self.answer.done()):
+        if not (self.answer and self.answer.ready()):
             return None
-        (chunk, seconds), self.answer = self.answer.result(), None
-        self.delays.append(tick - self.asked)
+        (chunk, seconds), self.answer = self.answer.get(), None
         score.predict_ms.append(seconds * 1e3)
         score.chunks += 1
         in_time = self.plan.lay(self.asked + self.shift, chunk, tick)
@@ -206,17 +204,17 @@ class Thinker:
         began = time.perf_counter()
         self.env.pause.stop()
         self.ask(tick)
-        if not wait([self.answer], self.patience).done:
-            raise UserError(f"expected a prediction within {self.patience:.0f} s, found none: the game runs "
-                            "on; see what holds the model up, or use --pause none")
+        self.answer.wait(self.patience)
+        if not self.answer.ready():
+            raise UserError(f"expected a prediction in {self.patience:.0f} s, found none; the game runs on: "
+                            "see what holds the model up")
         self.plan.rows = {}                                # the game has not moved on: nothing is committed
         self.env.pause.go()
         beat.start += time.perf_counter() - began          # this time does not count
 
     def is_due(self, tick):
         """In real time: is the next chunk to be asked for?"""
-        due = tick - self.asked >= self.per_chunk or self.plan.left(tick) <= max(self.delays) + 1
-        return due and not self.answer and not self.env.pause.stops
+        return tick - self.asked >= self.per_chunk and not (self.answer or self.stops)
 
 
 class Plan:
@@ -247,10 +245,6 @@ class Plan:
         if rows:                                           # an action_shift leaves older rows before `start`
             self.rows = {t: a for t, a in self.rows.items() if now <= t < start} | rows
         return len(rows)
-
-    def left(self, tick):
-        """How many ticks after this one are planned."""
-        return max(max(self.rows, default=tick) - tick, 0)
 
     def at(self, tick):
         """The action of a tick. Where predictions are late the last one is held for a moment, then the pad
@@ -284,39 +278,36 @@ class Score:
     """What is worth knowing of a session, and the progress line that says it."""
 
     def __init__(self, beat):
-        self.beat, self.began = beat, time.perf_counter()
+        self.beat, self.told = beat, ""
+        self.began = self.checked = time.perf_counter()
         self.press_ms, self.predict_ms = deque(maxlen=36000), deque(maxlen=36000)
         self.ticks = self.chunks = self.late = self.human = 0
-        self.told, self.checked = "", time.monotonic()
-        self.bar = tqdm(bar_format="{desc}", mininterval=1 if sys.stdout.isatty() else 10, leave=False,
-                        dynamic_ncols=True, file=sys.stdout)
+        self.bar = tqdm(bar_format="{desc}", disable=None, leave=False, dynamic_ncols=True, file=sys.stdout)
 
     def line(self, env):
         """One line: rate, time of a prediction, latency from capture to press, jitter of the clock, cost of
         looking."""
         def ms(values):
             return f"{np.median(values):.1f} ms (p95 {np.percentile(values, 95):.1f})" if values else "-"
-        seconds, skipped = time.perf_counter() - self.began, self.beat.skipped
-        return (f"{seconds:.0f} s | {self.ticks / max(seconds, 1e-9):.1f} actions/s | "
+        seconds = time.perf_counter() - self.began
+        return (f"{seconds:.0f} s | {self.ticks / seconds:.1f} actions/s | "
                 f"{self.chunks} predictions of {ms(self.predict_ms)}, {self.late} late | "
                 f"capture to press {ms(self.press_ms)} | "
-                f"clock late {ms(self.beat.late_ms)}, {skipped} skipped | look {ms(env.look_ms)} | "
+                f"clock late {ms(self.beat.late_ms)}, {self.beat.skipped} skipped | look {ms(env.look_ms)} | "
                 f"by hand {self.human / max(self.ticks, 1):.0%}")
 
     def tell(self, env):
         """Once a second: the line and, each time it changes, what is wrong with the picture or the pace."""
-        if time.monotonic() - self.checked < 1:
+        if time.perf_counter() - self.checked < 1:
             return
-        self.checked = time.monotonic()
+        self.checked = time.perf_counter()
         wrong = env.problem()
-        if not wrong and self.late >= 5 and self.late > self.chunks / 2:
-            wrong = ("most predictions come after the actions they hold: use --pause suspend, fewer --euler "
-                     "steps, a lower --hz or a faster device")
+        if not wrong and self.late > 3 + self.chunks / 2:
+            wrong = "most predictions come too late: use --pause suspend, fewer --euler steps or a lower --hz"
         if wrong and wrong != self.told:
             print(f"\n{wrong}", file=sys.stderr, flush=True)
         self.told = wrong
-        self.bar.set_description_str(self.line(env), refresh=False)
-        self.bar.update()
+        self.bar.set_description_str(self.line(env))
 
 
 # --------------------------------------------------------------------------- the environment
@@ -334,7 +325,7 @@ class GameEnv(gymnasium.Env if gymnasium else object):
     PATIENCE = 3.0                                         # seconds for a game to open its window anew
     if gymnasium:
         observation_space = gymnasium.spaces.Box(0, 255, (SIDE, SIDE, 3), np.uint8)
-        action_space = gymnasium.spaces.Box(np.float32([0] * len(BUTTONS) + [-1] * 4), np.ones(A, np.float32))
+        action_space = gymnasium.spaces.Box(LOWEST, np.ones(A, np.float32))
     still = launched = clock = None
     seen = still_since = 0.0
     frame = np.zeros((SIDE, SIDE, 3), np.uint8)
@@ -345,30 +336,27 @@ class GameEnv(gymnasium.Env if gymnasium else object):
         starts it, waited for `wait` seconds; pad: vgamepad, keyboard or none; mapping: a file for keyboard;
         allow_menu: whether step() presses START, BACK and GUIDE."""
         if not (exe or window or launch):
-            raise UserError("expected the game's --exe, found none: --list shows what runs here; --window "
-                            "and --launch are other ways")
+            raise UserError("expected --exe, --window or --launch, found none: --list shows what runs here")
         self.hz, self.allow_menu, self.render_mode = hz, allow_menu, render_mode
         self.metadata, self.look_ms = self.metadata | {"render_fps": hz}, deque(maxlen=36000)
         with ExitStack() as undo:               # where anything below fails, else in close()
             self.desktop, (self.bindings, self.mice) = this_desktop(), load_mapping(mapping)
             self.keys = {key for *_, key in self.bindings}
             self.real_pads = real_pads()                   # before our own, which would look like one of them
-            for real in self.real_pads:
-                undo.callback(real.close)
             guard = undo.enter_context(ExitStack())        # it is dismissed when all the following is undone
-            self.pad = {"none": NoPad, "keyboard": KeyboardPad}.get(pad, VirtualPad)(self, pad)
+            self.pad = {"none": NoPad, "keyboard": KeyboardPad}.get(pad, VirtualPad)(self)
             undo.callback(self.pad.close)                  # before the game: some look for pads only then
             self.capture = Capture()
             undo.callback(self.capture.close)
             if launch:
                 self.launched, self.clock = start_game(launch, pause == "clock")
             self.window = await_window(self.desktop, exe or launch and self.launched.pid, window, wait)
-            self.pid, self.name = self.window.pid, exe or self.window.name
+            self.pid, self.name = self.window.pid, exe or self.window.names[0]
             if self.pad.keys:
                 self.desktop.check_input(self.pid)
             self.desktop.focus(self.window.id)
-            kinds = {"none": Running, "suspend": Suspended, "clock": SpeedHack if WINDOWS else FakeTime}
-            self.pause = kinds[pause](self)
+            clock = SpeedHack if WINDOWS else FakeTime
+            self.pause = {"none": Running, "suspend": Suspended, "clock": clock}[pause](self)
             undo.callback(self.pause.go)
             guard.callback(Guard(keys=sorted(self.pad.keys), pid=self.pid, clock=pause == "clock").dismiss)
             self.undo = undo.pop_all()
@@ -379,18 +367,14 @@ class GameEnv(gymnasium.Env if gymnasium else object):
         is Gymnasium's; no game hears of it."""
         if gymnasium:
             super().reset(seed=seed)
-        self.pause.go()
         for action in (*(options or {}).get("actions", ()), neutral()):
-            self.hold(playable(action, allow_menu=True), 1 / self.hz)
-        self.pause.stop()
+            self.hold(playable(action, allow_menu=True))
         return self.look(), {"away": self.pad.away}
 
     def step(self, action):
         """Hold an action for one period -> (observation, reward, terminated, truncated, info)."""
         try:
-            self.pause.go()
-            self.hold(playable(action, self.allow_menu), 1 / self.hz)
-            self.pause.stop()
+            self.hold(playable(action, self.allow_menu))
             obs = self.look()
         except GameGone as e:
             return self.frame, 0.0, False, True, {"reason": str(e), "away": True}
@@ -400,10 +384,12 @@ class GameEnv(gymnasium.Env if gymnasium else object):
         """(reward, terminated) of an observation: to be overridden by who knows the game."""
         return 0.0, False
 
-    def hold(self, action, seconds):
-        """Press an action for a while."""
+    def hold(self, action):
+        """Let the game run for one period with an action pressed."""
+        self.pause.go()
         self.pad.press(action)
-        time.sleep(seconds)
+        time.sleep(1 / self.hz)
+        self.pause.stop()
 
     def look(self):
         """The newest picture -> uint8 (256, 256, 3)."""
@@ -413,22 +399,16 @@ class GameEnv(gymnasium.Env if gymnasium else object):
         return self.frame
 
     def box(self):
-        """(left, top, width, height) of what is looked at, now. GameGone when there is nothing left to look
-        at."""
-        return self.desktop.box(self.window.id) or self._open_anew()
-
-    def in_front(self):
-        """Do keys go to the game?"""
-        return self.desktop.focused(self.window.id)
-
-    def _open_anew(self):
-        """The window has gone: wait for the same process to open another -> its box."""
+        """(left, top, width, height) of what is looked at, now. A window that has gone may be opened anew by
+        the same process; else GameGone."""
+        if box := self.desktop.box(self.window.id):
+            return box
         self.pad.press(neutral())
         self.pause.go()                                    # a game that stands opens none
         try:
             self.window = await_window(self.desktop, self.pid or -1, seconds=self.PATIENCE)
         except UserError:
-            raise GameGone(f"{self.name} has closed its window") from None
+            raise GameGone(f"{self.name} has closed its window")
         return self.window.box
 
     def problem(self):
@@ -447,8 +427,8 @@ class GameEnv(gymnasium.Env if gymnasium else object):
                 "can't be captured: choose borderless or windowed in the game's settings")
 
     def render(self):
-        """The last picture, with render_mode "rgb_array"."""
-        return self.frame if self.render_mode == "rgb_array" else None
+        """The last picture."""
+        return self.frame
 
     def close(self):
         """The pad at rest, the game running; each is done even where another fails. May be called twice."""
@@ -463,28 +443,29 @@ if gymnasium:
 def playable(action, allow_menu=False):
     """What of a prediction, float (25,), may be pressed: buttons 0 or 1, legacy ones 0, the menu's 0 unless
     allowed, sticks within [-1, 1]."""
-    action = np.nan_to_num(np.asarray(action, np.float32), posinf=1, neginf=-1)
-    out = np.concatenate([action[:21] > 0.5, np.clip(action[21:], -1, 1)]).astype(np.float32)
+    out = np.nan_to_num(np.float32(action)).clip(LOWEST, 1)
+    out[:21] = out[:21] > 0.5
     out[[BUTTON[b] for b in LEGACY + (() if allow_menu else MENU_BUTTONS)]] = 0
     return out
 
 
 def load_mapping(path=None):
-    """A mapping file, or MAPPING without one -> its keys, [(place in an action, sign, key)], and its mice,
+    """A mapping file, or the usual one -> its keys, [(place in an action, sign, key)], and its mice,
     {stick: pixels a second at full tilt}. UserError names the first control that is wrong in it."""
     keys, mice = [], {}
-    for control, key in (extract.read_json(path, dict) if path else MAPPING).items():
+    for control, key in (extract.read_json(path, dict) if path else TABLES["mapping"]).items():
         with reading(f"{path}: {control}: {key}", 'a control and its key, or a stick with its keys and mouse '
-                     'speed (not above 100000), as "mapping" in weights/keys.json'):
+                     'speed (1 to 100000), as "mapping" in weights/keys.json'):
             if control in BUTTON:
                 keys.append((BUTTON[control], 1, key))
             else:
                 sides, first = dict(key), STICKS[control].start
-                mice[control] = sides.pop("mouse", 0)
+                if "mouse" in sides:
+                    mice[control] = number(float, 1, 1e5)(sides.pop("mouse"))
                 keys += [(first + SIDES[side][0], SIDES[side][1], sides[side]) for side in sides]
-            if not all(key in KEYS or key in MOUSE for *_, key in keys) or abs(mice.get(control, 0)) > 1e5:
+            if not {key for *_, key in keys} <= (KEYS | MOUSE).keys():
                 raise ValueError("another")
-    return keys, {stick: speed for stick, speed in mice.items() if speed}
+    return keys, mice
 
 
 def keys_of(bindings, action, down=frozenset()):
@@ -522,26 +503,17 @@ class Window:
     id: int
     title: str
     box: tuple                 # left, top, width, height
-    names: list                # [(process id, [names])]: it, those that started it, (0, its X11 class)
-
-    @property
-    def pid(self):
-        """The process that the window belongs to, 0 where it does not say."""
-        return self.names[0][0]
-
-    @property
-    def name(self):
-        """What --exe would find it by; "?" for a process that does not let itself be asked."""
-        return next(iter(self.names[0][1]), "?")
+    pid: int                   # its process, 0 where it does not say
+    names: list                # what --exe finds it by: its process, those that started it, its X11 class
 
     def __str__(self):
-        return f"{self.name} {self.title[:40]!r} (id {self.id})"
+        return f"{self.names[0]} {self.title[:40]!r} (id {self.id})"
 
 
 def spellings(*names):
     """Process names and paths as people may type them: lower case, last part, with and without an ending."""
     last = [basename(n.lower()) for n in names]
-    return [n for name in last for n in dict.fromkeys((name, splitext(name)[0])) if n]
+    return [n for name in last for n in (name, splitext(name)[0]) if n]
 
 
 def this_desktop():
@@ -553,27 +525,25 @@ def find_window(desktop, process=None, window=None):
     """The largest window of a process, given by its name or number (or of one that it started), with id or
     part of the title `window` where given; None when there is none. An id goes before a title with the same
     digits."""
-    found, wanted, asked = [], (window or "").lower(), {*spellings(str(process))}
-    for w in desktop.windows():
-        ranks = [i for i, (pid, names) in enumerate(w.names) if not process or asked & {str(pid), *names}]
-        by_id = wanted in (str(w.id), hex(w.id))
-        if ranks and (by_id or wanted in w.title.lower()) and w.pid != os.getpid():
-            found.append((not by_id, ranks[0], -w.box[2] * w.box[3], w.id, w))
-    return min(found)[-1] if found else None
+    wanted, asked = (window or "").lower(), {*spellings(str(process))}
+    theirs = [w for w in desktop.windows() if not process or asked & {*w.names}]
+    by_id = [w for w in theirs if wanted in (str(w.id), hex(w.id))]
+    by_title = [w for w in theirs if wanted in w.title.lower()]
+    return max(by_id or by_title, key=lambda w: w.box[2] * w.box[3], default=None)
 
 
 def await_window(desktop, process=None, window=None, seconds=60.0):
     """find_window(), waiting for a game that is still starting. UserError lists what is there instead."""
     wanted = f"of {process or 'any program'}" + (f" with title or id {window!r}" if window else "")
-    if not find_window(desktop, process, window):
+    found, ends = find_window(desktop, process, window), time.monotonic() + seconds
+    if not found:
         print(f"waiting up to {seconds:g} s for a window {wanted}", flush=True)
-    ends = time.monotonic() + seconds
-    while not (found := find_window(desktop, process, window)):
+    while not found:
         if time.monotonic() > ends:
-            here = ", ".join(map(str, desktop.windows()[:12])) or "none"
-            raise UserError(f"no window {wanted}; windows here: {here}: start the game in a window or "
-                            "borderless, or name it with --exe or --window")
+            here = ", ".join(map(str, desktop.windows())) or "none"
+            raise UserError(f"no window {wanted}; windows here: {here}: start the game, in a window")
         time.sleep(0.25)
+        found = find_window(desktop, process, window)
     return found
 
 
@@ -583,34 +553,31 @@ class Desktop:
     def check_input(self, pid):
         """UserError where keys would not reach a process."""
 
+    def prepare_keys(self, names):
+        """Before key() and held(). UserError when a key is missing."""
+
     def windows(self):
         """The windows on the screen that say whose they are. Found by process: titles may be empty or shared
         (NitroGen issues 7, 12, 38)."""
-        found = []
-        for window in self._ids():
-            box, names = self.box(window), self._names(window)
-            if box and names and self._shown(window):
-                found.append(Window(window, self._title(window), box, names))
-        return found
+        return [w for w in map(self.window, self._ids()) if w]
 
     def problem(self, window):
         """Why the picture is not the game's: "" when there is no reason to think so."""
-        box = self.box(window)
-        if not box or not self._shown(window):
+        w = self.window(window)
+        if not w:
             return "is minimised"
-        left, top, width, height = box
+        left, top, width, height = w.box
         over = self._at(left + width // 2, top + height // 2)
         if over in (0, self._top(window)):
             return ""
-        return f"is covered by {self._title(over) or 'another window'!r}"
+        return f"is covered by {self.window(over) or 'another window'}"
 
 
 class X11(Desktop):
     """Linux: windows by Xlib, keys by XTEST, processes by /proc and signals; through ctypes, on 64 bits."""
 
     def __init__(self):
-        with reading("libXtst.so.6", "this library (Linux: sudo apt-get install libxtst6; a Mac: play on "
-                     "another machine, with the model here by python sample.py serve)"):
+        with reading("libXtst.so.6", "this library (sudo apt install libxtst6; a Mac only serves a model)"):
             self.x = ctypes.CDLL("libXtst.so.6")
         self.x.XOpenDisplay.restype = c_void_p
         self.display = c_void_p(self.x.XOpenDisplay(None))
@@ -643,9 +610,8 @@ class X11(Desktop):
     def _property(self, window, name):
         """The bytes of a property, b"" without it; its format 32 comes as 64 bits."""
         atom = self._call("XInternAtom", name.encode(), 0)
-        any_type = c_ulong(0)
-        _, form, n, _, data = self._call("XGetWindowProperty", window, atom, 0, 4096, 0, any_type, n=5)
-        value = ctypes.string_at(data, n * {8: 1, 16: 2, 32: 8}[form]) if data else b""
+        _, form, n, _, data = self._call("XGetWindowProperty", window, atom, 0, 4096, 0, c_ulong(0), n=5)
+        value = ctypes.string_at(data, n * (8 if form == 32 else 1)) if data else b""
         self.x.XFree(c_void_p(data))
         return value
 
@@ -655,48 +621,45 @@ class X11(Desktop):
         self._call("XGetWindowAttributes", window, attributes)
         return attributes
 
-    def _translate(self, window, x, y):
-        """A point of `window` on the root, and the root's child that lies there."""
-        left, top, child = self._call("XTranslateCoordinates", window, self.root, x, y, n=3)
-        return c_int(left).value, c_int(top).value, child
-
     def box(self, window):
         """(left, top, width, height) of the client area on the desktop; None when the window is gone."""
         width, height = self._attributes(window)[2:4]
-        return (*self._translate(window, 0, 0)[:2], width, height) if width else None
+        left, top, _ = self._call("XTranslateCoordinates", window, self.root, 0, 0, n=3)
+        return (c_int(left).value, c_int(top).value, width, height) if width else None
 
     def _ids(self):
         """The window manager's windows, the root's children where there is none."""
         managed = np.frombuffer(self._property(self.root, "_NET_CLIENT_LIST"), np.uint64)
         return managed.tolist() or self._tree(self.root)[1]
 
-    def _names(self, window):
-        names = self.family(int.from_bytes(self._property(window, "_NET_WM_PID")[:4], "little"))
-        kind = spellings(*self._property(window, "WM_CLASS").decode(errors="replace").split("\0"))
-        return names + [(0, kind)] if kind else names
-
-    def _title(self, window):
-        name = self._property(window, "_NET_WM_NAME") or self._property(window, "WM_NAME")
-        return name.decode(errors="replace")
-
-    def _shown(self, window):
-        return self._attributes(window)[23] == 2           # IsViewable
+    def window(self, window):
+        """What is known of a window; None where it is gone, not shown or nobody's. It is its process's, and
+        that of those which started it; a program under Wine or an interpreter also goes by its script's
+        name."""
+        pid = parent = int.from_bytes(self._property(window, "_NET_WM_PID")[:4], "little")
+        names, kind = [], self._property(window, "WM_CLASS").decode(errors="replace")
+        with suppress(OSError):                 # it has ended
+            while parent > 1:
+                words = Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")
+                names += spellings(words[0], self._status(parent, "Name"), *words[1:3], str(parent))
+                parent = int(self._status(parent, "PPid"))
+        names += spellings(*kind.split("\0"))
+        title = self._property(window, "_NET_WM_NAME") or self._property(window, "WM_NAME")
+        box, shown = self.box(window), self._attributes(window)[23] == 2         # IsViewable
+        return Window(window, title.decode(errors="replace"), box, pid, names) if shown and names else None
 
     def _at(self, x, y):
-        return self._translate(self.root, x, y)[2]
+        return self._call("XTranslateCoordinates", self.root, self.root, x, y, n=3)[2]
 
     def focused(self, window):
-        """Do keys go to this window? Without a window manager they may go to what lies under the pointer."""
-        focus = self._call("XGetInputFocus", n=2)[0]
-        if focus == 1:                                     # PointerRoot
-            focus = self._call("XQueryPointer", self.root, n=7)[1]
-        return self._top(focus) == self._top(window)
+        """Do keys go to this window?"""
+        return self._top(self._call("XGetInputFocus", n=2)[0]) == self._top(window)
 
     def focus(self, window):
         """Bring the window to the front and give it the keyboard."""
         self._call("XRaiseWindow", window)
         self._call("XSetInputFocus", window, 2, 0)
-        self._call("XSync", 0)
+        self._call("XFlush")
 
     def prepare_keys(self, names):
         """Look the keys up once. UserError when XTEST or a key is missing."""
@@ -707,18 +670,16 @@ class X11(Desktop):
                 raise UserError(f"expected the key {name} on this keyboard, found none: give another --map")
 
     def key(self, name, down):
-        """Press or release a key or mouse button; seen by the game after flush()."""
+        """Press or release a key or mouse button."""
         if name in MOUSE:
             self._call("XTestFakeButtonEvent", MOUSE[name][0], down, 0)
         else:
             self._call("XTestFakeKeyEvent", self.codes[name], down, 0)
+        self._call("XFlush")
 
     def move(self, dx, dy):
         """Move the mouse by whole pixels."""
         self._call("XTestFakeRelativeMotionEvent", dx, dy, 0)
-
-    def flush(self):
-        """Send what was pressed."""
         self._call("XFlush")
 
     def held(self):
@@ -750,32 +711,14 @@ class X11(Desktop):
                 self._call("XFreeEventData", event)
         return total
 
-    def family(self, pid):
-        """[(pid, [its names])] of a process and those that started it; a program under Wine or an
-        interpreter also goes by its script's name."""
-        found = []
-        with suppress(OSError):                 # it has ended
-            while pid > 1:
-                comm, _, parent = self._stat(pid)
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                script = [w for w in words[1:3] if not w.startswith("-")][:1]
-                found.append((pid, spellings(words[0] or comm, comm, *script)))
-                pid = int(parent)
-        return found
-
     @staticmethod
-    def _stat(pid):
-        """(name, state, parent) of a process."""
-        name, _, numbers = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
-        return name.partition("(")[2], *numbers.split()[:2]
+    def _status(pid, field):
+        """What the system says of a process: its Name, say."""
+        return re.search(rf"{field}:\t(.*)", Path(f"/proc/{pid}/status").read_text(errors="replace"))[1]
 
     def suspend(self, pid):
-        """Stop a process, and return when it stands: the signal alone takes milliseconds to arrive."""
+        """Stop a process: at once, or on a busy machine within milliseconds."""
         self._signal(pid, signal.SIGSTOP)
-        ends = time.perf_counter() + 0.2
-        with suppress(OSError):                 # it has ended
-            while self._stat(pid)[1] not in "Tt" and time.perf_counter() < ends:
-                time.sleep(0.0002)
 
     def resume(self, pid):
         """Let a process run on."""
@@ -795,7 +738,6 @@ class Win32(Desktop):
     def __init__(self, dll=None):
         dll = dll or ctypes.WinDLL
         self.user, self.kernel, self.nt, self.dwm = map(dll, ("user32", "kernel32", "ntdll", "dwmapi"))
-        self.names = set(MOUSE)
         self.user.SetProcessDpiAwarenessContext(c_void_p(-4))            # pixels, whatever a monitor's DPI
 
     def _ids(self):
@@ -804,21 +746,19 @@ class Win32(Desktop):
         self.user.EnumWindows(callback(lambda window, _: ids.append(window) or 1), None)     # 1: go on
         return ids
 
-    def _names(self, window):
-        pid = wintypes.DWORD()
+    def window(self, window):
+        """What is known of a window; None where it is gone or not shown. It is its process's alone: a
+        parent's number may be another's by now."""
+        pid, size, cloaked = wintypes.DWORD(), wintypes.DWORD(1024), c_int()
+        path, title = map(ctypes.create_unicode_buffer, (1024, 256))
         self.user.GetWindowThreadProcessId(window, byref(pid))
-        return self.family(pid.value)
-
-    def _shown(self, window):
-        cloaked = c_int()                                  # a suspended app, or on another virtual desktop
-        self.dwm.DwmGetWindowAttribute(window, 14, byref(cloaked), 4)
-        shown = self.user.IsWindowVisible(window) and not self.user.IsIconic(window)
-        return shown and not cloaked.value
-
-    def _title(self, window):
-        text = ctypes.create_unicode_buffer(256)
-        self.user.GetWindowTextW(window, text, 256)
-        return text.value
+        with self._process(pid.value) as handle:
+            self.kernel.QueryFullProcessImageNameW(handle, 0, path, byref(size))
+        self.user.GetWindowTextW(window, title, 256)
+        self.dwm.DwmGetWindowAttribute(window, 14, byref(cloaked), 4)      # suspended, or on another desktop
+        hidden = self.user.IsIconic(window) or cloaked.value or not self.user.IsWindowVisible(window)
+        box, names = self.box(window), spellings(path.value or "?", str(pid.value))
+        return Window(window, title.value, box, pid.value, names) if box and not hidden else None
 
     def box(self, window):
         """(left, top, width, height) of the client area on the desktop; None when the window is gone."""
@@ -847,10 +787,6 @@ class Win32(Desktop):
         with self._process(pid, 0x0010):                   # PROCESS_VM_READ
             pass
 
-    def prepare_keys(self, names):
-        """The keys that held() looks at."""
-        self.names |= set(names)
-
     def key(self, name, down):
         """Press or release a key or mouse button: by scan codes, since games that read the keyboard by
         DirectInput see nothing else; Wine sees only the virtual keys beside them."""
@@ -859,7 +795,7 @@ class Win32(Desktop):
         else:
             _, virtual, extended = KEYS[name]
             scan = self.user.MapVirtualKeyW(virtual, 0) & 0xFF
-            self._send("HHI", 1, virtual, scan, 8 | extended | (0 if down else 2))
+            self._send("HHI", 1, virtual, scan, 8 | extended | 2 * (not down))
 
     def move(self, dx, dy):
         """Move the mouse by whole pixels."""
@@ -870,12 +806,9 @@ class Win32(Desktop):
         KEYBDINPUT."""
         self.user.SendInput(1, struct.pack(f"<Ixxxx{layout}", *values).ljust(40, b"\0"), 40)
 
-    def flush(self):
-        """SendInput does not wait."""
-
     def held(self):
-        """The keys given to prepare_keys and the mouse buttons that are down now, whoever presses them."""
-        return {n for n in self.names if self.user.GetAsyncKeyState((KEYS | MOUSE)[n][1]) & 0x8000}
+        """The keys and mouse buttons that are down now, whoever presses them."""
+        return {n for n, key in (KEYS | MOUSE).items() if self.user.GetAsyncKeyState(key[1]) & 0x8000}
 
     def watch_mouse(self):
         """Before moved(), and in its thread: raw input, to a window that exists for nothing else."""
@@ -894,26 +827,17 @@ class Win32(Desktop):
     def _process(self, pid, access=0x1000):                # PROCESS_QUERY_LIMITED_INFORMATION
         handle = self.kernel.OpenProcess(access, 0, pid)
         if not handle and access != 0x1000:
-            raise UserError("expected a game that play.py may reach, found that Windows refuses its process "
-                            f"{pid} (error 5, access denied) and drops keys to it without a word: start "
-                            "play.py as administrator, or use a virtual pad and --pause none")
+            raise UserError(f"expected a game that we may reach, found that Windows refuses process {pid} "
+                            "(error 5) and drops keys to it without a word: start play.py as administrator")
         yield handle
         self.kernel.CloseHandle(handle)
-
-    def family(self, pid):
-        """[(pid, [its names, none where Windows does not tell])]; there is no tree that could be trusted: a
-        parent's number may be another's by now."""
-        path, size = ctypes.create_unicode_buffer(1024), wintypes.DWORD(1024)
-        with self._process(pid) as handle:
-            self.kernel.QueryFullProcessImageNameW(handle, 0, path, byref(size))
-        return [(pid, spellings(path.value))]
 
     def is_32_bit(self, pid):
         """Is a process of 64-bit Windows one of 32 bits?"""
         flag = c_int()
         with self._process(pid) as handle:
             self.kernel.IsWow64Process(handle, byref(flag))
-        return bool(flag.value)
+        return flag.value
 
     def suspend(self, pid):
         """Stop all threads of a process."""
@@ -928,8 +852,6 @@ class Win32(Desktop):
 
 class Capture:
     """Pictures of a part of the desktop by mss. Whatever lies on top of the game is in them too."""
-
-    rgb = None
 
     def __init__(self):
         with reading("screen capture", "the package mss (pip install mss) and a desktop session"):
@@ -947,15 +869,11 @@ class Capture:
             return np.zeros((SIDE, SIDE, 3), np.uint8)
         with reading("screen capture", "a picture (was the screen locked or its size changed? Start again)"):
             shot = self.mss.grab((x0, y0, x1, y1))
-        # Both buffers live on until the next look: given back each time, their pages cost more than the
-        # picture.
-        self.last = shot
-        rgb = self.rgb = cv2.cvtColor(np.asarray(shot), cv2.COLOR_BGRA2RGB, self.rgb)
-        if (x1 - x0, y1 - y0) != (width, height):
+        rgb = cv2.cvtColor(np.asarray(shot), cv2.COLOR_BGRA2RGB)
+        if rgb.shape[:2] != (height, width):
             rgb = cv2.copyMakeBorder(rgb, y0 - top, top + height - y1, x0 - left, left + width - x1,
                                      cv2.BORDER_CONSTANT)
-        small = shrink(rgb)
-        return small.copy() if small is self.rgb else small        # a window of 256 x 256 needs no shrinking
+        return shrink(rgb)
 
     def screen(self):
         """(left, top, width, height) of all monitors together; its corner may be negative."""
@@ -967,36 +885,28 @@ class Capture:
 
 
 # -------------------------------------------------------------------------------------- pads
+def nothing(*_):
+    """Do nothing."""
+
+
 class NoPad:
     """Presses nothing: a person plays, or one only wants to see what the model would do."""
     away = moved = False       # is the window not in front, so that nothing is pressed? Was the mouse moved?
     keys = down = frozenset()  # those that it can press, and holds now
-
-    def __init__(self, env, kind):
-        """Nothing."""
-
-    def press(self, action):
-        """Nothing."""
-
-    def close(self):
-        """Nothing."""
+    __init__ = press = close = nothing
 
 
 class VirtualPad(NoPad):
     """An Xbox 360 gamepad that games see as a real one. Its sticks point up at +1, ours down."""
 
-    def __init__(self, env, kind):
+    def __init__(self, env):
         if env.real_pads:
-            print("warning: a real gamepad was here before ours: a game that listens to the first alone does "
-                  "not hear the model: unplug it, or choose ours in the game", file=sys.stderr)
-        try:
-            import vgamepad
+            print("warning: unplug the real gamepad: many games hear only the first", file=sys.stderr)
+        with reading("--pad vgamepad", "a virtual gamepad (pip install vgamepad; on Linux sudo apt install "
+                     "libevdev2, sudo modprobe uinput and sudo chmod 0666 /dev/uinput; on Windows ViGEmBus, "
+                     "github.com/nefarius/ViGEmBus; or use --pad keyboard)"):
+            import vgamepad                                # on Windows it connects to the driver
             self.buttons, self.pad = vgamepad.XUSB_BUTTON, vgamepad.VX360Gamepad()
-        except Exception as e:                             # on Windows the import connects to the driver
-            raise UserError(f"expected a virtual gamepad, found {type(e).__name__} {printable(e)}: pip "
-                            "install vgamepad; on Linux sudo apt-get install libevdev2, sudo modprobe uinput "
-                            "and sudo chmod 0666 /dev/uinput; on Windows ViGEmBus "
-                            "(github.com/nefarius/ViGEmBus); or use --pad keyboard") from None
         self.press(neutral())
 
     def press(self, action):
@@ -1022,7 +932,7 @@ class KeyboardPad(NoPad):
     """Keys and mouse in place of a pad, for games without one. Presses only while the game's window has the
     keyboard: anywhere else the model would type into whatever the person has turned to."""
 
-    def __init__(self, env, kind):
+    def __init__(self, env):
         self.env, self.keys = env, env.keys
         self.rest = np.zeros(2)                            # parts of a pixel that the mouse has still to go
         env.desktop.prepare_keys(self.keys)
@@ -1030,26 +940,26 @@ class KeyboardPad(NoPad):
     def press(self, action):
         """Hold exactly this action; the mouse moves by one tick's worth."""
         env, desktop = self.env, self.env.desktop
-        self.away = not env.in_front()
-        self._hold(frozenset() if self.away else keys_of(env.bindings, action, self.down))
+        self.away = not desktop.focused(env.window.id)
+        if self.away:
+            action = neutral()
+        keys = keys_of(env.bindings, action, self.down)
+        for key in self.down ^ keys:
+            desktop.key(key, key in keys)
+        self.down = frozenset(keys)
         for stick, speed in env.mice.items():
-            self.rest += action[STICKS[stick]] * (0 if self.away else speed / env.hz)
+            self.rest += action[STICKS[stick]] * speed / env.hz
         whole = np.trunc(self.rest).astype(int)
         self.moved = whole.any()
         if self.moved:
             desktop.move(*whole.tolist())
             self.rest -= whole
-        desktop.flush()
-
-    def _hold(self, keys):
-        for key in self.down ^ keys:
-            self.env.desktop.key(key, int(key in keys))
-        self.down = frozenset(keys)
 
     def close(self):
         """Let go of every key."""
-        self._hold(frozenset())
-        self.env.desktop.flush()
+        for key in self.down:
+            self.env.desktop.key(key, 0)
+        self.down = frozenset()
 
 
 # ------------------------------------------------------------------------ the person's hands
@@ -1073,38 +983,28 @@ class Joystick(Person):
 
     def __init__(self, path):
         import fcntl
-        self.file, self.action = os.open(path, os.O_RDONLY | os.O_NONBLOCK), neutral()
+        self.file, self.action = open(path, "rb", buffering=0), neutral()
+        os.set_blocking(self.file.fileno(), False)
         axes, buttons, name = bytearray(64), bytearray(1024), bytearray(128)
         with reading(path, "a gamepad"):
             for request, answer in (0x80406A32, axes), (0x84006A34, buttons), (0x80806A13, name):
                 fcntl.ioctl(self.file, request, answer)    # JSIOCGAXMAP, JSIOCGBTNMAP, JSIOCGNAME
-        table, self.controls = TABLES["joystick"], {}        # kind and number of an event -> what it changes
+        self.codes = {1: struct.unpack("512H", buttons), 2: axes}        # kind of an event -> its controls
+        self.table = TABLES["joystick"]
         if re.search(b"x-?box", name.lower()):             # its driver names X and Y the other way round
-            table = table | {"307": table["308"], "308": table["307"]}
-        for kind, codes in (1, struct.unpack("512H", buttons)), (2, axes):
-            for control, code in enumerate(codes):
-                self.controls[kind, control] = table.get(str(code), ())
+            self.table = self.table | {"307": self.table["308"], "308": self.table["307"]}
 
     def read(self):
         """The pad now -> float32 (25,)."""
-        try:
-            while events := os.read(self.file, 8 * 64):
+        with reading(self.file.name, "a gamepad that stays plugged in"):
+            while events := self.file.read(512):           # None: that was all
                 for _, value, kind, control in struct.iter_unpack("<IhBB", events):
-                    self._take(value / (32767 if kind & 2 else 1), self.controls.get((kind & 3, control), ()))
-        except BlockingIOError:                            # that was all
-            pass
-        except OSError as e:
-            raise UserError(f"the gamepad was unplugged ({e}): plug it in and start again") from None
+                    kind &= 3                              # without 0x80, the state when opened
+                    for place, scale, offset in self.table.get(str(self.codes[kind][control]), ()):
+                        place = BUTTON.get(place, place)
+                        moved = scale * value / (32767 if kind == 2 else 1) + offset
+                        self.action[place] = max(moved, LOWEST[place])
         return self.action.copy()
-
-    def _take(self, value, rows):
-        for place, scale, offset in rows:
-            place = BUTTON.get(place, place)
-            self.action[place] = max(scale * value + offset, -1 if place >= len(BUTTONS) else 0)
-
-    def close(self):
-        """Give the device back."""
-        os.close(self.file)
 
 
 class XInput(Person):
@@ -1124,9 +1024,6 @@ class XInput(Person):
         action[[BUTTON["LEFT_TRIGGER"], BUTTON["RIGHT_TRIGGER"]]] = np.divide(analog[:2], 255)
         action[21:] = np.clip(np.multiply(analog[2:], [1, -1, 1, -1]) / 32767, -1, 1)
         return action
-
-    def close(self):
-        """Nothing to give back."""
 
 
 class Keys(Person):
@@ -1148,7 +1045,7 @@ class Keys(Person):
         for stick, speed in env.mice.items():
             moved = desktop.moved() * (0 if pad.moved else env.hz / speed)
             action[STICKS[stick]] = np.clip(action[STICKS[stick]] + moved, -1, 1)
-        pad.away = not env.in_front()
+        pad.away = not desktop.focused(env.window.id)
         return neutral() if pad.away else action
 
 
@@ -1156,10 +1053,8 @@ def real_pads():
     """The gamepads plugged in now. Asked before our own is made, which would look like one of them."""
     if not WINDOWS:
         return [Joystick(path) for path in sorted(glob.glob("/dev/input/js*")) if os.access(path, os.R_OK)]
-    with suppress(OSError):
-        dll, state = ctypes.WinDLL("xinput1_4"), create_string_buffer(16)
-        return [XInput(dll, i) for i in range(4) if not dll.XInputGetState(i, state)]
-    return []
+    dll, state = ctypes.WinDLL("xinput1_4"), create_string_buffer(16)
+    return [XInput(dll, i) for i in range(4) if not dll.XInputGetState(i, state)]
 
 
 # ----------------------------------------------------------------------------------- pausing
@@ -1175,14 +1070,7 @@ def start_game(command, stop_clock):
 class Running:
     """--pause none: the game goes on while the model thinks."""
     stops = False
-
-    def __init__(self, env):
-        """Nothing."""
-
-    def stop(self):
-        """Nothing."""
-
-    go = stop
+    __init__ = stop = go = nothing
 
 
 class Suspended:
@@ -1192,12 +1080,11 @@ class Suspended:
 
     def __init__(self, env):
         if not env.pid:
-            raise UserError("expected the process of the window, found a window that does not name it: use "
-                            "--pause none, or start the game with --launch")
+            raise UserError("--pause: expected a window that names its process, found none: use --pause none")
         self.env, self.stopped = env, False
 
     def stop(self):
-        """Returns when the game stands."""
+        """The game stands."""
         self.stopped = True
         self.env.desktop.suspend(self.env.pid)
 
@@ -1214,10 +1101,9 @@ class FakeTime(Suspended):
 
     def __init__(self, env):
         if not env.clock:
-            raise UserError("expected a game that play.py starts, to stop its clock, found one that ran "
-                            "already: give --launch COMMAND, or use --pause suspend")
+            raise UserError("--pause clock: expected a game that play.py starts, found none: use --launch")
         super().__init__(env)
-        self.offset, self.since = 0.0, 0.0
+        self.offset = 0.0
 
     @staticmethod
     def prepare():
@@ -1226,13 +1112,12 @@ class FakeTime(Suspended):
         library = "faketime/libfaketimeMT.so.1"
         found = glob.glob(f"/usr/l*/{library}") + glob.glob(f"/usr/l*/*/{library}")
         if not found:
-            raise UserError("expected libfaketime for --pause clock, found none: sudo apt-get install "
-                            "libfaketime, or use --pause suspend")
+            raise UserError("--pause clock: expected libfaketime, found none: sudo apt install libfaketime")
         with tempfile.NamedTemporaryFile("w", prefix="play_clock_", delete=False) as f:
             f.write(f"{0:+020.6f}\n")                      # always as long, to be overwritten in place
         preload = f"{found[0]} {os.environ.get('LD_PRELOAD', '')}"
-        ours = {"LD_PRELOAD": preload, "FAKETIME_TIMESTAMP_FILE": f.name, "FAKETIME_NO_CACHE": "1"}
-        return os.environ | ours, f.name
+        return os.environ | {"LD_PRELOAD": preload, "FAKETIME_TIMESTAMP_FILE": f.name,
+                             "FAKETIME_NO_CACHE": "1"}, f.name
 
     def stop(self):
         super().stop()
@@ -1284,13 +1169,12 @@ class Guard:
     crashed, its terminal gone), the guard lets go of the keys and lets the game run on."""
 
     def __init__(self, **undo):
-        command = [sys.executable, str(Path(__file__).resolve()), "--guard", json.dumps(undo)]
+        command = [sys.executable, __file__, "--guard", json.dumps(undo)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, **APART)
 
     def dismiss(self):
-        """All is put right already. May be called twice."""
-        with suppress(OSError, ValueError):
-            self.process.communicate(b"done")
+        """All is put right already."""
+        self.process.communicate(b"done")
 
 
 def stand_guard(keys, pid, clock):
@@ -1302,7 +1186,6 @@ def stand_guard(keys, pid, clock):
     desktop.prepare_keys(keys)
     for key in keys:
         desktop.key(key, 0)
-    desktop.flush()
     if clock and WINDOWS:
         SpeedHack.release()
     elif pid:
@@ -1311,6 +1194,7 @@ def stand_guard(keys, pid, clock):
 
 
 # ------------------------------------------------------------------------------ the recorder
+ROOM = "room to write (what is whole is kept: make room, then start again with the same --record)"
 ROW = np.dtype([("size", "<i8"), ("action", "<f4", A), ("human", "?")])      # of rows.bin, before its JPEG
 
 
@@ -1326,7 +1210,6 @@ class Recorder:
         stem = re.sub(r"[^\w.-]+", "_", Path(game).stem) + time.strftime("_%Y%m%d_%H%M%S")
         self.tmp, self.files = Path(data) / f"{stem}.recording", ExitStack()
         self.tick, self.last = 0, b""
-        self.tmp.mkdir(parents=True)
         self.files.enter_context(extract.lock(self.tmp / "lock"))
         clip = {"video": None, "game": game, "fps": hz, "size": [SIDE, SIDE], "every": 1, "lag": 0}
         extract.write_json(self.tmp / "recording.json", clip)
@@ -1337,7 +1220,7 @@ class Recorder:
         quality = [cv2.IMWRITE_JPEG_QUALITY, extract.QUALITY]
         jpeg = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
         row = np.array((len(jpeg), playable(action, allow_menu=True), human), ROW).tobytes() + jpeg
-        with writing(self.tmp):
+        with reading(self.tmp, ROOM):
             self.rows.write(self.last * (tick - self.tick - 1) + row)
             self.rows.flush()
         self.tick, self.last = tick, row
@@ -1359,7 +1242,7 @@ def pick_up(data):
 def finish(tmp):
     """Make a clip of a recording that nobody writes on -> a line about it. May be killed and done again."""
     folder, rows = tmp.with_suffix(""), []
-    with writing(tmp):
+    with reading(tmp, ROOM):
         with extract.lock(tmp / "lock"):
             frames = extract.FramesWriter(tmp, "frames")
             with suppress(FileNotFoundError), open(tmp / "rows.bin", "rb") as file:
@@ -1374,27 +1257,19 @@ def finish(tmp):
                 return f"{folder}: nothing was played, nothing is kept"
             frames.close(len(rows))
             rows = np.array(rows)
-            keep, sure = extract.dense(rows["action"]), np.ones(len(rows), np.float32)
-            for name, array in [("actions", rows["action"]), ("truth", rows["action"]), ("confidence", sure),
-                                ("keep", keep), ("human", rows["human"])]:
+            actions, human = rows["action"], rows["human"]
+            keep = extract.dense(actions)
+            arrays = {"actions": actions, "truth": actions, "keep": keep, "human": human,
+                      "confidence": np.ones(len(rows), np.float32)}
+            for name, array in arrays.items():
                 extract.write_npy(tmp / f"{name}.npy", array)
             clip = extract.read_json(tmp / "recording.json", dict)
             extract.write_json(tmp / "clip.json", {**clip, "n": len(rows)})
         os.replace(tmp, folder)                            # Windows renames no folder that holds an open lock
     for name in ("rows.bin", "recording.json", "lock"):
         extract.remove(folder / name)
-    return (f"{folder}: {len(rows)} rows at {clip['fps']:g}/s, {rows['human'].mean():.0%} by hand, "
-            f"{keep.mean():.0%} kept")
-
-
-@contextmanager
-def writing(path):
-    """A disk that is full, or closed to us, in one line."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"can't write {path}: {e.strerror or e}: what is whole is kept; make room and start "
-                        "again with the same --record, or give another") from None
+    share = f"{human.mean():.0%} by hand, {keep.mean():.0%} kept"
+    return f"{folder}: {len(rows)} rows at {clip['fps']:g}/s, {share}"
 
 
 # ------------------------------------------------------------------------- the picture of it
@@ -1404,11 +1279,10 @@ class View:
     SIZE = (912, 512)
 
     def __init__(self, env, window=False, video=None):
-        self.every, self.window, self.written = math.ceil(env.hz / 30), None, 0
-        look = extract.Look(body=(150, 152, 160), cap=(255, 240, 80))
-        self.skin = extract.pad_skin("xbox_360", "xbox_360", look)
+        self.every = math.ceil(env.hz / 30)
+        self.window = window and f"play.py: what the model sees of {env.name}"
+        self.skin = extract.pad_skin("xbox_360", "xbox_360", extract.Look(cap=(255, 240, 80)))
         if window:
-            self.window = f"play.py: what the model sees of {env.name}"
             left, top, zoom = free_room(env.box(), env.capture.screen(), self.SIZE)
             with reading("--show", "a screen for a window"):
                 cv2.namedWindow(self.window, cv2.WINDOW_NORMAL | cv2.WINDOW_GUI_NORMAL)
@@ -1418,33 +1292,23 @@ class View:
             env.desktop.focus(env.window.id)
         self.video = extract.VideoWriter(video, env.hz / self.every, self.SIZE) if video else None
 
-    def is_due(self, tick):
-        """Is this tick drawn?"""
-        return tick % self.every == 0
-
     def show(self, tick, env, action, who, score):
-        """Draw a tick that is due, and write it down."""
-        pressed = [b for b in BUTTONS if action[BUTTON[b]] > 0.5]
-        page = self.draw(env.frame, action, f"{who} plays {env.name}\n"
-                         f"{score.late} of {score.chunks} predictions late\n"
-                         f"{score.beat.skipped} ticks skipped\n"
-                         f"{' '.join(pressed)}\n{' '.join(env.pad.down)}")
+        """Draw a tick, each `every`th, and write it down."""
+        side = self.SIZE[1]
+        page = Image.new("RGB", self.SIZE, (24, 24, 24))
+        page.paste(Image.fromarray(env.frame).resize((side, side), Image.NEAREST))
+        pad = Image.fromarray(extract.draw(self.skin, action))
+        page.paste(pad, (side, 8), pad)
+        pressed = " ".join(b for b in BUTTONS if action[BUTTON[b]] > 0.5)
+        text = (f"{who} plays {env.name}\n{score.late} of {score.chunks} predictions late\n"
+                f"{score.beat.skipped} ticks skipped\n{pressed}\n{' '.join(env.pad.down)}")
+        ImageDraw.Draw(page).text((side + 16, pad.height + 40), text, font_size=16)
+        page = np.asarray(page)
         if self.window:
             cv2.imshow(self.window, page[..., ::-1])
             cv2.waitKey(1)
-        while self.video and self.written <= tick // self.every:
+        while self.video and self.video.n <= tick // self.every:
             self.video.add(page)
-            self.written += 1
-
-    def draw(self, frame, action, text):
-        """The frame, the pad beside it, text below -> uint8 (512, 912, 3) RGB."""
-        side = self.SIZE[1]
-        page = Image.new("RGB", self.SIZE, (24, 24, 24))
-        page.paste(Image.fromarray(frame).resize((side, side), Image.NEAREST))
-        pad = Image.fromarray(extract.draw(self.skin, action))
-        page.paste(pad, (side, 8), pad)
-        ImageDraw.Draw(page).text((side + 16, pad.height + 40), text, font_size=16)
-        return np.asarray(page)
 
     def close(self):
         """Finish the video."""
@@ -1453,17 +1317,14 @@ class View:
 
 
 def free_room(box, screen, size):
-    """Where a window of `size` has the most room beside a game's box, over which it would be captured ->
-    (left, top, how much of its size fits); 40 pixels are for its frame."""
-    (left, top, width, height), (x, y, wide, high) = box, screen
-    rooms = [(x, y, left, y + high), (left + width + 40, y, x + wide, y + high), (x, y, x + wide, top),
-             (x, top + height + 40, x + wide, y + high)]   # left, top, right, bottom
-    zoom, left, top = max((min((x1 - x0) / size[0], (y1 - y0 - 40) / size[1], 1), x0, y0 + 40)
-                          for x0, y0, x1, y1 in rooms)
-    if zoom < 0.2:
-        raise UserError("--show: expected room beside the game, found none: make its window smaller or move "
-                        "it, or use --video")
-    return left, top, zoom
+    """Where a window of `size` fits beside a game's box, over which it would be captured -> (left, top, how
+    much of its size fits); 40 pixels are for its frame."""
+    (left, _, width, _), (x, y, wide, _) = box, screen
+    right = left + width + 40
+    room, at = max((left - x, x), (x + wide - right, right))
+    if room < size[0] / 5:
+        raise UserError("--show: expected room beside the game, found none: make its window smaller")
+    return at, y + 40, min(room / size[0], 1)
 
 
 # ----------------------------------------------------------------------- the model elsewhere
@@ -1472,13 +1333,18 @@ CONFIG = {"hz": (1, 1000), "horizon": (1, 65535), "action_shift": (0, 65535)}  #
 
 class Client:
     """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: the
-    seconds that one question and its answer may take together. Whatever the server does wrong is one
-    UserError and ends the connection."""
+    seconds that it may stay silent. Whatever the server does wrong is one UserError and ends the
+    connection."""
 
     def __init__(self, host="127.0.0.1", port=5555, key=None, timeout=60.0):
-        self.where, self.timeout, self.lock = f"server {host}:{port}", timeout, threading.Lock()
+        self.where, self.wanted = f"server {host}:{port}", f"an answer within {timeout:g} s"
+        self.lock = threading.Lock()
         with reading(self.where, "python sample.py serve there"):
-            self.connection = mpc.Client((host, port), "AF_INET")
+            s = socket.create_connection((host, port))
+            timeval = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+            limit = int(timeout * 1000) if WINDOWS else timeval
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            self.connection = mpc.Connection(s.detach())
         if key:                                            # each side shows the other that it knows the key
             with self._exchange():
                 mpc.answer_challenge(self.connection, key.encode())
@@ -1491,23 +1357,17 @@ class Client:
 
     @contextmanager
     def _exchange(self):
-        """Lends _ask() to one thread; the connection is shut down under it once `timeout` seconds have
-        passed."""
-        with self.lock:
-            timer = threading.Timer(self.timeout, hang_up, [self.connection])
-            timer.daemon = True
-            timer.start()
-            try:
+        """Lends _ask() to one thread."""
+        try:
+            with self.lock:
                 yield self._ask
-            except UserError:                              # it refuses, and goes on
-                raise
-            except Exception as e:                         # whatever the other side makes of it
-                self.close()
-                raise UserError(f"{self.where}: expected an answer within {self.timeout:g} s, found that the "
-                                f"connection broke ({type(e).__name__} {printable(e)}): is it a sample.py "
-                                "serve of this version, with the same --key?") from None
-            finally:
-                timer.cancel()
+        except UserError:                                  # it refuses, and goes on
+            raise
+        except Exception as e:                             # whatever the other side makes of it
+            self.close()
+            said = f"{type(e).__name__} {printable(e)}"
+            raise UserError(f"{self.where}: expected {self.wanted}, found: the connection broke ({said}): "
+                            "is it a sample.py serve of this version, with the same --key?")
 
     def _ask(self, header, array=None):
         self.connection.send_bytes(pack_message(header, array))
@@ -1524,8 +1384,7 @@ class Client:
         MB."""
         with self._exchange() as ask:
             chunk = ask({"do": "predict"}, shrink(rgb))[1]
-            good = chunk.dtype == np.float32 and chunk.shape == (self.horizon, A) and (abs(chunk) <= 1).all()
-            if not (good and (chunk[:, :len(BUTTONS)] >= 0).all()):
+            if chunk.shape != (self.horizon, A) or (chunk != chunk.clip(LOWEST, 1)).any():       # NaN too
                 raise ValueError(f"{chunk.dtype} {chunk.shape} where {self.horizon} actions belong")
         return chunk
 
@@ -1538,25 +1397,14 @@ class Client:
         """What sample.Session.info gives; "config" holds the model's hz, horizon and action_shift."""
         with self._exchange() as ask:
             info = ask({"do": "info"})[0]
-            for name, (low, high) in CONFIG.items():
-                value = info["config"][name]
-                if type(value) not in (int, float) or not low <= value <= high:
-                    raise ValueError(f"{name} {value}")
+            config = info["config"]                        # what is no number raises TypeError
+            if not all(low <= config[name] <= high for name, (low, high) in CONFIG.items()):
+                raise ValueError(str(config))
         return info
 
     def close(self):
         """Leave the server. May be called twice."""
         self.connection.close()
-
-
-def hang_up(connection):
-    """Shut down the socket in a Connection: whoever waits on it wakes up with an error."""
-    with suppress(OSError):
-        s = socket.socket(fileno=connection.fileno())
-        try:
-            s.shutdown(socket.SHUT_RDWR)
-        finally:
-            s.detach()                                     # the number stays the Connection's
 
 
 def printable(said):
@@ -1568,29 +1416,23 @@ class LocalModel(Client):
     """The model on this machine, in a process of its own: torch's threads and Python's lock then never hold
     up the action clock. That process ends with this one, however this one ends: its pipe closes."""
 
-    def __init__(self, policy, session):
-        self.where, self.timeout, self.lock = "the model", 600.0, threading.Lock()
+    def __init__(self, args):
+        self.where, self.wanted, self.lock = "the model", "an answer", threading.Lock()
         spawn = get_context("spawn")
         self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=answer_all, args=(theirs, policy, session), daemon=True)
-        self.process.start()
+        spawn.Process(target=answer_all, args=(theirs, args), daemon=True).start()
         theirs.close()
         self.horizon = self.info()["config"]["horizon"]
 
-    def close(self):
-        """End the process."""
-        super().close()
-        self.process.kill()
 
-
-def answer_all(pipe, policy, session):
-    """The life of LocalModel's process: answer as a server until nobody asks. policy, session: the arguments
-    of sample.Policy and sample.Session."""
+def answer_all(pipe, args):
+    """The life of LocalModel's process: answer as a server until nobody asks. args: the command line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the player
     from sample import Policy, Server, Session
     with suppress(EOFError, OSError):                      # it has gone
         try:
-            player = Session(Policy(**policy), **session)
+            policy = Policy(args.ckpt, args.device, args.dtype, args.euler, args.cfg)
+            player = Session(policy, args.game, args.seed or 0)
         except Exception as e:                             # whatever a checkpoint may hold
             return pipe.send_bytes(pack_message({"error": printable(e)}))
         while True:
@@ -1602,8 +1444,8 @@ def list_windows(args):
     """What could be named with --exe or --window."""
     windows = this_desktop().windows()
     for w in windows:
-        left, top, width, height = w.box
-        print(f"--exe {w.name:24} --window {w.id:<12} {width} x {height} at {left},{top}  {w.title!r}")
+        print(f"--exe {w.names[0]:24} --window {w.id:<12} {w.box[2]} x {w.box[3]} at "
+              f"{w.box[0]},{w.box[1]}  {w.title!r}")
     if not windows:
         print("no window here: start the game first")
 
@@ -1625,38 +1467,31 @@ def try_map(env):
         for value in np.repeat([sign, 0], math.ceil(env.hz / 2)):
             action = neutral()
             action[place] = value
-            env.hold(action, 1 / env.hz)
+            env.hold(action)
 
 
 def run_play(args):
     """Play, or let play, until the game ends, --seconds have passed or Ctrl-C."""
     if args.guard:
         return stand_guard(**args.guard)
-    if not (args.ckpt or args.server or args.human or args.try_map):
-        raise UserError("expected who plays, found nobody: give --ckpt FILE, --server HOST:PORT or --human")
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):       # each ends as by Ctrl-C, all put right
-        which = getattr(signal, name, None)
-        if which and (name == "SIGINT" or signal.getsignal(which) != signal.SIG_IGN):      # nohup's SIGHUP
-            signal.signal(which, signal.default_int_handler)
+    for which in signal.SIGINT, signal.SIGTERM:            # each ends as by Ctrl-C, all put right
+        signal.signal(which, signal.default_int_handler)
     if args.record:
         pick_up(args.record)
     with ExitStack() as last:
-        policy, hz, hotkey = None, args.hz or 60.0, None
+        policy, hz = None, args.hz or 60.0
         if args.server:
             policy = Client(*args.server, args.key)
             policy.reset(seed=args.seed, game=args.game)
         elif args.ckpt:
-            model = {"ckpt": args.ckpt, "device": args.device, "dtype": args.dtype, "steps": args.euler,
-                     "guidance": args.cfg}
-            policy = LocalModel(model, {"game": args.game, "seed": args.seed or 0})
+            policy = LocalModel(args)
         if policy:
             last.callback(policy.close)
             info = policy.info()
             hz = args.hz or info["config"]["hz"]
-            hotkey = None if args.hotkey == "none" else args.hotkey
-            said = [f"{name} {info.get(name)}" for name in ("model", "device", "dtype", "steps", "guidance")]
-            print(printable(f"{', '.join(said)}, chunks of {info['config']['horizon']} actions"), flush=True)
+            print(printable(f"model {info.get('model')}, device {info.get('device')}, {info.get('dtype')}, "
+                            f"{info.get('steps')} Euler steps, guidance {info.get('guidance')}, "
+                            f"chunks of {policy.horizon} actions"), flush=True)
         pad = "none" if args.human else "keyboard" if args.try_map else args.pad
         env = GameEnv(args.exe, args.window, args.launch, args.wait, pad,
                       args.try_map or args.map, args.pause, hz, args.allow_menu)
@@ -1673,6 +1508,7 @@ def run_play(args):
         if args.show or args.video:
             view = View(env, args.show, args.video)
             last.callback(view.close)
+        hotkey = args.hotkey if policy and args.hotkey != "none" else None
         print(f"playing {env.name}: {env.window}, {hz:g} actions/s, pad {pad}, "
               f"pause {args.pause}; Ctrl-C ends it", flush=True)
         play(env, policy, args.seconds, args.actions_per_chunk, people, args.handback, hotkey, recorder, view)
@@ -1682,13 +1518,14 @@ def flags():
     """The parser of the command line."""
     p = extract.ArgumentParser(description="Play with a policy, or record a person.", allow_abbrev=False)
     p.set_defaults(run=run_play)
-    positive, add, who = number(float, 0), p.add_argument, p.add_mutually_exclusive_group().add_argument
+    positive, add = number(float, 0), p.add_argument
+    who = p.add_mutually_exclusive_group(required=True).add_argument
     add("--exe", help="name of the game's program, as the task manager or ps shows it")
     add("--window", metavar="TEXT|ID", help="part of the window's title, or its id from --list")
     add("--launch", help="start the game with this command, after the virtual pad exists")
     add("--wait", type=positive, default=60.0,
         help="seconds to wait for the game's window (default 60)")
-    add("--list", dest="run", action="store_const", const=list_windows,
+    who("--list", dest="run", action="store_const", const=list_windows,
         help="list the windows that can be played, and end")
     who("--ckpt", help="who plays: a .safetensors, or a run folder of train.py; it runs beside this process")
     who("--server", type=address, metavar="HOST:PORT",
@@ -1699,13 +1536,15 @@ def flags():
     who("--try-map", metavar="FILE.json",
         help="or nobody: press each control of a mapping, name it, and end")
     add("--key", help="the server's secret")
-    add("--euler", type=number(int, 1), help="Euler steps of --ckpt (default: the checkpoint's)")
+    add("--euler", type=number(int, 1), default=PLAY_STEPS,
+        help="Euler steps of --ckpt (default %(default)s; 16 in the paper)")
     add("--cfg", type=number(float), default=0.0, help="guidance of --ckpt, see sample.py (default 0 = off)")
     add("--game", metavar="ID|NAME", help="the game for a model that knows games (default: none)")
     add("--seed", type=number(int, 0), help="of the model's noise (default 0)")
     add("--device", default="auto", help="of --ckpt: auto, cpu, cuda, cuda:1, mps (default auto)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of --ckpt's weights (default float32)")
+        help="of --ckpt's weights; bfloat16 is faster on GPUs, and of large models on CPUs with AVX-512 "
+        "(default float32)")
     add("--pad", choices=("vgamepad", "keyboard", "none"), default="vgamepad",
         help="a virtual Xbox 360 pad, keys and mouse, or only watch (default vgamepad)")
     add("--map", metavar="FILE.json", help='keys of --pad keyboard (default: "mapping" in weights/keys.json)')
@@ -1727,7 +1566,7 @@ def flags():
         help="write a clip folder under DATA, for train.py; one that a killed run left is finished first")
     add("--show", action="store_true", help="a window with what the model sees and presses")
     add("--video", help="the same as a video")
-    add("--guard", type=json.loads, help="internal: what to undo, as JSON (class Guard)")
+    who("--guard", type=json.loads, help="internal: what to undo, as JSON (class Guard)")
     return p
 
 

@@ -15,25 +15,27 @@ confidence.npy, keep.npy to a clip's folder (extract.py) and "labels": "inverse"
 train.py --inverse: it sees what comes after a chunk too, and so can't play.
 """
 import contextlib
+import copy
 import functools
+import itertools
 import math
 import multiprocessing.connection as mpc
+import operator
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import numpy as np
+import extract                       # before torch, whose threads it keeps from spinning
 import torch
 from tqdm import tqdm
 
-import extract
 import model as M
 from extract import UserError, draw, number, reading, shrink
 
@@ -41,12 +43,18 @@ from extract import UserError, draw, number, reading, shrink
 class Session:
     """What one player, or B environments side by side, have seen. The same seed, frames and batch size give
     the same actions."""
+
     def __init__(self, policy, game=None, seed=0, envs=1):
-        if policy.config.future:
+        c = policy.config
+        if c.future:
             raise UserError(f"{policy.name}: expected a policy, found an inverse model, which needs the "
                             "frames to come: label clips with it (sample.py label) and train on them")
-        self.policy, self.envs, self.seed, self.game = policy, envs, seed, game
-        self.reset()
+        self.policy, self.envs, self.game = policy, envs, None
+        self.seen = torch.zeros(envs, c.frames, c.image_tokens, c.vision_width)           # (B, F, N, V)
+        self.keep = torch.zeros(envs, c.frames, dtype=torch.bool)                # which of them there are yet
+        self.games = torch.zeros(envs, dtype=torch.long)
+        self.noise = [torch.Generator() for _ in range(envs)]
+        self.reset(seed=seed, game=game)
 
     def reset(self, env=None, seed=None, game=None):
         """Forget what was seen and restart the noise, for one environment or all; seed and game stay as they
@@ -54,13 +62,8 @@ class Session:
         game = self.game if game is None else game
         game_id = self.policy.game_id(game)        # first: an unknown game leaves the session as it was
         self.game, self.seed = game, self.seed if seed is None else seed
-        if env is None:
-            self.games = torch.zeros(self.envs, dtype=torch.long)
-            self.seen = [deque(maxlen=self.policy.config.frames) for _ in range(self.envs)]
-            self.noise = [torch.Generator() for _ in range(self.envs)]
         for i in range(self.envs) if env is None else [env]:
-            self.games[i] = game_id
-            self.seen[i].clear()
+            self.keep[i], self.games[i] = False, game_id
             self.noise[i].manual_seed((self.seed + i) % 2**63)
 
     def predict(self, rgb, noise=None):
@@ -70,26 +73,27 @@ class Session:
     def predict_raw(self, rgb, noise=None):
         """The same before decoding: (T, A) or (B, T, A) in the model's convention. noise float32 of that
         shape replaces the seeded one."""
-        rgb, c = np.asarray(rgb), self.policy.config
-        single = rgb.ndim == 3
-        batch = rgb[None] if single else rgb
-        if batch.ndim != 4 or batch.shape[3] != 3 or batch.dtype != np.uint8 or len(batch) != self.envs:
+        rgb = np.asarray(rgb)
+        frames = rgb[None] if rgb.ndim == 3 else rgb
+        if frames.ndim != 4 or (len(frames), frames.shape[3]) != (self.envs, 3) or rgb.dtype != np.uint8:
             found = f"{rgb.dtype} {rgb.shape}"
             raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), found {found}")
-        for seen, tokens in zip(self.seen, self.policy.see(np.stack([[shrink(f)] for f in batch]))):
-            seen.append(tokens[0])                                                         # (N, V)
-        n = max(map(len, self.seen))
-        blank = torch.zeros_like(self.seen[0][-1])
-        seen = torch.stack([torch.stack([blank] * (n - len(s)) + list(s)) for s in self.seen])  # (B, n, N, V)
-        keep = torch.tensor([[i >= n - len(s) for i in range(n)] for s in self.seen])  # (B, n)
+        self.see(frames)
+        shape = self.policy.config.horizon, self.policy.config.action_dim
         if noise is None:
-            noise = torch.stack([torch.randn(c.horizon, c.action_dim, generator=g) for g in self.noise])
-        noise = torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)    # (B, T, A)
-        raw = self.policy.chunk(seen, keep, self.games, noise)
+            noise = torch.stack([torch.randn(shape, generator=g) for g in self.noise])    # (B, T, A)
+        noise = torch.as_tensor(noise).reshape(self.envs, *shape)
+        raw = self.policy.chunk(self.seen, self.keep, self.games, noise)
         if not torch.isfinite(raw).all():
             raise UserError(f"{self.policy.name}: expected numbers, the model gives NaN or infinity: use "
                             "--dtype float32 and a smaller --cfg, or another checkpoint")
-        return raw[0] if single else raw
+        return raw[0] if rgb.ndim == 3 else raw
+
+    def see(self, frames):
+        """Take in the next frame of each environment, uint8 (B, h, w, 3)."""
+        tokens = self.policy.see(np.stack([[shrink(frame)] for frame in frames]))         # (B, 1, N, V)
+        self.seen = torch.cat([self.seen[:, 1:].to(tokens), tokens], 1)
+        self.keep = torch.cat([self.keep[:, 1:], torch.ones(self.envs, 1, dtype=torch.bool)], 1)
 
     def info(self):
         """What a player needs to know, as JSON can carry it."""
@@ -102,18 +106,16 @@ class Policy:
     """A checkpoint ready to sample, shared by sessions and threads. Vision runs once a frame; mixing, keys
     and values once a chunk; time codes and AdaLN of all steps once and for all. (The release redoes all but
     vision each step.)"""
-    def __init__(self, ckpt, device="auto", dtype="float32", steps=None, guidance=0.0, compile=False):
+
+    def __init__(self, ckpt, device="auto", dtype="float32", steps=None, guidance=0.0):
         self.device, self.reason = M.pick_device(device)
-        self.name = str(ckpt)
         self.model, self.meta = M.load(ckpt, self.device, getattr(torch, dtype))
-        self.config, self.guidance, self.dtype = self.model.config, guidance, dtype
+        self.name, self.config, self.dtype, self.guidance = str(ckpt), self.model.config, dtype, guidance
         self.steps = steps or self.config.steps
         with reading(ckpt, "data with a hole of [x0, y0, x1, y1] pixels, if any"):
             x0, y0, x1, y1 = map(int, (self.meta.get("data") or {}).get("hole") or (0, 0, 0, 0))
-        self.hole = slice(y0, y1), slice(x0, x1)
+        self.hole = ..., slice(y0, y1), slice(x0, x1), slice(3)
         self.lock, self.graphs = threading.Lock(), {}
-        self.step = torch.compile(self.model.step) if compile else self.model.step
-        self.use_graph = self.device.type == "cuda"
         with torch.inference_mode():
             self.times = self.model.times(buckets(self.steps, self.config.buckets).to(self.device))
 
@@ -121,8 +123,8 @@ class Policy:
     def see(self, frames):
         """uint8 (B, F, 256, 256, 3) -> image tokens (B, F, N, V). If every training frame had the overlay
         blacked out, black out the same place here."""
-        frames, (rows, columns) = np.array(frames), self.hole
-        frames[:, :, rows, columns] = 0
+        frames = np.array(frames)
+        frames[self.hole] = 0
         with self.lock:
             return self.model.see(torch.from_numpy(frames).to(self.device))
 
@@ -130,57 +132,48 @@ class Policy:
     def chunk(self, seen, keep, games, noise):
         """Image tokens (B, F, N, V), which of them exist (B, F), game ids (B,), noise (B, T, A) -> the
         sampler's tensor (B, T, A)."""
+        keep, games, noise = (x.to(self.device) for x in (keep, games, noise))
         with self.lock:
-            model, games, noise = self.model, games.to(self.device), noise.to(self.device)
-            context = model.mix(model.assemble(seen, games, None if keep.all() else keep.to(self.device)))
-            # Unconditional = the newest frame alone, no game. The release forgets the game of both halves.
-            uncond = model.mix(model.assemble(seen[:, -1:])) if self.guidance else ()
-            args, run = (noise, *context, *uncond), self.run
-            if self.use_graph:                             # recorded at the first chunk of each batch size
-                if noise.shape not in self.graphs:
-                    self.graphs[noise.shape] = Graph(self.run, *args)
-                run = self.graphs[noise.shape]
-            return run(*args).float().cpu()
+            x = self.model.assemble(seen, games, keep)                                    # (B, L, V)
+            if self.guidance:      # unconditional = the newest frame, no game; the release forgets both games
+                x = torch.cat([x, self.model.assemble(seen[:, -1:])])
+            args = noise, *self.model.mix(x)
+            if noise.shape not in self.graphs:             # recorded at the first chunk of each batch size
+                graph = Graph(self.run, *args) if self.device.type == "cuda" else self.run
+                self.graphs[noise.shape] = graph
+            return self.graphs[noise.shape](*args).float().cpu()
 
-    def run(self, noise, *tensors):
-        """euler() with what this policy has at hand; tensors: a Context's, then those of the unconditional
-        one."""
-        context, uncond = M.Context(*tensors[:2]), M.Context(*tensors[2:]) if self.guidance else None
-        return euler(self.model, context, noise, self.steps, self.guidance, uncond, self.times, self.step)
+    def run(self, noise, *context):
+        """euler() with what this policy has at hand; context: the tensors of a Context."""
+        return euler(self.model, M.Context(*context), noise, self.steps, self.guidance, self.times)
 
     def game_id(self, game):
         """--game ID|NAME -> the id; None = no game."""
         games = self.config.games
-        if game is None:
-            return 0
-        if game in games:
-            return games.index(game) + 1
-        if str(game).isdecimal() and int(game) <= len(games):
-            return int(game)
-        known = f"its games are {', '.join(games[:20])}" if games else "it was trained without games"
-        raise UserError(f"game {game!r} is not known to {self.name}: {known}")
+        ids = {name: i for i, name in enumerate(games, 1)}
+        ids = {"None": 0} | {str(i): i for i in range(len(games) + 1)} | ids
+        if str(game) not in ids:
+            known = f"its games are {', '.join(games[:20])}" if games else "it was trained without games"
+            raise UserError(f"game {game!r} is not known to {self.name}: {known}")
+        return ids[str(game)]
 
 
 @torch.inference_mode()
-def euler(model, context, noise, steps=None, guidance=0.0, uncond=None, times=None, step=None):
+def euler(model, context, noise, steps=None, guidance=0.0, times=None):
     """Follow the velocity from noise (B, T, A) at t = 0 to actions (B, T, A) at t = 1 in k steps, x += v / k
-    [§3.4].
+    [§3.4]. times: model.times of all steps, where they are at hand.
 
-    guidance s and uncond, a second Context: v = cond + s (cond - uncond), so 0 is off [R; its docstring says
-    (1 - s) u + s c, its code does this]. times: model.times of all steps, where they are at hand; step:
-    model.step in another form (compiled).
+    guidance s: context is of 2 B rows, the second half unconditional, so that one pass reads the weights for
+    both: v = cond + s (cond - uncond); 0 is off [R; its docstring says (1 - s) u + s c, its code does this].
     """
-    k = steps or model.config.steps
+    k, x = steps or model.config.steps, noise                                         # (B, T, A)
     times = times or model.times(buckets(k, model.config.buckets).to(noise.device))
-    step, x = step or model.step, noise                                               # (B, T, A)
-    if guidance:                                           # one pass reads the weights for both
-        context = M.Context(*(torch.cat(pair) for pair in zip(context, uncond)))
     for i in range(k):
         if guidance:
-            v, u = step(torch.cat([x, x]), times.at(i), context).chunk(2)
+            v, u = model.step(torch.cat([x, x]), times.at(i), context).chunk(2)
             v = v + guidance * (v - u)
         else:
-            v = step(x, times.at(i), context)                                         # (B, T, A)
+            v = model.step(x, times.at(i), context)                                   # (B, T, A)
         x = x + v / k
     return x
 
@@ -193,60 +186,83 @@ def buckets(k, n):
 
 # -------------------------------------------------------------------------------------------------- the clips
 OPEN_CLIPS = 100                     # clips held open at a time, two files each: under every system's limit
+open_frames = functools.lru_cache(OPEN_CLIPS)(extract.Frames)
 
 
 @functools.lru_cache(OPEN_CLIPS)
-def open_arrays(folder, file):
-    """A clip's extract.Frames and the actions of `file`, float32 (n, 25), both memory-mapped; zeros for
-    ""."""
-    frames, path = extract.Frames(folder), Path(folder) / file
-    if not file:
-        return frames, np.broadcast_to(extract.neutral(), (frames.n, extract.A))
+def open_actions(path):
+    """The actions of a file, float32 (n, 25), memory-mapped."""
     if not path.is_file():
         raise UserError(f"{path}: expected actions, found none: add them (parse.py run, sample.py "
                         "label) or give a folder of labelled clips alone")
-    return frames, extract.read_npy(path, np.float32, (None, None))
+    return extract.read_npy(path, np.float32, (None, None))
 
 
 class Clip:
     """One clip folder, checked: which frames may start a chunk, and chunks at the model's rate from any
-    rate."""
+    rate. Of a frame it holds six bytes: clips are many, and their files stay on the disk."""
 
-    def __init__(self, folder, config, file="actions.npy", human_weight=1.0, share=(0, 1)):
-        """file: where its actions are, "" = it has none. share: of its rows, the part from .. to alone
-        counts."""
+    def __init__(self, folder, config, file="actions.npy", human_weight=1.0):
+        """file: where its actions are, "" = it has none."""
         self.folder, self.file, self.config = Path(folder), file, config
-        self.made_of = folder, config, file, human_weight
-        meta = extract.read_clip(folder)
-        frames, actions = open_arrays(str(folder), file)
-        self.n = len(actions)
-        self.fps = meta["fps"]
+        self.human_weight = human_weight
+        meta, self.n = extract.read_clip(folder), self.frames.n
+        extract.check_actions(self.folder / file, self.actions, self.n)
+        self.fps, self.hole = meta["fps"], meta.get("hole")
         self.game = str(meta.get("game") or "unknown")
         self.game_id = config.games.index(self.game) + 1 if self.game in config.games else 0
-        self.hole = meta.get("hole")
-        with extract.reading(self.folder / "clip.json", 'a whole number of rows as "lag"'):
+        with reading(self.folder / "clip.json", 'a whole number of rows as "lag"'):
             self.lag = int(meta.get("lag") or 0)
-        extract.check_actions(self.folder / file, actions, frames.n)
         self.ratio = self.fps / config.hz                                    # rows of the clip for one action
-        begin, end = (round(self.n * part) for part in share)
-        cuts = np.flatnonzero(self.flags("cuts.npy", False))
-        self.cuts = np.unique([*cuts, begin, end, self.n])
-        rows = frames.numbers
-        counts = self.counts(self.edges(rows), self.end(rows)[:, None])                  # (m, T): the masks
-        good = self.flags(file and "keep.npy", True)[rows] & counts[:, 0] & (begin <= rows) & (rows < end)
-        good &= rows + config.offsets[-1] * self.ratio + 1e-6 < self.end(rows)         # all to come is there
-        self.kept = np.flatnonzero(good).astype(np.int32)                     # frames that may start a chunk,
-        self.rows = rows[self.kept]                                            # their rows, int64,
-        self.lengths = counts.sum(1, dtype=np.int32)[self.kept]            # and how many of its actions count
-        human = self.flags("human.npy", False)[self.rows]
-        self.cumulative = np.cumsum(np.where(human, human_weight, 1.0))        # of the frames' weights
-        self.weight = float(self.cumulative[-1:].sum())
-        self.size, self.sum = end - begin, actions[begin:end].sum(0, dtype=np.float64)
+        self.cuts = np.flatnonzero(self.flags("cuts.npy", False))
+        keep = self.flags(file and "keep.npy", True)
+        self.rows = self.frames.numbers[keep[self.frames.numbers]].astype(np.int32)
+        self.narrow(0, self.n)
+
+    @property
+    def frames(self):
+        """Its extract.Frames."""
+        return open_frames(self.folder)
+
+    @property
+    def actions(self):
+        """float32 (n, 25), memory-mapped; zeros where it has none."""
+        if self.file:
+            return open_actions(self.folder / self.file)
+        return np.broadcast_to(extract.neutral(), (self.n, extract.A))
 
     def flags(self, name, default):
         """A bool (n,) file of the clip; the default everywhere where there is none."""
         path = self.folder / name
         return extract.read_npy(path, bool, (self.n,)) if path.is_file() else np.full(self.n, default)
+
+    def narrow(self, begin, end):
+        """Let the rows begin .. end alone count."""
+        self.cuts, rows = np.unique([*self.cuts, begin, end]), self.rows
+        mask = self.mask(rows)                                                                     # (m, T)
+        good = (begin <= rows) & (rows < end) & mask[:, 0]
+        good &= rows + self.config.offsets[-1] * self.ratio + 1e-6 < self.end(rows)    # all to come is there
+        self.rows = rows[good]                                 # of the frames that may start a chunk, int32,
+        self.lengths = mask[good].sum(1, dtype=np.uint16)      # and how many of its actions count
+        self.size, self.sum = end - begin, self.actions[begin:end].sum(0, dtype=np.float64)
+        self.weight, self.cumulative = float(len(self.rows)), None
+        human = self.flags("human.npy", False)
+        if human.any():                                        # else each frame weighs 1: no table
+            self.cumulative = np.cumsum(np.where(human[self.rows], self.human_weight, 1.0))
+            self.weight = float(self.cumulative[-1:].sum())
+
+    def part(self, begin, end):
+        """The same clip, of whose rows begin .. end alone count."""
+        part = copy.copy(self)
+        part.narrow(begin, end)
+        return part
+
+    def pick(self, share):
+        """Which of its frames that may start a chunk is at a share 0 .. 1 of their weights, one after
+        another."""
+        if self.cumulative is None:
+            return int(share * len(self.rows))
+        return min(np.searchsorted(self.cumulative, share * self.weight, "right"), len(self.rows) - 1)
 
     def end(self, row):
         """Rows (...) of frames -> the row of the next cut after each, or the clip's end."""
@@ -258,9 +274,11 @@ class Clip:
         steps = self.config.action_shift + np.arange(self.config.horizon + 1)
         return self.lag + np.floor(np.asarray(row)[..., None] + steps * self.ratio + 1e-6).astype(np.int64)
 
-    def counts(self, edges, end):
-        """Which actions lie within the clip and before `end`, bool (..., T)."""
-        return (0 <= edges[..., :-1]) & (edges[..., :-1] < end)
+    def mask(self, row, lag=0):
+        """Rows (...) of frames -> which of their actions lie within the clip and before the next cut, bool
+        (..., T)."""
+        begin = self.edges(row)[..., :-1] + lag
+        return (0 <= begin) & (begin < self.end(row)[..., None])
 
     def chunk(self, row, lag=0):
         """Row of a frame -> actions float32 (T, 25), mask bool (T,) (False: past a cut or the clip's end).
@@ -268,33 +286,28 @@ class Clip:
         A faster clip: a button counts as pressed when it was at any of the action's rows. A slower one: a row
         is held. Sticks: the first row. lag: of the labels behind the frames, in rows, beside the clip's own.
         """
-        actions = open_arrays(str(self.folder), self.file)[1]
-        end = int(self.end(row))
-        places = self.edges(row) + lag
-        edges = places.clip(0, end)
+        end = self.end(row)
+        edges = (self.edges(row) + lag).clip(0, end)
         begin = np.minimum(edges[:-1], end - 1)
-        rows = actions[begin[0]:max(edges[-1], begin[-1] + 1)]
+        rows = self.actions[begin[0]:max(edges[-1], begin[-1] + 1)]
         out = rows[begin - begin[0]]
         out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
-        return out, self.counts(places, end)
+        return out, self.mask(row, lag)
 
     def before(self, row):
         """The action before a frame, float32 (25,)."""
-        return open_arrays(str(self.folder), self.file)[1][max(row - 1 + self.lag, 0)]
+        return self.actions[max(row - 1 + self.lag, 0)]
 
     def pictures(self, j):
-        """Kept frame j and its context -> uint8 (F, 256, 256, 3), oldest first, and bool (F,): which of them
-        the clip has, with no cut between."""
-        frames, c, row = open_arrays(str(self.folder), self.file)[0], self.config, self.rows[j]
+        """Frame j of those that may start a chunk and its context -> uint8 (F, 256, 256, 3), oldest first,
+        and bool (F,): which of them the clip has, with no cut between."""
+        frames, c, row = self.frames, self.config, self.rows[j]
         out, keep = np.zeros((c.frames, c.image, c.image, 3), np.uint8), np.zeros(c.frames, bool)
         then = row + np.multiply(c.offsets, self.ratio) + 1e-6
-        for k, i in enumerate(np.searchsorted(frames.numbers, then, "right") - 1):
-            if i >= 0 and self.end(frames.numbers[i]) == self.end(row):
-                keep[k] = True
-                picture = frames.read(int(i), out[k])
-                if picture.shape != out.shape[1:]:
-                    raise UserError(f"{self.folder}: expected frames of {c.image} x {c.image}, found "
-                                    f"{picture.shape[1]} x {picture.shape[0]}: cut the clip again")
+        with reading(self.folder, f"frames of {c.image} x {c.image}"):
+            for k, i in enumerate(np.searchsorted(frames.numbers, then, "right") - 1):
+                if i >= 0 and self.end(frames.numbers[i]) == self.end(row):
+                    out[k], keep[k] = frames[i], True
         return out, keep
 
 
@@ -302,12 +315,11 @@ def load_clips(data, config, file="actions.npy", human_weight=1.0, say=print):
     """Every clip of the folders `data` that has a chunk to learn from; one line names those left out,
     UserError when none is left."""
     clips, short = [], []
-    for folder in data:
-        for path in extract.clips_in(folder):
-            clip = Clip(path, config, file, human_weight)
-            (clips if len(clip.kept) else short).append(clip)
-    for clip in clips:
-        clip.pictures(0)                                       # a broken first picture is told now
+    for path in itertools.chain.from_iterable(map(extract.clips_in, data)):
+        clip = Clip(path, config, file, human_weight)
+        if len(clip.rows):
+            clip.pictures(0)                                   # a broken first picture is told now
+        (clips if len(clip.rows) else short).append(clip)
     if short:
         why = (f"{short[0].folder}: {short[0].n} rows, none of its frames may start a chunk "
                "(too short, or all filtered out by keep.npy)")
@@ -317,12 +329,24 @@ def load_clips(data, config, file="actions.npy", human_weight=1.0, say=print):
     return clips
 
 
+def per_game(clips):
+    """{game: its clips}."""
+    game = operator.attrgetter("game")
+    return {name: list(mine) for name, mine in itertools.groupby(sorted(clips, key=game), game)}
+
+
+def mean_actions(clips):
+    """{game: the mean action of its clips, float64 (25,)}."""
+    mean = lambda mine: sum(c.sum for c in mine) / sum(c.size for c in mine)
+    return {game: mean(mine) for game, mine in per_game(clips).items()}
+
+
 # ------------------------------------------------------------------------------------------------- the scores
 def run_score(args):
     """Chunks of any checkpoint, one after another through labelled clips, against what was played."""
     policy = policy_of(args)
     clips = clips_of_game(args, policy, args.data)
-    starts = [start for game in per_game(clips).values() for start in one_after_another(game)[:args.limit]]
+    starts = [start for mine in per_game(clips).values() for start in one_after_another(mine)[:args.limit]]
     chunks = M.actions_out(chunks_at(policy, starts, args.seed)[0]).numpy()
     print_scores(scores(chunks, starts, mean_actions(clips)))
     print("A policy that reacts can play well and yet score below those that do not look: play is the judge.")
@@ -340,19 +364,8 @@ def clips_of_game(args, policy, data, file="actions.npy"):
     return clips
 
 
-def per_game(clips):
-    """{game: its clips}."""
-    return {game: [c for c in clips if c.game == game] for game in sorted({c.game for c in clips})}
-
-
-def mean_actions(clips):
-    """{game: the mean action of its clips, float64 (25,)}."""
-    mean = lambda mine: sum(c.sum for c in mine) / sum(c.size for c in mine)
-    return {game: mean(mine) for game, mine in per_game(clips).items()}
-
-
 def one_after_another(clips, step=1.0):
-    """[(clip, kept frame)]: the first in each `step` horizons of each clip."""
+    """[(clip, which of its frames)]: the first in each `step` horizons of each clip."""
     starts = []
     for clip in clips:
         windows = clip.rows // max(step * clip.config.horizon * clip.ratio, 1)
@@ -361,7 +374,7 @@ def one_after_another(clips, step=1.0):
 
 
 def chunks_at(policy, starts, seed=0, draws=1, batch=32):
-    """The sampler's chunks, float32 (draws, n, T, A), at [(clip, kept frame)] * n; each frame is seen
+    """The sampler's chunks, float32 (draws, n, T, A), at [(clip, which frame)] * n; each frame is seen
     once."""
     c, g, parts = policy.config, torch.Generator().manual_seed(seed), []
     for i in tqdm(range(0, len(starts), batch), mininterval=1, leave=False):
@@ -375,7 +388,7 @@ def chunks_at(policy, starts, seed=0, draws=1, batch=32):
 
 
 def scores(chunks, starts, means):
-    """Chunks (n, T, 25) in file convention, predicted at [(clip, kept frame)] * n -> {"policies": {policy:
+    """Chunks (n, T, 25) in file convention, predicted at [(clip, which frame)] * n -> {"policies": {policy:
     [R2, F1, onset F1]}, the means over games, "games": {game: {policy: the same}}, "n": {game: chunks}}.
 
     Beside the model stand three policies that do not look: rest, repeat (the last action before the frame,
@@ -383,18 +396,17 @@ def scores(chunks, starts, means):
     """
     truth, mask = map(np.stack, zip(*(clip.chunk(clip.rows[j]) for clip, j in starts)))
     last = np.stack([clip.before(clip.rows[j]) for clip, j in starts])[:, None]
-    played, games, rest = np.array([clip.game for clip, _ in starts]), {}, extract.neutral()
+    played, rest = np.array([clip.game for clip, _ in starts]), extract.neutral()
     usual = np.stack([means.get(game, rest) for game in played])[:, None]
     policies = {"model": chunks, "rest": rest, "repeat": last, "mean": usual}
-    policies = {name: np.broadcast_to(p, truth.shape) for name, p in policies.items()}
+    games, count = {}, {}
     for game in sorted(set(played)):
-        here = played == game
-        games[game] = {name: score_chunks(p[here], truth[here], mask[here]) for name, p in policies.items()}
-    overall = {}
-    for name in policies:
-        columns = np.array([g[name] for g in games.values()]).T
-        overall[name] = [math.nan if np.isnan(x).all() else float(np.nanmean(x)) for x in columns]
-    return {"policies": overall, "games": games, "n": {game: int((played == game).sum()) for game in games}}
+        here, count[game] = played == game, int((played == game).sum())
+        games[game] = {name: score_chunks(np.broadcast_to(chunk, truth.shape)[here], truth[here], mask[here])
+                       for name, chunk in policies.items()}
+    mean = lambda x: math.nan if np.isnan(x).all() else float(np.nanmean(x))
+    overall = {name: [*map(mean, zip(*(g[name] for g in games.values())))] for name in policies}
+    return {"policies": overall, "games": games, "n": count}
 
 
 def score_chunks(chunks, truth, mask):
@@ -403,11 +415,10 @@ def score_chunks(chunks, truth, mask):
     error, sticks = (chunks - truth)[mask][:, -4:], truth[mask][:, -4:]                      # (actions, 4)
     spread = ((sticks - sticks.mean(0)) ** 2).sum()
     r2 = float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan
-    pressed, true = (np.where(mask[..., None], x[..., :-4] > 0.5, False) for x in (chunks, truth))
-    hits = (pressed & true).sum()
+    pressed, true = (mask[..., None] & (x[..., :-4] > 0.5) for x in (chunks, truth))
     changed, turned = onsets(pressed, mask), onsets(true, mask)
     caught = min((changed & nearby(turned)).sum(), (turned & nearby(changed)).sum())
-    return r2, f1(hits, pressed, true), f1(caught, changed, turned)
+    return r2, f1((pressed & true).sum(), pressed, true), f1(caught, changed, turned)
 
 
 NEAR = 2                                   # actions from a press or release to one that is taken for it
@@ -434,11 +445,10 @@ def print_lags(chunks, starts):
     """For each clip by how many rows, -8 to 8, its labels come later than the chunks say: where these miss
     them least."""
     for clip in dict.fromkeys(clip for clip, _ in starts):
-        mine = [i for i, (other, _) in enumerate(starts) if other is clip]
-        rows, miss = [clip.rows[starts[i][1]] for i in mine], {}
+        mine, miss = [(clip.rows[j], chunk) for (other, j), chunk in zip(starts, chunks) if other is clip], {}
         for lag in range(-8, 9):
-            truth, mask = map(np.stack, zip(*(clip.chunk(row, lag) for row in rows)))
-            miss[lag] = ((chunks[mine] - truth)[mask] ** 2).mean()
+            said = [(chunk - truth)[mask] for row, chunk in mine for truth, mask in [clip.chunk(row, lag)]]
+            miss[lag] = (np.concatenate(said) ** 2).mean()
         best = min(miss, key=miss.get)
         print(f"{clip.folder.name} | lag {best:+} rows: error {miss[best]:.4f}, {miss[0]:.4f} as it is")
 
@@ -473,8 +483,7 @@ def label(policy, clip, draws, seed=0):
     starts = one_after_another([clip], 0.5)
     raw = chunks_at(policy, starts, seed, draws).clamp(0, 1).numpy()
     raw[..., :-4] = raw[..., :-4] > 0.5                                  # each sample's vote
-    total, square = np.zeros((2, clip.n, extract.A))
-    votes = np.zeros((clip.n, 1))
+    votes, total, square = np.zeros((clip.n, 1)), *np.zeros((2, clip.n, extract.A))
     for (_, j), chunk in zip(starts, raw.swapaxes(0, 1)):                                  # (draws, T, 25)
         edges = clip.edges(clip.rows[j])
         rows = np.arange(edges[0], min(edges[-1], clip.end(clip.rows[j])))
@@ -482,10 +491,12 @@ def label(policy, clip, draws, seed=0):
         total[rows] += said.sum(0)
         square[rows] += (said ** 2).sum(0)
         votes[rows] += draws
-    mean = total / np.maximum(votes, 1)
-    confidence = (1 - 4 * (square / np.maximum(votes, 1) - mean ** 2).max(1)) * (votes[:, 0] > 0)
-    mean[votes[:, 0] == 0] = 0, *[0] * 20, *[0.5] * 4
-    return M.actions_out(torch.from_numpy(mean).float()).numpy(), confidence.clip(0, 1).astype(np.float32)
+    n, unheard = np.maximum(votes, 1), votes[:, 0] == 0
+    mean = total / n
+    confidence = (1 - 4 * (square / n - mean ** 2).max(1)).clip(0, 1).astype(np.float32)
+    actions = M.actions_out(torch.from_numpy(mean).float()).numpy()
+    actions[unheard], confidence[unheard] = extract.neutral(), 0
+    return actions, confidence
 
 
 # -------------------------------------------------------------------------------------------------- machinery
@@ -521,132 +532,108 @@ class Server:
     def __init__(self, policy, host="127.0.0.1", port=5555, key=None, game=None, seed=0):
         self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
         self.lock, self.stop = threading.Lock(), threading.Event()
-        self.due, self.clients = {}, set()         # due: connection -> when to cut it off
+        self.due, self.clients = {}, set()         # due: socket -> when to cut it off; clients: with a place
         Session(policy, game)                      # a wrong --game is said now
         try:
-            self.listener = mpc.Listener((host, port), "AF_INET", backlog=64)
+            self.socket = socket.create_server((host, port), backlog=64)
         except (OSError, OverflowError, UnicodeError) as e:
             todo = "give another --port, or this machine's --host"
             raise UserError(f"can't listen on {host}:{port} ({e}): {todo}") from None
-        self.address = self.listener.address
+        self.socket.settimeout(0.1)
+        self.address = self.socket.getsockname()
 
     def run(self):
-        """Serve until `stop` is set. Clients that take too long are cut off here, wherever their thread
-        waits."""
-        threading.Thread(target=self.accept, daemon=True).start()
-        while not self.stop.wait(0.1):
-            now = time.monotonic()
-            self.cut(lambda due: due < now)
-        self.cut(lambda due: True)
-        with contextlib.suppress(OSError), socket.create_connection(self.address, 1):      # wakes accept() up
-            pass
-        self.listener.close()
-        ends = time.monotonic() + self.PATIENCE            # a chunk that is being computed is waited for
+        """Take in clients and cut off those that take too long, wherever their thread waits, until `stop` is
+        set; then cut all off and wait for the chunk that is being computed."""
+        with self.socket:
+            while not self.stop.is_set():
+                with contextlib.suppress(OSError):         # nobody came, or has gone again
+                    self.welcome(self.socket.accept()[0])
+                self.cut(time.monotonic())
+        ends = time.monotonic() + self.PATIENCE
         while self.due and time.monotonic() < ends:
+            self.cut(math.inf)
             time.sleep(0.05)
 
-    def cut(self, late):
-        """Shut down the connections whose due time is `late`."""
-        with self.lock:                            # held while closing too: no new connection gets the number
-            for connection in [c for c, due in self.due.items() if late(due)]:
-                self.shut(connection)
-
-    def shut(self, connection):
-        """Wake up its thread, which then ends. Call it with the lock held."""
-        self.due[connection] = math.inf
-        with contextlib.suppress(OSError), borrow(connection) as s:
-            s.shutdown(socket.SHUT_RDWR)
-
-    def accept(self):
-        """A thread for each new connection. Beyond CLIENTS that have not proven themselves, the oldest is
-        dropped: silent ones lock nobody out."""
-        while not self.stop.is_set():
-            try:
-                connection = self.listener.accept()
-            except OSError:                                # out of handles, or gone before it was accepted
-                self.stop.wait(0.1)
-                continue
-            if self.stop.is_set():
-                return connection.close()
-            with self.lock:
-                strangers = [c for c, due in self.due.items() if c not in self.clients and due < math.inf]
-                crowded = len(strangers) >= self.CLIENTS
-                if crowded:
-                    self.shut(strangers[0])
-                self.due[connection] = time.monotonic() + self.PATIENCE
-            threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
-            if crowded:                                    # so each has at least CLIENTS times this long
-                self.stop.wait(0.02)
-
-    def welcome(self, connection):
-        """Give a place to a client that has proven itself; False if the server is full."""
+    def welcome(self, s):
+        """A thread for a new connection. Beyond CLIENTS that have no place yet, the oldest is dropped: silent
+        ones lock nobody out."""
+        connection = mpc.Connection(s.dup().detach())
         with self.lock:
-            if connection in self.clients or len(self.clients) < self.CLIENTS:
-                self.clients.add(connection)
-            return connection in self.clients
+            self.due[s] = time.monotonic() + self.PATIENCE
+            strangers = [s for s, due in self.due.items() if s not in self.clients and due > 0]
+        threading.Thread(target=self.talk, args=(s, connection), daemon=True).start()
+        if len(strangers) > self.CLIENTS:
+            self.shut(strangers[0])
+            self.stop.wait(0.02)                           # so each has at least CLIENTS times this long
 
-    def talk(self, connection):
-        """One client from its key to its end."""
+    def cut(self, now):
+        """Cut off those that are due."""
+        for s in [s for s, due in self.due.copy().items() if due <= now]:
+            self.shut(s)
+
+    def shut(self, s):
+        """Wake up a connection's thread, which then ends."""
+        with self.lock, contextlib.suppress(OSError):
+            if s in self.due:
+                self.due[s] = 0.0
+                s.shutdown(socket.SHUT_RDWR)
+
+    def talk(self, s, connection):
+        """One client from its key to its end. s: the socket below the connection, which can be shut down."""
         try:
             if self.key:                           # not in Listener.accept: a silent client holds it up
                 mpc.deliver_challenge(connection, self.key)
                 mpc.answer_challenge(connection, self.key)
-            session, wait = Session(self.policy, self.game, self.seed), self.PATIENCE
-            while connection.poll(wait):
-                self.due[connection] = time.monotonic() + self.PATIENCE
+            session = Session(self.policy, self.game, self.seed)
+            while connection.poll(None):
+                self.due[s] = time.monotonic() + self.PATIENCE
                 message = connection.recv_bytes(extract.MESSAGE_LIMIT)
-                if not self.welcome(connection):
+                with self.lock:
+                    if len(self.clients) < self.CLIENTS:
+                        self.clients.add(s)
+                if s not in self.clients:
                     full = f"the server is full: {self.CLIENTS} clients at a time"
                     connection.send_bytes(extract.pack_message({"error": full}))
                     break
-                self.due[connection] = math.inf        # as long as it takes to answer
+                self.due[s] = math.inf                     # as long as it takes to answer
                 reply = self.answer(session, message)
-                self.due[connection] = time.monotonic() + self.PATIENCE
+                self.due[s] = time.monotonic() + self.PATIENCE
                 connection.send_bytes(reply)
-                self.due[connection], wait = math.inf, self.IDLE
+                self.due[s] = time.monotonic() + self.IDLE
         except OSError as e:
-            self.reject(connection, e)
+            if "bad message length" in str(e):     # say so and read the rest, or the reply is lost with it
+                line = f"expected at most {extract.MESSAGE_LIMIT} bytes in a message: shrink the frame"
+                with contextlib.suppress(OSError):
+                    connection.send_bytes(extract.pack_message({"error": line}))
+                    s.shutdown(socket.SHUT_WR)
+                    while s.recv(1 << 16):
+                        pass
         except (EOFError, mpc.AuthenticationError, AssertionError, ValueError):
             pass                                   # gone, cut off or without the key (3.11 asserts)
         finally:
-            with self.lock:
-                del self.due[connection]
-                self.clients.discard(connection)
-                connection.close()
-
-    def reject(self, connection, error):
-        """A message beyond the limit: say so and read the rest of it, or the reply is lost with the
-        connection."""
-        if "bad message length" in str(error):
-            line = f"expected at most {extract.MESSAGE_LIMIT} bytes in a message: shrink the frame"
-            with contextlib.suppress(OSError), borrow(connection) as s:
-                connection.send_bytes(extract.pack_message({"error": line}))
-                s.shutdown(socket.SHUT_WR)
-                while s.recv(1 << 16):
-                    pass
+            with self.lock, s, connection:
+                del self.due[s]
+                self.clients.discard(s)
 
     def answer(self, session, message):
         """One message -> its reply, both bytes as extract.py describes them; a request that can't be served
         is answered too."""
         try:
-            header, array = extract.unpack_message(message)
-            do = header.get("do")
+            header, frame = extract.unpack_message(message)
+            do, seed = header.get("do"), header.get("seed")
             if do == "info":
                 return extract.pack_message(session.info())
             if do == "reset":
-                seed, game = header.get("seed"), header.get("game")
-                if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 63):
-                    raise ValueError("expected an integer seed >= 0")
-                if not isinstance(game, (str, int, type(None))):
-                    raise ValueError("expected a game's name or id")
-                session.reset(seed=seed, game=game)
+                if not isinstance(seed, (int, type(None))):
+                    raise ValueError("expected an integer seed")
+                session.reset(seed=seed, game=header.get("game"))
                 return extract.pack_message({})
             if do != "predict":
                 raise ValueError(f"expected do = predict, reset or info, found {str(do)[:50]!r}")
-            if (array is None or array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != 3
-                    or max(array.shape) > 8192):
+            if frame is None or max(frame.shape) > 8192:
                 raise ValueError("expected one frame: uint8 (h, w, 3), sides of 8192 at most")
-            return extract.pack_message({}, session.predict(array))
+            return extract.pack_message({}, session.predict(frame))
         except (ValueError, UserError, M.ModelError) as e:
             return extract.pack_message({"error": str(e)})
         except Exception:                          # our fault: this client hears of it, others play on
@@ -654,21 +641,11 @@ class Server:
             return extract.pack_message({"error": "a fault of the server: its terminal shows more"})
 
 
-@contextlib.contextmanager
-def borrow(connection):
-    """The socket inside a Connection, which offers neither shutdown nor time-outs."""
-    s = socket.socket(fileno=connection.fileno())
-    try:
-        yield s
-    finally:
-        s.detach()
-
-
 def policy_of(args):
     """The policy that the common flags ask for; prints the device and why."""
     if getattr(args, "out", None):
         extract.writable(args.out)
-    policy = Policy(args.ckpt, args.device, args.dtype, args.euler, args.cfg, args.compile)
+    policy = Policy(args.ckpt, args.device, args.dtype, args.euler, args.cfg)
     print(f"device: {policy.device} ({policy.reason}), {policy.dtype}, {policy.steps} steps")
     return policy
 
@@ -683,7 +660,7 @@ def run_image(args):
     noise = read_noise(args.noise, (c.horizon, c.action_dim)) if args.noise else None
     session = Session(policy, args.game, args.seed)
     for frame in frames[:-1]:
-        session.seen[0].append(policy.see(shrink(frame)[None, None])[0, 0])
+        session.see(frame[None])
     raw = session.predict_raw(frames[-1], noise)
     chunk = (raw if args.raw else M.actions_out(raw)).numpy()
     extract.write_npy(args.out, chunk)
@@ -716,18 +693,17 @@ def run_video(args):
     if Path(args.out).resolve() == Path(args.video).resolve():
         raise UserError(f"{args.out}: expected another name than the video's own, which would be lost")
     policy = policy_of(args)
-    c = policy.config
-    session, skin = Session(policy, args.game, args.seed), extract.our_skins()[0]
+    c, session = policy.config, Session(policy, args.game, args.seed)
+    skin, chunks = extract.our_skins()[0], []
     per_action = info["fps"] / c.hz                                    # frames of the video, as in training
     every, shift = max(round(c.horizon * per_action), 1), round(c.action_shift * per_action)
-    coming = {}                                                        # frame number -> action
     with extract.VideoWriter(args.out, info["fps"], page_size(*info["size"], skin, 1)) as out:
         for i, rgb in tqdm(extract.read_video(args.video), total=info["n"], unit=" frames", mininterval=1):
             if i % every == 0:
-                chunk = session.predict(rgb)                                               # (T, 25)
-                for k in range(every):
-                    coming[i + shift + k] = chunk[min(int(k / per_action + 1e-6), c.horizon - 1)]
-            out.add(beside(rgb, skin, coming.pop(i, extract.neutral())))
+                chunks.append(session.predict(rgb))                                        # (T, 25)
+            number, k = divmod(i - shift, every)
+            step = min(int(k / per_action + 1e-6), c.horizon - 1)
+            out.add(beside(rgb, skin, chunks[number][step] if number >= 0 else extract.neutral()))
     print(args.out)
 
 
@@ -736,11 +712,11 @@ def film_chunks(path, chunks, starts):
     skin, side = extract.our_skins()[0], 768
     with extract.VideoWriter(path, starts[0][0].config.hz, page_size(side, side, skin, 2)) as out:
         for (clip, j), chunk in zip(starts, chunks):
-            frames, row = open_arrays(str(clip.folder), clip.file)[0], clip.rows[j]
+            row = clip.rows[j]
             for at, said, true, counts in zip(clip.edges(row), chunk, *clip.chunk(row)):
                 if counts:
-                    rgb = frames[int(np.searchsorted(frames.numbers, at - clip.lag, "right")) - 1]
-                    rgb = cv2.resize(rgb, (side, side), interpolation=cv2.INTER_NEAREST)
+                    i = np.searchsorted(clip.frames.numbers, at - clip.lag, "right") - 1
+                    rgb = cv2.resize(clip.frames[i], (side, side), interpolation=cv2.INTER_NEAREST)
                     out.add(beside(rgb, skin, true, said))
 
 
@@ -753,19 +729,18 @@ def page_size(w, h, skin, n):
 def beside(rgb, skin, *actions):
     """A frame with a pad for each action right of it, yellow dots on its sticks' caps, uint8 of
     page_size()."""
-    h, w = (n - n % 2 for n in rgb.shape[:2])
-    wide, _ = page_size(w, h, skin, len(actions))
+    wide, h = page_size(*rgb.shape[1::-1], skin, len(actions))
+    w = rgb.shape[1] // 2 * 2
     page, room = np.full((h, wide, 3), 24, np.uint8), h // len(actions)
     page[:, :w] = rgb[:h, :w]
     high = round((wide - w) * skin.size[1] / skin.size[0])
     for i, action in enumerate(actions):
-        pad = cv2.resize(draw(skin, action), (wide - w, high), interpolation=cv2.INTER_AREA)
-        top = i * room + (room - high) // 2
-        page[top:top + high, w:] = extract.over(24, pad)
+        pad = extract.over(24, draw(skin, action))
         for side, stick in skin.sticks.items():
-            at = np.add(stick["center"], np.multiply(stick["travel"], action[extract.STICKS[side]]))
-            x, y = (at * high / skin.size[1]).astype(int)
-            cv2.circle(page, (w + int(x), top + int(y)), 2 + high // 30, (255, 210, 0), -1)
+            cap = np.add(stick["center"], np.multiply(stick["travel"], action[extract.STICKS[side]]))
+            cv2.circle(pad, cap.astype(int).tolist(), 3 + len(pad) // 30, (255, 210, 0), -1)
+        top = i * room + (room - high) // 2
+        page[top:top + high, w:] = cv2.resize(pad, (wide - w, high), interpolation=cv2.INTER_AREA)
     return page
 
 
@@ -786,9 +761,8 @@ def run_serve(args):
         raise UserError("--key: expected a secret, found an empty one: give letters, or leave --key out")
     policy = policy_of(args)
     server = Server(policy, args.host, args.port, args.key, args.game, args.seed)
-    if threading.current_thread() is threading.main_thread():
-        for end in signal.SIGINT, signal.SIGTERM:
-            signal.signal(end, lambda *_: server.stop.set())
+    for end in signal.SIGINT, signal.SIGTERM:
+        signal.signal(end, lambda *_: server.stop.set())
     open_to_all = args.host not in ("127.0.0.1", "localhost") and not args.key
     warning = ", to anyone who can reach it: consider --key" if open_to_all else ""
     host, port = server.address
@@ -807,7 +781,7 @@ def main(argv=None):
         p.set_defaults(run=run)
         p.add_argument("--ckpt", required=True, help="a .safetensors, or a run folder of train.py")
         p.add_argument("--euler", type=number(int, 1, 10_000), metavar="K",
-                       help="Euler steps (default: the checkpoint's; 16 in the paper)")
+                       help="Euler steps (default: the checkpoint's, 16 in the paper; serve: 2)")
         p.add_argument("--cfg", type=number(float), default=0.0, metavar="S",
                        help="guidance: cond + S (cond - uncond), uncond = 1 frame, no game (default 0: off)")
         p.add_argument("--game", metavar="ID|NAME",
@@ -815,9 +789,8 @@ def main(argv=None):
         p.add_argument("--seed", type=number(int, 0), default=0, help="of the noise (default 0)")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                       help="of weights and activations; bfloat16 pays on GPUs (default float32)")
-        p.add_argument("--compile", action="store_true",
-                       help="torch.compile the denoising step: ten seconds or more at first (default off)")
+                       help="of weights and activations; bfloat16 is faster on GPUs, and of large models on "
+                       "CPUs with AVX-512 (default float32)")
         return p
     p = command("image", run_image, "predict one chunk from images")
     p.add_argument("images", nargs="+", help="the context, oldest first")
@@ -836,6 +809,7 @@ def main(argv=None):
     p.add_argument("data", nargs="+", help="folders of clips, such as extract.py --plain makes")
     p.add_argument("--draws", type=number(int, 1), default=4, help="samples of each chunk (default 4)")
     p = command("serve", run_serve, "answer play.py --server and play.Client")
+    p.set_defaults(euler=extract.PLAY_STEPS)
     p.add_argument("--host", default="127.0.0.1",
                    help="address to listen on; 0.0.0.0 = every network (default 127.0.0.1, this machine)")
     p.add_argument("--port", type=number(int, 0, 65535), default=5555, help="TCP port (default 5555)")

@@ -38,17 +38,17 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import extract                       # before torch, whose threads it keeps from spinning
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-import extract
 import model as M
 import sample
 from extract import UserError, number
-from sample import Clip, load_clips
+from sample import load_clips
 
 WEIGHT_DECAY, EMA = 0.001, 0.9999    # [P]
 BETAS, CLIP = (0.9, 0.99), 1.0       # AdamW's, and the largest gradient norm [O: the paper gives none]
@@ -119,7 +119,7 @@ def train(args, state, team):
     sampler = draw(training, batch=args.batch, draws=args.draws, seed=args.seed, balance=args.balance,
                    augment=not args.no_augment, drop_games=args.game_dropout,
                    tokens=kept(training, 1 if args.no_augment else VARIANTS))
-    batch = min(args.val_frames, sum(len(c.kept) for c in held))
+    batch = min(args.val_frames, sum(len(c.rows) for c in held))
     check = draw(held, batch=batch, draws=4, balance=True, augment=False,
                  tokens=kept(held, 1)) if held else None
     means, data = sample.mean_actions(training), described(training, held)
@@ -257,18 +257,18 @@ def split(clips, share):
     two or more clips has at least one on each side; of its only clip the last rows are held out, where both
     parts then have chunks."""
     place = lambda clip: zlib.crc32(clip.folder.name.encode()) / 2**32
-    training, held = list(clips), set()
+    held, parts = set(), {}
     for mine in sample.per_game(clips).values() if share else ():
         if len(mine) > 1:
             mine.sort(key=lambda c: (place(c), c.folder.name))
-            held |= set(mine[:min(max(sum(place(c) < share for c in mine), 1), len(mine) - 1)])
+            held.update(mine[:min(max(sum(place(c) < share for c in mine), 1), len(mine) - 1)])
             continue
-        first, last = (Clip(*mine[0].made_of, part) for part in ((0, 1 - share), (1 - share, 1)))
-        if len(first.kept) and len(last.kept):
-            training[training.index(mine[0])] = first
-            held.add(last)
-            clips = [*clips, last]
-    return [c for c in training if c not in held], [c for c in clips if c in held]
+        [clip], cut = mine, round(mine[0].n * (1 - share))
+        first, last = clip.part(0, cut), clip.part(cut, clip.n)
+        if len(first.rows) and len(last.rows):
+            parts[clip] = first, last
+    training = [parts[c][0] if c in parts else c for c in clips if c not in held]
+    return training, [c for c in clips if c in held] + [last for _, last in parts.values()]
 
 
 # ------------------------------------------------------------------------------------------------ the sampler
@@ -295,8 +295,8 @@ class Sampler:
         self.augment, self.drop_games = augment, drop_games
         weights = np.array([c.weight for c in clips])
         if balance:
-            games = np.array([c.game for c in clips])
-            weights = weights / np.array([max(weights[games == g].sum(), 1e-300) for g in games])
+            _, game = np.unique([c.game for c in clips], return_inverse=True)
+            weights = weights / np.maximum(np.bincount(game, weights), 1e-300)[game]
         if not weights.sum() > 0:
             raise UserError("expected frames of weight above 0, found none: give another --human-weight")
         self.edges = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
@@ -307,12 +307,8 @@ class Sampler:
         u /= self.batch
         clip = np.clip(np.searchsorted(self.edges, u, "right") - 1, 0, len(self.clips) - 1)
         inside = (u - self.edges[clip]) / np.maximum(np.diff(self.edges)[clip], 1e-300)        # (B,) in 0..1
-        frame = np.empty(self.batch, np.int64)
-        for i, (k, x) in enumerate(zip(clip, np.clip(inside, 0, 1 - 1e-12))):
-            c = self.clips[k]
-            j = np.searchsorted(c.cumulative, x * c.weight, "right")
-            frame[i] = min(j, len(c.kept) - 1)
-        return clip, frame
+        inside = np.clip(inside, 0, 1 - 1e-12)
+        return clip, np.array([self.clips[k].pick(x) for k, x in zip(clip, inside)], np.int64)
 
     def total(self, step):
         """How many action values count in the whole batch of a step, all processes' shares together."""
@@ -399,7 +395,7 @@ def keep_tokens(model, clips, variants, args, team):
     paths, weights = [], extract.fingerprint(*(p.cpu().numpy() for p in model.vision.parameters()))
     for i, clip in enumerate(clips):
         stored = (clip.folder / "frames.npy").stat()
-        key = extract.fingerprint(weights, clip.kept, variants, args.seed, args.dtype, stored.st_size,
+        key = extract.fingerprint(weights, clip.rows, variants, args.seed, args.dtype, stored.st_size,
                                   stored.st_mtime_ns)
         paths.append(clip.folder.parent / ".tokens" / f"{clip.folder.name}-{key}.npy")
         if i % team.world == team.rank and not paths[-1].is_file():
@@ -412,7 +408,7 @@ def keep_tokens(model, clips, variants, args, team):
 
 def write_tokens(model, clip, variants, args, team, path):
     """The tokens of a clip's kept frames -> a .npy, a few frames at a time: a full disk is an error of it."""
-    m, c = len(clip.kept), model.config
+    m, c = len(clip.rows), model.config
     with open(path, "wb") as f:
         shape = variants, m, c.image_tokens, c.vision_width
         np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
@@ -572,7 +568,7 @@ def prepare(args, team, say):
     hours = sum(clip.n / clip.fps for clip in clips) / 3600
     why = "" if held else " (the only clip of each game is too short to part)" if args.val else " (--val 0)"
     say(f"{len(clips)} clips of {len({clip.game for clip in clips})} game(s), {hours:.2f} h at {rates} "
-        f"frames/s, actions at {c.hz:g} Hz | {sum(len(clip.kept) for clip in clips):,} frames to start from "
+        f"frames/s, actions at {c.hz:g} Hz | {sum(len(clip.rows) for clip in clips):,} frames to start from "
         f"| {len(held)} clips held out{why}")
     say(f"{M.count(model)[0]:,} parameters, {sum(p.numel() for p in named(model).values()):,} train | "
         f"{team.device} ({team.reason}), {team.world} process(es) | "
@@ -586,14 +582,14 @@ def usual_hole(clips):
     some clip has whole frames."""
     frames = Counter()
     for clip in clips:
-        frames[json.dumps(clip.hole)] += len(clip.kept)
+        frames[json.dumps(clip.hole)] += len(clip.rows)
     return None if "null" in frames else json.loads(max(frames, key=frames.get))
 
 
 def described(training, held):
     """What a checkpoint tells about its data."""
     return {"clips": len(training), "held": sorted(c.folder.name for c in held),
-            "frames": sum(len(c.kept) for c in training), "games": sorted({c.game for c in training}),
+            "frames": sum(len(c.rows) for c in training), "games": sorted({c.game for c in training}),
             "hole": usual_hole(training)}
 
 

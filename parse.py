@@ -91,7 +91,7 @@ def settle(pad, reads):
     actions = np.zeros((len(reads.likeness), extract.A), np.float32)
     sure = [1.6 - 3 * spread for spread in reads.spread.T]
     for i, side in enumerate(closeups.sticks):
-        actions[:, STICKS[side]] = normalise(reads.places[:, i], pad.known)
+        actions[:, STICKS[side]] = normalise(reads.places[:, i], pad.placed)
     if closeups.buttons:
         logits = reads.buttons.copy()
         for i, j in closeups.clicks.items():                   # the stick's net follows the moving cap
@@ -131,7 +131,8 @@ class Pad:
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # of the whole video
         self.rest = closeups(picture)
         self.pressed = [np.zeros_like(rest) for rest in self.rest]             # not known
-        self.known = False
+        self.known = False                                     # is the template the very skin of the video
+        self.placed = bool(templates)                          # has the geometry its place from a template
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         if drawn:
             both = [map(without_mean, kind) for kind in zip(drawn, self.rest)]
@@ -177,13 +178,13 @@ class Pad:
         return likeness(edges(crop), self.outline)
 
     def better_geometry(self):
-        """The geometry of a pad that is no known skin, with each stick where it rests in the sampled frames
+        """The geometry of a pad without a template, with each stick where it rests in the sampled frames
         and a travel as long as it goes; None where it is so already."""
         sticks = dict(self.geometry["sticks"])
         for i, side in enumerate(self.closeups.sticks):
             values = self.sampled[:, i]
-            rest = resting_place(values, known=False)
-            if rest is None or self.known or self.spread[i] > 0.4:             # a blurred read tells nothing
+            rest = resting_place(values, placed=False)
+            if rest is None or self.placed or self.spread[i] > 0.4:            # a blurred read tells nothing
                 continue
             center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
             reach = np.percentile(np.hypot(*(values - rest).T), 97)
@@ -495,11 +496,11 @@ def two_groups(x):
     return np.split(ranked, [1 + (k * k[::-1] * gap ** 2).argmax()])
 
 
-def normalise(values, known=False):
+def normalise(values, placed=False):
     """Per video [paper: centre at rest, 99th percentile as scale], guarded: values float32 (n, 2) of one
     stick -> the same, in [-1, 1]. One scale for both axes (an axis that is never used must not be blown up);
     a stick that hardly moves keeps its scale, one that never rests its centre too."""
-    rest = resting_place(values, known)
+    rest = resting_place(values, placed)
     if rest is None:
         return values
     values = values - rest
@@ -507,15 +508,15 @@ def normalise(values, known=False):
     return np.clip(values / reach if reach > 0.3 else values, -1, 1).astype(np.float32)
 
 
-def resting_place(values, known):
+def resting_place(values, placed):
     """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), in which places
-    near the centre of a known skin, or else near the middle of where it goes, count more, as a game may be
-    played with a stick held to one side; None where it is not often enough there to say."""
+    near the centre that a template gives, or else near the middle of where it goes, count more, as a game may
+    be played with a stick held to one side; None where it is not often enough there to say."""
     bins = np.linspace(-1, 1, 21)                              # their middles
     counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]
-    x, y = (0, 0) if known else np.percentile(values, (2, 98), 0).mean(0)
-    away = np.hypot(bins[:, None] - x, bins - y)
-    counts *= np.exp(-0.5 * (away / 0.3) ** 2)
+    middle = np.zeros(2) if placed else np.percentile(values, (2, 98), 0).mean(0)
+    away = np.hypot(bins[:, None] - middle[0], bins - middle[1])
+    counts *= np.exp(-0.5 * (away / (0.1 if placed else 0.3)) ** 2)
     mode = bins[list(np.unravel_index(counts.argmax(), counts.shape))]
     near = np.abs(values - mode).max(1) < 0.1
     return values[near].mean(0) if len(values) >= 30 and near.mean() >= 0.05 else None

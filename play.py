@@ -1341,9 +1341,8 @@ class Client:
         self.lock = threading.Lock()
         with reading(self.where, "python sample.py serve there"):
             s = socket.create_connection((host, port))
-            timeval = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
-            limit = int(timeout * 1000) if WINDOWS else timeval
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, int(timeout * 1000) if WINDOWS
+                         else struct.pack("ll", int(timeout), int(timeout % 1 * 1e6)))
             self.connection = mpc.Connection(s.detach())
         if key:                                            # each side shows the other that it knows the key
             with self._exchange():
@@ -1365,16 +1364,19 @@ class Client:
             raise
         except Exception as e:                             # whatever the other side makes of it
             self.close()
-            said = f"{type(e).__name__} {printable(e)}"
-            raise UserError(f"{self.where}: expected {self.wanted}, found: the connection broke ({said}): "
-                            "is it a sample.py serve of this version, with the same --key?")
+            raise UserError(f"{self.where}: expected {self.wanted}, found: the connection broke "
+                            f"({type(e).__name__} {printable(e)}): is it a sample.py serve of this version, "
+                            "with the same --key?")
 
     def _ask(self, header, array=None):
         self.connection.send_bytes(pack_message(header, array))
         message = self.connection.recv_bytes(MESSAGE_LIMIT)
         if message.startswith(b"#CHALLENGE#"):
             raise UserError(f"{self.where}: asks for a key: give its --key")
-        header, array = unpack_message(message)
+        try:
+            header, array = unpack_message(message)
+        except UserError as e:                             # its fault, not the user's
+            raise ValueError(e)
         if "error" in header:
             raise UserError(f"{self.where}: {printable(header['error'])}")
         return header, array

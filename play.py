@@ -1331,6 +1331,10 @@ def free_room(box, screen, size):
 CONFIG = {"hz": (1, 1000), "horizon": (1, 65535), "action_shift": (0, 65535)}  # what play needs: its limits
 
 
+class Refused(UserError):
+    """The other side understands the question, and says why it does not answer it."""
+
+
 class Client:
     """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: the
     seconds that it may stay silent. Whatever the server does wrong is one UserError and ends the
@@ -1360,7 +1364,7 @@ class Client:
         try:
             with self.lock:
                 yield self._ask
-        except UserError:                                  # it refuses, and goes on
+        except Refused:                                    # the next question may be answered
             raise
         except Exception as e:                             # whatever the other side makes of it
             self.close()
@@ -1372,13 +1376,18 @@ class Client:
         self.connection.send_bytes(pack_message(header, array))
         message = self.connection.recv_bytes(MESSAGE_LIMIT)
         if message.startswith(b"#CHALLENGE#"):
+<<<<<<< HEAD
             raise UserError(f"{self.where}: asks for a key: give its --key")
         try:
             header, array = unpack_message(message)
         except UserError as e:                             # its fault, not the user's
             raise ValueError(e)
+=======
+            raise Refused(f"{self.where}: asks for a key: give its --key")
+        header, array = unpack_message(message)
+>>>>>>> r4h8
         if "error" in header:
-            raise UserError(f"{self.where}: {printable(header['error'])}")
+            raise Refused(f"{self.where}: {printable(header['error'])}")
         return header, array
 
     def predict(self, rgb):
@@ -1401,7 +1410,7 @@ class Client:
             info = ask({"do": "info"})[0]
             config = info["config"]                        # what is no number raises TypeError
             if not all(low <= config[name] <= high for name, (low, high) in CONFIG.items()):
-                raise ValueError(str(config))
+                raise ValueError(config)
         return info
 
     def close(self):

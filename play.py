@@ -1376,16 +1376,8 @@ class Client:
         self.connection.send_bytes(pack_message(header, array))
         message = self.connection.recv_bytes(MESSAGE_LIMIT)
         if message.startswith(b"#CHALLENGE#"):
-<<<<<<< HEAD
-            raise UserError(f"{self.where}: asks for a key: give its --key")
-        try:
-            header, array = unpack_message(message)
-        except UserError as e:                             # its fault, not the user's
-            raise ValueError(e)
-=======
             raise Refused(f"{self.where}: asks for a key: give its --key")
         header, array = unpack_message(message)
->>>>>>> r4h8
         if "error" in header:
             raise Refused(f"{self.where}: {printable(header['error'])}")
         return header, array

@@ -1410,8 +1410,8 @@ def test_normalisation_is_guarded():
     assert parse.r2(parse.normalise(noisy(np.abs(true) * 0.6)), np.abs(true)) > 0.9
     seen[:1600] = 0.95, 0.15
     assert np.abs(parse.normalise(seen)[1600:][true[1600:, 0] == 0]).max() < 0.2
-    up = noisy(np.tile([0, -0.9], (4000, 1)))                                  # always held, beside a template
-    assert np.array_equal(parse.normalise(up, placed=True), up)
+    up = noisy(np.tile([0, -0.9], (4000, 1)))
+    assert np.array_equal(parse.normalise(up, placed=True), up)                # a template says where it rests
 
 
 # -------------------------------------------------------------------------------------------- parse.py: clips

@@ -1411,7 +1411,7 @@ def test_normalisation_is_guarded():
     seen[:1600] = 0.95, 0.15
     assert np.abs(parse.normalise(seen)[1600:][true[1600:, 0] == 0]).max() < 0.2
     up = noisy(np.tile([0, -0.9], (4000, 1)))
-    assert np.array_equal(parse.normalise(up, placed=True), up)                # a template says where it rests
+    assert np.array_equal(parse.normalise(up, placed=True), up)               # a template says where it rests
 
 
 # -------------------------------------------------------------------------------------------- parse.py: clips

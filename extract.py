@@ -1585,7 +1585,7 @@ def load_picture(png):
             boxes, sticks = geometry.get("buttons", {}), geometry.get("sticks", {})
             shown = geometry.get("visible_buttons", boxes)
             skin.buttons = {n: numbers(b["box"], 4) for n, b in boxes.items() if n in BUTTON and n in shown}
-            for side in STICKS.keys() & sticks.keys():
+            for side in filter(sticks.get, STICKS):
                 center, travel = (numbers(sticks[side][key], 2) for key in ("center", "travel"))
                 [radius] = numbers([sticks[side].get("radius", max(travel))], 1)
                 skin.sticks[side] = {"center": center, "travel": travel, "radius": radius}
@@ -1628,12 +1628,13 @@ def preset_part(element, atlas):
     Its type: 0 picture, 2 button, 5 stick, 6 trigger, 7 guide button (a sprite for each player), 8 d-pad.
     """
     x, y, w, h = (int(v) for v in element["mapping"])
-    at = tuple(int(v) for v in element["pos"][:2])
+    left, top = (int(v) for v in element["pos"][:2])
+    at = left, top
     kind, side = element["type"], element.get("side", 0)
 
     def sprite(column, row=0):
-        left, top = x + column * (w + OBS_GAP), y + row * (h + OBS_GAP)
-        cut = atlas[top:top + h, left:left + w]
+        begin, above = x + column * (w + OBS_GAP), y + row * (h + OBS_GAP)
+        cut = atlas[above:above + h, begin:begin + w]
         return cut if cut.size else None
 
     rest, pressed = sprite(0), sprite(0, 1)

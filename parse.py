@@ -12,10 +12,11 @@ a video frame; template.png uint8 (h, w, 4). Out, beside them:
     keep.npy        bool (n,)         the frame may start a training chunk [paper: half of its steps act]
 
 How: each control is cut out of the crop at one scale ("close-up": a stick's travel, or a button's box, has
-always the same size), from the previous frame, from the current frame [paper: a pair of frames] and from the
-pad at rest, which is the video's own median picture [ours]. Two narrow SegFormers (arXiv 2105.15203): one
-reads a stick's close-ups into an 11 x 11 grid [paper: a segmentation, much better than regression], one a
-button's into one logit. The answers are then smoothed over the whole video.
+always the same size), from the previous frame, from the current frame [paper: a pair of frames] and, ours,
+from the pad at rest, which is the video's own median picture, and pressed, where that is known. Two narrow
+SegFormers (arXiv 2105.15203): one reads a stick's close-ups into an 11 x 11 grid [paper: a segmentation, much
+better than regression], one a button's into one logit. The answers are then smoothed over the whole video.
+Buttons of a pad that no template shows are first looked for where the picture blinks between two colours.
 Letters: n frames, k sticks, m buttons, S pixels a side of a close-up; B batch, N tokens, D width.
 """
 import copy
@@ -90,7 +91,7 @@ def settle(pad, reads):
     actions = np.zeros((len(reads.likeness), extract.A), np.float32)
     sure = [1.6 - 3 * spread for spread in reads.spread.T]
     for i, side in enumerate(closeups.sticks):
-        actions[:, STICKS[side]] = normalise(reads.places[:, i], pad.known)
+        actions[:, STICKS[side]] = normalise(reads.places[:, i], pad.placed)
     if closeups.buttons:
         logits = reads.buttons.copy()
         for i, j in closeups.clicks.items():                   # the stick's net follows the moving cap
@@ -130,7 +131,8 @@ class Pad:
         picture = np.median(np.stack(crops[::2]), 0).astype(np.uint8)          # of the whole video
         self.rest = closeups(picture)
         self.pressed = [np.zeros_like(rest) for rest in self.rest]             # not known
-        self.known = False
+        self.known = False                                     # is the template the very skin of the video
+        self.placed = bool(templates)                          # has the geometry its place from a template
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         if drawn:
             both = [map(without_mean, kind) for kind in zip(drawn, self.rest)]
@@ -144,13 +146,12 @@ class Pad:
         for _ in range(2):
             self.rest = at_rest(model, *sampled, self.rest)
         if self.known:
-            shown = [(self.rest[0], self.pressed[0]), (drawn[0], self.pressed[0])]      # of caps
+            self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
             if pressed:                                        # what the video shows, changed as the skin is
                 changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
-                self.pressed[1] = changed(self.rest[1], changes[1])
-                shown += [(rest, changed(rest, changes[0])) for rest, _ in shown]
-            before, now = (cuts[0] for cuts in sampled)
-            self.rest[0], self.pressed[0] = surest(model, before, now, shown)
+                looks = [(rest + change).clip(0, 255).astype(np.uint8)
+                         for rest, change in zip(self.rest, changes)]
+                self.pressed = [self.surer(*(cuts[0] for cuts in sampled), looks[0]), looks[1]]
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         _, spread = expect(np.exp(grids))
@@ -158,19 +159,32 @@ class Pad:
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
+    def surer(self, before, now, pressed):
+        """Sticks' pictures pressed (k, S, S, 3), but "not known" for those of which the net is surer without
+        it in the sampled frames, (samples, k, S, S, 3): a skin's pressed cap may look like a tilted one."""
+        spreads = []
+        no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
+        for look in self.pressed[0], pressed:
+            sticks = montages(before[::2], now[::2], self.rest[0], look)
+            grids, *_ = net_reads(self.model, [sticks, no_buttons])
+            _, spread = expect(np.exp(grids))
+            spreads.append(spread.reshape(-1, len(pressed)).mean(0))
+        without, beside = spreads
+        return np.where((beside < without)[:, None, None, None], pressed, self.pressed[0])
+
     def likeness(self, crop):
         """Of the crop's edges to those of the pad at rest: falls towards 0 where the overlay is gone or
         covered."""
         return likeness(edges(crop), self.outline)
 
     def better_geometry(self):
-        """The geometry of a pad that is no known skin, with each stick where it rests in the sampled frames
+        """The geometry of a pad without a template, with each stick where it rests in the sampled frames
         and a travel as long as it goes; None where it is so already."""
         sticks = dict(self.geometry["sticks"])
         for i, side in enumerate(self.closeups.sticks):
             values = self.sampled[:, i]
-            rest = resting_place(values, known=False)
-            if rest is None or self.known or self.spread[i] > 0.4:             # a blurred read tells nothing
+            rest = resting_place(values, placed=False)
+            if rest is None or self.placed or self.spread[i] > 0.4:            # a blurred read tells nothing
                 continue
             center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
             reach = np.percentile(np.hypot(*(values - rest).T), 97)
@@ -269,26 +283,6 @@ def at_rest(model, before, now, rest):
     return rest
 
 
-def surest(model, before, now, options):
-    """Of pairs of pictures of the sticks at rest and pressed, (k, S, S, 3) each, those for each stick with
-    which the net is surest in the sampled frames, (samples, k, S, S, 3): a template may show a cap in a way
-    that this video does not."""
-    spreads = []
-    no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
-    for rest, pressed in options:
-        sticks = montages(before[::2], now[::2], rest, pressed)
-        grids, *_ = net_reads(model, [sticks, no_buttons])
-        _, spread = expect(np.exp(grids))
-        spreads.append(spread.reshape(-1, now.shape[1]).mean(0))
-    best = [options[o] for o in np.argmin(spreads, 0)]
-    return [np.stack([pair[kind][i] for i, pair in enumerate(best)]) for kind in (0, 1)]
-
-
-def changed(rest, change):
-    """Pictures at rest uint8 and how pressing changes them, int -> pressed, uint8."""
-    return (rest + change).clip(0, 255).astype(np.uint8)
-
-
 # ------------------------------------------------------------------------------------------------ what blinks
 class Spot(NamedTuple):
     """A place of a pad that lights up now and then, as a button does."""
@@ -324,8 +318,8 @@ def find_spots(crops, at, geometry):
         cv2.ellipse(blinks, center.tolist(), axes.tolist(), 0, 0, 360, 0, -1)
     count, numbers = cv2.connectedComponents(links(blinks, lit), connectivity=4)
     found = []
-    for number in range(1, count):
-        mask = numbers[::2, ::2] == number
+    for i in range(1, count):
+        mask = numbers[::2, ::2] == i
         on = lit[:, mask].mean(1) > 0.5
         if mask.sum() >= 6 and mask.mean() < 0.08 and two_colours(crops[:, mask], on, at):
             x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
@@ -502,11 +496,11 @@ def two_groups(x):
     return np.split(ranked, [1 + (k * k[::-1] * gap ** 2).argmax()])
 
 
-def normalise(values, known=False):
+def normalise(values, placed=False):
     """Per video [paper: centre at rest, 99th percentile as scale], guarded: values float32 (n, 2) of one
     stick -> the same, in [-1, 1]. One scale for both axes (an axis that is never used must not be blown up);
     a stick that hardly moves keeps its scale, one that never rests its centre too."""
-    rest = resting_place(values, known)
+    rest = resting_place(values, placed)
     if rest is None:
         return values
     values = values - rest
@@ -514,18 +508,19 @@ def normalise(values, known=False):
     return np.clip(values / reach if reach > 0.3 else values, -1, 1).astype(np.float32)
 
 
-def resting_place(values, known):
-    """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), in which places
-    near the centre of a known skin, or else near the middle of where it goes, count more, as a game may be
-    played with a stick held to one side; None where it is not often enough there to say."""
+def resting_place(values, placed):
+    """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), within a quarter
+    of its travel of the centre that a template gives, or else where places near the middle of where it goes
+    count more, as a game may be played with a stick held to one side; None where it is too seldom there."""
     bins = np.linspace(-1, 1, 21)                              # their middles
     counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]
-    x, y = (0, 0) if known else np.percentile(values, (2, 98), 0).mean(0)
-    away = np.hypot(bins[:, None] - x, bins - y)
-    counts *= np.exp(-0.5 * (away / 0.3) ** 2)
+    middle = np.zeros(2) if placed else np.percentile(values, (2, 98), 0).mean(0)
+    away = np.hypot(bins[:, None] - middle[0], bins - middle[1])
+    counts *= away < 0.25 if placed else np.exp(-0.5 * (away / 0.3) ** 2)
     mode = bins[list(np.unravel_index(counts.argmax(), counts.shape))]
     near = np.abs(values - mode).max(1) < 0.1
-    return values[near].mean(0) if len(values) >= 30 and near.mean() >= 0.05 else None
+    often = len(values) >= 30 and near.mean() >= 0.05 and counts.any()
+    return values[near].mean(0) if often else None
 
 
 # ---------------------------------------------------------------------------------------------- the close-ups

@@ -1331,6 +1331,10 @@ def free_room(box, screen, size):
 CONFIG = {"hz": (1, 1000), "horizon": (1, 65535), "action_shift": (0, 65535)}  # what play needs: its limits
 
 
+class Refused(UserError):
+    """The other side understands the question, and says why it does not answer it."""
+
+
 class Client:
     """A session on a server: the frames it has seen are its own, other clients have theirs. `timeout`: the
     seconds that it may stay silent. Whatever the server does wrong is one UserError and ends the
@@ -1341,9 +1345,8 @@ class Client:
         self.lock = threading.Lock()
         with reading(self.where, "python sample.py serve there"):
             s = socket.create_connection((host, port))
-            timeval = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
-            limit = int(timeout * 1000) if WINDOWS else timeval
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, int(timeout * 1000) if WINDOWS
+                         else struct.pack("ll", int(timeout), int(timeout % 1 * 1e6)))
             self.connection = mpc.Connection(s.detach())
         if key:                                            # each side shows the other that it knows the key
             with self._exchange():
@@ -1361,22 +1364,22 @@ class Client:
         try:
             with self.lock:
                 yield self._ask
-        except UserError:                                  # it refuses, and goes on
+        except Refused:                                    # the next question may be answered
             raise
         except Exception as e:                             # whatever the other side makes of it
             self.close()
-            said = f"{type(e).__name__} {printable(e)}"
-            raise UserError(f"{self.where}: expected {self.wanted}, found: the connection broke ({said}): "
-                            "is it a sample.py serve of this version, with the same --key?")
+            raise UserError(f"{self.where}: expected {self.wanted}, found: the connection broke "
+                            f"({type(e).__name__} {printable(e)}): is it a sample.py serve of this version, "
+                            "with the same --key?")
 
     def _ask(self, header, array=None):
         self.connection.send_bytes(pack_message(header, array))
         message = self.connection.recv_bytes(MESSAGE_LIMIT)
         if message.startswith(b"#CHALLENGE#"):
-            raise UserError(f"{self.where}: asks for a key: give its --key")
+            raise Refused(f"{self.where}: asks for a key: give its --key")
         header, array = unpack_message(message)
         if "error" in header:
-            raise UserError(f"{self.where}: {printable(header['error'])}")
+            raise Refused(f"{self.where}: {printable(header['error'])}")
         return header, array
 
     def predict(self, rgb):
@@ -1399,7 +1402,7 @@ class Client:
             info = ask({"do": "info"})[0]
             config = info["config"]                        # what is no number raises TypeError
             if not all(low <= config[name] <= high for name, (low, high) in CONFIG.items()):
-                raise ValueError(str(config))
+                raise ValueError(config)
         return info
 
     def close(self):

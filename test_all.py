@@ -10,7 +10,6 @@ import argparse
 import ast
 import contextlib
 import ctypes
-import errno
 import importlib.util
 import io
 import itertools
@@ -25,7 +24,6 @@ import resource
 import shutil
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -142,8 +140,8 @@ def test_a_reader_that_has_read_enough_is_no_fault(command, tmp_path):
     assert shown.stderr.read() == b"" and shown.wait() == 141
 
 
-BUDGET = {"extract": 25890, "parse": 16820, "model": 6310, "train": 8480,         # tokens; they may only fall
-          "sample": 7780, "play": 11500, "bench": 28970, "test_all": 55636}
+BUDGET = {"extract": 25700, "parse": 16800, "model": 6310, "train": 8480,         # tokens; they may only fall
+          "sample": 7780, "play": 11500, "bench": 27450, "test_all": 44750}
 
 
 def code_lines(name):
@@ -258,31 +256,44 @@ def test_readme_names_only_what_exists():
 
 
 # --------------------------------------------------------------------------------------- extract: the action
+RNG = np.random.default_rng
+PLAIN = argparse.Namespace(every=1, game=None)     # how cut_clip cuts where no flag is given
+
+
+def noise(*shape):
+    """Random bytes of this shape, always the same."""
+    return RNG(0).integers(0, 256, shape, np.uint8)
+
+
+def pressing(*names):
+    """An action with these buttons down."""
+    action = extract.neutral()
+    action[[BUTTON[name] for name in names]] = 1
+    return action
+
+
 def test_action_layout_is_the_released_one():
-    assert len(extract.BUTTONS) == 21
     assert list(extract.BUTTONS) == sorted(extract.BUTTONS)
     assert BUTTON["DPAD_DOWN"] == 1 and BUTTON["SOUTH"] == 18         # as users of the checkpoint report them
-    assert extract.neutral().shape == (25,) and not extract.neutral().any()
+    assert extract.neutral().tolist() == [0] * 25
 
 
 def test_shrink_is_area_interpolation():
     rgb = noise(512, 1024, 3)
     mean = rgb.reshape(256, 2, 256, 4, 3).mean((1, 3))                 # whole factors: the mean of each block
-    assert np.abs(extract.shrink(rgb).astype(float) - mean).max() <= 0.51
-    for size in ((1280, 720), (256, 256)):                               # and OpenCV's own
-        part = cv2.resize(rgb, size)
-        want = cv2.resize(part, (256, 256), interpolation=cv2.INTER_AREA)
-        assert np.array_equal(extract.shrink(part), want)
+    assert np.abs(extract.shrink(rgb) - mean).max() <= 0.51
+    assert np.array_equal(extract.shrink(rgb[:256, :256]), rgb[:256, :256])
 
 
 def test_the_quality_filter_counts_acting_steps():
     """keep[t] by its definition: a sure frame, a whole chunk, at least half of its steps acting."""
-    rng, chunk = np.random.default_rng(3), extract.HORIZON
+    rng = RNG(3)
+    chunk = extract.HORIZON
     actions = np.zeros((200, 25), np.float32)
     actions[:, BUTTON["EAST"]] = rng.random(200) < 0.3
     actions[60:120, 21] = 0.5
     actions[120:160, 23] = extract.DEAD_ZONE * 0.9                       # inside the dead zone
-    confidence = rng.uniform(0.3, 1, 200).astype(np.float32)
+    confidence = rng.uniform(0.3, 1, 200)
     sure = confidence >= extract.SURE
     acts = sure & (actions[:, :22] > extract.DEAD_ZONE).any(1)
     want = [sure[t] and acts[t:t + chunk].sum() >= chunk / 2 for t in range(201 - chunk)]
@@ -290,410 +301,261 @@ def test_the_quality_filter_counts_acting_steps():
     assert not extract.dense(actions[:5], confidence[:5]).any()
 
 
-def noise(*shape):
-    """Random bytes of this shape, always the same."""
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-
-
-def pose(scale, x, y):
-    """The affine that scales a template and puts its corner at x, y."""
-    return np.float64([[scale, 0, x], [0, scale, y]])
-
-
 # ---------------------------------------------------------------------------------------- extract: the skins
-@pytest.fixture(scope="session")
-def ours():
-    """Our own templates, drawn once."""
-    return extract.our_skins()
-
-
-def test_skins_show_every_control_they_list(ours):
-    for skin in ours[::13]:
-        rest = extract.draw(skin).astype(int)
-        assert rest.shape == (skin.size[1], skin.size[0], 4)
-        for name, (x0, y0, x1, y1) in skin.buttons.items():
-            action = extract.neutral()
-            action[BUTTON[name]] = 1
-            change = np.abs(extract.draw(skin, action) - rest).max(2)
-            assert change.max() > 25, f"{skin.name}: {name} looks the same pressed"
-            x, y, w, h = cv2.boundingRect(np.uint8(change > 0))
-            inside = x >= x0 - 1 and y >= y0 - 1 and x + w <= x1 + 1 and y + h <= y1 + 1
-            assert inside, f"{skin.name}: {name} changes outside its box"
-
-
-@pytest.mark.parametrize("side, tilt", [("left", (1, 0)), ("right", (-0.5, 1))])
-def test_skins_move_sticks_by_their_travel_y_down(side, tilt):
-    white, black = (255, 255, 255), (0, 0, 0)
-    look = extract.Look(cap=white, well=black, body=black, label=None, button=black)
-    skin, action = extract.pad_skin("s", "xbox_one", look), extract.neutral()
-    action[STICKS[side]] = tilt
-    caps = np.argwhere(extract.draw(skin, action)[..., :3].min(2) > 200)
-    on_the_left = caps[:, 1] < skin.size[0] / 2
-    cap = caps[on_the_left == (side == "left")]
-    found = cap.mean(0)[::-1] + 0.5
-    stick = skin.sticks[side]
-    want = np.add(stick["center"], np.multiply(tilt, stick["travel"]))
-    assert np.abs(found - want).max() < 1
-
-
 PHOTO = "xbox_one_dark_photo"                      # the template in the films
 
 
-def test_skins_and_backdrops_differ_and_repeat_by_seed(ours, small_templates):
-    assert len({skin.name for skin in ours}) == len(ours) >= 300
-    again = extract.read_rgba(small_templates / f"{PHOTO}.png")          # drawn a second time
-    [picture] = [extract.draw(skin) for skin in ours if skin.name == PHOTO]
-    assert np.array_equal(picture, again)
-    for make in (lambda rng: extract.draw(extract.random_skin(rng)),
-                 lambda rng: extract.backdrop(rng, 60, 90)):
-        first, same, other = (make(np.random.default_rng(seed)) for seed in (1, 1, 2))
-        assert np.array_equal(first, same) and not np.array_equal(first, other)
+@pytest.fixture(scope="session")
+def ours():
+    """Our own templates by name; drawing them all takes seconds."""
+    return {skin.name: skin for skin in extract.our_skins()}
+
+
+@pytest.fixture(scope="session")
+def skin(ours):
+    """One of them."""
+    return ours[PHOTO]
+
+
+def test_a_pressed_control_changes_in_its_own_box(ours):
+    assert len(ours) >= 300
+    for skin in [*ours.values()][::41]:
+        rest = extract.draw(skin).astype(int)
+        for name, box in skin.buttons.items():
+            change = np.abs(extract.draw(skin, pressing(name)) - rest).max(2)
+            x0, y0, x1, y1 = np.int32(np.add(box, (-1, -1, 2, 2))).clip(0)
+            inside = change[y0:y1, x0:x1]
+            assert inside.max() > 25, f"{skin.name}: {name} looks the same pressed"
+            inside[:] = 0
+            assert not change.any(), f"{skin.name}: {name} changes outside its box"
 
 
 def test_a_picture_lies_over_its_ground_by_its_alpha_and_opacity():
     rgba = np.uint8([[[200, 100, 0, 51]]])                               # a fifth
-    ground = np.full((1, 1, 3), 100, np.uint8)
-    assert extract.over(ground, rgba).tolist() == [[[120, 100, 80]]]
+    assert extract.over(100, rgba).tolist() == [[[120, 100, 80]]]
     assert extract.over(100, rgba, 0.5).tolist() == [[[110, 100, 90]]]
 
 
-PRESET = """[
-    {"type": 0, "pos": [0, 0], "mapping": [0, 0, 100, 60]},
-    {"type": 2, "pos": [70, 10], "mapping": [100, 0, 10, 10], "code": 0},
-    {"type": 2, "pos": [90, 10], "mapping": [100, 0, 10, 10], "code": 60420},
-    {"type": 5, "pos": [10, 10], "mapping": [120, 0, 20, 20], "side": 0, "stick_radius": 6},
-    {"type": 6, "pos": [50, 10], "mapping": [150, 0, 10, 20], "side": 1, "direction": 1},
-    {"type": 6, "pos": [70, 30], "mapping": [170, 0, 10, 20], "side": 0, "direction": 1},
-    {"type": 8, "pos": [30, 45], "mapping": [0, 100, 10, 10]},
-    {"type": 1, "pos": [0, 0], "mapping": [0, 0, 5, 5], "code": 30}]"""
+PRESET = json.loads("""[
+    {"type": 0, "pos": [0, 0], "mapping": [0, 0, 100, 60], "greys": [40]},
+    {"type": 2, "pos": [70, 10], "mapping": [100, 0, 10, 10], "code": 0, "greys": [200, 150]},
+    {"type": 2, "pos": [90, 10], "mapping": [100, 0, 10, 10], "code": 60420, "greys": []},
+    {"type": 5, "pos": [10, 10], "mapping": [120, 0, 20, 20], "stick_radius": 6, "greys": [80, 90]},
+    {"type": 6, "pos": [50, 10], "mapping": [150, 0, 10, 20], "side": 1, "direction": 1, "greys": [9, 250]},
+    {"type": 6, "pos": [70, 30], "mapping": [170, 0, 10, 20], "side": 0, "direction": 1, "greys": [9]},
+    {"type": 8, "pos": [30, 45], "mapping": [0, 100, 10, 10], "greys": [10, 30, 50, 70, 90, 110, 130, 150]},
+    {"type": 1, "pos": [0, 0], "mapping": [0, 0, 5, 5], "code": 30, "greys": []}]""")
+
+
+def preset(folder, name, elements, picture, **about):
+    """An OBS preset: a layout, and a picture beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    extract.save_png(folder / f"{name}.png", picture)
+    extract.write_json(folder / f"{name}.json", {"elements": elements, **about})
 
 
 def test_obs_preset_draws_each_element_type_by_its_rules(tmp_path):
-    """Each sprite has one grey. A control's states lie 3 pixels below each other, a d-pad's beside each
-    other."""
+    """A control's states lie 3 pixels below each other, a d-pad's beside each other; the second trigger has
+    no pressed picture, the second button is none of a pad's."""
     atlas = np.zeros((140, 220, 4), np.uint8)
-    greys = [
-        [40],
-        [200, 150],
-        [],
-        [80, 90],
-        [9, 250],
-        [9],                                                             # a trigger without a pressed picture
-        range(10, 190, 20)]
-    for element, states in zip(json.loads(PRESET), greys):
+    for element in PRESET:
         x, y, w, h = element["mapping"]
-        for grey in states:
-            atlas[y:y + h, x:x + w] = (grey, grey, grey, 255)
-            if element["type"] == 8:
-                x += w + 3
-            else:
-                y += h + 3
-    folder = tmp_path / "mein Préset"
-    folder.mkdir()
-    extract.save_png(folder / "pad.png", atlas)
-    (folder / "pad.json").write_text('{"overlay_width": 100, "overlay_height": 60, "elements": %s}' % PRESET)
-    [skin] = extract.load_skins(folder)
+        for grey in element["greys"]:
+            atlas[y:y + h, x:x + w] = grey, grey, grey, 255
+            x, y = (x + w + 3, y) if element["type"] == 8 else (x, y + h + 3)
+    preset(tmp_path / "mein Préset", "pad", PRESET, atlas, overlay_width=100, overlay_height=60)
+    [skin] = extract.load_skins(tmp_path)
     assert skin.size == (100, 60)
     assert skin.sticks == {"left": {"center": [20, 20], "travel": [6, 6], "radius": 10}}
-    pads = {"DPAD_UP", "DPAD_DOWN", "DPAD_LEFT", "DPAD_RIGHT"}
-    assert set(skin.buttons) == pads | {"SOUTH", "LEFT_SHOULDER", "LEFT_THUMB", "RIGHT_TRIGGER"}
-    rest, action = extract.draw(skin), extract.neutral()
-    assert rest[15, 75].tolist() == [200, 200, 200, 255]
-    assert rest[50, 35, 0] == 10
-    action[[BUTTON[b] for b in ("SOUTH", "DPAD_UP", "DPAD_LEFT")]] = 1
-    action[BUTTON["RIGHT_TRIGGER"]], action[21:23] = 0.5, (1, -1)
-    shown = {(15, 75): 150, (50, 35): 110,                               # pressed; state 5: up-left
-             (29, 55): 250, (11, 55): 9,                                 # half a trigger, from the bottom
-             (5, 17): 80, (26, 12): 40}                                  # the stick 6 pixels right, 6 up
-    out = extract.draw(skin, action)
-    assert {at: out[at][0] for at in shown} == shown
+    shown = "DPAD_UP DPAD_DOWN DPAD_LEFT DPAD_RIGHT SOUTH LEFT_SHOULDER LEFT_THUMB RIGHT_TRIGGER"
+    assert set(skin.buttons) == set(shown.split())
+    action = pressing("SOUTH", "DPAD_UP", "DPAD_LEFT")
+    action[BUTTON["RIGHT_TRIGGER"]] = 0.5
+    action[21:23] = 1, -1
+    greys = {                                                            # at rest, in action
+        (15, 75): (200, 150),
+        (50, 35): (10, 110),                                             # the d-pad up and left
+        (29, 55): (9, 250),
+        (11, 55): (9, 9),                                                # half a trigger, from the bottom
+        (26, 12): (80, 40),
+        (5, 17): (40, 80)}                                               # the stick 6 pixels right, 6 up
+    pictures = extract.draw(skin), extract.draw(skin, action)
+    assert {at: tuple(picture[at][0] for picture in pictures) for at in greys} == greys
 
 
 def test_a_folder_of_presets_gives_its_pads(tmp_path, capfd):
     """Layouts at any depth take, of the pictures beside them, that of their name or else of their size;
     keyboards are passed over, and their pictures too."""
+    stick = {"type": 5, "pos": [0, 0], "mapping": [0, 0, 20, 20], "side": 0, "stick_radius": 5}
+    square = lambda side: np.full((side, side, 4), side, np.uint8)       # by its opacity one knows it
     folder = tmp_path / "a" / "b"
-    folder.mkdir(parents=True)
-    for side, name in ((30, "small"), (60, "large"), (90, "named")):
-        extract.save_png(
-            folder / f"{name}.png",
-            np.full((side, side, 4), [side, side, side, 255], np.uint8),
-        )
-    for name, side in (("named", 30), ("own", 60)):  # name: default size
-        stick = {
-            "type": 5,
-            "pos": [0, 0],
-            "mapping": [0, 0, 20, 20],
-            "side": 0,
-            "stick_radius": 5,
-        }
-        layout = {"default_width": side, "default_height": side, "elements": [stick]}
-        extract.write_json(folder / f"{name}.json", layout)
-    keyboard = tmp_path / "wasd"
-    keyboard.mkdir()
-    shutil.copy(folder / "small.png", keyboard)
-    keys = [
-        {"type": kind, "pos": [0, 0], "mapping": [0, 0, 5, 5]} for kind in (0, 1, 9)
-    ]
-    extract.write_json(keyboard / "wasd.json", {"elements": keys})
-    skins = extract.load_skins(tmp_path)
-    assert [extract.draw(skin)[9, 9, 0] for skin in skins] == [90, 60]
-    assert (
-        capfd.readouterr().err
-        == f"{tmp_path}: layouts without a pad's control, passed over: 1\n"
-    )
+    preset(folder, "named", [stick], square(90), default_width=30, default_height=30)
+    preset(folder, "own", [stick], square(60), default_width=60, default_height=60)
+    (folder / "own.png").rename(folder / "large.png")
+    extract.save_png(folder / "small.png", square(30))
+    preset(tmp_path / "wasd", "wasd", PRESET[-1:], square(30))
+    assert [extract.draw(skin)[9, 9, 3] for skin in extract.load_skins(tmp_path)] == [90, 60]
+    assert "passed over: 1\n" in capfd.readouterr().err
     with pytest.raises(UserError, match="wasd: expected"):
-        extract.load_skins(keyboard)
-
-
-@needs_shared
-def test_real_presets_and_templates_load():
-    load = lambda folder: {s.name: s for s in extract.load_skins(SHARED / "skins" / folder)}
-    preset, named = load("presets")["gamepad"], load("templates")
-    assert (len(preset.buttons), len(preset.sticks), len(named)) == (17, 2, 17)
-    template = named["io_gamepad"]
-    for side, stick in template.sticks.items():          # the geometry read off the preset is the template's
-        assert np.allclose(preset.sticks[side]["center"], stick["center"], atol=2)
-        assert preset.sticks[side]["travel"] == stick["travel"] == [40, 40]
-    pressed = extract.draw(template, np.ones(25))                   # a picture says nothing of pressed states
-    assert np.array_equal(pressed, extract.draw(template))
+        extract.load_skins(tmp_path / "wasd")
 
 
 # --------------------------------------------------------------------------- extract: video and clip folders
-def film(path, n=3, size=(320, 180), paint=None):
-    """A small real video, 30 frames a second: grey, or what paint(i) gives as frame i."""
-    grey = np.full((size[1], size[0], 3), 120, np.uint8)
-    with extract.VideoWriter(path, 30, size) as video:
-        for i in range(n):
-            video.add(paint(i) if paint else grey)
+GREY = [np.full((180, 320, 3), 120, np.uint8)]
+
+
+def film(path, frames=GREY * 3):
+    """A small real video of these frames, 30 a second."""
+    with extract.VideoWriter(path, 30, frames[0].shape[1::-1]) as video:
+        for frame in frames:
+            video.add(frame)
     return path
 
 
-def moving_noise(i):
-    """Frame i of a game that no template resembles: uint8 (540, 960, 3)."""
-    ground = cv2.resize(noise(135, 480, 3), (1920, 540))
-    return np.ascontiguousarray(np.roll(ground, 7 * i, 1)[:, :960])
+def scenery(n):
+    """n frames of a game that no template resembles, uint8 (540, 960, 3) each: a camera moves over it."""
+    back = extract.backdrop(RNG(5), 540, 960 + 4 * n)
+    return [back[:, 4 * i:4 * i + 960].copy() for i in range(n)]
+
+
+def pose(scale, x, y):
+    """The affine that scales a template and puts its corner at x, y."""
+    middle = (scale - 1) / 2                                             # between centres of pixels
+    return np.float64([[scale, 0, x + middle], [0, scale, y + middle]])
+
+
+def overlay(path, skin, actions, at=(30, 200)):
+    """A video of scenery with a skin drawn on it, a frame an action -> its true extract.Find."""
+    frames = scenery(len(actions))
+    x, y = at
+    for frame, action in zip(frames, actions):
+        bench.paste_pad(frame[y:y + 203, x:x + 280], skin, action, 0.9)
+    film(path, frames)
+    return extract.Find(skin, pose(280 / skin.size[0], x, y), 50, by="sift")
+
+
+def drawn_clip(folder, skin, n=150, truth=None):
+    """The clip folder of a film in which a drawn skin is played, at random or as `truth` says, with
+    truth.npy."""
+    truth = parse.random_play(RNG(0), n) if truth is None else truth
+    video = folder.parent / f"{folder.name}.mp4"
+    find = overlay(video, skin, truth)
+    np.save(video.with_suffix(".truth.npy"), truth)
+    extract.cut_clip(video, folder, find, 1, PLAIN, "a key")
+    return folder
 
 
 def test_video_round_trip_keeps_number_and_order(tmp_path):
-    plain = lambda i: np.full((182, 322, 3), (5 * i, 255 - 5 * i, 90), np.uint8)
-    path = film(tmp_path / "ein Vidéo.mp4", 40, (322, 182), plain)
+    path = film(tmp_path / "ein Vidéo.mp4", [np.full((182, 322, 3), 5 * i, np.uint8) for i in range(40)])
     assert extract.video_info(path) == {"fps": 30.0, "size": (322, 182), "n": 40}
-    for i, (k, frame) in enumerate(extract.read_video(path)):
-        assert k == i and frame.shape == (182, 322, 3)
-        assert abs(int(frame[90, 160, 0]) - 5 * i) < 12
-    assert i == 39
+    rows, frames = zip(*extract.read_video(path))
+    assert rows == (*range(40),)
+    assert np.abs(np.subtract(rows, [frame[90, 160, 0] / 5 for frame in frames])).max() < 2.4
 
 
-@pytest.mark.parametrize(
-    "times, fps, fills, cuts",
-    [
-        (
-            np.round(np.arange(50) * 1000 / 60),
-            60,
-            [1] * 50,
-            [],
-        ),  # containers round to milliseconds
-        (
-            [0, 100, 200, 233, 267],
-            30,
-            [1, 3, 3, 1, 1],
-            [],
-        ),  # a slow stretch is repeated
-        ([0, 10, 20, 33, 67], 30, [1, 0, 1, 0, 1], []),  # a fast one is thinned
-        ([0, 33, 67, 33, 67, 100], 30, [1, 1, 1, 0, 0, 1], []),  # a stamp out of order
-        ([0, 0, 0], 30, [1, 1, 1], []),  # no clock in the file
-        ([0, 0, 0, -167, -133, -100], 30, [1] * 6, [3]),  # ... before it has begun
-        ([900, 933, 967, 0, 100], 30, [1, 1, 1, 1, 3], [3]),  # joined segments
-        ([0, 33, 1967, 2000], 30, [1, 1, 58, 1], []),  # a stall
-        ([0, 33, 2067, 2100, 9e9], 30, [1] * 5, [2, 4]),
-    ],
-)  # a pause; a stamp that is nonsense
-def test_slots_turn_variable_rate_into_constant_rate(times, fps, fills, cuts):
-    found = list(extract.slots(iter(times), fps))
-    assert [count for count, _ in found] == fills
-    assert [i for i, (_, cut) in enumerate(found) if cut] == cuts
+SLOTS = {                                          # ms of each frame: the rows it fills; /: a cut before it
+    "0 33 67 100 133 167": "1 1 1 1 1 1",          # containers round to milliseconds
+    "0 100 200 233 267": "1 3 3 1 1",              # a slow stretch is repeated
+    "0 10 20 33 67": "1 0 1 0 1",                  # a fast one is thinned
+    "0 33 67 33 67 100": "1 1 1 0 0 1",            # a stamp out of order
+    "0 0 0": "1 1 1",                              # no clock in the file
+    "0 0 0 -167 -133 -100": "1 1 1 /1 1 1",        # ... before it has begun
+    "900 933 967 0 100": "1 1 1 /1 3",             # joined segments
+    "0 33 1967 2000": "1 1 58 1",                  # a stall
+    "0 33 2067 2100 9e9": "1 1 /1 1 /1"}           # a pause; a stamp that is nonsense
 
 
-@pytest.mark.parametrize(
-    "rate", [15, 24000 / 1001, 25, 30000 / 1001, 30, 50, 60000 / 1001, 60, 120, 240]
-)
-@pytest.mark.parametrize("digits", [0, 3])  # of the milliseconds in a container
+@pytest.mark.parametrize("times", SLOTS)
+def test_slots_turn_variable_rate_into_constant_rate(times):
+    found = extract.slots(map(float, times.split()), 30)
+    assert " ".join("/" * cut + str(count) for count, cut in found) == SLOTS[times]
+
+
+@pytest.mark.parametrize("rate", [15, 24000 / 1001, 30, 60000 / 1001, 240])
+@pytest.mark.parametrize("digits", [0, 3])                               # of the milliseconds in a container
 def test_the_rate_is_that_of_the_commonest_interval(rate, digits):
-    times = np.round(np.arange(300) * 1000 / rate, digits)
-    assert extract.usual_rate(times, rate) == rate  # exactly, of a constant one
-    stalls = np.cumsum(np.arange(300) % 20 == 7) * 400
-    assert abs(extract.usual_rate(times + stalls, 0.6 * rate) / rate - 1) < 3e-3
-    assert (
-        extract.usual_rate(times * 0, 30.0) == extract.usual_rate(times[:9], 30.0) == 30
-    )  # unknown
+    frames = np.arange(300)
+    times = np.round(frames * 1000 / rate, digits)
+    assert extract.usual_rate(times, rate) == rate                       # exactly, of a constant one
+    stalls = np.cumsum(frames % 20 == 7) * 400
+    assert extract.usual_rate(times + stalls, 0.6 * rate) == pytest.approx(rate, rel=3e-3)
+    assert extract.usual_rate(times[:9], 30) == 30                       # unknown
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    "name, n, cuts",
-    [
-        (
-            "ts_clock_starts_again/segments.ts",
-            300,
-            [60, 120, 180, 240],
-        ),  # each of its frames once
-        ("mkv_begins_before_zero/cut.mkv", 300, [99]),
-        ("vfr_recording_with_pause/paused.mp4", 600, [240]),
-    ],
-)  # 20 s beside the pause
-def test_a_clock_that_breaks_is_a_cut(tmp_path, name, n, cuts):
-    video = SHARED / "cases" / name
-    decoder = extract.Decoder(video)
-    assert decoder.fps == 30 and extract.Cutter(decoder.size, 1).run(decoder, tmp_path) == n
-    assert extract.Frames(tmp_path).n == len(extract.Frames(tmp_path)) == n
-    assert (
-        np.flatnonzero(extract.read_npy(tmp_path / "cuts.npy", bool, (n,))).tolist()
-        == cuts
-    )
+def test_a_clock_that_breaks_is_a_cut(tmp_path):
+    film = extract.Decoder(SHARED / "cases" / "mkv_begins_before_zero" / "cut.mkv")
+    assert extract.Cutter(film.size, 1).run(film, tmp_path) == 300       # each frame once
+    assert np.flatnonzero(np.load(tmp_path / "cuts.npy")).tolist() == [99]
 
 
-def test_a_full_disk_or_an_odd_letter_is_no_traceback(monkeypatch, capfd):
-    def full(args):
-        print("動画")
-        raise OSError(errno.ENOSPC, "No space left on device")           # as a write to an open file does
-
-    parser = extract.ArgumentParser()
-    parser.set_defaults(run=full)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))        # a log file on Windows
-    assert extract.cli(parser, []) == 2
-    assert "No space left" in capfd.readouterr().err
-
-
-def test_frames_random_access_and_broken_files(tmp_path):
+def test_frames_have_their_rows_and_a_file_that_was_cut_is_named(tmp_path):
+    picture = cv2.resize(noise(6, 8, 3), (64, 48))
     writer = extract.FramesWriter(tmp_path, "frames")
-    pictures = [cv2.resize(small, (64, 48)) for small in noise(5, 8, 8, 3)]
-    for k, picture in enumerate(pictures):
-        writer.add(3 * k, picture)
+    for row in (0, 3, 6):
+        writer.add(row, picture)
     assert not (tmp_path / "frames.npy").exists()                        # no half file under its final name
-    writer.close(15)
+    writer.close(9)
     frames = extract.Frames(tmp_path)
-    assert len(frames) == 5 and frames.n == 15
-    assert frames.numbers.tolist() == [0, 3, 6, 9, 12]
-    assert np.abs(frames[4].astype(int) - pictures[4]).mean() < 12
-    raw, index = np.load(tmp_path / "frames.npy"), np.load(tmp_path / "frames_index.npy")
-    assert raw.dtype == np.uint8 and index.dtype == np.int64
-    assert index[-1].tolist() == [15, len(raw)]
-    np.save(tmp_path / "frames.npy", raw[:-3])
+    assert (frames.n, frames.numbers.tolist()) == (9, [0, 3, 6])
+    assert np.abs(frames[2].astype(int) - picture).mean() < 12
+    np.save(tmp_path / "frames.npy", np.array(frames.data[:-3]))
     with pytest.raises(UserError, match="frames.npy"):
         extract.Frames(tmp_path)
 
 
-def test_cutter_warps_the_overlay_into_its_template_to_a_tenth_of_a_pixel(ours):
-    skin, s = ours[1], 0.55
-    middle = (s - 1) / 2                                                 # between centres of pixels
-    to_video = pose(s, 800.3 + middle, 400.6 + middle)
-    rgba = extract.draw(skin)
-    sprite = extract.premultiply(rgba)
-    warped = cv2.warpAffine(sprite, to_video, (1280, 720), flags=cv2.INTER_AREA)
-    frame = warped[..., :3] + 60 * (1 - warped[..., 3:] / 255.0)
-    cutter = extract.Cutter((1280, 720), 1, [0, 0, 1, 1], skin, to_video)
-    crop = cutter.crop(frame.astype(np.uint8))
-    ideal = cv2.resize(extract.over(60, rgba), crop.shape[1::-1], interpolation=cv2.INTER_AREA)
-    green = [np.float32(picture[..., 1]) for picture in (crop, ideal)]
-    shift, response = cv2.phaseCorrelate(*green)
-    assert np.abs(shift).max() < 0.1 and response > 0.7
+@pytest.mark.parametrize("scale", [0.55, 2.9])
+def test_cutter_warps_the_overlay_into_its_template_to_a_tenth_of_a_pixel(skin, scale):
+    """Of an overlay smaller than its crop, and of one so large that its crop must have no aliases."""
+    to_video = pose(scale, 60.3, 40.6)
+    flat = extract.over(60, extract.draw(skin))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    frame = cv2.warpAffine(flat, to_video, (1280, 900), flags=how, borderValue=(60, 60, 60))
+    cutter = extract.Cutter((1280, 900), 1, [0, 0, 1, 1], skin, to_video)
+    crop = cutter.crop(frame)
+    ideal = cv2.resize(flat, crop.shape[1::-1], interpolation=cv2.INTER_AREA)
+    shift, response = cv2.phaseCorrelate(*np.float32([crop[..., 1], ideal[..., 1]]))
+    assert np.abs(shift).max() < 0.1
+    assert response > 0.7
+    frame[:] = np.arange(1280)[:, None] % 2 * 60                         # stripes of a pixel
+    assert scale < 1 or np.ptp(cutter.crop(frame)) < 5
 
 
-def test_a_large_overlay_is_cut_in_its_place_and_without_aliases(ours):
-    """One that is four times as large as its crop, with a ramp and fine stripes: only the ramp stays."""
-    skin, x = ours[1], np.arange(1920)
-    scale = 4 * extract.PAD_WIDTH / skin.size[0]                         # 4 video pixels a crop's pixel
-    row = x / 10 + np.where(x % 2, 60, 0)
-    frame = np.empty((1080, 1920, 3), np.uint8)
-    frame[:] = row[:, None]
-    cutter = extract.Cutter((1920, 1080), 1, [0, 0, 1, 1], skin, pose(scale, 100, 50))
-    found = cutter.crop(frame)[100, :, 0]
-    column = (np.arange(320) + 0.5) * 4 - scale / 2 + 100                # its place in the video
-    assert np.abs(found - (column / 10 + 30)).max() < 1                  # the ramp there, and half a stripe
-
-
-def test_a_video_of_256_pixels_keeps_its_overlay_in_the_crop(ours):
+def test_a_video_of_256_pixels_keeps_its_overlay_in_the_crop(skin):
     frame = noise(256, 256, 3)
-    hole = [20, 20, 140, 107]
-    cutter = extract.Cutter((256, 256), 1, hole, ours[1], pose(0.3, 20, 20))
+    cutter = extract.Cutter((256, 256), 1, [20, 20, 140, 107], skin, pose(0.3, 20, 20))
     crop = cutter.crop(frame)
     assert not cutter.policy(frame)[20:107, 20:140].any()
     assert np.array_equal(cutter.crop(frame), crop)
 
 
 # ------------------------------------------------------------------------------------- extract: localisation
-def test_refine_finds_the_pose_to_half_a_pixel(ours):
-    truth = pose(0.5, 700.4, 400.7)
-    flat = extract.flat_template(ours[1])
-    soft = cv2.GaussianBlur(flat[0], (0, 0), 0.5)
-    gray = cv2.warpAffine(soft, truth, (1280, 720), borderValue=127)
-    start = truth + [[0.006, 0, -2.1], [0, -0.005, 1.6]]
-    found = extract.refine(gray, extract.Find(ours[1], start, 50))
-    assert found.edges > 0.9
-    for corner in ((0, 0, 1), (400, 290, 1)):
-        assert np.abs((found.affine - truth) @ corner).max() < 0.5
-
-
 def test_a_collapsed_fit_or_a_single_letter_is_no_pad():
-    points = np.random.default_rng(0).uniform(0, 400, (50, 2)).astype(np.float32)
+    points = RNG(0).uniform(0, 400, (50, 2)).astype(np.float32)
     assert extract.distinct(points, np.full_like(points, 7), 3) == 1     # many points onto one
-    spread = lambda points: extract.spread(points, (400, 290))
-    assert spread(points * 0.1 + 5) <= 2 and spread(points * (1, 0.7)) == 12
+    assert extract.spread(points * 0.1 + 5, (400, 290)) <= 2
+    assert extract.spread(points * (1, 0.7), (400, 290)) == 12
 
 
-@pytest.mark.parametrize("a, b, x, y, good", [
-    (0.4, 0, 900, 500, True),
-    (0.4, 0, 1240, 500, False),                                          # outside
-    (0.05, 0, 9, 9, False),                                              # small
-    (-0.4, 0, 900, 500, False),                                          # upside down
-    (0.4, 0.2, 900, 500, False),                                         # turned
-    (math.nan, 0, 9, 9, False)])
-def test_a_pose_is_one_that_a_streamer_would_choose(a, b, x, y, good):
-    affine = np.float64([[a, -b, x], [b, a, y]])
-    assert extract.plausible(affine, (400, 290), (720, 1280)) == good
+@pytest.mark.parametrize("pose, good", {
+    "0.4 0 900 500": True,
+    "0.4 0 1240 500": False,                                             # outside
+    "0.05 0 9 9": False,                                                 # small
+    "-0.4 0 900 500": False,                                             # upside down
+    "0.4 0.2 900 500": False,                                            # turned
+    "nan 0 9 9": False}.items())
+def test_a_pose_is_one_that_a_streamer_would_choose(pose, good):
+    a, b, x, y = map(float, pose.split())
+    assert extract.plausible(np.float64([[a, -b, x], [b, a, y]]), (400, 290), (720, 1280)) == good
 
 
-def test_matches_are_mutual_and_near():
-    ours = np.float32([[1, 0], [0.8, 0.6], [0, 1], [-1, 0]])
-    theirs = np.float32([[0.6, 0.8], [1, 0], [0, -1]])
-    pairs = np.transpose(extract.mutual(ours, theirs))
-    assert pairs.tolist() == [[0, 1], [1, 0]]                            # the rest: too far
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """The user's cache folder while the tests run."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", str(folder))
-        yield folder
-
-
-def test_features_are_kept_and_a_broken_file_is_made_again(cache):
-    made = mock.Mock(return_value=[np.arange(3), np.eye(2)])
-    for broken in (False, False, True, False):
-        if broken:
-            [file] = cache.rglob("*-some-key.npz")
-            file.write_bytes(file.read_bytes()[:300])
-        for a, b in zip(extract.from_cache("some-key", made), made.return_value, strict=True):
-            assert np.array_equal(a, b)
-    assert made.call_count == 2
-    (cache / "file").touch()
-    with mock.patch.dict(os.environ, dict.fromkeys(("LOCALAPPDATA", "XDG_CACHE_HOME"), str(cache / "file"))):
-        assert extract.from_cache("some-key", made) is made.return_value       # nowhere to keep them: made again
-
-
-@pytest.mark.parametrize("other, share", [
-    ((0, 0, 100, 60), 1),
-    ((50, 0, 150, 60), 1 / 3),
-    ((50, 30, 150, 90), 1 / 7),
-    ((100, 0, 200, 60), 0),
-    ((25, 15, 75, 45), 1 / 4)])
-def test_overlap_of_boxes_is_intersection_over_union(other, share):
-    box = (0, 0, 100, 60)
-    assert extract.overlap(box, other) == pytest.approx(share)
-    assert extract.overlap(other, box) == pytest.approx(share)
+@pytest.mark.parametrize("box, share", {
+    "0 0 100 60": 1,
+    "50 30 150 90": 1 / 7,
+    "100 0 200 60": 0,
+    "25 15 75 45": 1 / 4}.items())
+def test_overlap_of_boxes_is_intersection_over_union(box, share):
+    assert extract.overlap((0, 0, 100, 60), [*map(float, box.split())]) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("inliers, edges, found", [
@@ -701,65 +563,70 @@ def test_overlap_of_boxes_is_intersection_over_union(other, share):
     (19, 0.9, False),
     (60, 0.31, True),
     (60, 0.29, False)])
-def test_a_find_has_twenty_inliers_and_edges_that_agree(monkeypatch, inliers, edges, found):
+def test_a_find_has_twenty_inliers_and_edges_that_agree(monkeypatch, skin, inliers, edges, found):
     """The paper's 20 inliers; edges nearer to those of true poses (0.5 and more) than of false ones (0.2 and
     less)."""
-    skin = extract.random_skin(np.random.default_rng(0))
     find = extract.Find(skin, pose(0.5, 100, 60), inliers)
     pad = cv2.warpAffine(extract.flat_template(skin)[0], find.affine, (640, 360), borderValue=127)
     monkeypatch.setattr(extract, "refine", lambda picture, find: replace(find, edges=edges))
-    matcher = types.SimpleNamespace(search=lambda picture: [find])
-    best, most = extract.localise([pad] * 5, matcher)
-    assert (best is not None) == found and most == inliers
+    best, _ = extract.localise([pad] * 5, types.SimpleNamespace(search=lambda picture: [find]))
+    assert (best is not None) == found
 
 
-def overlay_film(path, ours, n=75, at=(30, 200)):
-    """A video of moving noise with a template of ours drawn on it, half a second at rest, then half a second
-    played -> the overlay's [x0, y0, x1, y1]."""
-    [skin] = [s for s in ours if s.name == PHOTO]
-    played = np.random.default_rng(0).integers(0, 2, 25)
-    x, y = at
-    scale = 280 / skin.size[0]
-    w, h = 280, round(scale * skin.size[1])
+CACHE = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
 
-    def paint(i):
-        rgba = extract.draw(skin, played * (i // 15 % 2))
-        small = cv2.resize(rgba, (w, h), interpolation=cv2.INTER_AREA)
-        frame = moving_noise(i)
-        ground = frame[y:y + h, x:x + w]
-        ground[:] = extract.over(ground, small, 0.9)
-        return frame
-    film(path, n, (960, 540), paint)
-    return np.multiply(extract.visible_box(skin), scale) + [x, y, x, y]
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The user's cache folder while the tests run."""
+    folder = tmp_path_factory.mktemp("cache")
+    with mock.patch.dict(os.environ, {CACHE: str(folder)}):
+        yield folder
+
+
+def test_features_are_kept_and_a_broken_file_is_made_again(cache, monkeypatch):
+    made = mock.Mock(return_value=[np.arange(3), np.eye(2)])
+    features = lambda: [array.tolist() for array in extract.from_cache("some-key", made)]
+    first = features()
+    assert features() == first
+    [file] = cache.rglob("*-some-key.npz")
+    file.write_bytes(file.read_bytes()[:300])
+    assert features() == features() == first
+    assert made.call_count == 2
+    monkeypatch.setenv(CACHE, str(file))                                 # nowhere to keep them
+    assert features() == features() == first
+    assert made.call_count == 4
 
 
 @pytest.fixture(scope="session")
-def small_templates(tmp_path_factory):
+def small_templates(tmp_path_factory, ours):
     """A folder of 4 of our templates as PNG + JSON, as `extract.py templates` writes them."""
     folder = tmp_path_factory.mktemp("templates")
-    assert run(extract.main, "templates", "--out", folder) == 0
-    kept = (PHOTO, "ps4_white_outline", "switch_pro_light_flat", "ps5_dark_flat")
-    others = [p for p in folder.iterdir() if p.stem not in kept]
-    assert len(others) >= 2 * 300 - 8
-    for path in others:
-        path.unlink()
+    few = [ours[name] for name in (PHOTO, "ps4_white_outline", "switch_pro_light_flat", "ps5_dark_flat")]
+    with mock.patch.object(extract, "our_skins", lambda: few):
+        assert run(extract.main, "templates", "--out", folder) == 0
     return folder
 
 
 @pytest.fixture(scope="session")
-def extracted(tmp_path_factory, small_templates, ours):
+def quick(small_templates):
+    """Flags with which extract.py starts in a second."""
+    return ["--matcher", "sift", "--templates", small_templates]
+
+
+@pytest.fixture(scope="session")
+def extracted(tmp_path_factory, quick, skin):
     """One run of extract.py over a video with an overlay, one without, and three that are no videos -> the
-    videos' folder (DATA is `data` in it), flags, the overlay's box."""
+    videos' folder (DATA is `data` in it), the true Find."""
     folder = tmp_path_factory.mktemp("videos ü")
-    box = overlay_film(folder / "with.mp4", ours)
-    film(folder / "without.mp4", 75, (960, 540), moving_noise)
+    played = noise(25) % 2
+    find = overlay(folder / "with.mp4", skin, [played * (i // 15 % 2) for i in range(75)])
+    film(folder / "without.mp4", scenery(75))
     (folder / "text.mp4").write_text("this is no video")
     (folder / "empty.mkv").touch()
     (folder / "cut.mp4").write_bytes((folder / "with.mp4").read_bytes()[:20000])
-    flags = ["--matcher", "sift", "--templates", small_templates]
-    argv = [folder, "--out", folder / "data", *flags, "--sheet", folder / "sheet.png"]
-    assert run(extract.main, *argv) == 0
-    return folder, flags, box
+    assert run(extract.main, folder, "--out", folder / "data", *quick, "--sheet", folder / "sheet.png") == 0
+    return folder, find
 
 
 def lines_of(data):
@@ -767,56 +634,79 @@ def lines_of(data):
     return {Path(line["video"]).name: line for line in extract.journal(data).values()}
 
 
-def finds(clip, box):
-    """Whether a clip.json tells of the template of the films at this [x0, y0, x1, y1]."""
-    x, y, w, h = clip["box"]
-    return clip["template"] == PHOTO and extract.overlap((x, y, x + w, y + h), box) > 0.95
+def geometry_of(skin):
+    """A skin's geometry as clip.json has it."""
+    return {"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}
 
 
-def test_extract_finds_the_overlay_and_nothing_else(extracted):
-    folder, _, box = extracted
-    data = folder / "data"
-    found = {name: line["status"] for name, line in lines_of(data).items()}
-    assert found == {"with.mp4": "found", "without.mp4": "none", "text.mp4": "error", "empty.mkv": "error",
-                     "cut.mp4": "error"}
-    assert finds(extract.read_clip(data / "with"), box)
-    assert [p.name for p in data.iterdir() if p.is_dir()] == ["with"]
-    assert not list(data.rglob(".tmp-*"))
-    assert extract.read_rgba(folder / "sheet.png").shape == (600, 1280, 4)            # five videos, two a row
-
-
-def middles(clip):
-    """Where a clip's buttons and sticks are in its video, by name: float (k, 2) each."""
-    geometry, affine = clip["geometry"], np.array(clip["affine"])
-    places = {
-        name: np.reshape(box, (2, 2)).mean(0)
-        for name, box in geometry["buttons"].items()
-    }
+def middles(geometry, affine):
+    """Where buttons and sticks are in a video, by name."""
+    places = {name: np.reshape(box, (2, 2)).mean(0) for name, box in geometry["buttons"].items()}
     places |= {side: stick["center"] for side, stick in geometry["sticks"].items()}
     return {name: affine @ (*place, 1) for name, place in places.items()}
 
 
-@pytest.mark.parametrize("templates, by", [("bare", "xfeat"), ("bare", "sift"), ("others", "locator")])
-def test_a_pad_without_a_geometry_gets_the_locators(
-        tmp_path, extracted, small_templates, templates, by):
-    """A picture of the very pad says where it is, but not its controls; those of other pads say nothing. SIFT
-    goes without torch, so without the locator."""
-    path = tmp_path / f"{PHOTO}.png"
-    if templates == "bare":
-        shutil.copy(small_templates / path.name, path)
-    else:
-        extract.save_png(path, extract.draw(extract.random_skin(RNG(4))))
-    argv = [extracted[0] / "with.mp4", "--out", tmp_path, "--templates", path,
-            "--matcher", by.replace("locator", "xfeat")]
+def distances(clip, find):
+    """How far a clip's controls are from those of the true Find, in pixels of the video."""
+    middle = (find.affine[0, 0] - 1) / 2
+    true = middles(geometry_of(find.skin), find.affine - [[0, 0, middle]])        # between corners of pixels
+    found = middles(clip["geometry"], np.array(clip["affine"]))
+    return [np.hypot(*found[name] - true[name]) for name in true.keys() & found]
+
+
+def test_extract_finds_the_overlay_and_nothing_else(extracted, capfd):
+    folder, find = extracted
+    found = {name: line["status"] for name, line in lines_of(folder / "data").items()}
+    assert found == {
+        "with.mp4": "found",
+        "without.mp4": "none",
+        "text.mp4": "error",
+        "empty.mkv": "error",
+        "cut.mp4": "error"}
+    assert [path.name for path in folder.glob("data/*/")] == ["with"]
+    assert not list(folder.rglob(".tmp-*"))
+    assert extract.read_rgba(folder / "sheet.png").shape == (600, 1280, 4)            # five videos, two a row
+    with pytest.raises(UserError, match="no picture stream"):
+        extract.video_info(folder / "cut.mp4")
+    assert capfd.readouterr().err == ""                      # neither FFmpeg nor OpenCV adds lines of its own
+
+
+def test_clip_folder_is_what_the_design_says(extracted):
+    folder = extracted[0] / "data" / "with"
+    clip = extract.read_clip(folder)
+    frames = extract.Frames(folder)
+    pads = extract.Frames(folder, "pads")
+    keys = "video game fps n size box template controller affine inliers matcher every lag"
+    assert set(keys.split()) <= set(clip)
+    assert clip["template"] == PHOTO
+    assert max(distances(clip, extracted[1])) < 0.5
+    assert clip["n"] == len(frames) == len(pads) == frames.n == 75
+    assert pads[3].shape[1::-1] == extract.read_rgba(folder / "template.png").shape[1::-1] == (*clip["pad"],)
+    frame = frames[10]
+    assert frame.shape == (256, 256, 3)
+    assert frame.mean() > 60
+    assert frame[110:175, 20:70].mean() < 8  # the overlay, hidden from policies
+
+
+@pytest.mark.parametrize("template, by", [("bare", "xfeat"), ("bare", "sift"), ("other", "locator")])
+def test_a_pad_without_a_geometry_gets_the_locators(tmp_path, extracted, skin, template, by):
+    """A picture of the very pad says where it is, but not its controls; that of another pad says nothing.
+    SIFT goes without torch, so without the locator."""
+    folder, find = extracted
+    shown = skin if template == "bare" else extract.random_skin(RNG(4))
+    extract.save_png(tmp_path / "pad.png", extract.draw(shown))
+    matcher = "sift" if by == "sift" else "xfeat"
+    argv = folder / "with.mp4", "--out", tmp_path, "--templates", tmp_path / "pad.png", "--matcher", matcher
     assert run(extract.main, *argv) == 0
     clip = extract.read_clip(tmp_path / "with")
-    sticks = ["left", "right"] * (by != "sift")
-    assert clip["matcher"] == by and [*clip["geometry"]["sticks"]] == sticks
     x, y, w, h = clip["box"]
-    assert extract.overlap((x, y, x + w, y + h), extracted[2]) > 0.7
-    found, true = middles(clip), middles(extract.read_clip(extracted[0] / "data" / "with"))
-    off = [np.hypot(*(found[name] - true[name])) for name in true if name in found]
-    assert not sticks or len(off) >= len(true) - 2 and np.median(off) < 0.015 * w, off
+    assert clip["matcher"] == by
+    assert extract.overlap((x, y, x + w, y + h), find.box) > 0.7
+    off = distances(clip, find)
+    if by == "sift":
+        assert off == []
+    else:
+        assert len(off) > len(skin.buttons) and np.median(off) < 0.015 * w, off
 
 
 def test_what_is_no_pad_is_not_located():
@@ -826,205 +716,142 @@ def test_what_is_no_pad_is_not_located():
         assert extract.locate(net, pictures, pictures) is None
 
 
-def test_an_overlay_that_moves_has_two_places(tmp_path, small_templates, ours):
-    frames, pictures, spots = [], [], [(30, 200), (600, 20)]
-    for at in spots:
-        overlay_film(tmp_path / "v.mp4", ours, 30, at)
-        grey, small = extract.sample_frames(tmp_path / "v.mp4")
-        frames += grey[:12]
-        pictures += small[:12]
+def test_an_overlay_that_moves_has_two_places(tmp_path, small_templates, skin):
+    frames = []
+    true = []
+    for at in ((30, 200), (600, 20)):
+        true.append(overlay(tmp_path / "v.mp4", skin, np.zeros((12, 25)), at).affine)
+        frames += zip(*extract.sample_frames(tmp_path / "v.mp4"))
     matcher = extract.Matcher(extract.load_skins(small_templates), extract.load_xfeat())
-    places = lambda frames: extract.localise_all(frames, pictures, matcher)[0]
-    corners = sorted(place.box[:2] for place in places(frames))
-    assert np.abs(np.subtract(corners, spots)).max() < 1.5
+    places = lambda frames: extract.localise_all(*zip(*frames), matcher)[0]
+    found = sorted((place.affine for place in places(frames)), key=lambda affine: affine[0, 2])
+    assert np.abs(np.subtract(found, true)).max() < 1.5
     assert len(places(frames[:12])) == 1
-    assert not places([f * 0 + 90 for f in frames])
 
 
 def test_colour_siblings_are_told_apart_by_colour(ours):
     """Templates of one shape; the video shows one of them, half see-through, over a tinted picture."""
-    skins = [s for s in ours if s.family == "xbox_one" and s.name.endswith("_flat")]
-    assert len(skins) > 5
-    picture = extract.backdrop(np.random.default_rng(0), 360, 640) * [1.1, 0.9, 0.7]
-    picture = np.clip(picture, 0, 255).astype(np.uint8)
+    skins = [s for s in ours.values() if s.family == "xbox_one" and s.name.endswith("_flat")]
+    picture = np.uint8((extract.backdrop(RNG(0), 360, 640) * [1.1, 0.9, 0.7]).clip(0, 255))
     find = extract.Find(skins[0], pose(0.5, 100, 60), 50)
     for skin in skins:
-        w, h = skin.size[0] // 2, skin.size[1] // 2
-        small = cv2.resize(extract.draw(skin), (w, h), interpolation=cv2.INTER_AREA)
         frame = picture.copy()
-        spot = frame[60:60 + h, 100:100 + w]
-        spot[:] = extract.over(spot, small, 0.6)
+        bench.paste_pad(frame[60:205, 100:300], skin, None, 0.6)
         assert extract.recolour(find, [frame], 640, skins) is skin
-
-
-def test_clip_folder_is_what_the_design_says(extracted):
-    folder = extracted[0] / "data" / "with"
-    clip, frames, pads = extract.read_clip(folder), extract.Frames(folder), extract.Frames(folder, "pads")
-    keys = "video game fps n size box template controller affine inliers matcher every lag"
-    assert set(keys.split()) <= set(clip)
-    assert clip["n"] == len(frames) == len(pads) == frames.n == 75
-    template = extract.read_rgba(folder / "template.png")
-    assert pads[3].shape[1::-1] == template.shape[1::-1] == tuple(clip["pad"])
-    frame, (x, y, w, h) = frames[10], clip["box"]
-    assert frame.shape == (256, 256, 3) and frame.mean() > 60
-    column = int((x + w / 2) / 960 * 256)
-    row = int((y + h / 2) / 540 * 256)
-    assert frame[row - 20:row + 20, column - 20:column + 20].mean() < 8  # masked out of what a policy sees
 
 
 def tree(folder):
     """{path: content} of all files in a folder, those that extract.py keeps beside clips left out."""
-    ours = re.compile(r"extract\.jsonl|\.lock(-\w+)?")
-    files = [p for p in folder.rglob("*") if p.is_file() and not ours.fullmatch(p.name)]
+    files = [p for p in folder.rglob("*") if p.is_file() and not re.match(r"extract\.jsonl|\.lock", p.name)]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def test_extract_again_cuts_what_is_missing_and_skips_what_is_done(extracted, tmp_path, capfd):
+def start_extract(*argv, **how):
+    """extract.py in a process of its own."""
+    command = [sys.executable, HERE / "extract.py", *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+def test_extract_again_cuts_what_is_missing_and_skips_what_is_done(extracted, quick, tmp_path, capfd):
     """After a kill in the middle of a clip two processes go on at once; then the clip goes."""
-    folder, flags, _ = extracted
-    whole, out = tree(folder / "data"), tmp_path / "out"
-    argv = [folder / "with.mp4", folder / "without.mp4", "--out", out, *flags]
-    start = lambda: subprocess.Popen([sys.executable, HERE / "extract.py", *argv], stderr=subprocess.PIPE)
-    killed, half = start(), []
+    folder = extracted[0]
+    whole = tree(folder / "data")
+    argv = [folder / "with.mp4", folder / "without.mp4", "--out", tmp_path, *quick]
+    killed = start_extract(*argv)
+    half = []
     while not half:                                                    # until it is in the middle of the pass
         assert killed.poll() is None
-        half = [p for p in out.glob(".tmp-*") if p.is_dir()]
+        half = [p for p in tmp_path.glob(".tmp-*") if p.is_dir()]
     killed.kill()
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(half[0].name.split("-")[-2]), signal.SIGKILL)       # its child, which would end by itself
     killed.communicate()                                                 # both have ended
-    assert half[0].exists() and not (out / "with").exists()
-    for process in [start(), start()]:
+    assert half[0].exists()
+    assert not (tmp_path / "with").exists()
+    for process in [start_extract(*argv), start_extract(*argv)]:
         _, err = process.communicate()
         assert process.returncode == 0 and err == b"", err               # no progress in a log
-    assert tree(out) == whole and "cuts.npy" not in {Path(name).name for name in whole}
-    shutil.rmtree(out / "with")
-    assert run(extract.main, *argv) == 0
-    assert tree(out) == whole
-    capfd.readouterr()
-    assert run(extract.main, *argv) == 0 and "nothing to do: all 2" in capfd.readouterr().out
+    assert tree(tmp_path) == whole
+    shutil.rmtree(tmp_path / "with")
+    for _ in range(2):
+        assert run(extract.main, *argv) == 0
+        assert tree(tmp_path) == whole
+    assert "nothing to do: all 2" in capfd.readouterr().out
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-def test_progress_is_seen_on_a_terminal(extracted, tmp_path):
-    """Of the videos by the command itself, of one video's frames by its child; lines stay whole."""
-    import fcntl
-    import termios
-
-    folder, flags, _ = extracted
-    screen, side = os.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    argv = [
-        sys.executable,
-        HERE / "extract.py",
-        folder / "with.mp4",
-        "--out",
-        tmp_path,
-        *flags,
-    ]
-    process, shown = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=side), b""
-    os.close(side)
-    with contextlib.suppress(OSError):  # once nobody holds the other side
-        while part := os.read(screen, 4096):
-            shown += part
-    said = process.communicate()[0].decode().splitlines()
-    assert b" 0/1 [" in shown and re.search(rb"with.mp4: .* \d+/75 \[", shown), shown
-    assert said[0] == "preparing the templates" and said[1].startswith(
-        "video 1/1 | with.mp4 | found"
-    )
+SRUN = [f"SLURM_PROCID={i} SLURM_NTASKS=3 " for i in range(3)]
+ARRAY = [f"SLURM_ARRAY_TASK_ID={i} SLURM_ARRAY_TASK_MIN=2 SLURM_ARRAY_TASK_MAX=14 SLURM_ARRAY_TASK_STEP=4 "
+         "SLURM_ARRAY_TASK_COUNT=4 " for i in (2, 6, 10, 14)]            # --array=2-14:4
+TORCHRUN = [SRUN[1] + f"RANK={i} WORLD_SIZE=7 " for i in range(7)]
 
 
-SRUN = [{"SLURM_PROCID": i, "SLURM_NTASKS": 3} for i in range(3)]
-RANGE = {  # --array=2-14:4
-    "SLURM_ARRAY_TASK_MIN": 2,
-    "SLURM_ARRAY_TASK_MAX": 14,
-    "SLURM_ARRAY_TASK_STEP": 4,
-    "SLURM_ARRAY_TASK_COUNT": 4,
-}
-ARRAY = [RANGE | {"SLURM_ARRAY_TASK_ID": i} for i in (2, 6, 10, 14)]
+def share(monkeypatch, names):
+    """What extract.shard gives of 1000 things where the environment has these names."""
+    with monkeypatch.context() as patch:
+        for name in names.split():
+            patch.setenv(*name.split("="))
+        return extract.shard(range(1000))
 
 
-@pytest.mark.parametrize(
-    "processes",
-    {
-        "alone": [{"SLURM_PROCID": 1}],  # a number without a count loses nothing
-        "torchrun": [{"RANK": i, "WORLD_SIZE": 7} for i in range(7)],
-        "srun": SRUN,
-        "array": ARRAY,
-        "array x srun": [task | step for task in ARRAY for step in SRUN],
-        "array x torchrun": [
-            task | SRUN[0] | {"RANK": i, "WORLD_SIZE": 2}
-            for task in ARRAY
-            for i in range(2)
-        ],
-    }.items(),
-    ids=lambda launcher: launcher[0],
-)
-def test_processes_share_the_work(processes):
-    shares = []
-    for names in processes[1]:
-        with mock.patch.dict(
-            os.environ, {name: str(value) for name, value in names.items()}
-        ):
-            shares.append(extract.shard(range(1000)))
+@pytest.mark.parametrize("launcher", [
+    ["SLURM_PROCID=1"],                                            # a number without a count loses nothing
+    TORCHRUN,
+    ARRAY,
+    [task + step for task in ARRAY for step in SRUN],
+    [task + rank for task in ARRAY for rank in TORCHRUN]])
+def test_processes_share_the_work(monkeypatch, launcher):
+    shares = [share(monkeypatch, names) for names in launcher]
     assert sorted(sum(shares, [])) == list(range(1000))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    with pytest.raises(UserError, match="3 tasks in 2-14"):              # --array=2,6,14 is no range
+        share(monkeypatch, ARRAY[1] + "SLURM_ARRAY_TASK_COUNT=3")
 
 
-def test_an_array_that_is_no_range_is_one_line():
-    names = ARRAY[1] | {"SLURM_ARRAY_TASK_COUNT": 3}  # --array=2,6,14
-    with mock.patch.dict(
-        os.environ, {name: str(value) for name, value in names.items()}
-    ):
-        with pytest.raises(UserError, match="3 tasks in 2-14"):
-            extract.shard(range(5))
-
-
-@pytest.mark.parametrize("flags, game", [((), "my game"), (("--game", "pong"), "pong")])
-def test_plain_clips_are_frames_alone_of_the_game_that_the_folder_names(
-    tmp_path, capfd, flags, game
-):
-    (tmp_path / "my game").mkdir()
-    film(tmp_path / "my game" / "v.mp4", 6)
-    argv = [tmp_path / "my game", "--out", tmp_path / "data", "--plain", *flags]
-    assert run(extract.main, *argv) == 0
-    clip = extract.read_clip(tmp_path / "data/v")
-    names = {path.name for path in (tmp_path / "data/v").iterdir()}
-    assert names == {"clip.json", "frames.npy", "frames_index.npy"}
-    assert (clip["game"], clip["n"], "hole" in clip) == (game, 6, False)
-    assert extract.Frames(tmp_path / "data/v")[3].min() > 100  # nothing is masked
-    capfd.readouterr()
-    assert (
-        run(extract.main, *argv) == 0
-        and "nothing to do: all 1" in capfd.readouterr().out
-    )
+def test_plain_clips_are_frames_alone_of_the_game_that_the_folder_names(tmp_path, capfd):
+    video = film(tmp_path / "my game" / "v.mp4")
+    for flags, game in ([], "my game"), (["--game", "pong"], "pong"), (["--game", "pong"], "pong"):
+        assert run(extract.main, video, "--out", tmp_path, "--plain", *flags) == 0
+        assert extract.read_clip(tmp_path / "v")["game"] == game
+    assert "nothing to do: all 1" in capfd.readouterr().out
+    assert set(os.listdir(tmp_path / "v")) == {"clip.json", "frames.npy", "frames_index.npy"}
+    frames = extract.Frames(tmp_path / "v")
+    assert len(frames) == 3
+    assert frames[2].min() > 100                                         # nothing is masked
 
 
 def test_clips_of_different_videos_do_not_share_a_folder(tmp_path):
     long = "ü" * 125
     for name in ("a.mp4", "a_place2.mp4", "b.mp4", "C.mp4", "c.mkv", f"{long}.mp4", f"{long}!.ts"):
         (tmp_path / name).touch()
-    names = {video.name: name for video, name in extract.find_videos([tmp_path])}
-    assert [video for video, name in names.items() if name == Path(video).stem] == ["a.mp4", "b.mp4"]
+    names = {video.stem: name for video, name in extract.find_videos([tmp_path])}
+    assert [stem for stem, name in names.items() if name == stem] == ["a", "b"]
     places = {place.lower() for name in names.values() for place in extract.place_names(name)}
-    assert len(places) == 21 and max(len(place.encode()) for place in places) <= 255
+    assert len(places) == 21
+    assert max(len(place.encode()) for place in places) <= 255
 
 
 def test_the_journal_outlives_a_kill_and_odd_names(tmp_path):
-    extract.log_line(tmp_path, {"video": "a\u2028b.mp4", "status": "none"})
+    extract.log_line(tmp_path, {"video": "a\u2028b.mp4"})
     with open(tmp_path / "extract.jsonl", "ab") as f:
         f.write(b'{"video": "cut off')
-    extract.log_line(tmp_path, {"video": "c.mp4", "status": "none"})
+    extract.log_line(tmp_path, {"video": "c.mp4"})
     assert set(extract.journal(tmp_path)) == {"a\u2028b.mp4", "c.mp4"}
 
 
 # --------------------------------------------------------------------------- extract: mistakes and bad files
 EXTRACT_MISTAKES = {                               # flags, in a folder with v.mp4 -> a word of the line
-    "nowhere.mp4": "nowhere.mp4", "none": "found none", "v.mp4 --out v.mp4": "v.mp4",
-    "v.mp4 --templates none": "--templates", "v.mp4 --labels none": "metadata.json",
-    "v.mp4 --templates t.png --xfeat v.mp4": "v.mp4: expected XFeat", "v.mp4 --sheet none": "none",
-    "v.mp4 --every 0": "--every", "v.mp4 --every " + "9" * 30: "--every", "v.mp4 --limit -1": "--limit",
-    "v.mp4 --matcher both": "--matcher", "v.mp4 --out": "--out",
+    "nowhere.mp4": "nowhere.mp4",
+    "none": "found none",
+    "v.mp4 --out v.mp4": "v.mp4",
+    "v.mp4 --templates none": "--templates",
+    "v.mp4 --labels none": "metadata.json",
+    "v.mp4 --templates t.png --xfeat v.mp4": "v.mp4: expected XFeat",
+    "v.mp4 --sheet none": "none",
+    "v.mp4 --every 0": "--every",
+    "v.mp4 --every " + "9" * 30: "--every",
+    "v.mp4 --limit -1": "--limit",
+    "v.mp4 --matcher both": "--matcher",
+    "v.mp4 --out": "--out",
     "\udcff.mp4": "UTF-8"}                         # OpenCV ends the process over such a name
 
 
@@ -1037,48 +864,26 @@ def test_extract_says_what_is_wrong_in_one_line(flags, tmp_path, monkeypatch, ca
     fails_in_one_line(capfd, extract.main, "--out", "d", *flags.split(), says=EXTRACT_MISTAKES[flags])
 
 
-BAD_GEOMETRY = ["[" * 99999, '{"buttons": []}', '{"buttons": {"SOUTH": {"middle": 3}}}',
-                '{"buttons": {"SOUTH": {"box": [0, 0, Infinity, 9]}}}',
-                '{"sticks": {"left": {"center": [NaN, 5], "travel": [9, 9]}}}']
-BAD_ELEMENTS = ['"pos": "ab"', '"pos": [5]', '"mapping": [1, 2]', '"mapping": [999, 999, 5, 5]', '"side": 7',
-                '"stick_radius": Infinity', '"mapping": null']
-LAYOUT = '{"elements": [{"type": 5, "pos": [0, 0], "mapping": [1, 1, 30, 30], %s}]}'
+BAD_NOTES = """{"buttons": []}
+{"buttons": {"SOUTH": {"middle": 3}}}
+{"buttons": {"SOUTH": {"box": [0, 0, Infinity, 9]}}}
+{"sticks": {"left": {"center": [NaN, 5], "travel": [9, 9]}}}
+{"name": "half a letter: \\ud800"}
+{"elements": [{"type": 5, "pos": "ab", "mapping": [1, 1, 30, 30]}]}
+{"elements": [{"type": 5, "pos": [5], "mapping": [1, 1, 30, 30]}]}
+{"elements": [{"type": 5, "pos": [0, 0], "mapping": [1, 2]}]}
+{"elements": [{"type": 5, "pos": [0, 0], "mapping": [999, 999, 5, 5]}]}
+{"elements": [{"type": 5, "pos": [0, 0], "mapping": null}]}
+{"elements": [{"type": 5, "pos": [0, 0], "mapping": [1, 1, 30, 30], "side": 7}]}
+{"elements": [{"type": 5, "pos": [0, 0], "mapping": [1, 1, 30, 30], "stick_radius": Infinity}]}"""
 
 
-@pytest.mark.parametrize("text", BAD_GEOMETRY + [LAYOUT % wrong for wrong in BAD_ELEMENTS])
+@pytest.mark.parametrize("text", ["[" * 99999, *BAD_NOTES.split("\n")])
 def test_a_bad_geometry_or_preset_is_named(text, tmp_path):
     extract.save_png(tmp_path / "t.png", np.full((64, 64, 4), 255, np.uint8))
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(UserError, match=r"t\.json"):
         extract.load_skins(tmp_path)
-
-
-def test_a_cut_off_video_is_one_line_and_a_share_of_none_has_no_sheet(extracted, tmp_path, capfd):
-    with pytest.raises(UserError, match="no picture stream"):
-        extract.video_info(extracted[0] / "cut.mp4")
-    assert capfd.readouterr().err == ""                      # neither FFmpeg nor OpenCV adds lines of its own
-    extract.contact_sheet(tmp_path / "sheet.png", [], tmp_path)
-    assert not (tmp_path / "sheet.png").exists()
-
-
-def test_an_array_has_the_dtype_and_shape_that_is_asked_for(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((5, 2), np.float32))
-    read = lambda name, dtype, *shape: extract.read_npy(tmp_path / name, dtype, shape)
-    assert read("a.npy", "f4", None, 2).shape == (5, 2)
-    for wrong in (("a.npy", "f8", 5, 2), ("a.npy", "f4", None), ("a.npy", "f4", 4, 2),
-                  ("missing.npy", "f4", None)):
-        with pytest.raises(UserError, match=wrong[0]):
-            read(*wrong)
-
-
-def test_half_a_letter_in_json_is_one_line(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"name": "\\ud83d\\ude00 \\u00fc"}')
-    assert extract.read_json(path, dict) == {"name": "😀 ü"}
-    path.write_text('{"name": "\\ud800"}')
-    with pytest.raises(UserError, match="a.json") as error:
-        extract.read_json(path, dict)
-    str(error.value).encode()
 
 
 class Burglar:
@@ -1093,120 +898,100 @@ class Burglar:
 
 def test_no_file_of_arrays_or_weights_runs_anything(tmp_path):
     """A pickle in a .npy's or a .pt's place is refused, not obeyed."""
-    stolen, array, weights = (tmp_path / name for name in ("stolen", "frames.npy", "xfeat.pt"))
-    trap = pickle.dumps(Burglar(stolen))
-    array.write_bytes(trap)
-    torch.save({"skip1.1.weight": Burglar(stolen)}, weights)
+    array = tmp_path / "frames.npy"
+    weights = tmp_path / "xfeat.pt"
+    burglar = Burglar(tmp_path / "stolen")
+    array.write_bytes(pickle.dumps(burglar))
+    torch.save({"skip1.1.weight": burglar}, weights)
     with pytest.raises(UserError, match="frames.npy"):
         extract.read_npy(array, np.uint8, (None,))
     with pytest.raises(UserError, match="xfeat.pt"):
         extract.load_xfeat(weights)
     with pytest.raises(ValueError, match="expected"):
-        extract.unpack_message(b"{}\n" + trap)
-    assert not stolen.exists()
+        extract.unpack_message(b"{}\n" + array.read_bytes())
+    assert not (tmp_path / "stolen").exists()
 
 
-def body(shape, dtype="|u1", size=6):
+def claim(shape, dtype="|u1", size=6):
     """A message whose .npy claims a shape and a dtype in its header and has `size` bytes of data."""
     file = io.BytesIO()
-    header = {"descr": dtype, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
     return b"{}\n" + file.getvalue() + bytes(size)
 
 
 @pytest.mark.parametrize("message", [
-    b"", b"{}", b"\xff\xfe\n", b"[1]\n",
+    b"",
+    b"{}",
+    b"\xff\xfe\n",
+    b"[1]\n",
     b"[" * 4000 + b"\n",
     b'{"a": "%s"}\n' % (b"x" * 4096),
     b"{}\n123",
-    body((2, 3), "<f8", 48),
-    body((2, 3), "|O", 48),
-    body((5,)),
-    body((0,), size=0),
-    body((-1, 6)),
-    body((1 << 50,)),
-    body((1 << 62, 8))])
+    claim((2, 3), "<f8", 48),
+    claim((2, 3), "|O", 48),
+    claim((5,)),
+    claim((0,), size=0),
+    claim((-1, 6)),
+    claim((1 << 50,)),
+    claim((1 << 62, 8))])
 def test_messages_of_wrong_shapes_are_refused(message):
     with pytest.raises(ValueError, match="expected"):
         extract.unpack_message(message)
 
 
-def test_messages_keep_what_they_carry():
-    array = np.arange(24, dtype=np.float32).reshape(4, 6)[:, ::2]
-    header, found = extract.unpack_message(extract.pack_message({"do": "x"}, array))
-    assert header == {"do": "x"} and np.array_equal(found, array)
-    assert extract.unpack_message(extract.pack_message({})) == ({}, None)
+@pytest.mark.parametrize("header, array", [({"do": "x"}, np.float32([[1, 2], [3, 4]])[:, ::2]), ({}, None)])
+def test_messages_keep_what_they_carry(header, array):
+    found = extract.unpack_message(extract.pack_message(header, array))
+    assert found[0] == header
+    assert np.array_equal(found[1], array)
 
 
 def bomb(ending, side, before=b""):
     """The bytes of a picture that asks for side x side pixels and holds a few; before: bytes in front of a
     JPEG's header."""
-    data = cv2.imencode(ending, np.zeros((16, 16, 3), np.uint8))[1].tobytes()
-    jpeg = data.find(b"\xff\xc0")
-    at = {".png": 16, ".bmp": 18, ".jpg": jpeg + 5}[ending]
-    size = struct.pack({".png": ">II", ".bmp": "<ii", ".jpg": ">HH"}[ending], side, side)
-    data = data[:at] + size + data[at + len(size):]
+    data = cv2.imencode(ending, noise(16, 16))[1].tobytes()
     if ending == ".png":
-        data = data[:29] + struct.pack(">I", zlib.crc32(data[12:29])) + data[33:]
-    return data[:jpeg] + before + data[jpeg:] if before else data
+        data = data[:16] + struct.pack(">II", side, side) + data[24:]
+        return data[:29] + struct.pack(">I", zlib.crc32(data[12:29])) + data[33:]
+    at = data.find(b"\xff\xc0")
+    return data[:at] + before + data[at:at + 5] + struct.pack(">HH", side, side) + data[at + 9:]
+
+
 @pytest.mark.parametrize("asked", [
     (".png", 60000),
     (".jpg", 60000),
     (".jpg", 20000),                                                     # OpenCV itself takes this many
-    (".bmp", 20000),
     (".jpg", 20000, b"\xff\xff"),
     (".jpg", 20000, b"junk")])
 def test_a_picture_that_asks_for_all_memory_is_one_line(tmp_path, asked):
-    data, pad = bomb(*asked), tmp_path / "pad.png"
-    pad.write_bytes(data)
+    data = bomb(*asked)
+    (tmp_path / "pad.png").write_bytes(data)
     np.save(tmp_path / "frames.npy", np.frombuffer(data, np.uint8))
     np.save(tmp_path / "frames_index.npy", np.int64([[0, 0], [1, len(data)]]))
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="frames.npy"):
         extract.Frames(tmp_path)[0]
     with pytest.raises(UserError, match="pad.png"):
-        extract.load_skins(pad)
+        extract.load_skins(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 200e3     # KB; 1.2 GB for the smallest
 
 
-@pytest.mark.parametrize("ending, dtype, flags", [
-    (".png", "u1", []),
-    (".png", "u2", []),
-    (".jpg", "u1", [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])])
-def test_pictures_of_all_common_kinds_are_read(tmp_path, ending, dtype, flags):
-    path, most = tmp_path / "a", np.iinfo(dtype).max
-    bgr = np.full((40, 60, 3), (0, most, most), dtype)                   # yellow
-    path.write_bytes(cv2.imencode(ending, bgr, flags)[1].tobytes())
-    assert np.abs(extract.read_rgba(path) - [255.0, 255, 0, 255]).max() <= 2
-
-
 # -------------------------------------------------------------------------------------------- extract: XFeat
-def test_keypoint_scores_put_each_channel_at_its_pixel():
+def test_keypoints_are_local_maxima_each_channel_at_its_pixel():
+    """Of three cells: channel 0; 13 = 8 * 1 + 5, and two pixels off it 31; none, but for a trace."""
     logits = torch.full((1, 65, 2, 3), -20.0)
-    for channel, row, column in ((0, 0, 0), (13, 1, 2), (64, 0, 1)):     # 64: no keypoint in this cell
-        logits[0, channel, row, column] = 20
-    scores = extract.keypoint_scores(logits)[0, 0]
+    logits[0, [0, 13, 31, 64, 9], [0, 1, 1, 0, 0], [0, 2, 2, 1, 1]] = torch.tensor([20.0, 20, 19, 20, 16.5])
+    scores = extract.keypoint_scores(logits)[0, 0].numpy()
     assert scores.shape == (16, 24)
-    assert torch.argwhere(scores > 0.9).tolist() == [[0, 0], [8 + 1, 16 + 5]]            # 13 = 8 * 1 + 5
-    assert scores[:8, 8:16].max() < 1e-6
-
-
-def test_peaks_are_local_maxima_of_5_by_5_windows():
-    scores = np.zeros((32, 32), np.float32)
-    scores[10, 20] = 0.9
-    scores[12, 22] = 0.8                                                 # two pixels off
-    scores[10, 25] = 0.7
-    scores[30, 2] = 0.04                                                 # too low
-    assert extract.peaks(scores).tolist() == [[20, 10], [25, 10]]
+    assert extract.peaks(scores).tolist() == [[0, 0], [16 + 5, 8 + 1]]
 
 
 def test_sample_reads_a_linear_ramp_where_the_release_does():
     ramp = torch.arange(12).float().expand(1, 1, 8, 12)                  # of a picture of 64 x 96 pixels
     points = torch.tensor([[16, 16], [40, 30], [77, 50]])
-    expected = points[:, 0] / 95 * 12 - 0.5
+    expected = points[:, :1] / 95 * 12 - 0.5
     for mode, want in (("bilinear", expected), ("nearest", expected.round())):
-        found = extract.sample(ramp, points, (64, 96), mode)[:, 0]
-        assert torch.allclose(found, want, atol=1e-5)
+        assert torch.allclose(extract.sample(ramp, points, (64, 96), mode), want, atol=1e-5)
 
 
 def test_network_equals_the_official_package():
@@ -1219,241 +1004,166 @@ def test_network_equals_the_official_package():
     official = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(official)
     path = folder / "weights" / "xfeat.pt"
-    theirs, ours = official.XFeatModel().eval(), extract.load_xfeat(path)
+    theirs = official.XFeatModel().eval()
     theirs.load_state_dict(torch.load(path, weights_only=True))
     x = torch.rand(2, 1, 96, 160, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         features, *others = theirs(x)
-        mine = ours(x)
+        mine = extract.load_xfeat(path)(x)
     want = [torch.nn.functional.normalize(features, dim=1), *others]
-    for a, b in zip(mine, want, strict=True):
-        assert torch.allclose(a, b, atol=2e-5)
+    torch.testing.assert_close(list(mine), want, atol=2e-5, rtol=0)
 
 
 def test_weights_are_ours_or_the_releases_and_others_are_named(tmp_path):
     state = {k: v.contiguous() for k, v in extract.xfeat_net().state_dict().items()}
     torch.save(state | {"fine_matcher.0.weight": torch.zeros(2)}, tmp_path / "official.pt")
     for path in (None, tmp_path / "official.pt"):                        # ours has half precision
-        net = extract.load_xfeat(path)
-        assert not net.training and net.skip1[1].weight.dtype == torch.float32
+        assert extract.load_xfeat(path).skip1[1].weight.dtype == torch.float32
     del state["skip1.1.bias"]
     save_file(state, tmp_path / "short.safetensors")
-    for found in ("short.safetensors.*skip1.1.bias", "missing.pt.*No such file"):
-        with pytest.raises(UserError, match=found):
-            extract.load_xfeat(tmp_path / found.split(".*")[0])
+    with pytest.raises(UserError, match="short.safetensors.*skip1.1.bias"):
+        extract.load_xfeat(tmp_path / "short.safetensors")
 
 
 # ------------------------------------------------------------------------------------- nobody's work is lost
-@pytest.fixture(scope="session")
-def quick(tmp_path_factory):
-    """Flags with which extract.py starts in a second: SIFT, one template."""
-    folder = tmp_path_factory.mktemp("one template")
-    extract.save_png(folder / "pad.png", extract.draw(extract.random_skin(np.random.default_rng(0))))
-    return ["--matcher", "sift", "--templates", folder]
-
-
-def cut_by_us(folder, n=6, run="a key"):
-    """A clip folder as extract.py leaves it, of n grey frames."""
-    folder.mkdir(parents=True)
-    grey = np.full((32, 32, 4), 99, np.uint8)
-    for name in ("frames", "pads"):
-        writer = extract.FramesWriter(folder, name)
-        for i in range(n):
-            writer.add(i, grey[..., :3])
-        writer.close(n)
-    extract.save_png(folder / "template.png", grey)
-    extract.write_json(folder / "clip.json", {"fps": 30, "n": n, "pad": [32, 32], "run": run})
-    return folder
-
-
-def test_only_clips_of_our_own_are_ever_replaced(tmp_path, quick, capfd):
-    """Videos whose clip folders are somebody's: one line each before any work, and every byte stays."""
-    videos, out = tmp_path / "videos", tmp_path / "out"
-    videos.mkdir()
-    words = {"record": "record_place2", "mixed": "notes.txt", "nested": "cuts.npy", "link": "a link"}
-    for name in words:
-        (videos / f"{name}.mp4").write_text("no video: whoever decodes it first says something else")
-    (out / "record_place2").mkdir(parents=True)
-    extract.write_json(out / "record_place2" / "clip.json", {"fps": 30, "n": 1})   # play.py's: no "run" in it
-    (cut_by_us(out / "mixed") / "notes.txt").write_text("a week of work")
-    (cut_by_us(out / "nested") / "cuts.npy").mkdir()
-    (out / "link").symlink_to(cut_by_us(tmp_path / "elsewhere"), target_is_directory=True)
-    before = tree(tmp_path)
-    fails_in_one_line(capfd, extract.main, videos, "--out", out, *quick, says="4 of 4")
-    for name, word in words.items():
-        line = lines_of(out)[f"{name}.mp4"]
-        assert line["status"] == "error" and "move it away" in line["reason"], line
-        assert word in line["reason"], line
-    assert tree(tmp_path) == before and (out / "link").is_symlink()
-
-
-def test_a_clip_of_other_settings_goes_and_a_sibling_called_tmp_stays(tmp_path, quick):
-    kept = cut_by_us(tmp_path / "a.tmp")                                 # of a video a.tmp.mp4
-    cut_by_us(tmp_path / "a")                                            # of a.mp4: no longer true
-    before = tree(kept)
-    assert run(extract.main, film(tmp_path / "a.mp4"), "--out", tmp_path, *quick) == 0
-    assert lines_of(tmp_path)["a.mp4"]["status"] == "none"
-    assert tree(kept) == before and not (tmp_path / "a").exists()
-
-
 @pytest.mark.parametrize("labelled", [False, True])
-def test_no_clip_takes_the_place_of_a_video(tmp_path, quick, capfd, labelled):
-    videos, labels = tmp_path / "V", tmp_path / "labels" / "t"
-    video = film(videos / "t" / "t.mp4", 6)
-    labels.mkdir(parents=True)
-    extract.write_json(labels / "metadata.json", {"original_video": {"video_id": "t"}})
-    flags = ["--labels", labels] if labelled else quick
-    fails_in_one_line(capfd, extract.main, videos, "--out", videos, *flags, says="1 of 1")
-    assert video.exists() and "'t.mp4' in it" in lines_of(videos)["t.mp4"]["reason"]
+def test_only_clips_of_our_own_are_ever_replaced(tmp_path, quick, skin, capfd, labelled):
+    """Videos whose clip folders are somebody's: one line each before any work, and every byte stays."""
+    words = {
+        "record": "another script",
+        "mixed": "notes.txt",
+        "nested": "cuts.npy",
+        "link": "a link"}
+    out = tmp_path / "out"
+    for name in words:
+        drawn_clip(out / name, skin, 2)
+        (out / f"{name}.mp4").write_text("no video: whoever decodes it first says something else")
+        note = tmp_path / "labels" / name / "metadata.json"
+        note.parent.mkdir(parents=True)
+        extract.write_json(note, {"original_video": {"video_id": name}})
+    extract.write_json(out / "record" / "clip.json", {"fps": 30, "n": 1})          # play.py's: no "run" in it
+    (out / "mixed" / "notes.txt").write_text("a week of work")
+    (out / "nested" / "cuts.npy").mkdir()
+    (out / "link").rename(tmp_path / "elsewhere")
+    (out / "link").symlink_to(tmp_path / "elsewhere")
+    before = tree(tmp_path)
+    flags = ["--labels", tmp_path / "labels"] if labelled else quick
+    fails_in_one_line(capfd, extract.main, out, "--out", out, *flags, says="4 of 4")
+    for name, word in words.items():
+        reason = lines_of(out)[f"{name}.mp4"]["reason"]
+        assert "move it away" in reason and word in reason, reason
+    assert tree(tmp_path) == before
+    assert (out / "link").is_symlink()
+
+
+def test_no_clip_takes_the_place_of_a_video(tmp_path, quick, capfd):
+    video = film(tmp_path / "t" / "t.mp4")
+    fails_in_one_line(capfd, extract.main, tmp_path, "--out", tmp_path, *quick, says="1 of 1")
+    assert video.exists()
+    assert "'t.mp4' in it" in lines_of(tmp_path)["t.mp4"]["reason"]
+
+
+def test_a_clip_of_other_settings_goes_but_no_sibling_or_one_that_is_read(tmp_path, small_templates, skin):
+    kept = drawn_clip(tmp_path / "a.tmp", skin, 2)                       # of a video a.tmp.mp4
+    clip = drawn_clip(tmp_path / "a", skin, 2)
+    before = tree(kept), tree(clip)
+    video = film(tmp_path / "a.mp4")
+    work = extract.work_for(argparse.Namespace(
+        **vars(PLAIN), out=tmp_path, labels=None, plain=False, templates=small_templates, matcher="sift"))
+    with extract.lock(clip / ".lock"), pytest.raises(extract.Busy):      # parse.py's, while it reads
+        work(video, "a")
+    assert (tree(kept), tree(clip)) == before
+    assert work(video, "a")["status"] == "none"
+    assert tree(kept) == before[0]
+    assert not clip.exists()
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     ours = f".tmp-{extract.HOST}-{gone.pid}-"
-    (tmp_path / (ours + "0123abcd.npy")).touch()
-    (tmp_path / (ours + "0123abcd")).mkdir()
-    kept = {f".tmp-{extract.HOST}-{os.getppid()}-0123abcd", f".tmp-elsewhere-{gone.pid}-0123abcd",
-            ".tmp-notes", "a.tmp", ours + "draft"}
-    for name in kept:
+    kept = {
+        f".tmp-{extract.HOST}-{os.getppid()}-0123abcd",
+        f".tmp-elsewhere-{gone.pid}-0123abcd",
+        ".tmp-notes",
+        "a.tmp",
+        ours + "draft"}
+    for name in kept | {ours + "0123abcd"}:
         (tmp_path / name).mkdir()
+    (tmp_path / (ours + "0123abcd.npy")).touch()
     made = extract.temporary(tmp_path / ("x" * 250 + ".mp4"))
     assert set(os.listdir(tmp_path)) == kept
-    assert made.suffix == ".mp4" and len(made.name) < 150
+    assert made.suffix == ".mp4"
+    assert len(made.name) < 150
 
 
 def test_a_new_file_has_the_usual_rights(tmp_path):
-    (tmp_path / "usual").touch()
-    path = tmp_path / "file"
-    extract.write_atomic(path, lambda tmp: tmp.chmod(0o600))
-    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+    usual = tmp_path / "usual"
+    usual.touch()
+    extract.write_atomic(tmp_path / "file", lambda tmp: tmp.chmod(0o600))
+    assert (tmp_path / "file").stat().st_mode == usual.stat().st_mode
 
 
-def anywhere():
-    """A matcher and what it might find in any video."""
-    skins = [extract.random_skin(np.random.default_rng(0))]
-    return types.SimpleNamespace(skins=skins), extract.Find(
-        skins[0], pose(0.3, 20, 20), 50
-    )
-
-
-def test_truth_beside_a_video_goes_into_its_clip(tmp_path, monkeypatch):
-    """Or the video is refused."""
-    matcher, find = anywhere()
-    monkeypatch.setattr(extract, "localise_all", lambda *_: ([find], 50))
-    video, truth = film(tmp_path / "v.mp4", 6), np.full((7, 25), 0.5, np.float32)
-    for n in (6, 7):
-        np.save(tmp_path / "v.truth.npy", truth[:n])
-        args = argparse.Namespace(out=tmp_path / str(n), every=1, game=None)
-        wrong = pytest.raises(UserError, match=r"v.truth.npy: .* float32 \(6, 25\)")
-        with wrong if n == 7 else contextlib.nullcontext():
-            assert (
-                extract.extract_one(video, "v", matcher, args, ())["status"] == "found"
-            )
-        assert (args.out / "v").exists() == (n == 6)
-    assert np.array_equal(np.load(tmp_path / "6" / "v" / "truth.npy"), truth[:6])
-
-
-def test_a_cut_that_fails_leaves_the_clip_before_and_no_half(tmp_path, monkeypatch):
-    """A clip has its name only once it is whole: not while frames are written, not when the last file can't
-    be."""
-    video, clip = film(tmp_path / "v.mp4", 6), tmp_path / "clip"
-    args = argparse.Namespace(every=1, game=None)
-    cut = lambda key: extract.cut_clip(video, clip, anywhere()[1], 1, args, key)
-    seen, write = [], extract.write_json
-
-    def last(path, value):
-        seen.append(clip.exists())
-        if len(seen) == 2:
-            raise UserError("the disk is full")
-        write(path, value)
-
-    monkeypatch.setattr(extract, "write_json", last)
-    cut("first")
+@pytest.mark.parametrize("truth", [np.zeros((2, 25), np.float32), np.zeros((3, 25))])
+def test_a_cut_that_fails_leaves_the_clip_before_and_no_half(tmp_path, skin, truth):
+    """Here for the video's truth.npy, which goes into its clip: of other rows, or of another dtype."""
+    clip = drawn_clip(tmp_path / "v", skin, 2)
+    find = overlay(tmp_path / "v.mp4", skin, np.zeros((3, 25)))
+    np.save(tmp_path / "v.truth.npy", truth)
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="the disk is full"):
-        cut("second")
-    assert seen == [False, True] and tree(tmp_path) == before
-    assert sorted(os.listdir(tmp_path)) == ["clip", "v.mp4"]
-    cut("third")
-    assert extract.made_by("third", clip)
-
-
-# ------------------------------------------------------------------------------------------ two at one thing
-def test_a_lock_is_let_go_when_its_process_is_killed(tmp_path):
-    code = "import extract, sys\nwith extract.lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
-    path, pipe = tmp_path / "a" / "lock", subprocess.PIPE
-    holder = subprocess.Popen([sys.executable, "-c", code, path], cwd=HERE, stdin=pipe, stdout=pipe)
-    assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(extract.Busy, match="another"), extract.lock(path):
-        pass
-    holder.kill()
-    holder.wait()
-    with extract.lock(path):
-        pass
-
-
-def test_a_clip_that_is_being_read_is_not_replaced(tmp_path):
-    clip = cut_by_us(tmp_path / "clip")
-    with extract.lock(clip / ".lock"), pytest.raises(extract.Busy):      # parse.py's, while it reads
-        extract.discard(clip)
-    assert extract.made_by("a key", clip)
-    extract.discard(clip)
-    assert os.listdir(tmp_path) == []
+    with pytest.raises(UserError, match=r"v.truth.npy: .* float32 \(3, 25\)"):
+        extract.cut_clip(tmp_path / "v.mp4", clip, find, 1, PLAIN, "another key")
+    assert tree(tmp_path) == before
 
 
 # ---------------------------------------------------------------------------- one video is not the whole run
 @pytest.mark.skipif(os.name == "nt", reason="ends a process by a signal")
-def test_a_decoder_that_ends_its_process_is_its_videos_error(tmp_path, quick):
+def test_a_decoder_that_ends_its_process_is_its_videos_error(tmp_path):
     """And a new child takes the next."""
     video = film(tmp_path / "v.mp4")
-    args = argparse.Namespace(
-        out=str(tmp_path), every=1, labels=None, xfeat=None, plain=False, game=None,
-        matcher="sift", templates=str(quick[3]))
+    args = argparse.Namespace(out=tmp_path, every=1, labels=None, xfeat=None, plain=True, game=None)
     with extract.Worker(args) as work:
         work.child.kill()
         answer = work(video, "v")
-        assert answer["status"] == "error" and "SIGKILL" in answer["reason"] and "v.mp4" in answer["reason"]
-        assert work(video, "v")["status"] == "none"
-        last = work.child
-    assert not last.is_alive()                                      # no child outlives the run
+        assert answer["status"] == "error"
+        assert re.search("v.mp4.*SIGKILL", answer["reason"])
+        assert work(video, "v")["status"] == "plain"
+    assert not work.child.is_alive()                                # no child outlives the run
 
 
 def test_one_videos_trouble_stops_no_other_video(tmp_path, quick, capfd):
     """A lock that can't be opened, a clip that another process cuts, a name as long as a name can be."""
-    videos, out, long = tmp_path / "v", tmp_path / "d", "x" * 251 + ".mp4"
+    out = tmp_path / "d"
+    long = "x" * 251 + ".mp4"
     for name in ("odd.mp4", "busy.mp4", long):
-        film(videos / name)
+        film(tmp_path / "v" / name)
     with extract.clip_lock(out / "odd"):
         [held] = out.iterdir()
     held.unlink()
     held.mkdir()                                                         # an OSError for odd.mp4
     with extract.clip_lock(out / "busy"):
-        assert run(extract.main, videos, "--out", out, *quick) == 0
+        assert run(extract.main, tmp_path / "v", "--out", out, *quick) == 0
     assert "| busy |" in capfd.readouterr().out
-    found = lines_of(out)
-    assert set(found) == {"odd.mp4", long} and found[long]["status"] == "none"
-    assert found["odd.mp4"]["status"] == "error" and held.name in found["odd.mp4"]["reason"]
+    found = {name: (line["status"], held.name in line["reason"]) for name, line in lines_of(out).items()}
+    assert found == {"odd.mp4": ("error", True), long: ("none", False)}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("how, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_a_run_that_ends_takes_its_child_along(tmp_path, quick, how, status):
+def test_a_run_that_ends_takes_its_child_along(tmp_path, how, status):
     """Killed or stopped while the child is at work: the pipe that both hold closes, so that both have
     ended."""
-    video, pad, pipe = film(tmp_path / "v.mp4"), tmp_path / "pad", subprocess.PIPE
-    shutil.copytree(quick[3], pad)
-    os.mkfifo(pad / "pad.json")                                         # the child reads it until we close it
-    command = [sys.executable, HERE / "extract.py", video, "--out", tmp_path / "d", *quick[:3], pad]
+    pad = tmp_path / "pad.json"
+    extract.save_png(tmp_path / "pad.png", noise(64, 64, 4))
+    os.mkfifo(pad)                                                      # the child reads it until we close it
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)          # a background job's is ignored
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, preexec_fn=heed)
+    argv = [film(tmp_path / "v.mp4"), "--out", tmp_path / "d", "--matcher", "sift", "--templates", tmp_path]
+    process = start_extract(*argv, preexec_fn=heed)
     writer = None
     while writer is None:
         assert process.poll() is None, process.stderr.read()
-        try:
-            writer = os.open(pad / "pad.json", os.O_WRONLY | os.O_NONBLOCK)   # or the child hasn't yet
-        except OSError:
-            time.sleep(0.01)
+        with contextlib.suppress(OSError):                              # the child hasn't opened it yet
+            writer = os.open(pad, os.O_WRONLY | os.O_NONBLOCK)
     process.send_signal(how)
     _, err = process.communicate(timeout=120)
     os.close(writer)
@@ -1463,291 +1173,226 @@ def test_a_run_that_ends_takes_its_child_along(tmp_path, quick, how, status):
 # ----------------------------------------------------------------------------------------------- a full disk
 @pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files")
 @pytest.mark.parametrize("name, limit, write, says", [
-    ("v.mp4", 50000, "film", "expected 40 frames"), ("v.avi", 50000, "film", "expected 40 frames"),
-    ("a.npy", 500, "lambda p: extract.write_npy(p, np.ones(500))", "can't write"),  # numpy's own says nothing
-    ("b.png", 500, "lambda p: extract.save_png(p, noise[:30])", "can't write")])
+    ("full", 500, "os.write(os.open('/dev/full', os.O_WRONLY), b'x')", "No space left"),
+    ("v.mp4", 50000, "film()", "expected 40 frames"),
+    ("v.avi", 50000, "film()", "expected 40 frames"),
+    ("a.npy", 500, "extract.write_npy(path, np.ones(500))", "can't write"),         # numpy's own says nothing
+    ("b.png", 500, "extract.save_png(path, noise[:30])", "can't write")])
 def test_what_did_not_fit_is_no_file(tmp_path, name, limit, write, says):
+    """Nor is it a traceback, or a letter that a log in ASCII does not know."""
     code = textwrap.dedent(f"""
-        import extract, numpy as np, resource, sys
+        import extract, numpy as np, os, resource, sys
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
         noise = np.random.default_rng(0).integers(0, 256, (180, 320, 3), np.uint8)
-        def film(path):
+        path = {str(tmp_path / name)!r}
+        def film():
             with extract.VideoWriter(path, 30, (320, 180)) as video:
                 for i in range(40):
                     video.add(np.roll(noise, 7 * i))
         parser = extract.ArgumentParser()
-        parser.set_defaults(run=lambda args: ({write})({str(tmp_path / name)!r}))
+        parser.set_defaults(run=lambda args: (print("動画"), {write}))
         sys.exit(extract.cli(parser, []))""")
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=ascii, capture_output=True, text=True)
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert os.listdir(tmp_path) == []
 
 
 # --------------------------------------------------------------------------------- what comes from elsewhere
 def released(folder, columns, n=30, box=(400, 200, 200, 120)):
-    """A released chunk of n rows over one second of a video of two -> (labels' folder, video)."""
+    """A released chunk of n rows over one second of a video of two -> (the chunk's folder, video)."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
-    chunk = folder / "labels" / "SHARD_0" / "abc123" / "abc123_chunk_0000"
+    chunk = folder / "labels" / "abc123_chunk_0000"
     chunk.mkdir(parents=True)
     rows = {b.lower(): [False] * n for b in extract.BUTTONS if b not in extract.LEGACY}
-    sticks = dict.fromkeys(("j_left", "j_right"), [[0.0, 0.0]] * n)
-    pq.write_table(pa.table(rows | sticks | columns), chunk / "actions_raw.parquet")
+    rows |= dict.fromkeys(("j_left", "j_right"), [[0.0, 0.0]] * n)
+    pq.write_table(pa.table(rows | columns), chunk / "actions_raw.parquet")
     source = {"resolution": [360, 640], "video_id": "abc123", "start_time": 0.5, "end_time": 1.5}
-    meta = {"chunk_size": n, "game": "other", "bbox_controller_overlay": box, "original_video": source}
+    meta = {"chunk_size": n, "bbox_controller_overlay": box, "original_video": source}
     extract.write_json(chunk / "metadata.json", meta)
-    return folder / "labels", film(folder / "abc123.mp4", 60)
+    return chunk, film(folder / "abc123.mp4", GREY * 60)
 
 
 def test_released_labels_become_clips(tmp_path):
     """60 rows of labels for 30 frames, and an overlay that is partly outside."""
     columns = {"south": [i >= 30 for i in range(60)], "j_left": [[0.5, -1.0]] * 60}
-    labels, video = released(tmp_path, columns, 60, (500, 200, 200, 120))
-    data = tmp_path / "d"
+    chunk, video = released(tmp_path, columns, 60, (500, 200, 200, 120))
     for _ in range(2):                                                # the second time there is nothing to do
-        assert run(extract.main, video, "--out", data, "--labels", labels) == 0
-    assert len((data / "extract.jsonl").read_text().splitlines()) == 1
-    clip = data / "abc123_chunk_0000"
-    actions, frames = np.load(clip / "actions.npy"), extract.Frames(clip)
-    assert actions.shape == (30, 25) and len(frames) == 30
-    assert np.load(clip / "keep.npy")[:15].all()
-    assert np.flatnonzero(actions[:, BUTTON["SOUTH"]]).tolist() == list(range(15, 30))
+        assert run(extract.main, video, "--out", tmp_path, "--labels", chunk.parent) == 0
+    assert len((tmp_path / "extract.jsonl").read_text().splitlines()) == 1
+    clip = tmp_path / chunk.name
+    actions = np.load(clip / "actions.npy")
+    assert actions[:, BUTTON["SOUTH"]].tolist() == [0] * 15 + [1] * 15
     assert actions[0, 21:23].tolist() == [0.5, -1.0]
+    assert np.load(clip / "keep.npy")[:15].all()
     assert extract.read_clip(clip)["box"] == [250, 100, 100, 60]
-    rows = frames[3][145:225]
-    assert rows[:, 202:].mean() < 8 and rows[:, :190].mean() > 30
+    rows = extract.Frames(clip)[29][145:225]
+    assert rows[:, 202:].mean() < 8
+    assert rows[:, :190].mean() > 30
 
 
 def test_the_chunks_of_a_video_share_one_decode_and_may_come_in_any_order(tmp_path):
     """Forwards the second goes on where the first ended; backwards the video is opened again: the same
     clips."""
-    labels, video = released(tmp_path, {})
-    [first] = labels.glob("*/*/*")
-    second = first.with_name("abc123_chunk_0001")
-    shutil.copytree(first, second)
+    first, video = released(tmp_path, {})
+    second = shutil.copytree(first, first.with_name("abc123_chunk_0001"))
     meta = extract.read_json(second / "metadata.json", dict)
     meta["original_video"] |= {"start_time": 1.5, "end_time": 2.5}       # half a second of it is there
     extract.write_json(second / "metadata.json", meta)
-    trees, opened = [], []
-    for name, chunks in (("forwards", (first, second)), ("backwards", (second, first))):
+    trees = []
+    for opened, chunks in (1, (first, second)), (2, (second, first)):
         extract.labelled_video.cache_clear()
+        out = tmp_path / str(opened)
         with mock.patch.object(extract, "Decoder", wraps=extract.Decoder) as decoder:
             for chunk in chunks:
-                extract.label_one(video, chunk, argparse.Namespace(out=tmp_path / name, every=1))
-        opened.append(decoder.call_count)
-        trees.append(tree(tmp_path / name))
-    assert opened == [1, 2] and trees[0] == trees[1]
-    assert [len(extract.Frames(tmp_path / "forwards" / chunk.name)) for chunk in (first, second)] == [30, 15]
+                extract.label_one(video, chunk, argparse.Namespace(out=out, every=1))
+        assert decoder.call_count == opened
+        trees.append(tree(out))
+    assert trees[0] == trees[1]
+    assert [len(extract.Frames(out / chunk.name)) for chunk in (first, second)] == [30, 15]
 
 
-@pytest.mark.parametrize("name, value", [
-    ("south", 2),
-    ("south", -1),
-    ("east", math.nan),
-    ("j_left", [0, 1.5]),
-    ("j_right", [-math.inf, 0]),
-    ("box", [math.nan, 200, 200, 120]),
-    ("box", [400, 200, math.inf, 120]),
-    ("box", [700, 200, 200, 120]),
-    ("box", [400, 200, 0, 120]),
-    ("box", [600, 320, -200, -120]),
-    ("box", [0.6, 0.5, 0.3, 0.3]),
-    ("box", [-900, -900, 2000, 2000]),
-    ("box", [400, 200, 200])])
-def test_released_labels_out_of_range_refuse_their_chunk(tmp_path, name, value):
+BAD_LABELS = """south 2
+south -1
+east NaN
+j_left [0, 1.5]
+j_right [-Infinity, 0]
+box [NaN, 200, 200, 120]
+box [400, 200, Infinity, 120]
+box [700, 200, 200, 120]
+box [400, 200, 0, 120]
+box [600, 320, -200, -120]
+box [0.6, 0.5, 0.3, 0.3]
+box [-900, -900, 2000, 2000]
+box [400, 200, 200]"""
+
+
+@pytest.mark.parametrize("wrong", BAD_LABELS.split("\n"))
+def test_released_labels_out_of_range_refuse_their_chunk(tmp_path, wrong):
     """A box: else the overlay, and with it the answer, stays visible in what a model is trained on."""
-    if name == "box":
-        says = "bbox_controller_overlay"
-        labels, video = released(tmp_path, {}, box=value)
-    else:
-        says = "in row 0"
-        labels, video = released(tmp_path, {name: [value] * 30})
-    [(_, folder)] = extract.label_jobs([(video, video.stem)], labels)
-    args = argparse.Namespace(out=tmp_path, every=1)
+    name, value = wrong.split(" ", 1)
+    value = json.loads(value)
+    bad_box = name == "box"
+    chunk, video = released(tmp_path, {}, box=value) if bad_box else released(tmp_path, {name: [value] * 30})
+    says = "bbox_controller_overlay" if bad_box else "in row 0"
     with pytest.raises(UserError, match=f"abc123_chunk_0000.*{says}"):
-        extract.label_one(video, folder, args)
-    assert not (tmp_path / "abc123_chunk_0000").exists()
-# ------------------------------------------------------------------------------------------------------ parse
-RNG = np.random.default_rng
+        extract.label_one(video, chunk, argparse.Namespace(out=tmp_path, every=1))
+    assert not (tmp_path / chunk.name).exists()
 
 
 # ------------------------------------------------------------------------------------------ parse.py: the net
-def test_segformer_equals_transformers():
-    """Same parameters by the hub's names, same logits as transformers' SegformerForSemanticSegmentation (its
-    modules are named otherwise)."""
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed: the comparison needs it"
-    )
+def test_segformer_equals_transformers(tmp_path):
+    """Same parameters by the hub's names, same logits as transformers' SegformerForSemanticSegmentation."""
+    transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
     config = transformers.SegformerConfig(
         num_channels=3 * parse.PANELS,
-        hidden_sizes=list(parse.WIDTHS),
+        hidden_sizes=parse.WIDTHS,
         depths=[1] * 4,
-        num_attention_heads=list(parse.HEADS),
-        sr_ratios=list(parse.REDUCTION),
+        num_attention_heads=parse.HEADS,
+        sr_ratios=parse.REDUCTION,
         mlp_ratios=[parse.MLP] * 4,
         decoder_hidden_size=parse.JOINED,
-        num_labels=10,
-    )
+        num_labels=10)
     torch.manual_seed(0)
     theirs = transformers.SegformerForSemanticSegmentation(config).eval()
+    for p in theirs.decode_head.batch_norm.parameters():
+        torch.nn.init.uniform_(p, 0.5, 1.5)                              # away from the identity
+    theirs.save_pretrained(tmp_path)                                     # in memory its names are others
     ours = parse.SegFormer(10).eval()
-    ours.load_state_dict(hub_names(theirs))
+    ours.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    x = torch.randn(2, 3 * parse.PANELS, 64, 96)
     with torch.no_grad():
-        for p in theirs.decode_head.batch_norm.parameters():               # batch norm away from the identity
-            p.uniform_(0.5, 1.5)
-        ours.decode_head.batch_norm.load_state_dict(theirs.decode_head.batch_norm.state_dict())
-        x = torch.randn(2, 3 * parse.PANELS, 64, 96)
         assert (ours(x) - theirs(x).logits).abs().max() < 1e-5
 
 
-def hub_names(model):
-    """A transformers Segformer's tensors under the names that its file on the hub has."""
-    import tempfile
-
-    from safetensors.torch import load_file
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)                         # transformers maps its names back when it saves
-        return load_file(str(next(Path(folder).glob("*.safetensors"))))
-
-
-def test_folded_head_equals_published_order():
-    """Projecting and fusing at each stage's own resolution = project, upsample, join coarse to fine, fuse
-    (SegFormer, section 3.2)."""
-    torch.manual_seed(0)
-    head = parse.Head(5).eval()
-    maps = [torch.randn(2, c, s, s + 2) for c, s in zip(parse.WIDTHS, (16, 8, 4, 2))]
-
-    def up(project, x):
-        x = project["proj"](x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
-        return torch.nn.functional.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
-    up = [up(c, x) for c, x in zip(head.linear_c, maps)]
-    fused = head.classifier(torch.relu(head.batch_norm(head.linear_fuse(torch.cat(up[::-1], 1)))))
-    with torch.no_grad():
-        assert (head(maps) - fused).abs().max() < 1e-5
-
-
-def test_parser_shapes_and_missing_panels():
-    """An 11 x 11 grid that is a distribution; a panel of zeros is not known, so it changes no contrast."""
-    model = parse.Parser().eval()
-    shape = 2, parse.PANELS, parse.STICK_SIDE, parse.STICK_SIDE, 3
-    sticks = torch.randint(1, 256, shape, dtype=torch.uint8)
-    other = sticks.clone()
-    other[:, 3] = 0
-    with torch.no_grad():
-        seen = parse.montage(other)
-        alone = parse.montage(other[:, :3])
-        assert (seen[:, 9:] == 0).all() and torch.allclose(seen[:, :9], alone, atol=1e-5)
-        log_p, click = model.sticks(sticks)
-        assert log_p.shape == (2, 11, 11) and click.shape == (2,)
-        assert torch.allclose(log_p.exp().sum((1, 2)), torch.ones(2), atol=1e-5)
-        assert not torch.equal(model.sticks(sticks)[0], model.sticks(other)[0])
+def test_a_missing_panel_changes_no_contrast():
+    panels = torch.from_numpy(noise(2, parse.PANELS, 9, 9, 3))
+    panels[:, 3] = 0                                                     # not known
+    seen = parse.montage(panels)
+    assert not seen[:, 9:].any()
+    assert torch.allclose(seen[:, :9], parse.montage(panels[:, :3]), atol=1e-5)
 
 
 def test_closeups_hold_known_places():
     """A dot at centre + travel * v appears TRAVEL * v pixels from the close-up's middle, a button's box is
     BOX pixels wide and high."""
+    stick = {"center": [120, 90], "travel": [20, 16], "radius": 20}
     geometry = {
         "size": [400, 300],
-        "buttons": {"EAST": [200, 100, 240, 120]},
-        "sticks": {"left": {"center": [120, 90], "travel": [20, 16], "radius": 20}},
-    }
-    crop = np.zeros((240, 320, 3), np.uint8)
-    v = np.array([0.5, -1.0])
-    at = (np.array([120, 90]) + v * (20, 16)) * 0.8                            # crop pixels, continuous
-    yy, xx = np.mgrid[:240, :320] + 0.5
-    crop[...] = (255 * np.exp(-((xx - at[0]) ** 2 + (yy - at[1]) ** 2) / 8))[..., None].astype(np.uint8)
-    crop[80:96, 160:192] = 200
-    sticks, buttons = parse.Closeups(geometry, [320, 240])(crop)
-    got = np.unravel_index(sticks[0, :, :, 0].argmax(), sticks.shape[1:3])[::-1] - np.array([28, 28])
-    assert np.abs(got - v * parse.TRAVEL).max() <= 0.75
-    lit = buttons[0, :, :, 0] > 100
-    assert abs(int(lit.any(0).sum()) - parse.BOX) <= 1 and abs(int(lit.any(1).sum()) - parse.BOX) <= 1
+        "buttons": {"EAST": [300, 200, 340, 220]},
+        "sticks": {"left": stick}}
+    crop = np.zeros((150, 200, 3), np.uint8)                             # half as large
+    v = np.array([0.5, -1])
+    x, y = np.int32(np.add(stick["center"], v * stick["travel"]) / 2)
+    crop[y - 1:y + 1, x - 1:x + 1] = 255
+    crop[100:110, 150:170] = 255
+    [stick], [button] = parse.Closeups(geometry, [200, 150])(crop)
+    dot = np.argwhere(stick[..., 0] > 60).mean(0)[::-1] - 28
+    assert np.abs(dot - v * parse.TRAVEL).max() < 0.75
+    lit = button[..., 0] > 127
+    assert abs(lit.any(0).sum() - parse.BOX) <= 1
+    assert abs(lit.any(1).sum() - parse.BOX) <= 1
 
 
 # ----------------------------------------------------------------------------------------- parse.py: decoding
 def test_decoding_is_finer_than_the_grid():
     """A label bump decodes to its value: quantisation alone would err by up to 0.1; diffuse mass must not
-    draw it to 0."""
-    values = torch.from_numpy(RNG(0).uniform(-0.95, 0.95, (500, 2)).astype(np.float32))
-    grid = parse.labels(values).numpy()
-    assert np.abs(parse.decode(grid) - values.numpy()).max() < 0.05
-    assert np.abs(parse.decode(0.8 * grid + 0.2 / 121) - values.numpy()).mean() < 0.03
-    mean_of_all = np.stack([((0.8 * grid + 0.2 / 121).sum(1) * np.linspace(-1, 1, 11)).sum(1)], 1)
-    assert np.abs(mean_of_all[:, 0] - values[:, 0].numpy()).mean() > 0.07
+    draw it to 0, as it draws the mean."""
+    values = RNG(0).uniform(-0.95, 0.95, (500, 2)).astype(np.float32)
+    grid = parse.labels(torch.from_numpy(values)).numpy()
+    diffuse = 0.8 * grid + 0.2 / 121
+    mean = diffuse.sum(1) @ np.linspace(-1, 1, 11)
+    assert np.abs(parse.decode(grid) - values).max() < 0.05
+    assert np.abs(parse.decode(diffuse) - values).mean() < 0.03
+    assert np.abs(mean - values[:, 0]).mean() > 0.07
 
 
 def test_level_moves_the_threshold_between_two_groups_but_not_within_one():
     """A trigger that barely lights is told from rest by its own two groups, also where the net calls both not
     pressed; a bright scene behind a see-through button, which comes once and stays, and a cap that moves to
     and fro are no press."""
-    rng, t = np.random.default_rng(0), np.arange(400)
-    groups = lambda low, high, when: np.where(when, high, low) + rng.normal(0, 0.2, 400)
-    taps, scene = t % 4 == 0, t >= 300
-    logits = np.stack(
-        [
-            groups(-4, -1.5, scene),
-            groups(0.6, 5, taps),
-            groups(-3, 2, taps),
-            rng.normal(-2, 1, 400),
-            groups(-4, -1.5, taps),
-            groups(-4, -1.5, taps),
-        ],
-        1,
-    )
-    pressed = parse.level(logits, np.array([True] * 5 + [False])) > 0
-    assert (
-        not pressed[:, 0].any()
-        and np.array_equal(pressed[:, 3], logits[:, 3] > 0)
-        and not pressed[:, 5].any()
-    )
-    assert all(np.array_equal(pressed[:, j], taps) for j in (1, 2, 4))
-
-
-def test_a_stick_that_seldom_rests_is_read_beside_the_template():
-    """A plane that climbs for a minute: the video's median picture shows its stick pushed, the template shows
-    it at rest."""
-    rng, skin = RNG(5), next(s for s in extract.our_skins() if s.name == "xbox_one_light_flat")
-    true, back, pads = np.zeros((160, 2), np.float32), extract.backdrop(rng, 232, 800), []
-    true[:, 0], true[::8] = rng.choice([0.6, 0.8], 160), 0
-    for t, (x, y) in enumerate(true):
-        action = extract.neutral()
-        action[STICKS["left"]] = x, y
-        pads.append(np.ascontiguousarray(back[:, 2 * t:2 * t + 320]))
-        bench.paste_pad(pads[-1], skin, action, 0.8)
-    geometry = {"size": skin.size, "buttons": skin.buttons, "sticks": skin.sticks}
-    template = cv2.resize(extract.draw(skin), (320, 232), interpolation=cv2.INTER_AREA)
-    model, off = parse.load_parser(parse.CKPT), []
-    for pictures in ([], [template]):
-        log_p = parse.Pad(model, geometry, pads, pictures).read(pads, 0, len(pads))[0]
-        off.append(np.abs(parse.decode(np.exp(log_p[:, 0])) - true).mean())
-    assert off[1] < 0.12 and off[0] > 1.5 * off[1], off
+    rng = RNG(0)
+    t = np.arange(400)
+    taps = t % 4 == 0
+    groups = [
+        (-4, -1.5, t >= 300),                                            # a bright scene
+        (0.6, 5, taps),
+        (-3, 2, taps),
+        (-4, -1.5, taps),
+        (-4, -1.5, taps)]                                                # a cap
+    columns = [np.where(when, high, low) + rng.normal(0, 0.2, 400) for low, high, when in groups]
+    one = rng.normal(-2, 1, 400)
+    pressed = parse.level(np.stack([*columns, one], 1), np.arange(6) != 4) > 0
+    assert np.array_equal(pressed.T, [taps * 0, taps, taps, taps, taps * 0, one > 0])
 
 
 def test_smoothing_buttons_equals_enumeration():
     """Forward-backward at full trust = summing over all 2^8 histories of one button."""
-    logits, press, release = RNG(1).normal(0, 2, (8, 1)).astype(np.float32), 0.03, 0.12
-    llr = logits[:, 0].astype(np.float64)
-    total, on = 0, np.zeros(8)
-    for states in itertools.product((0, 1), repeat=8):
-        w = (press if states[0] else release) / (press + release) * np.exp(llr @ np.array(states))
-        for a, b in zip(states, states[1:]):
-            w *= ((1 - press, press), (release, 1 - release))[a][b]
-        total, on = total + w, on + w * np.array(states)
-    assert np.abs(parse.smooth_buttons(logits, press, release, trust=1.0)[:, 0] - on / total).max() < 1e-7
+    logits = RNG(1).normal(0, 2, (8, 1)).astype(np.float32)
+    press, release = 0.03, 0.12
+    step = np.array([[1 - press, press], [release, 1 - release]])
+    histories = np.array([*itertools.product((0, 1), repeat=8)])
+    start = np.array([release, press])[histories[:, 0]]
+    weights = start * step[histories[:, :-1], histories[:, 1:]].prod(1) * np.exp(histories @ logits[:, 0])
+    want = weights @ histories / weights.sum()
+    assert np.abs(parse.smooth_buttons(logits, press, release, trust=1.0)[:, 0] - want).max() < 1e-7
 
 
 def test_smoothing_bridges_blank_frames_and_keeps_taps():
     """A stick unseen for three frames keeps its place; a two-frame flick and a two-frame press survive."""
     v = np.zeros((40, 2), np.float32)
-    v[5:20, 0], v[30:32, 1] = 0.8, -1
-    log_p = np.log(parse.labels(torch.from_numpy(v)).numpy() * 0.9 + 0.1 / 121)
-    log_p[10:13] = -math.log(121)
-    p = parse.smooth_grids(log_p[:, None])[:, 0]
-    read = parse.expect(p)[0]
-    assert np.abs(read - v)[[*range(10), *range(13, 40)]].max() < 0.35 and (read[10:13, 0] > 0.5).all()
+    v[5:20, 0] = 0.8
+    v[30:32, 1] = -1
+    p = parse.labels(torch.from_numpy(v)).numpy() * 0.9 + 0.1 / 121
+    p[10:13] = 1 / 121
+    read = parse.expect(parse.smooth_grids(np.log(p)[:, None])[:, 0])[0]
+    assert np.abs(np.delete(read - v, range(10, 13), 0)).max() < 0.35
+    assert (read[10:13, 0] > 0.5).all()
     logits = np.full((20, 1), -4, np.float32)
-    logits[8:10], logits[15] = 2, 0.5
-    assert (parse.smooth_buttons(logits)[:, 0] > 0.5).tolist() == [8 <= t < 10 for t in range(20)]
+    logits[8:10] = 2
+    logits[15] = 0.5
+    assert np.flatnonzero(parse.smooth_buttons(logits) > 0.5).tolist() == [8, 9]
 
 
 def test_normalisation_is_guarded():
@@ -1756,394 +1401,393 @@ def test_normalisation_is_guarded():
     rng = RNG(2)
     true = np.where(rng.random((4000, 1)) < 0.4, 0, rng.uniform(-1, 1, (4000, 2)))
     true /= np.maximum(np.hypot(*true.T), 1)[:, None]
-    seen = (true * 0.6 + 0.15 + rng.normal(0, 0.02, true.shape)).astype(np.float32)
+    noisy = lambda places: (places + rng.normal(0, 0.02, (4000, 2))).astype(np.float32)
+    seen = noisy(true * 0.6 + 0.15)
     assert parse.r2(parse.normalise(seen), true) > 0.95 > parse.r2(seen, true)
     assert np.array_equal(parse.normalise(seen[:20]), seen[:20])
-    still = rng.normal(0, 0.03, (4000, 2)).astype(np.float32)
-    assert np.abs(parse.normalise(still)).max() < 0.25
-    one_axis = seen.copy()
-    one_axis[:, 1] = rng.normal(0, 0.02, 4000)
-    assert np.abs(parse.normalise(one_axis)[:, 1]).max() < 0.2
-    one_sided = np.abs(true) * 0.6
-    assert parse.r2(parse.normalise(one_sided.astype(np.float32)), np.abs(true)) > 0.9
+    assert np.abs(parse.normalise(noisy(true * 0))).max() < 0.2
+    assert np.abs(parse.normalise(noisy(true * (0.6, 0)))[:, 1]).max() < 0.2
+    assert parse.r2(parse.normalise(noisy(np.abs(true) * 0.6)), np.abs(true)) > 0.9
     seen[:1600] = 0.95, 0.15
     assert np.abs(parse.normalise(seen)[1600:][true[1600:, 0] == 0]).max() < 0.2
+    up = noisy(np.tile([0, -0.9], (4000, 1)))
+    assert np.array_equal(parse.normalise(up, placed=True), up)               # a template says where it rests
 
 
 # -------------------------------------------------------------------------------------------- parse.py: clips
-def drawn_clip(folder, skin, n=150, seed=0, opacity=0.9, held=None):
-    """A clip folder of a drawn skin over a scrolling backdrop, with truth.npy; one button may be held most of
-    the time."""
-    rng = RNG(seed)
-    truth, back = parse.random_play(rng, n), extract.backdrop(rng, 300, 500 + 2 * n)
-    if held:
-        truth[:, BUTTON[held]] = np.arange(n) % 50 >= 5
-    truth[::5, 21:] = 0 if n < 20 else truth[::5, 21:]
-    pad = (320, round(320 * skin.size[1] / skin.size[0]))
-    folder.mkdir(parents=True)
-    writer = extract.FramesWriter(folder, "pads")
-    for t, action in enumerate(truth):
-        rgba = cv2.resize(
-            extract.premultiply(extract.draw(skin, action)),
-            (200, round(200 * skin.size[1] / skin.size[0])),
-            interpolation=cv2.INTER_AREA,
-        )
-        view = back[40:40 + rgba.shape[0], 2 * t:2 * t + 200]
-        frame = np.rint(opacity * rgba[..., :3] + view * (1 - opacity * rgba[..., 3:] / 255)).astype(np.uint8)
-        writer.add(t, cv2.resize(frame, pad))
-    writer.close(n)
-    frames = extract.FramesWriter(folder, "frames")
-    frames.add(0, extract.shrink(back))
-    frames.close(n)
-    extract.save_png(folder / "template.png", cv2.resize(extract.draw(skin), pad))
-    np.save(folder / "truth.npy", truth * visible(skin))
-    clip = dict(
-        video="drawn.mp4",
-        fps=30,
-        n=n,
-        box=[0, 0, 200, 150],
-        template=skin.name,
-        controller=skin.family,
-        affine=[[1, 0, 0], [0, 1, 0]],
-        pad=pad,
-        geometry=dict(size=skin.size, buttons=skin.buttons, sticks=skin.sticks),
-    )
-    (folder / "clip.json").write_text(json.dumps(clip, default=float))
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """The file of an untrained parser."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    parse.save_parser(path, parse.Parser())
+    return path
 
 
-def visible(skin):
-    """1 where the skin shows the control."""
-    mask = np.zeros(25, np.float32)
-    mask[[BUTTON[b] for b in skin.buttons]] = 1
-    for side in skin.sticks:
-        mask[STICKS[side]] = 1
-    return mask
+@pytest.fixture(scope="session")
+def unread(tmp_path_factory, skin):
+    """A clip of 12 frames that was not read yet."""
+    return drawn_clip(tmp_path_factory.mktemp("unread") / "a", skin, 12)
 
 
-def test_reads_a_pad_it_never_saw(tmp_path, capsys):
-    """Round trip: a skin drawn anew (seed not used in training), 150 frames, JPEG crops, shipped weights."""
-    if not parse.CKPT.is_file():
-        pytest.skip("weights/parser.safetensors is not there")
-    skin = extract.our_skins()[0]
-    drawn_clip(tmp_path / "clip", skin, seed=1)
-    assert parse.main(["run", str(tmp_path)]) == 0
-    capsys.readouterr()
-    assert parse.main(["eval", str(tmp_path)]) == 0
-    names, clip, every, family, band = (line.split() for line in capsys.readouterr().out.splitlines())
+@pytest.fixture
+def clip(tmp_path, unread):
+    """A copy of it, alone in the folder `data` of the test's."""
+    return shutil.copytree(unread, tmp_path / "data" / "a")
+
+
+def parses(capfd, words, data, *flags):
+    """parse.py ends well -> what it printed."""
+    capfd.readouterr()
+    assert run(parse.main, *words.split(), data, *flags) == 0
+    return capfd.readouterr().out
+
+
+def test_reads_a_pad_it_never_saw(tmp_path, capfd, ours):
+    """Round trip through a real video by the shipped weights, of a skin drawn anew; one clip is the mean of
+    its family, of its band of confidence and of all."""
+    drawn_clip(tmp_path / "clip", ours["xbox_one_light_flat"])
+    _, clip, every, family, band = (row.split() for row in parses(capfd, "eval", tmp_path).splitlines())
     left, right, _, accuracy, f1, false, confidence, good = map(float, clip[1:])
-    assert left > 0.85 and right > 0.85 and f1 > 0.9 and accuracy > 0.95
-    assert false == 0 and good == 1
-    assert clip[1:] == family[3:] == every[3:] == band[5:] and family[1] == skin.family
+    assert min(left, right) > 0.85
+    assert f1 > 0.9
+    assert accuracy > 0.95
+    assert (false, good) == (0, 1)
+    assert clip[1:] == family[3:] == every[3:] == band[5:]
+    assert family[1] == "xbox_one"
     assert float(band[1]) <= confidence <= float(band[3])
     [actions] = parse.read_rows(tmp_path / "clip", 150, "actions")
-    assert np.isin(actions[:, :21], (0, 1)).all() and not parse.unread(
-        tmp_path / "clip", 150
-    )
+    assert set(np.unique(actions[:, :21])) == {0, 1}
     assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any()
 
 
 def test_what_blinks_near_a_located_button_is_that_button():
-    """Two buttons light up away from their boxes while a stick moves and the scene behind is cut; one never."""
-    rng = np.random.default_rng(0)
+    """Two buttons light up away from their boxes while a stick moves and the scene is cut; one never."""
+    rng = RNG(0)
     at = parse.watched_frames(600)
-    boxes = {"SOUTH": [60, 40, 70, 50], "EAST": [80, 40, 90, 50], "START": [40, 10, 50, 16]}
+    boxes = {
+        "SOUTH": [60, 40, 70, 50],
+        "EAST": [80, 40, 90, 50],
+        "START": [40, 10, 50, 16]}
     stick = {"center": [20, 40], "travel": [6, 6], "radius": 6}
     held = {button: np.repeat(rng.random(100) < 0.2, 6)[at] for button in ("SOUTH", "EAST")}
+    seen = {button: np.add(boxes[button], (3, -2, 3, -2)) for button in held}
     crops = np.full((len(at), 60, 120, 3), 60, np.uint8)
     crops[:, 55:] = np.where(at < 200, 20, 220)[:, None, None, None]
     for i, crop in enumerate(crops):
         crop[34 + i % 7:40 + i % 7, 15 + i % 11:20 + i % 11] = 200
-        for button, frames in held.items():
-            x, y, *_ = boxes[button]
-            crop[y - 2:y + 8, x + 3:x + 13] = 230 if frames[i] else 90
+        for button, (x0, y0, x1, y1) in seen.items():
+            crop[y0:y1, x0:x1] = 230 if held[button][i] else 90
     geometry = {"size": [120, 60], "buttons": boxes, "sticks": {"left": stick}}
     named = parse.named_spots(parse.find_spots(crops, at, geometry), geometry)
-    assert {button: spot.box.tolist() for button, spot in named.items()} == {
-        button: [boxes[button][0] + 3, boxes[button][1] - 2, boxes[button][0] + 13, boxes[button][1] + 8]
-        for button in held}
+    assert named.keys() == held.keys()
     for button, spot in named.items():
-        np.testing.assert_array_equal(spot.lit, held[button])
+        assert np.array_equal(spot.box, seen[button])
+        assert np.array_equal(spot.lit, held[button])
 
 
-def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(tmp_path):
+def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(tmp_path, ours):
     """Its median picture is the pressed one; only the template knows better."""
-    skin = {s.name: s for s in extract.our_skins()}["ps4_blue_flat"]
-    drawn_clip(tmp_path / "clip", skin, held="RIGHT_TRIGGER")
-    parse.run_clip(parse.load_parser(parse.CKPT), tmp_path / "clip")
-    rows = parse.read_rows(tmp_path / "clip", 150, "actions", "truth")
-    got, true = (actions[:, BUTTON["RIGHT_TRIGGER"]] for actions in rows)
-    assert true.mean() == 0.9 and (got == true).mean() > 0.95
+    truth = np.zeros((150, 25), np.float32)
+    truth[:, BUTTON["RIGHT_TRIGGER"]] = np.arange(150) % 50 >= 5
+    clip = drawn_clip(tmp_path / "clip", ours["ps4_blue_flat"], truth=truth)
+    parse.run_clip(parse.load_parser(parse.CKPT), clip)
+    [read] = parse.read_rows(clip, 150, "actions")
+    assert (read == truth)[:, BUTTON["RIGHT_TRIGGER"]].mean() > 0.95
 
 
-def test_run_resumes_and_redoes_what_is_broken(tmp_path, capsys, skin):
+def test_a_stick_that_seldom_rests_is_read_beside_the_template(ours):
+    """A plane that climbs for a minute: the video's median picture shows its stick pushed, the template shows
+    it at rest."""
+    skin = ours["xbox_one_light_flat"]
+    actions = np.zeros((160, 25), np.float32)
+    actions[:, 21] = RNG(5).choice([0.6, 0.8], 160)
+    actions[::8] = 0
+    pads = [frame[:232, :320].copy() for frame in scenery(160)]
+    for pad, action in zip(pads, actions):
+        bench.paste_pad(pad, skin, action, 0.8)
+    template = cv2.resize(extract.draw(skin), (320, 232), interpolation=cv2.INTER_AREA)
+    off = []
+    for pictures in ([], [template]):
+        pad = parse.Pad(parse.load_parser(parse.CKPT), geometry_of(skin), pads, pictures)
+        places = parse.decode(np.exp(pad.read(pads, 0, 160)[0][:, 0]))
+        off.append(np.abs(places - actions[:, 21:23]).mean())
+    assert off[1] < 0.12 and off[0] > 1.5 * off[1], off
+
+
+def test_confidence_falls_where_the_overlay_is_gone(tmp_path, skin):
+    clip = drawn_clip(tmp_path / "clip", skin, 60)
+    pads = [*extract.Frames(clip, "pads")]
+    writer = extract.FramesWriter(clip, "pads")
+    for i, pad in enumerate(pads):
+        writer.add(i, pad if i < 40 else extract.backdrop(RNG(i), *pad.shape[:2]))
+    writer.close(60)
+    parse.run_clip(parse.load_parser(parse.CKPT), clip)
+    [confidence] = parse.read_rows(clip, 60, "confidence")
+    assert np.median(confidence[:40]) > 0.6, confidence
+    assert confidence[40:].max() < 0.3, confidence
+
+
+def test_run_resumes_and_redoes_what_is_broken(clip, capfd, weights):
     """A whole clip is skipped unless --again; half a file is redone; the result is the same."""
-    weights = tiny_weights(tmp_path)
-    file = tmp_path / "data" / "a" / "actions.npy"
-    drawn_clip(file.parent, skin, n=12)
+    file = clip / "actions.npy"
 
-    def read(*flags):
-        assert run(parse.main, "run", tmp_path / "data", "--ckpt", weights, *flags) == 0
-        return file.read_bytes()
-
-    first = read()
-    capsys.readouterr()
-    assert read() == first and "read already" in capsys.readouterr().out
+    def read(words="run"):
+        said = parses(capfd, words, clip.parent, "--ckpt", weights)
+        return file.read_bytes(), "read already" in said
+    first, _ = read()
+    assert read() == (first, True)
     file.write_bytes(first[:200])
-    assert read() == first
+    assert read() == (first, False)
     np.save(file, np.zeros((12, 25), np.float32))
-    assert read() != first == read("--again")
-    assert not list((tmp_path / "data").rglob("*.tmp"))
+    assert read()[0] != first
+    assert read("run --again") == (first, False)
 
 
 def test_false_presses_count_where_the_truth_never_presses():
     """F1 leaves such buttons out: 3 frames of EAST would go unseen."""
-    truth, read = np.zeros((2, 9, 25), np.float32)
-    truth[:5, BUTTON["SOUTH"]] = read[:6, BUTTON["SOUTH"]] = read[
-        :3, BUTTON["EAST"]
-    ] = 1
+    truth = np.zeros((9, 25))
+    truth[:5, BUTTON["SOUTH"]] = 1
+    read = truth.copy()
+    read[5, BUTTON["SOUTH"]] = 1
+    read[:3, BUTTON["EAST"]] = 1
     figures = parse.score(read, truth, {"buttons": ["EAST", "SOUTH"], "sticks": []})
-    assert figures["false"] == 3 and figures["F1"] == 10 / 11
+    assert (figures["false"], figures["F1"]) == (3, 10 / 11)
 
 
-def test_a_clip_needs_its_pads_no_more_once_it_is_read(tmp_path, capfd, skin):
-    drawn_clip(tmp_path / "a", skin, n=24)
-    weights = tiny_weights(tmp_path)
-    said = []
-    for words in "eval", "run --drop-pads", "run --again", "eval":
-        assert run(parse.main, *words.split(), tmp_path, "--ckpt", weights) == 0
-        said.append(capfd.readouterr().out)
-    assert not list(tmp_path.rglob("pads*"))
+def test_a_clip_needs_its_pads_no_more_once_it_is_read(clip, tmp_path, capfd, weights):
+    words = "eval", "run --drop-pads", "run --again", "eval", "show"
+    flags = "--ckpt", weights
+    said = [parses(capfd, command, clip, *flags) for command in words[:4]]
+    assert not [*clip.glob("pads*")]
     assert said[0] == said[3]
     assert "pads dropped" in said[1]
     assert "its pads were dropped: to read it anew" in said[2]
-    assert run(parse.main, "show", tmp_path, "--out", tmp_path / "page.png") == 0
-    (tmp_path / "a" / "actions.npy").unlink()
-    fails_in_one_line(
-        capfd,
-        parse.main,
-        "run",
-        tmp_path,
-        "--ckpt",
-        weights,
-        says="pads.npy: expected a",
-    )
+    parses(capfd, "show", clip, "--out", tmp_path / "page.png")
+    (clip / "actions.npy").unlink()
+    fails_in_one_line(capfd, parse.main, "run", clip, *flags, says="pads.npy: expected a")
 
 
-def test_what_was_read_can_be_seen(tmp_path, capfd, skin):
-    """EAST is pressed by mistake, START missed, the left stick points right; a film has a frame a row."""
-    clip = tmp_path / "a"
-    out = tmp_path / "a.png"
-    drawn_clip(clip, skin, n=7)
-    fails_in_one_line(
-        capfd, parse.main, "show", clip, "--out", out, says="read by parse.py run"
-    )
-    truth, read = np.zeros((2, 25))
-    truth[BUTTON["START"]] = read[BUTTON["EAST"]] = read[STICKS["left"].start] = 1
-    pad = np.asarray(
-        parse.redrawn(parse.Image.new("RGB", skin.size), vars(skin), read, truth)
-    )
-    x, y = np.int32(skin.sticks["left"]["center"])
-    assert tuple(pad[y, x + skin.size[0] // 11]) == (255, 215, 0)
-    for button, middle, red in (
-        ("EAST", 255, True),
-        ("START", 0, True),
-        ("BACK", 0, False),
-    ):
-        x0, y0, x1, y1 = np.int32(skin.buttons[button])
-        assert tuple(pad[(y0 + y1) // 2, (x0 + x1) // 2]) == (middle, 0, 0)
-        assert (pad[y0:y1, x0:x1] == (255, 0, 0)).all(2).any() == red
-    assert run(parse.main, "run", clip, "--ckpt", tiny_weights(tmp_path)) == 0
-    shutil.copytree(clip, tmp_path / "b")
-    for folder, size in (clip, (6 * 240, 960)), (tmp_path, (2 * 240, 3 * 960)):
-        assert run(parse.main, "show", folder, "--out", out) == 0
-        assert extract.read_rgba(out).shape[:2] == size
+def test_what_was_read_can_be_seen(clip, tmp_path, capfd, weights):
+    """A film has a frame a row, a page six moments of a clip or three of each."""
     film = tmp_path / "a.avi"
-    fails_in_one_line(
-        capfd, parse.main, "show", tmp_path, "--out", film, says="one clip"
-    )
-    assert run(parse.main, "show", clip, "--out", film) == 0
-    assert len([*extract.read_video(film)]) == 7
+    page = tmp_path / "a.png"
+    data = clip.parent
+    fails_in_one_line(capfd, parse.main, "show", clip, "--out", page, says="read by parse.py run")
+    parses(capfd, "run", data, "--ckpt", weights)
+    shutil.copytree(clip, data / "b")
+    for folder, size in (clip, (6 * 240, 960)), (data, (2 * 240, 3 * 960)):
+        parses(capfd, "show", folder, "--out", page)
+        assert extract.read_rgba(page).shape[:2] == size
+    fails_in_one_line(capfd, parse.main, "show", data, "--out", film, says="one clip")
+    parses(capfd, "show", clip, "--out", film)
+    assert len([*extract.read_video(film)]) == 12
 
 
-def tiny_weights(folder):
-    """An untrained parser's file."""
-    torch.manual_seed(0)
-    parse.save_parser(folder / "tiny.safetensors", parse.Parser())
-    return str(folder / "tiny.safetensors")
+def test_a_misread_button_is_red(skin):
+    """EAST is pressed by mistake, START missed, BACK rests; the left stick points right."""
+    red = 255, 0, 0
+    black = 0, 0, 0
+    gold = 255, 215, 0
+    read = pressing("EAST")
+    read[21] = 1
+    pad = parse.redrawn(parse.Image.new("RGB", skin.size), geometry_of(skin), read, pressing("START"))
+    for button, middle, outline in (
+            ("EAST", red, True),
+            ("START", black, True),
+            ("BACK", black, False)):
+        x0, y0, x1, y1 = skin.buttons[button]
+        assert pad.getpixel(((x0 + x1) // 2, (y0 + y1) // 2)) == middle
+        colours = [colour for _, colour in pad.crop((x0, y0, x1, y1)).getcolors()]
+        assert (red in colours) == outline
+    x, y = skin.sticks["left"]["center"]
+    assert pad.getpixel((x + skin.size[0] // 11, y)) == gold
 
 
-@pytest.fixture(scope="module")
-def unread_clip(tmp_path_factory, skin):
-    """Untrained weights and a short clip that was not read yet."""
-    folder = tmp_path_factory.mktemp("parse")
-    drawn_clip(folder / "a", skin, n=12)
-    return tiny_weights(folder), folder / "a"
+BAD_JSON = """crops of [100, 80]: {"pad": [100, 80]}
+frames a second: {"fps": null}
+geometry: {"geometry": {"size": [0, 0], "buttons": {"SOUTH": [1, 2, 3, 4]}, "sticks": {}}}
+geometry: {"geometry": {"size": "ab", "buttons": {}, "sticks": {}}}
+geometry: {"geometry": {"size": [9, 9], "buttons": {}, "sticks": {"left": {"center": [5, 5, 5]}}}}
+geometry: {"geometry": {"size": [9, 9], "buttons": {"SOUTH": [1, 2, 3]}, "sticks": {}}}
+geometry: {"geometry": {"size": [9, 9], "buttons": {"SOUTH": [0, 0, NaN, 9]}, "sticks": {}}}"""
+BAD_FILES = [                                      # a clip's file, what becomes of it, a word of the line
+    ("clip.json", b"{", "clip.json"),
+    ("pads.npy", b"PK\3\4", "pads.npy: expected a"),
+    ("pads.npy", b"", "pads.npy: expected a"),
+    ("pads.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': 'zz'  \n", "pads.npy: expected a"),
+    ("template.png", cv2.imencode(".png", noise(9, 9))[1].tobytes(), "template.png: expected a picture of"),
+    ("pads_index.npy", lambda index: index[::-1], "pads.npy: expected an index"),
+    ("pads_index.npy", lambda index: index + [[0, 7]], "pads.npy: expected an index"),
+    ("pads_index.npy", lambda index: index * [[-1, 1]], "pads.npy: expected an index"),
+    ("pads_index.npy", lambda index: index[:0], "pads.npy: expected an index"),
+    ("truth.npy", lambda truth: truth * math.nan, "NaN or others in row 0"),
+    *(("clip.json", json.loads(change), says) for says, change in
+      (line.split(": ", 1) for line in BAD_JSON.split("\n")))]
 
 
-GEOMETRIES = [
-    {"sticks": {"left": {"center": [5]}}},
-    {"buttons": {"SOUTH": [1, 2, 3]}},
-    {"size": [0, 0]},
-    {"size": "ab"},
-    {"buttons": {"SOUTH": [0, 0, math.nan, 9]}},
-]
-BAD_CLIPS = [
-    ("crops of [100, 80]", "clip.json", lambda clip: {**clip, "pad": [100, 80]}),
-    ("frames a second", "clip.json", lambda clip: {**clip, "fps": None}),
-    *[
-        ("geometry", "clip.json", lambda clip, g=g: {**clip, "geometry": clip["geometry"] | g})
-        for g in GEOMETRIES
-    ],
-    ("template.png: expected a picture of", "template.png", lambda _: np.zeros((9, 9, 3), np.uint8)),
-    ("pads.npy: expected an index", "pads_index.npy", lambda index: index[::-1]),
-    ("pads.npy: expected an index", "pads_index.npy", lambda index: index + [[0, 7]]),
-    ("pads.npy: expected an index", "pads_index.npy", lambda index: index * [[-1, 1]]),
-    ("pads.npy: expected an index", "pads_index.npy", lambda index: index[:0]),
-    ("clip.json", "clip.json", b"{"),
-    ("pads.npy: expected a", "pads.npy", b"PK\3\4"),
-    ("pads.npy: expected a", "pads.npy", b""),
-    ("pads.npy: expected a", "pads.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': 'zz'  \n"),
-    ("pads.npy", "pads.npy", None),
-]
-
-
-@pytest.mark.parametrize("says, name, change", BAD_CLIPS)
-def test_a_spoiled_clip_is_one_line(says, name, change, unread_clip, tmp_path, capfd):
-    shutil.copytree(unread_clip[1], tmp_path / "data" / "a")
-    path = tmp_path / "data" / "a" / name
-    if change is None:
-        path.unlink()
-    elif isinstance(change, bytes):
+@pytest.mark.parametrize("file, change, says", BAD_FILES)
+def test_a_spoiled_clip_is_one_line(file, change, says, clip, capfd, weights):
+    path = clip / file
+    if isinstance(change, bytes):
         path.write_bytes(change)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    elif path.suffix == ".npy":
-        np.save(path, change(np.load(path)))
+    elif isinstance(change, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
     else:
-        extract.save_png(path, change(None))
-    fails_in_one_line(capfd, parse.main, "run", tmp_path, "--ckpt", unread_clip[0], says="folder of clips")
-    fails_in_one_line(capfd, parse.main, "run", tmp_path / "data", "--ckpt", unread_clip[0], says=says)
+        np.save(path, change(np.load(path)))
+    verb = "eval" if file == "truth.npy" else "run"
+    fails_in_one_line(capfd, parse.main, verb, clip.parent, "--ckpt", weights, says=says)
 
 
-def test_truth_that_is_none_is_one_line(unread_clip, tmp_path, capfd):
-    shutil.copytree(unread_clip[1], tmp_path / "a")
-    np.save(tmp_path / "a" / "truth.npy", np.full((12, 25), np.nan, np.float32))
-    fails_in_one_line(capfd, parse.main, "eval", tmp_path, "--ckpt", unread_clip[0],
-                      says="NaN or others in row 0")
+PARSE_MISTAKES = {                                 # command, beside clips in DATA -> a word of the line
+    "run DATA --ckpt none": "no weights",
+    "run DATA --ckpt DATA/clip.json": "expected parser weights",
+    "run DATA --ckpt OTHER": "expected parser weights",
+    "run DATA --device toaster": "--device toaster",
+    "run nowhere": "nowhere",
+    "run empty": "folder of clips",
+    "eval nowhere": "nowhere",
+    "train --out w --steps 0": "--steps",
+    "train --out w --pool 0": "--pool",
+    "train --out w --every 0": "--every",
+    "train --out w --lr nan": "--lr",
+    "train --out w --seed -1": "--seed",
+    "train --out w --batch 7": "--batch",
+    "train --out .": "expected the name of a file"}
 
 
-@pytest.mark.parametrize(
-    "says, words",
-    [
-        ("no weights", "run DATA --ckpt none"),
-        ("expected parser weights", "run DATA --ckpt DATA/clip.json"),
-        ("nowhere", "run nowhere"),
-        ("expected parser weights", "run DATA --ckpt OTHER"),
-        ("--device toaster", "run DATA --device toaster"),
-        ("nowhere", "eval nowhere"),
-        *[
-            (words.split()[0], f"train --out w {words}")
-            for words in (
-                "--steps 0",
-                "--pool 0",
-                "--every 0",
-                "--lr nan",
-                "--seed -1",
-                "--batch 7",
-                "--out .",
-            )
-        ],
-    ],
-)
-def test_parse_mistakes_are_one_line(says, words, unread_clip, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("command", PARSE_MISTAKES)
+def test_parse_mistakes_are_one_line(command, unread, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_file({"x": torch.zeros(1)}, tmp_path / "OTHER")
-    words = [word.replace("DATA", str(unread_clip[1])) for word in words.split()]
-    fails_in_one_line(capfd, parse.main, *words, says=says)
+    save_file({"x": torch.zeros(1)}, "OTHER")
+    (tmp_path / "empty").mkdir()
+    words = command.replace("DATA", str(unread)).split()
+    fails_in_one_line(capfd, parse.main, *words, says=PARSE_MISTAKES[command])
 
 
-def test_recorded_and_unknown_pads_are_said_in_one_line(tmp_path, capsys, skin):
+def test_recorded_and_unknown_pads_are_said_in_one_line(clip, capfd, weights):
     """A recorder's clip is left alone; a template without geometry gives confidence 0 and nothing kept."""
-    data = tmp_path / "data"
-    weights = tiny_weights(tmp_path)
-    drawn_clip(data / "unknown", skin, n=12)
-    clip = json.loads((data / "unknown" / "clip.json").read_text())
-    clip["geometry"].update(buttons={}, sticks={})
-    (data / "rec").mkdir()
-    for name, meta in ("rec", {"video": "", "n": 10, "fps": 30}), ("unknown", clip):
-        (data / name / "clip.json").write_text(json.dumps(meta))
-    assert run(parse.main, "run", data, "--ckpt", weights) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == 2 and "no overlay" in out[0] and "no geometry" in out[1]
-    assert not np.load(data / "unknown" / "confidence.npy").any()
-    np.save(data / "rec" / "truth.npy", np.zeros((10, 25), np.float32))
-    fails_in_one_line(capsys, parse.main, "eval", data / "rec", says="only rendered or recorded videos")
-
-
-def test_confidence_falls_where_the_overlay_is_gone(tmp_path):
-    """likeness: the pad over new backgrounds stays alike, backgrounds without a pad do not."""
-    rng = RNG(5)
-    skin = extract.our_skins()[0]
-    rgba = cv2.resize(extract.premultiply(extract.draw(skin)), (320, 232), interpolation=cv2.INTER_AREA)
-    views = [extract.backdrop(rng, 232, 320) for _ in range(24)]
-    crops = [np.rint(rgba[..., :3] + v * (1 - rgba[..., 3:] / 255)).astype(np.uint8) for v in views]
-    pad = object.__new__(parse.Pad)
-    pad.outline = parse.edges(np.median(np.stack(crops), 0).astype(np.uint8))
-    assert np.median([pad.likeness(c) for c in crops]) > 3 * np.median([abs(pad.likeness(v)) for v in views])
+    note = clip / "clip.json"
+    bare = {"size": [9, 9], "buttons": {}, "sticks": {}}
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"geometry": bare}))
+    recorded = clip.parent / "recorded"
+    recorded.mkdir()
+    extract.write_json(recorded / "clip.json", {"video": "", "n": 10, "fps": 30})
+    np.save(recorded / "truth.npy", np.zeros((10, 25), np.float32))
+    unknown, alone = parses(capfd, "run", clip.parent, "--ckpt", weights).splitlines()
+    assert "no geometry" in unknown
+    assert "no overlay" in alone
+    assert not np.load(clip / "confidence.npy").any()
+    fails_in_one_line(capfd, parse.main, "eval", recorded, says="only rendered or recorded videos")
 
 
 @pytest.mark.parametrize("kind", ["reader", "locator"])
 def test_training_is_reproducible(tmp_path, kind):
     """Two steps twice with one seed: the same file, tensor for tensor; another seed: another."""
-    trained = []
-    flags = ["--locator"] if kind == "locator" else []
-    for seed in (1, 1, 2):
-        out = tmp_path / f"{len(trained)}.safetensors"
-        line = f"train --steps 2 --batch 8 --pool 400 --workers 0 --seed {seed} --out".split()
-        assert run(parse.main, *line, out, *flags) == 0
-        trained.append(parse.KINDS[kind].load(out).state_dict())
-    a, b, c = trained
-    assert all(torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(a[k], c[k]) for k in a)
+    def train(seed):
+        out = tmp_path / "w.safetensors"
+        flags = f"--steps 2 --batch 8 --pool 400 --workers 0 --seed {seed}".split()
+        flags += ["--locator"] * (kind == "locator")
+        assert run(parse.main, "train", "--out", out, *flags) == 0
+        return torch.cat([p.flatten() for p in parse.KINDS[kind].load(out).state_dict().values()])
+    first = train(1)
+    assert torch.equal(train(1), first)
+    assert not torch.equal(train(2), first)
 
 
-def test_skins_of_sticks_or_buttons_only_and_a_lost_loss_are_no_traceback(
-    tmp_path, monkeypatch, capsys, skin
-):
-    """A pad may show sticks only, or buttons only; a loss that is not finite ends the training before it is
-    written."""
+@pytest.mark.parametrize("missing, loss", [("sticks", "grid"), ("buttons", "button")])
+def test_a_pad_may_show_sticks_or_buttons_only(skin, missing, loss):
     rng = RNG(0)
-    backdrops = [extract.backdrop(rng, 400, 600)]
-    tensors = lambda s: [[torch.from_numpy(a) for a in part] for part in parse.scene(rng, s, backdrops)]
-    whole = tensors(skin)
-    for shown in ({"buttons": {}}, {"sticks": {}}):
-        loss = parse.parser_loss(parse.Parser(), torch.Generator(), *tensors(replace(skin, **shown)))
-        lost = [bool(loss[k].isnan()) for k in ("grid", "button")]
-        assert lost == ["sticks" in shown, "buttons" in shown]
-    monkeypatch.setattr(parse, "Teacher", lambda *args, **kwargs: itertools.repeat(whole))
-    monkeypatch.setattr(parse.torch.utils.data, "DataLoader", lambda scenes, **kwargs: scenes)
+    scene = parse.scene(rng, replace(skin, **{missing: {}}), [extract.backdrop(rng, 400, 600)])
+    scene = [[torch.from_numpy(array) for array in part] for part in scene]
+    losses = parse.parser_loss(parse.Parser(), torch.Generator(), *scene)
+    assert [name for name in ("grid", "button") if losses[name].isnan()] == [loss]
+
+
+def test_a_lost_loss_ends_the_training_before_it_is_written(tmp_path, monkeypatch, capfd):
     broken = parse.KINDS["reader"]._replace(loss=lambda *args: {"grid": torch.tensor(math.nan)})
     monkeypatch.setitem(parse.KINDS, "reader", broken)
-    assert (
-        parse.main(["train", "--out", str(tmp_path / "w.safetensors"), "--pool", "400", "--workers", "0"])
-        == 2
-    )
-    assert "error: expected a falling loss, found nan at step 1" in capsys.readouterr().err
-    assert not (tmp_path / "w.safetensors").exists()
+    words = "train --batch 8 --pool 400 --workers 0 --out".split()
+    assert run(parse.main, *words, tmp_path / "w.safetensors") == 2
+    assert "error: expected a falling loss, found nan at step 1" in capfd.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+# ------------------------------------------------------------------------------------------- parse.py: guards
+@pytest.mark.parametrize("part, value, says", [
+    ("stick.decode_head.classifier.bias", math.nan,
+     "tensor stick.decode_head.classifier.bias: expected finite weights, found NaN or infinity"),
+    ("button.", 3e38, "found NaN or infinity: its weights are damaged")])        # finite, but they overflow
+def test_a_reader_of_damaged_weights_writes_nothing(clip, tmp_path, capfd, part, value, says):
+    model = parse.Parser()
+    for name, p in model.named_parameters():
+        if name.startswith(part):
+            p.data[:] = value
+    parse.save_parser(tmp_path / "bad", model)
+    before = tree(clip)
+    fails_in_one_line(capfd, parse.main, "run", clip, "--ckpt", tmp_path / "bad", says=says)
+    assert tree(clip) == before
+
+
+def test_a_clip_that_another_process_reads_is_passed_over(clip, capfd, weights):
+    other = shutil.copytree(clip, clip.parent / "b")
+    with extract.lock(clip / ".lock"):
+        first, second = parses(capfd, "run", clip.parent, "--ckpt", weights).splitlines()
+    assert first == "clip 1/2 | a | passed over, another process reads it"
+    assert second.startswith("clip 2/2 | b | 12 frames")
+    assert [(folder / "actions.npy").exists() for folder in (clip, other)] == [False, True]
+
+
+class NoisyPad(list, parse.Pad):
+    """Frames, and a pad with two sticks whose net answers with noise."""
+    path = None
+    closeups = types.SimpleNamespace(sticks=["left", "right"])
+
+    def read(self, pads, begin, end):
+        grids = RNG(begin).normal(0, 1, (end - begin, 2, 11, 11)).astype(np.float32)
+        return grids, *np.ones((3, end - begin))
+
+
+def test_reading_a_longer_clip_takes_no_more_memory(monkeypatch):
+    """But for what is kept of each frame, some 300 bytes; smoothing takes 10,000 for each that it is
+    given."""
+    monkeypatch.setattr(extract, "read_npy", lambda *args: None)
+    peaks = []
+    for n in (11000, 17000):
+        pad = NoisyPad(range(n))
+        tracemalloc.start()
+        assert np.isfinite(pad.read_all(pad)[0]).all()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 6000 * 700, peaks
+
+
+def test_a_clip_longer_than_a_piece_reads_as_in_one(tmp_path, monkeypatch, skin, weights):
+    clip = drawn_clip(tmp_path / "clip", skin, 80)
+    answers = []
+    monkeypatch.setattr(parse, "OVERLAP", 32)
+    for piece in (4096, 32):
+        monkeypatch.setattr(parse, "PIECE", piece)
+        parse.run_clip(parse.load_parser(weights), clip, again=True)
+        answers.append(np.column_stack(parse.read_rows(clip, 80, "actions", "confidence", "keep")))
+    assert np.ptp(answers, 0).max() < 1e-6
+
+
 # --------------------------------------------------------------------------------- model, sample, play.Client
 
-
 GOLDEN = SHARED / "golden"
-HEADS = {"a": 4, "f": 3}
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"needs the golden tensors in {GOLDEN}")
-
-
 DEEP = 2e-5      # of values up to 7, after all layers: below 1e-5 on one CPU, 1.2e-5 was seen on another
+TOY = M.preset("toy")
+TOY4 = M.preset("toy", horizon=4)
+INVERSE = replace(TOY4, hz=30.0, frames=4, future=2, frame_spacing=3)
+ALONE = train.Team(0, 1, torch.device("cpu"), "")
 
 
-def close(a, b, tolerance=1e-5):
-    a, b = (np.asarray(x.detach() if torch.is_tensor(x) else x, np.float64) for x in (a, b))
-    assert a.shape == b.shape
-    assert np.abs(a - b).max() <= tolerance, f"differs by {np.abs(a - b).max():.2e}"
+def close(ours, theirs, tolerance=1e-5):
+    """Equal shapes, types and, nearly, values."""
+    ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 def tiny(seed=0, **changes):
@@ -2151,14 +1795,13 @@ def tiny(seed=0, **changes):
     torch.manual_seed(seed)
     config = M.Config(64, 32, 1, 2, 48, M.Stack(1, 2, 16), M.Stack(3, 2, 16), horizon=8, steps=3)
     model = M.create(replace(config, **changes).check()).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.3)
+    for p in model.parameters():
+        p.data.normal_(0, 0.3)
     return model
 
 
-def save_model(path, model, **meta):
-    M.save(path, model.state_dict(), model.config, **meta)
+def save_model(path, model):
+    M.save(path, model.state_dict(), model.config)
     return path
 
 
@@ -2171,68 +1814,76 @@ def contexts(n):
     return torch.from_numpy(pictures(n)[:, None])
 
 
-def convert(name, out, *flags):
-    file = GOLDEN / f"golden_tiny_{name}.pt"
-    return run(M.main, "convert", file, out, "--vision-heads", HEADS[name], *flags)
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    path = tmp_path_factory.mktemp("policy") / "model.safetensors"
+    return save_model(path, tiny(frames=2, games=["x", "y"]))
 
 
-@pytest.fixture(scope="module", params="af")
-def golden(request, tmp_path_factory):
-    """(checkpoint file, the released code's tensors, our model)"""
-    if not GOLDEN.is_dir():
-        pytest.skip(f"no golden tensors at {GOLDEN}")
-    path = tmp_path_factory.mktemp("golden") / "golden.safetensors"
-    assert convert(request.param, path) == 0
-    return path, np.load(GOLDEN / f"golden_tiny_{request.param}.npz"), M.load(path)[0]
+@pytest.fixture(scope="module")
+def policy(ckpt):
+    return sample.Policy(ckpt, device="cpu")
+
+
+@pytest.fixture
+def one_skin(monkeypatch):
+    """One skin; drawing all of ours takes seconds."""
+    skin = extract.random_skin(np.random.default_rng(0))
+    monkeypatch.setattr(extract, "our_skins", lambda: [skin])
+    return skin
 
 
 # ------------------------------------------------------------------------------------------------ the numbers
 
-def decoded(z, suffix=""):
-    return np.concatenate([z[f"{part}{suffix}_new"] for part in ("buttons", "j_left", "j_right")], -1)
+@pytest.fixture(scope="module", params=[("a", 4), ("f", 3)], ids="af")
+def golden(request, tmp_path_factory):
+    """(checkpoint file, the released code's arrays, our model)"""
+    if not GOLDEN.is_dir():
+        pytest.skip(f"no golden tensors at {GOLDEN}")
+    name, heads = request.param
+    z, path = np.load(GOLDEN / f"golden_tiny_{name}.npz"), tmp_path_factory.mktemp("golden") / "ng"
+    games = path.with_name("games.json")
+    games.write_text(str(z["game_mapping_json"]))
+    line = "convert", GOLDEN / f"golden_tiny_{name}.pt", path, "--vision-heads", heads, "--games", games
+    assert run(M.main, *line) == 0
+    return path, z, M.load(path)[0]
 
 
 @pytest.mark.parametrize("suffix", ["", "_uncond"])
+@torch.inference_mode()
 def test_every_stage_equals_the_released_code(golden, suffix):
     _, z, model = golden
     if "vl_mixed" + suffix not in z:
         pytest.skip("a model without games")
-    games = torch.from_numpy(z["game_ids" + suffix]) if model.config.games else None
-    noise, ours, outs = torch.from_numpy(z["noise"]), {}, []
-    hooks = [layer.register_forward_hook(lambda module, args, out: outs.append(out))
-             for layer in (model.mixing[-1], model.proj_out_2)]
-    with torch.inference_mode():
-        ours["vision"] = model.see(torch.from_numpy(z["images_u8"])[None])
-        ours["vl_in"] = model.assemble(ours["vision"], games)
-        context = model.mix(ours["vl_in"])
-        ours["vl_mixed"] = outs[-1]
-        for t in 0, 250, 937:
-            bucket = torch.tensor([t])
-            ours[f"action_tokens_t{t}"] = model.action_encoder(noise, model.times(bucket)[:, 0])
-            close(model.velocity(noise, bucket / 1000, context), z[f"velocity_t{t}{suffix}"], DEEP)
-            ours[f"velocity_t{t}"] = model.velocity(noise, bucket, context)
-            ours[f"dit_out_t{t}"] = outs[-1]
-        ours["action_tensor"] = sample.euler(model, context, noise)
-    [hook.remove() for hook in hooks]
-    for stage, tensor in ours.items():
-        deep = stage.startswith(("velocity", "dit_out", "action_tensor"))
-        close(tensor, z[stage + suffix], DEEP if deep else 1e-5)
-    close(M.actions_out(ours["action_tensor"]), decoded(z, suffix), DEEP)
+    noise = torch.from_numpy(z["noise"])
+    seen = model.see(torch.from_numpy(z["images_u8"])[None])
+    assembled = model.assemble(seen, torch.from_numpy(z["game_ids" + suffix]))
+    mixed = []
+    with model.mixing[-1].register_forward_hook(lambda block, args, out: mixed.append(out)):
+        context = model.mix(assembled)
+    early = {"vision": seen, "vl_in": assembled, "vl_mixed": mixed[0]}
+    deep = {"action_tensor": sample.euler(model, context, noise)}
+    for t in 0, 250, 937:
+        times = model.times(torch.tensor([t]))
+        early[f"action_tokens_t{t}"] = model.action_encoder(noise, times[:, 0])
+        deep[f"velocity_t{t}"] = model.step(noise, times, context)
+    for stages, tolerance in (early, 1e-5), (deep, DEEP):
+        for name, tensor in stages.items():
+            close(tensor, z[name + suffix], tolerance)
 
 
 def test_loss_and_gradients_equal_the_released_code(golden):
     _, z, model = golden
-    games = torch.from_numpy(z["game_ids"]).repeat(2) if model.config.games else None
     frames = torch.from_numpy(z["images_u8"])[None].repeat(2, 1, 1, 1, 1)
-    a, mask, noise, t = (torch.from_numpy(z["train_" + k]) for k in ("actions", "mask", "noise", "t"))
-    model.zero_grad(set_to_none=True)
-    loss = train.cfm_loss(model, frames, a, mask, games, noise=noise, t=t)
-    close(loss, z["train_loss"], 1e-5)
+    games = torch.from_numpy(z["game_ids"]).repeat(2)
+    given = {name: torch.from_numpy(z["train_" + name]) for name in ("actions", "mask", "noise", "t")}
+    loss = train.cfm_loss(model, frames, games=games, **given)
+    close(loss.detach(), z["train_loss"])
     loss.backward()
     ours = dict(model.named_parameters())
     for name, norm in zip(z["grad_names"].tolist(), z["grad_norms"]):
         if not name.endswith(("k_proj.bias", "to_k.bias")):      # no effect through a softmax
-            assert abs(ours[M.rename(name)].grad.double().norm() - norm) <= 1e-5 * max(1, norm), name
+            assert ours[M.rename(name)].grad.norm().item() == pytest.approx(norm, rel=1e-5, abs=1e-5), name
 
 
 def test_sample_image_reproduces_the_released_tensor(golden, tmp_path, monkeypatch):
@@ -2242,31 +1893,29 @@ def test_sample_image_reproduces_the_released_tensor(golden, tmp_path, monkeypat
     images = [f"frame ü {i}.png" for i in range(len(z["images_u8"]))]
     for image, rgb in zip(images, z["images_u8"]):
         extract.save_png(image, rgb)
-
-    def chunk(*flags):
-        usual = "--ckpt", path, "--noise", "noise.npy", "--out", "o.npy"
-        assert run(sample.main, "image", *images, *usual, *flags) == 0
-        return np.load("o.npy")
-    game = ["--game", z["game_ids"][0]] if model.config.games else []
-    close(chunk("--raw", *game), z["action_tensor"][0], DEEP)
-    close(chunk("--raw", "--cfg", 1.5), z["action_tensor_cfg1.5"][0], DEEP)     # the release forgets the game
-    if game:
-        close(chunk("--raw"), z["action_tensor_uncond"][0], DEEP)
-    close(chunk(*game), decoded(z)[0], DEEP)
-    assert chunk().dtype == np.float32
+    names = {i: name for name, i in json.loads(str(z["game_mapping_json"])).items()}
+    game = ["--game", names[z["game_ids"].item()]] if model.config.games else []
+    decoded = np.concatenate([z[f"{part}_new"] for part in ("buttons", "j_left", "j_right")], -1)
+    for flags, want in [
+            (["--raw", *game], z["action_tensor"]),
+            (["--raw", "--cfg", 1.5], z["action_tensor_cfg1.5"]),      # the release forgets the game
+            (game, decoded)]:
+        line = *images, "--ckpt", path, "--noise", "noise.npy", "--out", "o.npy", *flags
+        assert run(sample.main, "image", *line) == 0
+        close(np.load("o.npy"), want[0], DEEP)
 
 
 def test_vision_equals_transformers(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(
+    config = transformers.SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=256,
-        patch_size=64, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)).eval()
-    torch.manual_seed(0)
+        patch_size=64)
+    theirs = transformers.SiglipVisionModel(config).eval()
     for p in theirs.parameters():
-        torch.nn.init.normal_(p, 0, 0.2)
-    save_file({**theirs.state_dict(), "logit_scale": torch.zeros(1)}, tmp_path / "siglip.safetensors")
+        p.data.normal_(0, 0.2)
+    save_file(theirs.state_dict(), tmp_path / "siglip")
     monkeypatch.setitem(M.PRESETS, "test", tiny(vision_layers=2).config)
-    assert run(M.main, "convert", tmp_path / "siglip.safetensors", tmp_path / "o", "--preset", "test") == 0
+    assert run(M.main, "convert", tmp_path / "siglip", tmp_path / "o", "--preset", "test") == 0
     frames = contexts(2)
     with torch.inference_mode():
         want = theirs(pixel_values=frames[:, 0].permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
@@ -2276,10 +1925,9 @@ def test_vision_equals_transformers(tmp_path, monkeypatch):
 @needs_golden
 def test_siglip_weights_are_taken_by_name(tmp_path, monkeypatch):
     file = GOLDEN / "golden_tiny_a.pt"
-    want, config, _ = M.convert_released(file, HEADS["a"])
-    theirs = {name.replace("vision_encoder", "vision_model"): t
-              for name, t in torch.load(file, weights_only=True)["model"].items()}
-    save_file(theirs, tmp_path / "siglip")
+    want, config, _ = M.convert_released(file, 4)
+    released = torch.load(file, weights_only=True)["model"].items()
+    save_file({name.replace("_encoder", "_model"): t for name, t in released}, tmp_path / "siglip")
     monkeypatch.setitem(M.PRESETS, "test", config)
     state = M.convert_siglip(tmp_path / "siglip", "test")[0]
     assert all(torch.equal(state[name], t) for name, t in want.items() if name.startswith("vision."))
@@ -2289,43 +1937,17 @@ def test_nitrogen_preset_has_the_released_tensors(capsys):
     parameters, tensors = M.count(M.sketch(M.preset("nitrogen")))
     assert (parameters + 12_595_200, tensors + 11) == (493_631_513, 595)        # with the pooling head
     assert M.main([]) == 0 and f"{parameters:,}" in capsys.readouterr().out
-    assert M.preset("toy").image_tokens == 64 and M.preset("nitrogen").length == 256
 
 
 def test_steps_fall_into_the_released_time_buckets():
-    released = [0, 62, 125, 187, 250, 312, 375, 437, 500, 562, 625, 687, 750, 812, 875, 937]
-    assert sample.buckets(16, 1000).tolist() == released
+    assert sample.buckets(16, 1000)[::3].tolist() == [0, 187, 375, 562, 750, 937]
 
 
-# ---------------------------------------------------------------------------------------- what training needs
-
-def test_training_drops_in_four_places_of_a_block(monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training: seen.append(p * training) or x)
-    model = tiny(mixing=M.Stack(1, 2, 16, dropout=0.3), dit=M.Stack(2, 2, 16, dropout=0.2))
-    inputs = torch.zeros(1, 8, 25), torch.zeros(1), contexts(1)
-    model(*inputs)
-    assert not any(seen)
-    model.train()(*inputs)
-    assert [p for p in seen if p] == [0.3] * 4 + [0.2] * 8
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    model, grads = tiny(games=["x", "y"]).train(), []
-    a, t, games = torch.randn(2, 8, 25), torch.rand(2), torch.tensor([1, 2])
-    for model.checkpointing in False, True:
-        torch.manual_seed(1)                               # the same dropouts
-        loss = model(a, t, contexts(2), games).square().mean()
-        grads.append(torch.autograd.grad(loss, [*model.parameters()], materialize_grads=True))
-    assert all(map(torch.equal, *grads)) and any(g.any() for g in grads[0])
-
-
-def test_many_noises_share_one_context():
-    model, frames, a, t = tiny(), contexts(2), torch.randn(6, 8, 25), torch.rand(6)
-    with torch.inference_mode():
-        together = model(a, t, frames)
-        alone = [model(a[i:i + 1], t[i:i + 1], frames[i // 3:i // 3 + 1]) for i in range(6)]
-    close(together, torch.cat(alone), 1e-5 * together.abs().max().item())
+def test_actions_survive_the_way_through_the_model():
+    actions = torch.cat([torch.rand(4, 21).round(), torch.rand(4, 4) * 2 - 1], 1)
+    inside = M.actions_in(actions)
+    assert 0 <= inside.min() and inside.max() <= 1
+    close(M.actions_out(inside), actions, 1e-6)
 
 
 @pytest.mark.parametrize("shape, bias", [((2, 75, 96), True), ((150, 96), False)])
@@ -2345,52 +1967,22 @@ def test_products_through_onednn_are_torchs_own(monkeypatch, shape, bias):
         close(ours / torchs.abs().max(), torchs / torchs.abs().max(), 2e-6)
 
 
-@pytest.mark.parametrize("patch", [8, 16, 32])
-def test_a_stem_gives_a_token_for_each_patch(patch):
-    """Token i must depend on patch i's pixels, and on none that lie further than a patch away."""
-    config = M.preset("toy", patch=patch)
-    x = torch.randn(1, 3, 256, 256, requires_grad=True)
-    tokens = M.create(config).vision.patch_embedding(x).flatten(2)
-    assert tokens.shape == (1, config.vision_width, config.image_tokens)
-    tokens[0, :, 256 // patch + 1].sum().backward()                    # row 1, column 1
-    assert x.grad[..., patch:2 * patch, patch:2 * patch].abs().sum() > 0
-    assert not x.grad[..., 3 * patch:, :].any() and not x.grad[..., 3 * patch:].any()
-
-
-def test_frozen_parts_get_no_gradient():
-    model = tiny(games=["x"])
-    model.freeze("vision", "mixing", "action", "games")
-    trains = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
-    assert trains == {"dit", "time", "proj_out_1", "proj_out_2"}
-
-
 @torch.no_grad()
 def test_dropped_frames_become_padding():
-    model = tiny(frames=3, games=["x"], context_tokens=60)
+    model, seen = tiny(frames=3, games=["x"], context_tokens=60), torch.randn(2, 3, 16, 32)
     no_game, game = model.game_embedding.weight[:, None]
-    seen, ids = torch.randn(2, 3, 16, 32), torch.tensor([1, 0])
     keep = torch.tensor([[True, False, True], [False, False, True]])
-    x = model.assemble(seen, ids, keep)
+    x = model.assemble(seen, torch.tensor([1, 0]), keep)
     close(x[0], torch.cat([torch.zeros(27, 32), game, seen[0, 0], seen[0, 2]]), 0)
     close(x[1], torch.cat([torch.zeros(43, 32), no_game, seen[1, 2]]), 0)
-    newest = torch.tensor([[False, True, True]] * 2)
-    close(model.assemble(seen[:, 1:], ids), model.assemble(seen, ids, newest), 0)
-    with pytest.raises(M.ModelError, match="room for 3"):
-        model.assemble(torch.randn(1, 4, 16, 32))
 
 
-def test_actions_survive_the_way_through_the_model():
-    actions = torch.rand(4, 25) * 2 - 1
-    actions[:, :21] = (actions[:, :21] > 0).float()
-    inside = M.actions_in(actions)
-    close(M.actions_out(inside), actions, 1e-6)
-    close(inside[:, -4:], (actions[:, -4:] + 1) / 2, 0)
-
-
-def test_fresh_weights_depend_on_the_seed_alone():
-    a, b, c = (M.create(M.preset("toy"), seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(a[n], b[n]) and torch.isfinite(a[n]).all() for n in a)
-    assert not torch.equal(a["mixing.0.attn.q.weight"], c["mixing.0.attn.q.weight"])
+def test_training_drops_in_four_places_of_a_block(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training: seen.append(p * training) or x)
+    model = tiny(mixing=M.Stack(1, 2, 16, 0.3), dit=M.Stack(2, 2, 16, 0.2)).train()
+    model(torch.zeros(1, 8, 25), torch.zeros(1), contexts(1))
+    assert [p for p in seen if p] == [0.3] * 4 + [0.2] * 8
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -2398,158 +1990,50 @@ def test_fresh_weights_depend_on_the_seed_alone():
 def test_checkpoints_come_back_whole(tmp_path):
     model, path = tiny(games=["é", "b"]), tmp_path / "run ü" / "model.safetensors"
     said = dict(step=7, args={"lr": 1e-4}, data={"hours": 2}, metrics={"loss": 0.5})
-    save_model(path, model, **said)
+    M.save(path, model.state_dict(), model.config, **said)
     back, meta = M.load(path.parent)                       # a run folder, or its file
-    half = M.load(path, dtype=torch.bfloat16)[0].state_dict()
+    half, _ = M.load(path, dtype=torch.bfloat16)
     path.write_bytes(bytes(path.stat().st_size))           # what is loaded does not hang on the file
     assert meta == {"config": model.config, **said} and all(p.requires_grad for p in back.parameters())
-    for name, t in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name], t) and torch.equal(half[name], t.bfloat16())
-
-
-def test_the_shipped_policy_loads():
-    """Its header names options of an older version, each with the one value that is left."""
-    config = M.load(HERE / "weights/policy-nano.safetensors")[0].config
-    assert config == M.preset("nano", hz=30.0, mixing=M.Stack(2, 6, 32, 0.0), dit=M.Stack(6, 6, 32, 0.0))
+    for was, now, rough in zip(model.parameters(), back.parameters(), half.parameters()):
+        assert torch.equal(now, was) and torch.equal(rough, was.bfloat16())
 
 
 def test_every_number_of_a_configuration_has_a_range():
     config = tiny().config
     for part in config, config.mixing, config.dit:
-        for name, value in [item for item in vars(part).items() if type(item[1]) in (int, float)]:
+        for name in [name for name, value in vars(part).items() if type(value) in (int, float)]:
             low, high = M.RANGES.get(name, (1, M.MOST))
-            for wrong in low - 1, high + 1, 1 << 70, math.nan, "1", None, *[2.5] * (type(value) is int):
-                setattr(part, name, wrong)
-                with pytest.raises(M.ModelError, match=re.escape(f"configuration: {name} = {wrong}, ")):
+            for wrong in low - 1, high + 1, math.nan, "1", None:
+                refused = pytest.raises(M.ModelError, match=f"configuration: {name} = {wrong}, ")
+                with mock.patch.object(part, name, wrong), refused:
                     config.check()
-            setattr(part, name, value)
-            config.check()
 
 
-@pytest.mark.parametrize("says, changes", {
-    "16384 tokens of frames and game in a context of 8192": dict(frames=64, patch=16),
-    "16 tokens of frames and game in a context of 3": dict(context_tokens=3),
-    "65 actions, 64 positions": dict(horizon=65),
-    r"games = \[1\]": dict(games=[1]),
-    "beta = .1e.300": dict(beta=[1e300, 1]),
-    "beta = .0.0": dict(beta=[0.0, 1])}.items())
-def test_a_configuration_that_cannot_be_built_is_refused(says, changes):
+@pytest.mark.parametrize("wrong, says", [
+    ({"frames": 600}, "9600 tokens of frames and game in a context of 8192"),
+    ({"context_tokens": 3}, "16 tokens of frames and game in a context of 3"),
+    ({"horizon": 65}, "65 actions, 64 positions"),
+    ({"games": [1]}, "games = .1"),
+    ({"beta": [0.0, 1]}, "beta = .0.0")])
+def test_a_configuration_that_cannot_be_built_is_refused(wrong, says):
     with pytest.raises(M.ModelError, match=says):
-        tiny(**changes)
+        tiny(**wrong)
 
 
-def with_header(path, out, change):
-    """A copy of a checkpoint whose nitrogen header went through `change`, text -> text."""
-    with M.safe_open(path, "pt") as f:
-        meta = f.metadata()
-    save_file(load_file(path), out, meta | {"nitrogen": change(meta["nitrogen"])})
-    return out
+MODEL_CFG = "ckpt_config/model_cfg"
 
 
-class Bomb:
-    """What runs code when it is unpickled."""
-    def __reduce__(self):
-        return os.mkdir, ("bombed",)
-
-
-QUERY = "dit.1.attn.q.weight"
-SPOILED_TENSORS = {
-    "missing": lambda state: state.pop(QUERY),
-    "extra": lambda state: state.update(more=torch.zeros(1)),
-    "shape": lambda state: state.update({"time.linear_1.bias": torch.zeros(5)}),
-    "nan": lambda state: state[QUERY][-1, -1].fill_(math.nan),
-    "inf": lambda state: state[QUERY][-1, -1].fill_(math.inf),
-    "minus": lambda state: state[QUERY][-1, -1].fill_(-math.inf)}
-SPOILED_HEADERS = {                                # what a header says, and what it is made to say
-    "list": ("{", "[{"),
-    "rate": ('"hz": 60.0', '"hz": 0.0'),
-    "stack": ('"mixing": {', '"mixing": 3, "was": {'),
-    "grown": ('"vision_ffn": 48', '"vision_ffn": 8000'),
-    "letter": ('"x"', r'"\ud800"'),
-    "key": ('{"config"', r'{"\udfff": 1, "config"')}
-MODEL_MISTAKES = {                                 # a command line -> what its error line says
-    **{f"info {name}": f"{name}: expected a .safetensors" for name in
-       "empty cut page pickle siglip list nowhere".split()},
-    "info .": "model.safetensors: expected a .safetensors",
-    "info rate": "hz = 0.0, expected 1 to 8192",
-    "info stack": "TypeError",
-    "info letter": "surrogates",
-    "info key": "surrogates",
-    **{f"convert {name} o": f"{name}: expected the released format" for name in
-       "bomb.pt old.pt good . nowhere".split()},
-    "convert pickle ./pickle": "a new file",
-    "convert siglip o --preset toy": "siglip: expected a .safetensors",
-    "convert old.pt o --games letter.json": "expected a JSON list of game names",
-    "convert old.pt o --games empty": "expected a JSON list of game names",
-    "serve --ckpt good --key=": "expected a secret"}
-IMAGE_MISTAKES = {                                 # the rest of such a line of `sample.py image`
-    "f.png f.png f.png": "at most 2",
-    ".": "a folder",
-    "no.png": "nothing there",
-    "n.npy": "picture",
-    "f.png --noise n.npy": "(8, 25)",
-    "f.png --noise objects.npy": "objects",
-    "f.png --noise f.png": "f.png: expected a .npy",
-    "f.png --noise nan.npy": "NaN",
-    "f.png --game z": "its games are x, y",
-    "f.png --device cuda:9": "device",
-    "f.png --euler 0": "--euler",
-    "f.png --euler 99999999": "--euler",
-    "f.png --cfg nan": "--cfg",
-    "f.png --seed -1": "--seed",
-    "f.png --ckpt nowhere": "nowhere: expected",
-    "f.png --ckpt cut": "cut: expected a .safetensors",
-    "f.png --ckpt missing": f'Missing key(s) in state_dict: "{QUERY}"',
-    "f.png --ckpt extra": 'Unexpected key(s) in state_dict: "more"',
-    "f.png --ckpt shape": "size mismatch for time.linear_1.bias",
-    "f.png --ckpt grown": "size mismatch for vision.blocks.0.ff.up",
-    **{f"f.png --ckpt {name}": f"found NaN or infinity in tensor {QUERY}: " for name in
-       ("nan", "inf", "minus")}}
-MODEL_MISTAKES |= {f"image --ckpt good --out o {words}": says for words, says in IMAGE_MISTAKES.items()}
-
-
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy") / "model.safetensors"
-    return save_model(path, tiny(frames=2, games=["x", "y"]))
-
-
-@pytest.fixture(scope="module")
-def spoiled_files(ckpt, tmp_path_factory):
-    """A folder with all that the mistakes name."""
-    folder, good = tmp_path_factory.mktemp("spoiled"), ckpt.read_bytes()
-    for name, data in {"good": good, "empty": b"", "cut": good[:-100], "page": b"<!DOCTYPE html>",
-                       "letter.json": rb'["\ud800"]'}.items():
-        (folder / name).write_bytes(data)
-    for name, spoil in SPOILED_TENSORS.items():
-        model = tiny()
-        state = model.state_dict()
-        spoil(state)
-        M.save(folder / name, state, model.config)
-    for name, words in SPOILED_HEADERS.items():
-        with_header(ckpt, folder / name, lambda text: text.replace(*words, 1))
-    save_file({"vision_model.embeddings.patch_embedding.weight": torch.zeros(2)}, folder / "siglip")
-    torch.save({"a": torch.zeros(3)}, folder / "pickle")
-    for name, zipped in ("bomb.pt", True), ("old.pt", False):
-        bomb = {"model": Bomb(), "ckpt_config": {}}
-        torch.save(bomb, folder / name, _use_new_zipfile_serialization=zipped)
-    extract.save_png(folder / "f.png", pictures(1)[0])
-    np.save(folder / "n.npy", np.zeros((4, 25), np.float32))
-    np.save(folder / "nan.npy", np.full((8, 25), np.nan, np.float32))
-    np.save(folder / "objects.npy", [Bomb()])
-    return folder
-
-
-@pytest.mark.parametrize("line", MODEL_MISTAKES)
-def test_mistakes_of_model_and_sample_get_one_line(line, spoiled_files, monkeypatch, capfd):
-    monkeypatch.chdir(spoiled_files)
-    main = sample.main if line.startswith(("image", "serve")) else M.main
-    fails_in_one_line(capfd, main, *line.split(), says=MODEL_MISTAKES[line])
-    assert not Path("o").exists() and not Path("bombed").exists()
-
-
-def released_with(path, place, value):
-    """The golden checkpoint with `value` at a/b/c; None takes away what is there."""
+@needs_golden
+@pytest.mark.parametrize("place, value, says", [
+    ("model/model.proj_out_1.bias", None, "proj_out_1.bias"),
+    ("model/vis_sep_embedding", torch.zeros(2), "vis_sep_embedding"),
+    (f"{MODEL_CFG}/diffusion_model_cfg/activation_fn", "geglu", "activation_fn is 'geglu'"),
+    (f"{MODEL_CFG}/vl_self_attention_cfg/activation_fn", "gelu", "activation_fn is 'gelu'"),
+    ("ckpt_config/tokenizer_cfg/old_layout", True, "old_layout is True"),
+    (f"{MODEL_CFG}/action_horizon", None, "KeyError 'action_horizon'")])
+def test_conversion_accounts_for_everything(tmp_path, capfd, place, value, says):
+    """Of a released checkpoint with one value changed, or taken away (None)."""
     part = ckpt = torch.load(GOLDEN / "golden_tiny_a.pt", weights_only=True)
     *way, last = place.split("/")
     for step in way:
@@ -2557,65 +2041,33 @@ def released_with(path, place, value):
     part[last] = value
     if value is None:
         del part[last]
-    torch.save(ckpt, path)
-    return path
-
-
-MODEL_CFG, TOKENIZER = "ckpt_config/model_cfg", "ckpt_config/tokenizer_cfg"
-DIT = f"{MODEL_CFG}/diffusion_model_cfg"
-
-
-@needs_golden
-@pytest.mark.parametrize("place, value, says", [
-    ("model/model.proj_out_1.bias", None, "proj_out_1.bias"),
-    ("model/vis_sep_embedding", torch.zeros(2), "vis_sep_embedding"),
-    (f"{DIT}/activation_fn", "geglu", "activation_fn is 'geglu'"),
-    (f"{MODEL_CFG}/vl_self_attention_cfg/activation_fn", "gelu", "activation_fn is 'gelu'"),
-    (f"{DIT}/positional_embeddings", "sinusoidal", "'sinusoidal', expected None"),
-    (f"{DIT}/interleave_self_attention", False, "interleave_self_attention is False"),
-    (f"{TOKENIZER}/old_layout", True, "old_layout is True"),
-    (f"{TOKENIZER}/max_sequence_length", 100, "in a context of 100"),
-    (f"{MODEL_CFG}/action_horizon", None, "KeyError 'action_horizon'"),
-    ("ckpt_config", None, "expected the released format")])
-def test_conversion_accounts_for_everything(tmp_path, capfd, place, value, says):
-    spoiled = released_with(tmp_path / "ng.pt", place, value)
-    fails_in_one_line(capfd, M.main, "convert", spoiled, tmp_path / "x", "--vision-heads", 4, says=says)
-    assert not (tmp_path / "x").exists()
+    torch.save(ckpt, tmp_path / "ng.pt")
+    line = "convert", tmp_path / "ng.pt", tmp_path / "o", "--vision-heads", 4
+    fails_in_one_line(capfd, M.main, *line, says=says)
+    assert not (tmp_path / "o").exists()
 
 
 @needs_golden
 def test_conversion_counts_its_tensors_and_asks_for_the_vision_heads(tmp_path, capfd):
-    file = released_with(tmp_path / "ng.pt", f"{MODEL_CFG}/a_key_of_tomorrow", 1)
-    words = "convert", file, tmp_path / "x"
-    fails_in_one_line(capfd, M.main, *words, says="add --vision-heads N")
-    fails_in_one_line(capfd, M.main, *words, "--vision-heads", 5, says="do not divide into 5 heads")
-    assert run(M.main, *words, "--vision-heads", 4) == 0
+    line = "convert", GOLDEN / "golden_tiny_a.pt", tmp_path / "o"
+    fails_in_one_line(capfd, M.main, *line, says="add --vision-heads N")
+    fails_in_one_line(capfd, M.main, *line, "--vision-heads", 5, says="do not divide into 5 heads")
+    assert run(M.main, *line, "--vision-heads", 4) == 0
     assert "'tensors': 315, 'unused': 11" in capfd.readouterr().out
 
 
-@needs_golden
-def test_games_are_named_by_a_file(tmp_path):
-    names = json.loads(str(np.load(GOLDEN / "golden_tiny_f.npz")["game_mapping_json"]))
-    file, path = tmp_path / "games.json", tmp_path / "f.safetensors"
-    file.write_text('["a", "b"]')
-    assert convert("f", path, "--games", file) == 2        # too few
-    file.write_text(json.dumps(names))
-    assert convert("f", path, "--games", file) == 0
-    policy = sample.Policy(path)
-    ids = [policy.game_id(game) for game in (None, "hades", "3", 3, "nine_sols")]
-    assert ids == [0, names["hades"], 3, 3, names["nine_sols"]]
-
-
-def test_a_save_has_its_rights_by_umask(tmp_path):
-    before = os.umask(0o022)
-    path = save_model(tmp_path / "x.safetensors", tiny())
-    os.umask(before)
-    assert os.name == "nt" or stat.S_IMODE(path.stat().st_mode) == 0o644
+def test_a_save_removes_what_a_killed_one_left_and_has_a_plain_files_rights(tmp_path):
+    left, plain = tmp_path / "x.part", tmp_path / "plain"
+    left.mkdir()
+    for path in left / "half", plain:
+        path.touch()
+    path = save_model(tmp_path / "x", tiny())
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "plain"}
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 KILL_A_SAVE = """
 import os, signal, sys
-sys.path.insert(0, {here!r})
 import model as M
 M.os.{moment} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 model, meta = M.load({path!r})
@@ -2627,33 +2079,17 @@ M.save({path!r}, model.state_dict(), model.config, 9)
 @pytest.mark.parametrize("moment", ["fsync", "replace"])           # it is on the disk before it has its name
 def test_a_killed_save_leaves_the_old_file_and_what_the_next_removes(tmp_path, moment):
     path = save_model(tmp_path / "x.safetensors", tiny())
-    old, code = path.read_bytes(), KILL_A_SAVE.format(here=str(HERE), path=str(path), moment=moment)
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 2
+    old, code = path.read_bytes(), KILL_A_SAVE.format(path=str(path), moment=moment)
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == -signal.SIGKILL
+    [left] = {*tmp_path.iterdir()} - {path}
+    assert path.read_bytes() == old
+    if moment == "replace":                # the next has its number, as in a container that starts again
+        left.rename(tmp_path / f".tmp-{extract.HOST}-{os.getpid()}-00000000")
     save_model(path, tiny())
     assert [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.parametrize("full", [OSError(28, "No space left"), M.SafetensorError("No space left")])
-def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tmp_path, monkeypatch, full):
-    path = save_model(tmp_path / "x.safetensors", tiny())
-    old = path.read_bytes()
-
-    def save_half(tensors, path, meta):
-        path.write_bytes(b"half")
-        raise full
-    monkeypatch.setattr(M, "save_file", save_half)
-    with pytest.raises(M.ModelError, match="No space left.*make room"):
-        save_model(path, tiny())
-    assert path.read_bytes() == old and [*tmp_path.iterdir()] == [path]
-
-
 # ---------------------------------------------------------------------------------------- sessions and server
-
-@pytest.fixture(scope="module")
-def policy(ckpt):
-    return sample.Policy(ckpt, device="cpu")
-
 
 def test_batched_environments_equal_single_sessions(policy):
     frames = pictures(6).reshape(2, 3, 256, 256, 3)
@@ -2663,46 +2099,14 @@ def test_batched_environments_equal_single_sessions(policy):
         alone = [session.predict_raw(frame) for session, frame in zip(ones, batch)]
         close(many.predict_raw(batch), torch.stack(alone), 1e-4)
         if batch is frames[1]:                             # one begins anew, the others go on
-            many.reset(env=1)
-            ones[1].reset()
-
-
-def test_a_session_equals_encode_and_euler(policy):
-    frames, session, model = pictures(2), sample.Session(policy, game="y", seed=3), policy.model
-    session.predict(frames[0])
-    g = torch.Generator().manual_seed(3)
-    _, noise = (torch.randn(1, 8, 25, generator=g) for _ in range(2))
-    context = model.encode(torch.from_numpy(frames)[None], torch.tensor([2]))
-    close(session.predict_raw(frames[1]), sample.euler(model, context, noise)[0], 1e-4)
-    assert set(np.unique(session.predict(frames[0])[:, :21])) <= {0, 1}
-
-
-def test_a_refused_reset_changes_nothing_and_one_environment_may_change_its_game(policy):
-    session = sample.Session(policy, game="x", envs=2)
-    with pytest.raises(UserError, match="its games are x, y"):
-        session.reset(seed=9, game="tetris")
-    session.reset()
-    assert session.game == "x" and session.seed == 0 and session.games.tolist() == [1, 1]
-    session.reset(1, game="y")
-    assert session.games.tolist() == [1, 2]
+            many.reset(env=1, game="2")                    # a game's name, or its number
+            ones[1].reset(game="y")
 
 
 def test_bfloat16_stays_near_float32(ckpt, policy):
-    half, full = (sample.Session(p).predict_raw(pictures(1)[0]) for p in
-                  (sample.Policy(ckpt, device="cpu", dtype="bfloat16"), policy))
+    rough = sample.Policy(ckpt, device="cpu", dtype="bfloat16")
+    half, full = (sample.Session(p).predict_raw(pictures(1)[0]) for p in (rough, policy))
     assert half.dtype == torch.float32 and (half - full).norm() < 0.1 * full.norm()
-
-
-def test_a_video_gets_its_pad(ckpt, tmp_path, monkeypatch):
-    video, shown = tmp_path / "in ö.mp4", tmp_path / "o.mp4"
-    skin = extract.random_skin(np.random.default_rng(0))
-    monkeypatch.setattr(extract, "our_skins", lambda: [skin])                  # one, not 300: seconds
-    with extract.VideoWriter(video, 30, (192, 108)) as out:
-        for rgb in pictures(20):
-            out.add(rgb[:108, :192])
-    assert run(sample.main, "video", video, "--ckpt", ckpt, "--out", shown) == 0
-    frames = [rgb for _, rgb in extract.read_video(shown)]
-    assert len(frames) == 20 and frames[0].shape[1] > 192 and frames[0].shape[0] == 108
 
 
 @contextlib.contextmanager
@@ -2734,54 +2138,52 @@ def test_the_client_is_a_session(policy, served):
         assert np.array_equal(chunks(client, big), chunks(local, big))
         for player in client, local:
             player.reset(seed=4, game="x")
-    assert client.info()["config"] == local.info()["config"]
-    with pytest.raises(UserError, match="its games are x, y"):
-        client.reset(game="tetris")
-    client.predict(big[0])                                 # a fault leaves the session alive
-    client.close()
+            with pytest.raises(UserError, match="its games are x, y"):
+                player.reset(seed=9, game="tetris")
+        assert client.info()["game"] == local.game == "x" and local.seed == 4     # a refusal changes nothing
 
 
-def test_clients_do_not_see_each_others_frames(policy, served):
+def test_clients_do_not_see_each_others_frames_nor_threads_of_one_each_others_answers(policy, served):
     frames = pictures(12, seed=1).reshape(3, 4, 256, 256, 3)
     clients = [play.Client(*served.address) for _ in frames]
     with ThreadPoolExecutor() as pool:
-        together = [*pool.map(chunks, clients, frames)]
-    assert np.array_equal(together, [chunks(sample.Session(policy), mine) for mine in frames])
+        together = pool.map(chunks, clients, frames)
+        assert all("config" in client.info() for client in clients * 20)
+    assert np.array_equal([*together], [chunks(sample.Session(policy), mine) for mine in frames])
 
 
-def framed(message):
-    return struct.pack("!i", len(message)) + message
+class Bomb:
+    """What runs code when it is unpickled."""
+    def __reduce__(self):
+        return os.mkdir, ("bombed",)
 
 
-CUT_SHORT = framed(extract.pack_message({"do": "predict"}, np.zeros((256, 256, 3), np.uint8)))[:1000]
-ABUSES = [
-    CUT_SHORT,
-    struct.pack("!i", 1 << 30),
-    struct.pack("!iQ", -1, 1 << 60),
-    struct.pack("!i", -5),
-    framed(bytes(40)),
-    framed(b"[" * 3000 + b"\n"),
-    framed(b'{"do": "fly"}\n'),
-    framed(b'{"do": "reset", "seed": "x"}\n'),
-    framed(b'{"do": "predict", "shape": [9, 9, 3], "dtype": "uint8"}\nshort'),
-    framed(b'{"do": "predict", "shape": [1, 1, -3], "dtype": "object"}\nshort'),
-    framed(pickle.dumps(Bomb()))]
+ABUSES = [struct.pack("!i", 1 << 30), struct.pack("!iQ", -1, 1 << 60), struct.pack("!i", -5)]
+ABUSES += [struct.pack("!i", len(message)) + message for message in (
+    bytes(40),
+    b"[" * 3000 + b"\n",
+    b'{"do": "fly"}\n',
+    b'{"do": "reset", "seed": "x"}\n',
+    b'{"do": "predict", "shape": [9, 9, 3], "dtype": "uint8"}\nshort',
+    b'{"do": "predict", "shape": [1, 1, -3], "dtype": "object"}\nshort',
+    pickle.dumps(Bomb()))]
 
 
-def test_the_server_outlives_a_thousand_bad_requests(policy, served, tmp_path, monkeypatch):
+def test_the_server_outlives_hundreds_of_bad_requests(policy, served, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good, session, frames = play.Client(*served.address), sample.Session(policy), pictures(5)
 
-    def abuse(i):
-        """True when the answer that was due came."""
-        message = ABUSES[i % len(ABUSES)]
+    def abuse(message):
+        """Cut short, then whole -> the server's answer."""
+        with socket.create_connection(served.address, 10) as s:
+            s.sendall(message[:-1])
         with socket.create_connection(served.address, 10) as s:
             s.sendall(message)
-            return message is CUT_SHORT or b'"error"' in s.recv(1 << 16)
+            return s.recv(1 << 16)
     with ThreadPoolExecutor(8) as pool:
-        answered = pool.map(abuse, range(1000))
+        answers = pool.map(abuse, ABUSES * 40)
         assert np.array_equal(chunks(good, frames), chunks(session, frames))   # right in the midst of it
-    assert all(answered) and not Path("bombed").exists()
+    assert all(b'"error"' in answer for answer in answers) and not Path("bombed").exists()
     assert np.array_equal(chunks(good, frames), chunks(session, frames))
     good.close()
     wait_until(lambda: not served.places)                     # every connection is gone
@@ -2795,60 +2197,31 @@ def test_silent_and_slow_clients_are_cut_off(served, monkeypatch):
     client = play.Client(*served.address)
     assert [s.recv(1) for s in silent] == [b""] * 25
     client.info()                                          # others play on
-    for s in *silent, client:
-        s.close()
-
-
-def test_a_key_that_nobody_asks_for_is_said(served, monkeypatch):
-    monkeypatch.setattr(sample.Server, "PATIENCE", 0.2)      # after which a silent client is let go
-    with pytest.raises(UserError, match="with the same --key"):
-        play.Client(*served.address, key="secret")
-
-
-def test_threads_that_share_a_client_get_their_own_answers(served):
-    client = play.Client(*served.address)
-    with ThreadPoolExecutor() as pool:
-        other = pool.submit(chunks, client, pictures(5))
-        assert all("config" in client.info() for _ in range(50))
-    assert np.shape(other.result()) == (5, 8, 25)
 
 
 # ------------------------------------------------------------------------------------------------ train: data
 QUICK = "--steps 4 --batch 4 --val-frames 4 --every 4 --workers 1 --device cpu".split()
 SHORT = [*QUICK, "--val", "0", "--steps", "2"]
-TOY = M.preset("toy")
-TOY4 = M.preset("toy", horizon=4)
 
 
-def make_clip(folder, n=40, fps=30, game="squares", every=1, seed=0, **files):
+def make_clip(folder, n=40, fps=30, game="squares", every=1, seed=0, lag=0, **files):
     """A clip whose frame fixes its action: a square's place is the left stick, its colour the button; row
     numbers are in the right stick."""
-    rng = np.random.default_rng(seed)
-    folder = Path(folder)
+    rng, actions = np.random.default_rng(seed), np.zeros((n, 25), np.float32)
+    actions[:, 18], actions[:, 21:23] = rng.integers(2, size=n), rng.uniform(-1, 1, (n, 2))
+    actions[:, 23] = np.arange(n) / 1000
     folder.mkdir(parents=True)
     writer = extract.FramesWriter(folder, "frames")
-    actions = np.zeros((n, 25), np.float32)
-    for t in range(n):
-        place = rng.uniform(-1, 1, 2)
-        colour = rng.integers(2)
+    for t in range(0, n, every):
         frame = np.full((256, 256, 3), 40, np.uint8)
-        x, y = (128 + 96 * place).astype(int)
-        frame[y - 24:y + 24, x - 24:x + 24] = (250, 60, 60) if colour else (60, 60, 250)
-        actions[t, 21:23], actions[t, 18 if colour else 5] = place, 1
-        actions[t, 23] = t / 1000
-        if t % every == 0:
-            writer.add(t, frame)
+        x, y = (128 + 96 * actions[t, 21:23]).astype(int)
+        frame[y - 24:y + 24, x - 24:x + 24, int(actions[t, 18])] = 250
+        writer.add(t, frame)
     writer.close(n)
     for name, array in {"actions": actions, **files}.items():
         extract.write_npy(folder / f"{name}.npy", array)
-    about = {"video": "drawn", "game": game, "fps": fps, "n": n, "size": [256, 256]}
-    extract.write_json(folder / "clip.json", about)
+    extract.write_json(folder / "clip.json", {"game": game, "fps": fps, "n": n, "lag": lag})
     return folder
-
-
-def row_numbers(actions):
-    """Which rows of a clip of make_clip these actions are."""
-    return np.rint(actions[:, 23] * 1000).tolist()
 
 
 def trained(data, out, flags="", *more):
@@ -2859,12 +2232,6 @@ def trained(data, out, flags="", *more):
 
 def losses(folder):
     return np.genfromtxt(folder / "log.csv", delimiter=",", names=True)["loss"]
-
-
-def save_start(path, config):
-    """A fresh checkpoint to fine-tune."""
-    M.save(path, M.create(config, 1).state_dict(), config)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -2882,130 +2249,66 @@ def ended(squares, tmp_path_factory):
     return trained(squares, tmp_path_factory.mktemp("ended") / "run", "--steps 1 --val 0 --lr 0.001")
 
 
-@pytest.mark.parametrize(
-    "fps, rows",
-    [(30, [5, 5, 6, 6]), (60, [5, 6, 7, 8]), (120, [5, 7, 9, 11]), (24, [5, 5, 5, 6])],
-)
-def test_chunks_are_at_the_models_rate_from_clips_of_any_rate(tmp_path, fps, rows):
-    """Action j is row floor(5 + j fps / 60); what is past the clip's end is masked."""
-    clip = train.Clip(make_clip(tmp_path / "clip", fps=fps), TOY4)
-    actions, mask = clip.chunk(5)
-    assert row_numbers(actions) == rows
-    assert mask.all()
-    assert row_numbers(clip.before(5)[None]) == [4]
-    actions, mask = clip.chunk(39)
-    assert row_numbers(actions) == [39] * 4
-    assert mask.tolist() == [True, fps < 60, fps == 24, False]
-
-
-def test_a_short_press_between_two_actions_is_not_lost(tmp_path):
-    actions = np.zeros((40, 25), np.float32)
-    actions[11, 18] = 1                                        # one row of 120 Hz, between the rows 10 and 12
-    clip = train.Clip(make_clip(tmp_path / "clip", 40, 120, actions=actions), TOY4)
-    assert clip.chunk(8)[0][:, 18].tolist() == [0, 1, 0, 0]
-
-
-def test_only_kept_frames_start_chunks_and_every_kth_frame_is_enough(tmp_path):
-    folder = make_clip(tmp_path / "clip", every=4, keep=np.isin(np.arange(40), np.arange(9, 30)))
-    clip = train.Clip(folder, TOY)
-    kept = extract.Frames(folder)
-    assert clip.rows.tolist() == [12, 16, 20, 24, 28]
-    frames, there = clip.pictures(2)
-    assert (frames[0] == kept[5]).all()
-    assert there.all()
-    clip = train.Clip(folder, replace(TOY, frames=3, frame_spacing=16))                # 8 rows of 30 Hz apart
-    frames, there = clip.pictures(0)
-    assert there.tolist() == [False, True, True]
-    assert (frames[1:] == np.stack([kept[1], kept[3]])).all()
-
-
-def test_no_chunk_and_no_picture_crosses_a_cut(tmp_path):
-    folder = make_clip(tmp_path / "clip", fps=60, cuts=np.isin(np.arange(40), (0, 11, 20)))
-    config = replace(TOY4, frames=3, frame_spacing=2)
-    clip = train.Clip(folder, config)
-    actions, mask = clip.chunk(9)
-    assert row_numbers(actions) == [9, 10, 10, 10]
-    assert mask.tolist() == [True, True, False, False]
-    assert clip.chunk(11)[1].all()
-    assert clip.chunk(38)[1].sum() == 2
-    frames, there = clip.pictures(14)                                 # 14, 12 and, before the cut, 10
-    assert there.tolist() == [False, True, True]
-    assert not frames[0].any()
-    assert (frames[1] == extract.Frames(folder)[12]).all()
-    late = train.Clip(folder, replace(config, action_shift=3))
-    assert [row for row in range(40) if row not in late.rows] == [8, 9, 10, 17, 18, 19, 37, 38, 39]
-    assert row_numbers(late.chunk(20)[0]) == [23, 24, 25, 26]
+@pytest.mark.parametrize("fps, shift, lag", [(24, 0, 0), (30, 3, 0), (60, 3, 2), (120, 0, 2)])
+def test_chunks_are_at_the_models_rate_from_clips_of_any_rate(tmp_path, fps, shift, lag):
+    """Action j begins at row floor(row + (j + shift) fps / 60) + lag; a short press is not lost; what is past
+    the clip's end or a cut is masked."""
+    actions, config = np.random.default_rng(0).random((40, 25), np.float32), replace(TOY4, action_shift=shift)
+    folder = make_clip(tmp_path / "clip", fps=fps, lag=lag, actions=actions, cuts=np.arange(40) == 20)
+    clip = sample.Clip(folder, config)
+    for row in clip.rows:
+        end = 20 if row < 20 else 40
+        starts = [lag + math.floor(row + (j + shift) * fps / 60 + 1e-6) for j in range(5)]
+        chunk, mask = clip.chunk(row)
+        assert mask[0] and mask.tolist() == [start < end for start in starts[:4]]
+        for action, start, to in zip(chunk[mask], starts, starts[1:]):
+            assert (action[-4:] == actions[start, -4:]).all()
+            if to < end:
+                assert (action[:-4] == actions[start:max(to, start + 1), :-4].max(0)).all()
     sampler = train.Sampler([clip], config, 40, draws=2)
     assert sampler.total(0) == sampler.load(0)["mask"].sum() * 2 * 25
 
 
+@pytest.mark.parametrize("future", [0, 2])
+def test_pictures_are_of_their_rows_and_cross_no_cut(tmp_path, future):
+    """Four, three rows apart, of a clip with every second row; with two to come, these must be there."""
+    folder = make_clip(tmp_path / "clip", every=2, cuts=np.arange(40) == 20, keep=np.arange(40) > 3)
+    clip, stored = sample.Clip(folder, replace(INVERSE, future=future)), extract.Frames(folder)
+    ends = {row: 20 if row < 20 else 40 for row in range(4, 40, 2)}
+    assert clip.rows.tolist() == [row for row in ends if row + 3 * future < ends[row]]
+    for j, row in enumerate(clip.rows):
+        for k, (picture, there) in enumerate(zip(*clip.pictures(j))):
+            number = (row + 3 * (k - 3 + future)) // 2                       # the last at that row or before
+            assert there == (number >= 0 and (number < 10) == (row < 20))
+            assert (picture == (stored[number] if there else 0)).all()
+
+
 def test_sampling_is_uniform_over_kept_frames_or_over_games_and_weighs_people(tmp_path):
-    make_clip(tmp_path / "0", 10, game="a")
-    make_clip(tmp_path / "1", 30, game="a", human=np.arange(30) >= 20)
-    make_clip(tmp_path / "2", 20, game="b")
+    for i, (n, game) in enumerate([(10, "a"), (30, "a"), (20, "b")]):
+        make_clip(tmp_path / str(i), n, game=game, human=np.arange(n) >= 20)
 
     def counts(weight=1.0, **how):
-        """Picks of each clip and the frames picked of the second, over 50 batches of 60."""
+        """Picks of each clip and of each frame of the second, over 50 batches of 60."""
         sampler = train.Sampler(train.load_clips([tmp_path], TOY, human_weight=weight), TOY, 60, **how)
         clip, frame = np.concatenate([sampler.picks(step) for step in range(50)], 1)
-        return np.bincount(clip, minlength=3), frame[clip == 1]
+        return np.bincount(clip), np.bincount(frame[clip == 1])
     clips, inside = counts()
     assert clips.tolist() == [500, 1500, 1000]                  # exactly: one pick in each of 60 equal shares
-    assert np.abs(np.bincount(inside, minlength=30) - 50).max() <= 1         # and every frame of a clip alike
-    assert np.abs(counts(balance=True)[0] - [375, 1125, 1500]).max() <= 5     # of a batch: 7.5, 22.5, 30
+    assert inside == pytest.approx(50, abs=1)                                # and every frame of a clip alike
+    assert counts(balance=True)[0] == pytest.approx([375, 1125, 1500], abs=5)     # of a batch: 7.5, 22.5, 30
     clips, inside = counts(weight=3.0)
-    assert np.abs(clips / 3000 - np.array([10, 50, 20]) / 80).max() < 0.01
-    assert abs((inside >= 20).mean() - 30 / 50) < 0.02
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_sample_depends_on_seed_and_number_alone(squares):
-    clips = train.load_clips([squares], TOY)
-    whole, parts, other = (train.Sampler(clips, TOY, 6, 2, seed=seed) for seed in (3, 3, 4))
-    parts.load(9)                                                                  # whatever was drawn before
-    a = whole.load(4)
-    b = [parts.load(4, begin, begin + 2) for begin in (0, 2, 4)]
-    assert equal(a, {name: torch.cat([part[name] for part in b]) for name in a})
-    assert not any(torch.equal(a[name], other.load(4)[name]) for name in ("noise", "t", "frames"))
-
-
-def fed(sampler, workers, micro=3):
-    """The batches of seven steps, as a run gets them."""
-    args = argparse.Namespace(batch=sampler.batch, micro=micro, workers=workers)
-    return list(train.feed(sampler, 1, 7, args, train.Team(0, 1, torch.device("cpu"), "")))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_any_number_of_processes_feeds_the_same_batches_and_one_line_of_error(squares, tmp_path, workers):
-    sampler = train.Sampler(train.load_clips([squares], TOY), TOY, 6, 2)
-    want = [sampler.load(step, begin, begin + 3) for step in range(1, 8) for begin in (0, 3)]
-    assert all(equal(a, b) for a, b in zip(fed(sampler, workers), want, strict=True))
-    clip = train.Clip(make_clip(tmp_path / "broken"), TOY)
-    np.load(clip.folder / "frames.npy", mmap_mode="r+")[:] = 0
-    with pytest.raises(UserError, match="expected JPEGs of one size") as error:
-        fed(train.Sampler([clip], TOY, 3), workers)
-    assert "\n" not in str(error.value)
-
-
-def test_a_loader_that_dies_is_one_line(squares, monkeypatch):
-    sampler = train.Sampler(train.load_clips([squares], TOY), TOY, 6)
-    monkeypatch.setattr(train.Sampler, "__getitem__", lambda self, job: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="a loader's process ended .* give --workers 0"):
-        fed(sampler, 1)
+    assert clips / 3000 == pytest.approx(np.array([10, 50, 20]) / 80, abs=0.01)
+    assert inside[20:].sum() / inside.sum() == pytest.approx(30 / 50, abs=0.02)
 
 
 def test_split_is_by_clip_stable_and_leaves_each_game_on_both_sides(tmp_path):
-    config = replace(TOY, horizon=1)
-    clips = [train.Clip(make_clip(tmp_path / f"{i:02}", 2, game="abc"[i % 3]), config) for i in range(30)]
-    some, held = train.split(clips, 0.2)
-    assert sorted(c.folder for c in some + held) == [c.folder for c in clips]
+    clips = [sample.Clip(make_clip(tmp_path / f"{i:02}", 2, game="abc"[i % 3]), TOY) for i in range(30)]
+    some, held = map(set, train.split(clips, 0.2))
+    assert some | held == {*clips} and not some & held
     assert {c.game for c in held} == {c.game for c in some} == set("abc")
-    assert set(train.split(clips[::-1][3:], 0.2)[1]) <= set(held)
-    assert train.split(clips, 0) == (clips, [])
-    assert train.split(clips[:1], 0.1) == (clips[:1], [])  # two rows can't be parted
+    assert held.issuperset(train.split(clips[::-1][3:], 0.2)[1])
+    for few, share in (clips, 0), (clips[:1], 0.1):        # two rows can't be parted
+        assert train.split(few, share) == (few, [])
 
 
 def test_splitting_twice_the_clips_compares_about_twice_as_many_games():
@@ -3025,32 +2328,12 @@ def test_splitting_twice_the_clips_compares_about_twice_as_many_games():
 
 
 def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over(tmp_path):
-    config = replace(TOY4, frames=2, frame_spacing=8)
-    clips = [
-        train.Clip(make_clip(tmp_path / "own", 60), config),
-        *(
-            train.Clip(make_clip(tmp_path / f"{i}", 8, game="two"), config)
-            for i in range(2)
-        ),
-    ]
-    training, held = train.split(clips, 0.1)
-    assert [(c.game, len(c.rows)) for c in training + held] == [
-        ("squares", 54),
-        ("two", 8),
-        ("two", 8),
-        ("squares", 6),
-    ]
-    first, last = training[0], held[1]
-    assert (first.rows.max(), last.rows.min()) == (53, 54)
-    assert (
-        row_numbers(first.chunk(52)[0]) == [52, 52, 53, 53] and first.lengths[-1] == 2
-    )
-    assert last.pictures(0)[1].tolist() == [
-        False,
-        True,
-    ]  # what came before is not shown
-    means = sample.mean_actions([last])["squares"]
-    assert means[23] == pytest.approx(np.mean(range(54, 60)) / 1000)
+    clip = sample.Clip(make_clip(tmp_path / "own", 60), replace(TOY4, frames=2, frame_spacing=8))
+    [first], [last] = train.split([clip], 0.1)
+    assert first.rows.tolist() == [*range(54)] and last.rows.tolist() == [*range(54, 60)]
+    assert first.chunk(52)[0][:, 23] * 1000 == pytest.approx([52, 52, 53, 53]) and first.lengths[-1] == 2
+    assert last.pictures(0)[1].tolist() == [False, True]                     # what came before is not shown
+    assert sample.mean_actions([last])["squares"][23] == pytest.approx(np.mean(range(54, 60)) / 1000)
 
 
 def test_augmentation_follows_its_formula():
@@ -3061,16 +2344,13 @@ def test_augmentation_follows_its_formula():
         colour, warp = train.augmentation(np.random.default_rng(seed), 256)
         places = np.dstack([x, y, np.ones_like(x)]) @ warp.T
         want = np.dstack([places, ramp[..., 2]]) @ colour[:, :3].T + colour[:, 3]
-        want = np.clip(want, 0, 255)
-        off = np.abs(train.augment(ramp.astype(np.uint8), colour, warp) - want)[64:192, 64:192]
-        assert off.mean() < 0.6                            # OpenCV rounds twice; no border is near
-        assert off.max() < 3
+        off = train.augment(ramp.astype(np.uint8), colour, warp) - want.clip(0, 255)
+        assert np.abs(off)[64:192, 64:192].mean() < 0.6    # OpenCV rounds twice; no border is near
         turn = warp[:, :2].astype(float)
         size = math.sqrt(np.linalg.det(turn))
-        assert 0.95 <= size <= 1
-        assert abs(math.degrees(math.atan2(turn[1, 0], turn[0, 0]))) <= 5
-        off = warp @ [127.5, 127.5, 1] - 127.5          # the crop lies inside the frame, before it is turned
-        assert np.abs(off).max() <= (1 - size) * 128 + 1e-3
+        assert 0.95 <= size <= 1 and abs(math.degrees(math.atan2(turn[1, 0], turn[0, 0]))) <= 5
+        moved = warp @ [127.5, 127.5, 1] - 127.5        # the crop lies inside the frame, before it is turned
+        assert np.abs(moved).max() <= (1 - size) * 128 + 1e-3
         assert np.ptp(colour @ [127, 127, 127, 1]) <= 1  # saturation and hue leave grey as it is
 
 
@@ -3079,7 +2359,7 @@ def known_loss(field, actions, noise, t, mask=None):
     """cfm_loss of a known velocity at the time t -> the loss, the points at which it was asked."""
     asked = []
 
-    def model(x, t, frames, games, keep):
+    def model(x, *_):
         asked.append(x)
         return field(x)
     model.config = TOY
@@ -3088,53 +2368,33 @@ def known_loss(field, actions, noise, t, mask=None):
 
 
 def test_flow_matching_identities():
-    a = torch.rand(3, 16, 25)
-    noise = torch.randn(3, 16, 25)
-    times = 0.0, 1.0, 0.4, 0.4 + 1e-3
-    asked = [known_loss(lambda x: x * 0, a, noise, t) for t in times]
+    a, noise, mask = torch.rand(3, 16, 25), torch.randn(3, 16, 25), torch.rand(3, 16) < 0.5
+    asked = [known_loss(torch.zeros_like, a, noise, t, mask) for t in (0.0, 1.0, 0.4, 0.4 + 1e-3)]
     (_, start), (_, end), (_, before), (loss, after) = asked
-    assert torch.equal(start, noise)                       # the path's ends
-    assert torch.equal(end, a)
+    assert torch.equal(start, noise) and torch.equal(end, a)            # the path's ends
     speed = (after - before) / 1e-3                           # d x_t / d t by finite difference is the target
-    assert loss.item() == pytest.approx((speed ** 2).mean().item(), rel=1e-3)
-    owners = a[[0, 0, 1, 1, 2, 2]]                                # two draws of noise for each of the actions
+    assert loss.item() == pytest.approx((speed[mask] ** 2).mean().item(), rel=1e-3)
+    assert known_loss(torch.ones_like, a, noise, 0.4, mask & False)[0] == 0
+    owners = a.repeat_interleave(2, 0)                        # two draws of noise for each of the actions
     leads_there = known_loss(lambda x: (owners - x) / 0.7, a, torch.randn(6, 16, 25), 0.3)
     assert leads_there[0].item() < 1e-10
 
 
 def test_times_are_the_shifted_beta_of_the_release():
     t = train.draw_times(np.random.default_rng(0), 200_000, TOY)
-    assert 0 <= t.min()
-    assert t.max() < 0.9991
+    assert 0 <= t.min() and t.max() < 0.9991
     assert t.mean() == pytest.approx((1 - 1.6 / 2.4) * 0.999, abs=2e-3)     # E[1 - Beta(a, b)] = b / (a + b)
     below = (t < 0.1).mean(), (t < 0.5).mean()
     assert below == pytest.approx((0.231, 0.734), abs=4e-3)                   # the integral of its density
 
 
-def test_masked_values_have_no_gradient_and_the_mean_is_over_the_rest():
-    a = torch.rand(2, 16, 25)
-    noise = torch.randn(2, 16, 25)
-    v = torch.zeros(2, 16, 25, requires_grad=True)
-    mask = torch.arange(32).reshape(2, 16) < 10
-    loss = known_loss(lambda x: v, a, noise, 0.3, mask)[0]
-    loss.backward()
-    assert loss.item() == pytest.approx(((a - noise)[0, :10] ** 2).mean().item(), rel=1e-5)
-    assert not v.grad[~mask].any()
-    assert v.grad[mask].all()
-    assert known_loss(lambda x: v, a, noise, 0.3, mask & False)[0].item() == 0
-
-
 def test_euler_is_of_first_order_and_exact_on_straight_lines():
-    def solved(steps, field):
-        model = types.SimpleNamespace(
-            config=replace(TOY, steps=steps),
-            times=lambda buckets: types.SimpleNamespace(at=lambda i: buckets[i] / 1000),
-            step=lambda x, t, context: field(t.double()) * torch.ones_like(x),
-        )
-        start = torch.zeros(1, 16, 25, dtype=torch.float64)
-        return sample.euler(model, None, start)[0, 0, 0].item()
-    for steps in 10, 20, 40:                                             # x' = 2 t, x(0) = 0, x(1) = 1
-        assert solved(steps, lambda t: 2 * t) == pytest.approx(1 - 1 / steps)
+    def solved(k, field):
+        times = types.SimpleNamespace(at=lambda i: i / k)
+        model = types.SimpleNamespace(step=lambda x, t, context: torch.full_like(x, field(t)))
+        return sample.euler(model, None, torch.zeros(1), k, times=times).item()
+    for k in 10, 20, 40:                                                 # x' = 2 t, x(0) = 0, x(1) = 1
+        assert solved(k, lambda t: 2 * t) == pytest.approx(1 - 1 / k)
     assert solved(10, lambda t: 3.0) == pytest.approx(3)
 
 
@@ -3142,13 +2402,10 @@ def test_euler_is_of_first_order_and_exact_on_straight_lines():
 def test_norms_biases_and_embeddings_do_not_decay():
     model = M.create(M.preset("toy", games=["a"]))
     decay, free = train.groups(model)
-    assert decay["weight_decay"] == 0.001
-    assert free["weight_decay"] == 0
-    named = dict(model.named_parameters())
+    assert (decay["weight_decay"], free["weight_decay"]) == (0.001, 0)
     free_names = r"norm|bias|\.b$|(position|game)_embedding\.weight$"
-    want = {id(p) for name, p in named.items() if re.search(free_names, name)}
-    assert {id(p) for p in free["params"]} == want
-    assert len(decay["params"]) == len(named) - len(want)
+    want = {p for name, p in model.named_parameters() if re.search(free_names, name)}
+    assert {*free["params"]} == want and {*decay["params"]} == {*model.parameters()} - want
 
 
 def test_rate_warms_up_stays_and_falls():
@@ -3158,177 +2415,75 @@ def test_rate_warms_up_stays_and_falls():
 
 
 def test_average_follows_its_formula_and_comes_back():
-    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    average = train.Average([p], torch.device("cpu"), 0.9999)
-    mean = np.array([1.0, 2.0])
+    p, mean = torch.nn.Parameter(torch.ones(1)), 1.0
+    average = train.Average([p], "cpu", 0.8)
     for step in range(1, 50):
         p.data += step
         average.update(step)
-        decay = min(0.9999, (1 + step) / (10 + step))
-        mean = decay * mean + (1 - decay) * p.detach().numpy()
-    before = p.detach().clone()
+        mean += (1 - min(0.8, (1 + step) / (10 + step))) * (p.item() - mean)
+    now = p.item()
     with average.in_place():
-        assert np.allclose(p.detach(), mean, rtol=1e-5)
-    assert torch.equal(p, before)
-    assert np.allclose(average.mean[0], mean, rtol=1e-5)
+        assert p.item() == pytest.approx(mean, rel=1e-5)
+    assert p.item() == now and average.mean[0].item() == pytest.approx(mean, rel=1e-5)
 
 
 def test_scores_are_r2_f1_and_f1_of_onsets():
-    truth = np.zeros((2, 20, 25), np.float32)
-    mask = np.ones((2, 20), bool)
+    truth, mask = np.zeros((2, 20, 25), np.float32), np.ones((2, 20), bool)
     truth[..., 21] = np.arange(40).reshape(2, 20) / 40
-    truth[0, 5:15, 18] = 1  # a press at 5, a release at 15
-    assert sample.score_chunks(truth, truth, mask) == (1, 1, 1)
-    guess = truth.copy()
-    guess[..., 21], guess[..., 18] = (
-        truth[..., 21].mean(),
-        1,
-    )  # 10 hits, 30 false alarms
-    assert sample.score_chunks(guess, truth, mask) == pytest.approx(
-        (0, 2 * 10 / (2 * 10 + 30), 0), abs=1e-6
-    )
+    truth[0, 5:15, 18] = 1                                                   # a press at 5, a release at 15
+    blind, trembles = truth.copy(), truth.copy()
+    blind[..., 21], blind[..., 18] = truth[..., 21].mean(), 1                    # 10 hits, 30 false alarms
+    trembles[0, 6:8, 18] = 0                                                     # two presses for one
+    for guess, counts, want in [
+            (truth, mask, (1, 1, 1)), (blind, mask, (0, 0.4, 0)), (trembles, mask, (1, 16 / 18, 4 / 6)),
+            (trembles, mask & (np.arange(20) < 15), (1, 16 / 18, 2 / 4))]:      # before the release
+        assert sample.score_chunks(guess, truth, counts) == pytest.approx(want, abs=1e-6)
     for late, onset in (2, 1), (3, 0), (-2, 1):
         assert sample.score_chunks(np.roll(truth, late, 1), truth, mask)[2] == onset
-    guess = truth.copy()
-    guess[0, 6:8, 18] = 0  # trembles: two presses for one
-    assert sample.score_chunks(guess, truth, mask)[2] == 2 * 2 / (4 + 2)
-    assert sample.score_chunks(guess, truth, mask & (np.arange(20) < 15))[
-        2
-    ] == 2 * 1 / (3 + 1)
-    assert np.isnan(sample.score_chunks(guess * 0, truth * 0, mask)).all()
+    assert np.isnan(sample.score_chunks(truth * 0, truth * 0, mask)).all()
 
 
-def test_score_tells_of_each_game_beside_the_blind_and_films_it(
-    squares, toy, tmp_path, capsys
-):
-    film, shots = tmp_path / "film.mp4", []
-
-    def beside(*seen):
-        shots.append(seen)
-        return np.zeros((768, 1152, 3), np.uint8)
-
-    with mock.patch.object(sample, "beside", beside):
-        assert (
-            run(
-                sample.main,
-                "score",
-                squares,
-                "--ckpt",
-                toy,
-                "--video",
-                film,
-                "--limit",
-                3,
-            )
-            == 0
-        )
-    out = capsys.readouterr().out
-    assert (
-        re.search(r"game +n +model R2 +F1 +onset +rest R2", out)
-        and "play is the judge" in out
-    )
-    assert re.search(r"\nblue +3 .*\nred +3 .*\nall +6 ", out)
-    clip = train.Clip(extract.clips_in(squares)[0], M.load(toy)[0].config)
-    rgb, _, true, said = next(
-        shot for shot in shots if (shot[2] == clip.chunk(0)[0][0]).all()
-    )
-    assert extract.video_info(film)["n"] == len(shots) > 60 and said.shape == (25,)
-    assert (rgb[1::3, 1::3] == extract.Frames(clip.folder)[0]).all()
+def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
+        squares, ckpt, one_skin, tmp_path, monkeypatch, capsys):
+    film, shots, real = tmp_path / "film.mp4", [], sample.beside
+    monkeypatch.setattr(sample, "beside", lambda *seen: shots.append(seen) or real(*seen))
+    assert run(sample.main, "score", squares, "--ckpt", ckpt, "--limit", 1, "--video", film) == 0
+    assert re.search(r"\nblue +1 .*\nred +1 .*\nall +2 ", capsys.readouterr().out)
+    assert extract.video_info(film)["n"] == len(shots) == 16
+    clip, (rgb, _, played, said) = sample.Clip(squares / "clip 1", TOY), shots[0]   # the first blue one
+    assert (played == clip.chunk(0)[0][0]).all() and (rgb[1::3, 1::3] == clip.pictures(0)[0][0]).all()
+    page, right = real(rgb, one_skin, played, said), real(rgb, one_skin, played, played)
+    assert (page[:, :768] == rgb).all()
+    assert (page[:384] == right[:384]).all() and (page[384:] != right[384:]).any()
 
 
 def test_the_shipped_clip_gives_the_figures_of_the_readme(capsys):
-    """Of the shipped policy; the clip is less than a megabyte."""
-    weights = HERE / "weights"
-    assert sum(path.stat().st_size for path in (weights / "crypt").iterdir()) < 1e6
-    assert (
-        run(
-            sample.main,
-            "score",
-            weights / "crypt",
-            "--ckpt",
-            weights / "policy-nano.safetensors",
-        )
-        == 0
-    )
-    figures = "crypt 74 0.65 0.77 0.50 -0.34 0.00 0.00 0.15 0.53"  # model, rest, repeat
+    """Of the shipped policy."""
+    crypt = HERE / "weights/crypt"
+    assert run(sample.main, "score", crypt, "--ckpt", HERE / "weights/policy-nano.safetensors") == 0
+    figures = "crypt 74 0.65 0.77 0.50 -0.34 0.00 0.00 0.15 0.53"            # model, rest, repeat
     assert figures in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_films_page_has_the_frame_and_a_pad_for_each_action():
-    [skin], tilted = extract.our_skins()[:1], extract.neutral()
-    tilted[21] = 1
-    frame = pictures(1)[0]
-    page = sample.beside(frame, skin, tilted, extract.neutral(), extract.neutral())
-    assert page.shape[0] == 256 < page.shape[1] <= 384
-    assert (page[:, :256] == frame).all()
-    pads = [page[i * 85 : i * 85 + 85, 256:] for i in range(3)]
-    assert (pads[1] == pads[2]).all() and (pads[0] != pads[1]).any()
-
-
-def test_the_lag_of_labels_is_found_and_clip_json_can_say_it(tmp_path, capsys):
-    """Labels that come three rows late; the chunks are the truth."""
-    rng = np.random.default_rng(0)
-    truth = np.zeros((60, 25), np.float32)
-    truth[:, 21] = rng.uniform(-1, 1, 60)
-    make_clip(tmp_path / "late", 60, actions=np.roll(truth, 3, 0))
-    make_clip(tmp_path / "true", 60, actions=truth)
-    config = replace(TOY4, hz=30.0)
-    late, true = (train.Clip(tmp_path / name, config) for name in ("late", "true"))
+def test_the_lag_of_labels_is_found(tmp_path, capsys):
+    """Of labels that come three rows late; the chunks are the truth."""
+    truth = np.random.default_rng(0).uniform(-1, 1, (60, 25)).astype(np.float32).clip(0)
+    late = sample.Clip(make_clip(tmp_path / "late", 60, actions=np.roll(truth, 3, 0)), replace(TOY4, hz=30.0))
     starts = sample.one_after_another([late])
-    assert [late.rows[j] for _, j in starts] == [*range(0, 60, 4)]
-    chunks = np.stack([true.chunk(late.rows[j])[0] for _, j in starts])
-    sample.print_lags(chunks, starts)
+    assert [j for _, j in starts] == [*range(0, 60, 4)]
+    sample.print_lags(truth.reshape(15, 4, 25), starts)
     assert "late | lag +3 rows: error 0.0000" in capsys.readouterr().out
-    meta = extract.read_clip(tmp_path / "late")
-    extract.write_json(tmp_path / "late/clip.json", meta | {"lag": 3})
-    told = train.Clip(tmp_path / "late", config)
-    assert (told.chunk(7)[0] == true.chunk(7)[0]).all() and told.rows.tolist() == [
-        *range(57)
-    ]
-    extract.write_json(tmp_path / "late/clip.json", meta | {"lag": "x"})
-    with pytest.raises(
-        UserError, match='clip.json: expected a whole number of rows as "lag"'
-    ):
-        train.Clip(tmp_path / "late", config)
 
 
 # ------------------------------------------------------------------------------------ inverse dynamics
-SIDES = dict(
-    patch=64,
-    vision_width=64,
-    vision_heads=4,
-    vision_layers=1,
-    vision_ffn=128,
-    mixing=M.Stack(1, 4, 16, 0.0),
-    dit=M.Stack(2, 4, 16, 0.0),
-)
-INVERSE = replace(TOY4, hz=30.0, frames=4, future=2, frame_spacing=3, **SIDES)
-
-
-def test_an_inverse_model_sees_frames_before_and_after_and_starts_only_where_all_to_come_is_there(
-    tmp_path,
-):
-    clip = train.Clip(make_clip(tmp_path / "clip", cuts=np.arange(40) == 20), INVERSE)
-    assert INVERSE.offsets == [-3, 0, 3, 6]
-    assert clip.rows.tolist() == [*range(14), *range(20, 34)]
-    stored = extract.Frames(clip.folder)
-    frames, there = clip.pictures(13)
-    assert there.all() and all(
-        (frame == stored[i]).all() for frame, i in zip(frames, (10, 13, 16, 19))
-    )
-    frames, there = clip.pictures(14)  # the row after the cut
-    assert there.tolist() == [False, True, True, True] and not frames[0].any()
-
-
-def test_an_inverse_model_tells_its_frames_apart():
-    """Their order, and what moved between two of them, as a policy of several frames does not."""
-    frames = torch.from_numpy(pictures(4)[None])
-    inverse, policy = M.create(INVERSE, 1), M.create(replace(INVERSE, future=0), 1)
-    turned = frames.flip(1)
-    assert (policy.see(frames).flip(1) == policy.see(turned)).all()
-    assert (inverse.see(frames).flip(1) - inverse.see(turned)).abs().max() > 1e-3
-    inverse.vision.position_embedding.weight.data.zero_()
-    assert (inverse.see(frames).flip(1) - inverse.see(turned)).abs().max() > 1e-3
+@pytest.mark.parametrize("future, apart", [(0, False), (2, True)])
+def test_only_an_inverse_model_tells_its_frames_apart(future, apart):
+    """Their order; and, without that, what moved between two of them."""
+    frames, model = torch.from_numpy(pictures(4)[None]), M.create(replace(INVERSE, future=future), 1)
+    for _ in range(2):
+        off = model.see(frames).flip(1) - model.see(frames.flip(1))
+        assert (off.abs().max() > 1e-3) == apart
+        model.vision.position_embedding.weight.data.zero_()
 
 
 @pytest.fixture(scope="module")
@@ -3338,140 +2493,72 @@ def idm(tmp_path_factory):
     return save_model(path, tiny(hz=30.0, frames=4, future=2, frame_spacing=6))
 
 
-def test_an_inverse_model_labels_plain_clips_and_these_train(
-    idm, squares, tmp_path, capfd
-):
-    plain, short = make_clip(tmp_path / "data/plain", 40), make_clip(
-        tmp_path / "data/short", 5
-    )
+def test_an_inverse_model_labels_plain_clips_and_these_train(idm, tmp_path, capfd):
+    plain, short, done = (make_clip(tmp_path / "data" / str(n), n) for n in (40, 5, 30))
     for clip in plain, short:
         (clip / "actions.npy").unlink()
-    done = make_clip(tmp_path / "data/done", 30)
     before = (done / "actions.npy").read_bytes()
-    assert (
-        run(sample.main, "label", tmp_path / "data", "--ckpt", idm, "--draws", 2) == 0
-    )
-    said = capfd.readouterr().out
-    for line in (
-        "2 of 3 clips have no actions yet",
-        "left out 1 clip(s)",
-        "short: 5 rows",
-    ):
-        assert line in said
-    assert (done / "actions.npy").read_bytes() == before and not (
-        short / "actions.npy"
-    ).exists()
-    names = "actions", "confidence", "keep"
-    actions, confidence, keep = (np.load(plain / f"{name}.npy") for name in names)
-    assert extract.read_clip(plain)["labels"] == "inverse" and actions.shape == (40, 25)
-    assert ((0 <= confidence) & (confidence <= 1)).all() and 0 < confidence[
-        :28
-    ].mean() < 1
-    assert (
-        not confidence[-1] and not keep[-1] and not actions[-1].any()
-    )  # its future is not known
-    (short / "frames.npy").unlink()
-    fails_in_one_line(
-        capfd,
-        train.main,
-        tmp_path / "data",
-        "--out",
-        tmp_path / "run",
-        *SHORT,
-        says="short",
-    )
-    shutil.rmtree(short)
-    extract.write_npy(plain / "keep.npy", keep | (np.arange(40) < 30))
-    trained(tmp_path / "data", tmp_path / "run", "--steps 1")
+    assert run(sample.main, "label", plain.parent, "--ckpt", idm, "--draws", 2) == 0
+    assert "2 of 3 clips have no actions yet\nleft out 1 clip(s)" in capfd.readouterr().out
+    assert (done / "actions.npy").read_bytes() == before and not (short / "actions.npy").exists()
+    actions, confidence, keep = (np.load(plain / f"{name}.npy") for name in ("actions", "confidence", "keep"))
+    assert confidence.min() == 0 and 0 < confidence[:28].mean() < confidence.max() <= 1
+    assert not (confidence[-1] or keep[-1] or actions[-1].any())             # its future is not known
+    assert extract.read_clip(plain)["labels"] == "inverse"
+    extract.write_npy(plain / "keep.npy", np.arange(40) < 30)
+    trained(plain, tmp_path / "run", "--steps 1")
 
 
-def test_labels_are_means_of_draws_and_sure_where_these_agree(
-    idm, tmp_path, monkeypatch
-):
+def test_labels_are_means_of_draws_and_sure_where_these_agree(tmp_path, monkeypatch):
     """Draws that say 1, 1, 1, 0 of SOUTH, and tilt x by 0.5 or by 0.3; a row is in two chunks."""
-    clip = train.Clip(make_clip(tmp_path / "clip"), replace(INVERSE, horizon=8), "")
-    policy = types.SimpleNamespace(config=clip.config)
-
-    def chunks_at(policy, starts, seed, draws):
-        out = torch.full((draws, len(starts), 8, 25), 0.5)
-        out[..., :21], out[:3, ..., 18], out[..., 21] = 0.1, 0.9, 0.75
-        out[::2, ..., 21] = 0.65
-        return out
-
-    monkeypatch.setattr(sample, "chunks_at", chunks_at)
-    actions, confidence = sample.label(policy, clip, 4)
+    clip = sample.Clip(make_clip(tmp_path / "clip"), replace(INVERSE, horizon=8), "")
+    draws = torch.full((4, 1, 8, 25), 0.5)
+    draws[..., :21] = 0.1
+    draws[:3, ..., 18] = 0.9
+    draws[..., 21] = torch.tensor([0.65, 0.75, 0.65, 0.75])[:, None, None]
+    monkeypatch.setattr(sample, "chunks_at", lambda policy, starts, *_: draws.repeat(1, len(starts), 1, 1))
+    actions, confidence = sample.label(None, clip, 4)
     assert set(actions[:36, 18]) == {1} and not actions[:, :18].any()
-    assert actions[:36, 21] == pytest.approx(0.4) and confidence[:36] == pytest.approx(
-        1 - 4 * 0.75 * 0.25
-    )
-
-
-@pytest.mark.parametrize(
-    "line, says",
-    [
-        ("label DATA --ckpt POLICY", "found a policy"),
-        ("label DATA --ckpt IDM", "none of its frames may start"),
-        ("score DATA --ckpt POLICY", "expected actions, found none: add them"),
-        ("image a.png --ckpt IDM --out x.npy", "needs the frames to come"),
-        ("serve --ckpt IDM", "needs the frames to come"),
-    ],
-)
-def test_what_an_inverse_model_and_a_plain_clip_are_not_for_is_one_line(
-    line, says, idm, toy, tmp_path, monkeypatch, capfd
-):
-    monkeypatch.chdir(tmp_path)
-    extract.save_png(Path("a.png"), pictures(1)[0])
-    (make_clip(tmp_path / "data/x", 6) / "actions.npy").unlink()
-    words = [
-        {"DATA": "data", "IDM": idm, "POLICY": toy}.get(word, word)
-        for word in line.split()
-    ]
-    fails_in_one_line(capfd, sample.main, *words, says=says)
-    assert not (tmp_path / "x.npy").exists()
+    assert actions[:36, 21] == pytest.approx(0.4) and confidence[:36] == pytest.approx(1 - 4 * 0.75 * 0.25)
 
 
 # --------------------------------------------------------------------------------------------- train: the run
-def test_dry_run_takes_clips_of_any_rate_says_what_it_found_and_writes_nothing(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
+def test_dry_run_takes_clips_of_any_rate_says_what_it_found_and_writes_nothing(tmp_path, capfd):
     for fps in (24, 30, 60, 144):
         make_clip(tmp_path / "data" / str(fps), fps=fps)
     make_clip(tmp_path / "data" / "short", 2, 60)
-    assert run(train.main, "data", "--dry-run", "--action-shift", 3, *QUICK) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    files = {*tmp_path.rglob("*")}
+    assert run(train.main, tmp_path / "data", "--dry-run", "--action-shift", 3, *QUICK) == 0
+    assert {*tmp_path.rglob("*")} == files
     out = capfd.readouterr().out
-    assert "24, 30, 60, 144 frames/s" in out
-    assert "left out 1 clip(s)" in out
-    assert "short: 2 rows" in out
-    assert re.search(r"most memory held: \d+\.\d+ GB", out)
+    for said in "24, 30, 60, 144 frames/s", "left out 1 clip(s)", "short: 2 rows", "most memory held: ":
+        assert said in out
 
 
 def test_resume_equals_uninterrupted(squares, tmp_path, monkeypatch):
-    """Equal bytes of every file that holds numbers; the interruption is a real SIGTERM in the middle."""
-    flags = "--steps 7 --draws 2 --game-ids --every 3"
-    whole = trained(squares, tmp_path / "whole", flags)
-    cut = tmp_path / "cut"
-    real = train.rate
+    """Equal bytes of every file that holds numbers, whoever loads the frames; the interruption is a real
+    SIGTERM in the middle."""
+    whole, cut, real = tmp_path / "whole", tmp_path / "cut", train.rate
+    flags = "--steps 7 --draws 2 --game-ids --every 3 --workers"
+    trained(squares, whole, flags, 0)
 
     def interrupted(step, args):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(step, args)
-    monkeypatch.setattr(train, "rate", interrupted)
-    assert run(train.main, squares, "--out", cut, *QUICK, *flags.split()) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rate", interrupted)
+        assert run(train.main, squares, "--out", cut, *QUICK, *flags.split(), 1) == 130
     assert M.read_meta(cut)[0]["step"] == 4                                                # saved first
-    with open(cut / "log.csv", "a", encoding="utf-8") as f:
-        f.write("5,9.9,,,,1,1,1\n")                                 # a line that a killed process left behind
-    assert run(train.main, "--resume", cut, "--device", "cpu") == 0
+    with open(cut / "log.csv", "ab") as f:                             # lines that a killed process left
+        f.write(b"5,9.9,,,,1,1,1\nx,9.9,,,,1,1,1\n2,\xff\xfe,,,,1,1,1\n3,9.9\n")
+    assert run(train.main, "--resume", cut, "--device", "cpu", "--workers", 0) == 0
     for name in ("model.safetensors", "state.safetensors"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
-    logs = [np.genfromtxt(folder / "log.csv", delimiter=",", skip_header=1) for folder in (whole, cut)]
-    assert logs[0].shape == (7, 8)
-    np.testing.assert_array_equal(logs[0][:, :-1], logs[1][:, :-1])                      # all but the seconds
-    assert cv2.imread(str(cut / "curve.png")).shape == (400, 1200, 3)
+    logs = [re.sub(",[^,]*$", "", (out / "log.csv").read_text(), flags=re.M) for out in (whole, cut)]
+    assert logs[0] == logs[1] and len(losses(cut)) == 7                                  # all but the seconds
     meta = M.read_meta(cut)[0]
-    assert set(meta["metrics"]["games"]) == {"blue", "red"}
-    assert len(meta["data"]["held"]) == 2
+    assert set(meta["metrics"]["games"]) == {"blue", "red"} and len(meta["data"]["held"]) == 2
 
 
 def two_processes(*words):
@@ -3489,233 +2576,113 @@ def farthest(a, b):
 
 
 def test_micro_batches_and_two_processes_give_the_run_of_the_whole_batch(squares, tmp_path):
+    """Also where activations are computed again in the backward pass."""
+    one, parts, two = (tmp_path / name for name in ("one", "parts", "two"))
     flags = "--dropout 0 --val 0"
-    one = trained(squares, tmp_path / "one", flags)
-    trained(squares, tmp_path / "parts", flags, "--micro", 1)
-    done = two_processes(squares, "--out", tmp_path / "two", *QUICK, *flags.split())
+    trained(squares, one, flags)
+    trained(squares, parts, flags, "--micro", 1, "--checkpointing")
+    done = two_processes(squares, "--out", two, *QUICK, *flags.split())
     assert done.returncode == 0, done.stderr
-    for other in tmp_path / "parts", tmp_path / "two":
-        assert len(losses(one)) == 4
-        assert np.abs(losses(one) - losses(other)).max() < 1e-5
+    for other in parts, two:
+        assert losses(other) == pytest.approx(losses(one), abs=1e-5)
         assert farthest(one, other) < 2e-4              # what AdamW makes of rounding in four steps
 
 
 def test_overfits_eight_clips(tmp_path):
-    """A model of 0.2 M, trained through the command line, tells eight pictures apart and gives back their
+    """A small model, trained through the command line, tells eight pictures apart and gives back their
     actions."""
+    data, start = tmp_path / "data", tmp_path / "start.safetensors"
     for i in range(8):
-        make_clip(tmp_path / "data" / f"{i}", 2, seed=i)
+        make_clip(data / f"{i}", 2, seed=i)
     small = dict(patch=64, vision_width=64, vision_heads=4, vision_layers=2, vision_ffn=128)
     config = replace(TOY4, mixing=M.Stack(0, 4, 16), dit=M.Stack(2, 4, 16), **small)
     flags = "--batch 8 --steps 400 --lr 5e-3 --val 0 --no-augment --dropout 0 --draws 8 --every 400"
-    start = save_start(tmp_path / "start.safetensors", config)
-    model = M.load(trained(tmp_path / "data", tmp_path / "run", flags, "--ckpt", start))[0]
-    sampler = train.Sampler(train.load_clips([tmp_path / "data"], config), config, 8, augment=False)
+    save_model(start, M.create(config, 1))
+    model = M.load(trained(data, tmp_path / "run", flags, "--ckpt", start))[0]
+    sampler = train.Sampler(train.load_clips([data], config), config, 8, augment=False)
     args = argparse.Namespace(micro=8, dtype="float32")
-    result = train.validate(model, sampler, {}, torch.device("cpu"), args)
+    result = train.validate(model, sampler, {}, ALONE.device, args)
     assert result["loss"] < 0.2 and result["policies"]["model"][1] > 0.6, result      # from 1.1 and 0.1
 
 
-FROZEN = {
-    "vision": "vision",
-    "mixing": "mixing",
-    "all-but-head": "vision mixing dit time proj_out_1 proj_out_2",
-}
-
-
-@pytest.mark.parametrize("preset", ["toy", "nano"])
-@pytest.mark.parametrize("freeze", FROZEN)
-def test_fine_tuning_leaves_the_frozen_alone_and_adds_games(squares, tmp_path, preset, freeze):
+@pytest.mark.parametrize("freeze, still", [
+    ("vision", {"vision"}), ("mixing", {"mixing"}),
+    ("all-but-head", {"vision", "mixing", "dit", "time", "proj_out_1", "proj_out_2"})])
+def test_fine_tuning_leaves_the_frozen_alone_and_adds_games_and_dropout(squares, tmp_path, freeze, still):
     """Also to a context which, as the released one, its image tokens fill."""
-    config = M.preset(preset)
-    still = set(FROZEN[freeze].split())
-    config.context_tokens = config.image_tokens
-    start = save_start(tmp_path / "start.safetensors", config)
-    flags = f"--freeze {freeze} --steps 2 --game-ids --hz 30"
+    config = replace(TOY, context_tokens=TOY.image_tokens, mixing=M.Stack(1, 6, 16, 0.0))
+    start = save_model(tmp_path / "start.safetensors", M.create(config, 1))
+    flags = f"--freeze {freeze} --steps 2 --game-ids --hz 30 --dropout 0.3"
     out = trained(squares, tmp_path / "run", flags, "--ckpt", start)
-    before = load_file(start)
-    after = load_file(out / "model.safetensors")
-    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert not moved & still
-    assert moved >= {"action_decoder", "vision", "mixing", "dit"} - still
-    config = M.read_meta(out)[0]["config"]
-    assert config.games == ["blue", "red"]
-    assert config.hz == 30
-    assert config.length == config.image_tokens + 1
-    assert set(after) - set(before) == {"game_embedding.weight"}
-    assert not after["game_embedding.weight"][0].any()
+    before, after = load_file(start), M.load(out)[0]
+    changed = after.state_dict()
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], changed[name])}
+    assert not moved & still and moved >= {"action_decoder", "vision", "mixing", "dit"} - still
+    assert not after.game_embedding.weight[0].any() and after.config.games == ["blue", "red"]
+    assert after.config.length == TOY.image_tokens + 1
+    assert (after.config.hz, after.config.mixing.dropout) == (30, 0.3)
     assert run(train.main, "--resume", out, "--steps", 3) == 0       # frozen weights come from the run itself
 
 
-def test_frozen_vision_encodes_each_frame_once_and_trains_alike(
-    squares, tmp_path, monkeypatch
-):
+def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, tmp_path, monkeypatch):
     """Tokens on the disk in place of frames: the same losses up to float16, and no look at a frame again."""
-    data = shutil.copytree(
-        squares, tmp_path / "data", ignore=shutil.ignore_patterns(".tokens")
-    )
-    start = save_start(tmp_path / "start.safetensors", TOY)
-    flags = "--freeze vision --no-augment --dropout 0"
-    kept = trained(data, tmp_path / "kept", flags, "--ckpt", start)
-    files = {path: path.stat().st_mtime_ns for path in data.glob(".tokens/*.npy")}
-    assert len(files) == 6 and len(extract.clips_in(data)) == 6
-    monkeypatch.setattr(M.NitroGen, "see", lambda *_: pytest.fail("looked again"))
-    again = trained(data, tmp_path / "again", flags, "--ckpt", start)
-    assert {
-        path: path.stat().st_mtime_ns for path in data.glob(".tokens/*.npy")
-    } == files
-    assert (losses(again) == losses(kept)).all()
-    monkeypatch.undo()
+    data = shutil.copytree(squares, tmp_path / "data", ignore=shutil.ignore_patterns(".tokens"))
+    start = save_model(tmp_path / "start.safetensors", M.create(TOY, 1))
+
+    def frozen(name):
+        flags = "--freeze vision --no-augment --dropout 0"
+        return losses(trained(data, tmp_path / name, flags, "--ckpt", start))
+    kept = frozen("kept")
+    assert len([*data.glob(".tokens/*.npy")]) == len(extract.clips_in(data)) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(M.NitroGen, "see", lambda *_: pytest.fail("looked again"))
+        assert (frozen("again") == kept).all()
     monkeypatch.setattr(train, "keep_tokens", lambda *_, **__: None)
-    seen = trained(data, tmp_path / "seen", flags, "--ckpt", start)
-    assert losses(seen) == pytest.approx(losses(kept), abs=2e-3)
+    assert frozen("seen") == pytest.approx(kept, abs=2e-3)
 
 
-def test_kept_tokens_are_of_the_frame_and_of_augmentations_of_it(tmp_path):
-    model, clip = M.create(TOY), train.Clip(make_clip(tmp_path / "clip"), TOY)
+def test_kept_tokens_are_of_augmentations_of_a_frame_each_in_turn(tmp_path):
+    model, clip = M.create(TOY), sample.Clip(make_clip(tmp_path / "clip"), TOY)
     model.freeze("vision")
     args = argparse.Namespace(dry_run=False, seed=0, dtype="float32")
-    team = train.Team(0, 1, torch.device("cpu"), "")
-    [path] = train.keep_tokens(model, [clip], 3, args, team)
-    tokens = np.load(path)
-    assert tokens.shape == (3, len(clip.rows), 64, 96)
-    frames = torch.from_numpy(clip.pictures(7)[0])
-    close(tokens[0, 7], model.see(frames[None])[0, 0], 1e-2)
-    turned = train.augmented(clip.pictures(7)[0], train.stream(0, 7, 3))
-    close(tokens[2, 7], model.see(torch.from_numpy(turned)[None])[0, 0], 1e-2)
-    assert np.abs(tokens[0, 7] - tokens[2, 7]).max() > 0.1
+    [path] = train.keep_tokens(model, [clip], 3, args, ALONE)
+    tokens = np.load(path)                                                           # (3, 40, N, V)
     batch = train.Sampler([clip], TOY, 40, tokens=[path]).load(0)["frames"].numpy()
-    variants = [
-        (tokens[:, i] == x).all((1, 2)).argmax() for i, x in enumerate(batch[:, 0])
-    ]
-    assert batch.shape == (40, 1, 64, 96) and set(variants) == {
-        0,
-        1,
-        2,
-    }  # of each frame in turn
+    drawn = np.array([(tokens[:, i] == x).all((1, 2)) for i, x in enumerate(batch[:, 0])])
+    assert (drawn.sum(1) == 1).all() and drawn.any(0).all()                    # each of them another picture
 
 
-@pytest.mark.parametrize("full_at", ["state", "model"])                 # the model is written after the state
+@pytest.mark.parametrize("full_at, error", [                            # the model is written after the state
+    ("state", OSError(28, "No space left")), ("model", M.SafetensorError("No space left"))])
 def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(
-    full_at, ended, squares, tmp_path, monkeypatch, capfd
-):
-    old = shutil.copytree(ended, tmp_path / "old")
-    new = tmp_path / "new"
-    real = M.save_file
+        full_at, error, ended, squares, tmp_path, monkeypatch, capfd):
+    old, new, real = shutil.copytree(ended, tmp_path / "old"), tmp_path / "new", M.save_file
 
     def full(tensors, path, meta):
         if any(name.startswith("weights.") for name in tensors) != (full_at == "state"):
             return real(tensors, path, meta)
         Path(path).write_bytes(b"half a file")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(M, "save_file", full)
-    before = {path: path.read_bytes() for path in old.glob("*safetensors")}
-    fails_in_one_line(capfd, train.main, "--resume", old, "--steps", 3, says="No space left")
-    fails_in_one_line(capfd, train.main, squares, "--out", new, *SHORT, says="start again")
-    assert {path: path.read_bytes() for path in old.glob("*safetensors")} == before
-    assert not list(new.glob("*safetensors"))
-    monkeypatch.undo()
+        raise error
+    before = {path: path.read_bytes() for path in old.glob("*.safetensors")}
+    with monkeypatch.context() as patch:
+        patch.setattr(M, "save_file", full)
+        fails_in_one_line(capfd, train.main, "--resume", old, "--steps", 3, says="No space left")
+        fails_in_one_line(capfd, train.main, squares, "--out", new, *SHORT, says="start again")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
     assert run(train.main, "--resume", old, "--steps", 3) == 0
 
 
-def test_dropout_is_replaced_where_the_checkpoint_had_none(tmp_path):
-    """And as the configuration, from which a resumed run builds its model, says."""
-    start = save_start(tmp_path / "start.safetensors", replace(TOY, mixing=M.Stack(1, 6, 16, 0.0)))
-    unset = dict.fromkeys(("resume", "inverse", "hz", "horizon", "action_shift", "checkpointing"))
-    model = train.build(argparse.Namespace(**unset, ckpt=start, dropout=0.3, freeze=[], seed=0), [])
-    assert {block.dropout for block in [*model.mixing, *model.dit, *M.NitroGen(model.config).mixing]} == {0.3}
-
-
-def test_the_log_is_taken_up_and_the_curve_leaves_out_what_is_no_number(tmp_path):
-    path = tmp_path / "log.csv"
-    assert train.read_log(path, 0) == []
-    train.write_row(path, {"step": 1, "loss": 1.5, "val": 1.0, "r2": math.nan, "f1": 0.5, "seconds": 1.0})
-    train.write_row(path, {"step": 2, "loss": 1.0, "r2": 0.25, "seconds": 2.0})
-    whole = path.read_bytes()
-    for torn in b"3,9.9\n", b"x,9.9,,,,1,1,1\n", b"4,9.9,,,,1,1,1\n", b"2,\xff\xfe,,,,1,1,1\n":
-        path.write_bytes(whole + torn)
-        rows = train.read_log(path, 2)
-        assert [row["step"] for row in rows] == ["1", "2"]
-        assert path.read_bytes() == whole
-    for some in rows, rows[:1]:
-        train.draw_curve(tmp_path / "curve.png", some)
-
-
-def test_a_plot_has_its_points_where_they_belong():
-    page = np.asarray(train.plot({"a": (np.array([0, 10]), np.array([0.0, 2.0]), "red")}))
-    page = page[:362]                                                        # the line, without its name
-    y, x = np.nonzero((page == (255, 0, 0)).all(-1))
-    ends = [x.min(), y[x.argmin()], x.max(), y[x.argmax()]]
-    assert ends == pytest.approx([50, 360, 580, 30], abs=2)
+def test_a_curve_has_its_points_where_they_belong_and_leaves_out_what_is_no_number(tmp_path):
+    rows = [{"step": x, "loss": "1", "r2": y} for x, y in (("0", "0"), ("5", "nan"), ("10", "2"))]
+    train.draw_curve(tmp_path / "curve.png", rows)
+    page = extract.read_rgba(tmp_path / "curve.png")[:362, 600:, :3]             # the line, without its name
+    y, x = np.nonzero((page == (0, 128, 0)).all(-1))
+    assert [x.min(), y[x.argmin()], x.max(), y[x.argmax()]] == pytest.approx([50, 360, 580, 30], abs=2)
 
 
 # ----------------------------------------------------------------------------------- train: mistakes, guards
-def spoiled(row, column, value):
-    """Forty actions, one value of them wrong."""
-    actions = np.zeros((40, 25), np.float32)
-    actions[row, column] = value
-    return {"actions": actions}
-
-
-REST = spoiled(0, 0, 0)["actions"]
-TRAIN_MISTAKES = [           # flags, or a clip's files, or a pattern of a state's header and what replaces it
-    ("clip x/actions.npy: expected buttons in 0..1 and sticks in -1..1, found NaN or others in row 7",
-     spoiled(7, 3, np.nan)),
-    ("in row 3", spoiled(3, 22, 1.5)),
-    ("expected 40 x 25, one row a video frame, found (40, 24)", {"actions": REST[:, :24]}),
-    ("clip x/actions.npy: expected a whole .npy file, float32", {"actions": REST.astype(float)}),
-    ("clip x/keep.npy: expected a whole .npy file, bool (40,)", {"keep": np.ones(7, bool)}),
-    ("clip x: expected 1 to 1000 frames a second", {"fps": 0}),
-    ("expected JPEGs of one size",
-     {"frames": np.full(40, 7, np.uint8),
-      "frames_index": np.repeat(np.arange(41), 2).reshape(41, 2)}),
-    ("frames.npy: expected an index that rises and fits", {"frames_index": np.zeros((41, 2), np.int64)}),
-    ("clip 0: 30 rows, none of its frames may start a chunk", "--action-shift 900"),
-    ("truth.npy: expected actions, found none", "--truth"),
-    ("--batch 6: expected a multiple", "--batch 6 --micro 4"),
-    ("--lr: expected 0 to 1, found nan", "--lr nan"),
-    ("found both", "--ckpt a --inverse"),
-    ("no.safetensors: expected", "--ckpt no.safetensors"),
-    ("found both", "--ckpt a --preset toy"),
-    ("state.safetensors: expected a .safetensors of train.py", "--resume DATA"),
-    ("nowhere: expected a folder of clips", "--val 0 nowhere"),
-    ("diverged at step", "--steps 200 --lr 1 --warmup 0 --ema 0"),
-    ("more --steps", "--resume RUN --steps 1"),
-    ("--batch 2: expected 4", "--resume RUN --batch 2"),
-    ("--hz 30.0: expected None", "--resume RUN --hz 30"),
-    ("found a run in it", "--out RUN"),
-    ("found a run in it", "--resume RUN --out OTHER"),
-    ("--batch", (r'"batch": 4', '"batch": "four"')),
-    ("--lr", (r'"lr": 0.001', '"lr": 7')),
-    ("state", (r'"data": \[[^]]*\]', '"data": 3')),
-    ("state", (r'"step": 1', '"step": "x"')),
-    ("state", (r'"args"', '"other"')),
-    ("state", (r'"args": \{[^}]*\}', '"args": []')),
-]
-
-
-@pytest.mark.parametrize("says, mistake", TRAIN_MISTAKES)
-def test_a_training_mistake_is_one_line(says, mistake, squares, ended, tmp_path, capfd):
-    data = squares
-    other = shutil.copytree(ended, tmp_path / "other")
-    flags = mistake if isinstance(mistake, str) else ""
-    if isinstance(mistake, dict):
-        data = tmp_path / "data"
-        make_clip(data / "clip a")                                   # a good one beside it
-        make_clip(data / "clip x", **mistake)
-    if isinstance(mistake, tuple):
-        flags = "--resume OTHER"
-        state = other / "state.safetensors"
-        with_header(state, tmp_path / "bad", lambda text: re.sub(*mistake, text)).replace(state)
-    places = {"DATA": data, "RUN": ended, "OTHER": other}
-    words = [places.get(word, word) for word in flags.split()]
-    line = "--out", tmp_path / "run", *QUICK, *words, data
-    fails_in_one_line(capfd, train.main, *line, says=says.replace("/", os.sep))
-
-
 def test_a_run_that_another_process_holds_is_left_alone(squares, ended, tmp_path, capfd):
-    out = shutil.copytree(ended, tmp_path / "run")
-    new = tmp_path / "new"
+    out, new = shutil.copytree(ended, tmp_path / "run"), tmp_path / "new"
     before = {path: path.read_bytes() for path in out.iterdir()}
     for held, line in (out, ("--resume", out, "--steps", 3)), (new, (squares, "--out", new, *SHORT)):
         with extract.lock(held / ".lock"):
@@ -3736,8 +2703,7 @@ def test_a_team_follows_its_first_process_where_a_run_is_held(squares, tmp_path)
 
 def test_a_run_that_began_meanwhile_is_not_written_over(squares, tmp_path, monkeypatch, capfd):
     """It has no file yet when the command line is checked, and all of them when the lock is had."""
-    real = extract.lock
-    state = tmp_path / "run/state.safetensors"
+    state, real = tmp_path / "run/state.safetensors", extract.lock
 
     def late(path):
         state.parent.mkdir()
@@ -3748,150 +2714,193 @@ def test_a_run_that_began_meanwhile_is_not_written_over(squares, tmp_path, monke
     assert state.read_bytes() == b"of another run"
 
 
-DEAD = subprocess.Popen([sys.executable, "-c", ""])             # a number that no process has any more
-DEAD.wait()
-
-
-@pytest.mark.parametrize("script", ["train", "parse"])
-def test_a_save_removes_what_killed_ones_left_and_has_a_plain_files_rights(ended, tmp_path, script):
-    """It leaves what belongs to a running process or to another machine."""
-    folder = shutil.copytree(ended, tmp_path / "run")
-    ours = f".tmp-{extract.HOST}"
-    left = [f"{ours}-{os.getppid()}-0123abcd.safetensors", f".tmp-elsewhere-{DEAD.pid}-0123abcd.safetensors"]
-    for name in *left, f"{ours}-{DEAD.pid}-0123abcd.safetensors":
-        (folder / name).write_bytes(b"half")
-    (folder / "plain").write_bytes(b"")
-    if script == "train":
-        assert run(train.main, "--resume", folder, "--steps", 2) == 0
-    else:
-        parse.save_parser(folder / "state.safetensors", parse.Parser())
-    assert {path.name for path in folder.glob(".tmp*")} == set(left)
-    assert (folder / "state.safetensors").stat().st_mode == (folder / "plain").stat().st_mode
-
-
+@pytest.fixture
 def norms(monkeypatch):
     """The norm of the whole gradient at each of AdamW's steps, as they come."""
-    seen = []
-    real = torch.optim.AdamW.step
+    seen, real = [], torch.optim.AdamW.step
 
-    def step(self, *args, **kwargs):
+    def step(self):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         seen.append(torch.nn.utils.get_total_norm(grads).item())
-        return real(self, *args, **kwargs)
+        return real(self)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     return seen
 
 
-def test_gradients_are_clipped_to_norm_1_however_large_the_loss(squares, tmp_path, monkeypatch):
-    seen = norms(monkeypatch)
-    policy = train.cfm_loss
-    reader = parse.parser_loss
+def test_gradients_are_clipped_to_norm_1_however_large_the_loss(squares, tmp_path, monkeypatch, norms):
+    policy, reader = train.cfm_loss, parse.parser_loss
     monkeypatch.setattr(train, "DIVERGED", math.inf)
     monkeypatch.setattr(train, "cfm_loss", lambda *args, **more: policy(*args, **more) * 1e4)
     trained(squares, tmp_path / "run", "--val 0 --steps 2")
     monkeypatch.setattr(parse, "parser_loss", lambda *args: {k: v * 1e4 for k, v in reader(*args).items()})
     flags = "--steps 2 --batch 8 --pool 400 --workers 0".split()
     assert run(parse.main, "train", "--out", tmp_path / "w.safetensors", *flags) == 0
-    assert len(seen) == 4 and np.allclose(seen, 1, atol=1e-3), seen
+    assert norms == pytest.approx([1] * 4, abs=1e-3)
 
 
-def no_memory(net):
+def dead_loader(sampler, job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_memory(net, *args, **more):
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def no_slope(net):
-    """A number whose gradient is none: a root at 0."""
+def no_slope(net, *args, **more):
+    """A loss whose gradient is none: a root at 0."""
     return (next(net.parameters()).sum() * 0).sqrt()
 
 
-@pytest.mark.parametrize("more, says", [(no_memory, "lower --micro"), (no_slope, "with a gradient of nan")])
+@pytest.mark.parametrize("where, name, fault, says", [
+    (train.Sampler, "__getitem__", dead_loader, "give --workers 0"),
+    (train, "cfm_loss", no_memory, "lower --micro"), (train, "cfm_loss", no_slope, "with a gradient of nan")])
 def test_a_step_that_fails_is_one_line_and_never_reaches_the_weights(
-    more, says, squares, tmp_path, monkeypatch, capfd
-):
-    seen = norms(monkeypatch)
-    real = train.cfm_loss
-    monkeypatch.setattr(train, "cfm_loss", lambda net, *args, **how: real(net, *args, **how) + more(net))
+        where, name, fault, says, squares, tmp_path, monkeypatch, capfd, norms):
+    monkeypatch.setattr(where, name, fault)
     fails_in_one_line(capfd, train.main, squares, "--out", tmp_path / "run", *SHORT, says=says)
-    assert not seen
-    assert not (tmp_path / "run/state.safetensors").exists()
+    assert not norms and not (tmp_path / "run/state.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------- parse.py: guards
+# ---------------------------------------------------------------------------- mistakes: model, sample, train
+def actions_with(value, row, column):
+    """Forty actions, one value of them wrong."""
+    actions = np.zeros((40, 25), np.float32)
+    actions[row, column] = value
+    return {"actions": actions}
+
+
+BAD_CLIPS = {
+    "nan": actions_with(np.nan, 7, 3),
+    "high": actions_with(1.5, 3, 22),
+    "narrow": {"actions": np.zeros((40, 24), np.float32)},
+    "keep": {"keep": np.ones(7, bool)},
+    "rate": {"fps": 0},
+    "lag": {"lag": "x"},
+    "broken": {},
+    "index": {"frames_index": np.zeros((41, 2), np.int64)}}
+BAD_HEADERS = {                                 # of a checkpoint, or of a run's state: what it says, and then
+    "rate": ('"hz": 60.0', '"hz": 0.0'),
+    "stack": ('"mixing": {', '"mixing": 3, "was": {'),
+    "wide": ('"vision_ffn": 48', '"vision_ffn": 8000'),
+    "letter": ('"x"', r'"\ud800"'),
+    "run-batch": ('"batch": 4', '"batch": "four"'),
+    "run-args": ('"args": {', '"args": [], "was": {')}
+MISTAKES = """\
+model.py info cut | cut: expected a .safetensors
+model.py info empty | empty: expected a .safetensors
+model.py info old.pt | old.pt: expected a .safetensors
+model.py info nowhere | nowhere: expected a .safetensors
+model.py info . | model.safetensors: expected a .safetensors
+model.py info rate | hz = 0.0, expected 1 to 8192
+model.py info stack | TypeError
+model.py info letter | surrogates
+model.py convert bomb.pt OUT | bomb.pt: expected the released format
+model.py convert old.pt OUT | old.pt: expected the released format
+model.py convert good OUT | good: expected the released format
+model.py convert nowhere OUT | nowhere: expected the released format
+model.py convert old.pt ./old.pt | a new file
+model.py convert good OUT --preset toy | good: expected a .safetensors
+model.py convert old.pt OUT --games letter.json | expected a JSON list of game names
+model.py convert old.pt OUT --games empty | expected a JSON list of game names
+sample.py serve --ckpt good --key= | expected a secret
+sample.py serve --ckpt idm | needs the frames to come
+sample.py label plain --ckpt good | found a policy
+sample.py label plain --ckpt idm | none of its frames may start
+sample.py score plain --ckpt good | expected actions, found none: add them
+sample.py image f.png --ckpt idm --out OUT | needs the frames to come
+sample.py image f.png f.png f.png --ckpt good --out OUT | at most 2
+sample.py image . --ckpt good --out OUT | a folder
+sample.py image no.png --ckpt good --out OUT | nothing there
+sample.py image n.npy --ckpt good --out OUT | picture
+sample.py image f.png --ckpt good --out OUT --noise n.npy | (8, 25)
+sample.py image f.png --ckpt good --out OUT --noise objects.npy | objects
+sample.py image f.png --ckpt good --out OUT --noise f.png | f.png: expected a .npy
+sample.py image f.png --ckpt good --out OUT --noise nan.npy | NaN
+sample.py image f.png --ckpt good --out OUT --game z | its games are x, y
+sample.py image f.png --ckpt good --out OUT --device cuda:9 | device
+sample.py image f.png --ckpt good --out OUT --euler 0 | --euler
+sample.py image f.png --ckpt good --out OUT --euler 99999999 | --euler
+sample.py image f.png --ckpt good --out OUT --cfg nan | --cfg
+sample.py image f.png --ckpt good --out OUT --seed -1 | --seed
+sample.py image f.png --ckpt nowhere --out OUT | nowhere: expected
+sample.py image f.png --ckpt missing --out OUT | Missing key(s) in state_dict: "dit.1.attn.q.weight"
+sample.py image f.png --ckpt wide --out OUT | size mismatch for vision.blocks.0.ff.up
+sample.py image f.png --ckpt nan --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
+sample.py image f.png --ckpt inf --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
+sample.py image f.png --ckpt minus --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
+train.py nan-clips | clip x/actions.npy: expected buttons in 0..1 and sticks in -1..1, found NaN
+train.py high-clips | found NaN or others in row 3
+train.py narrow-clips | expected 40 x 25, one row a video frame, found (40, 24)
+train.py keep-clips | clip x/keep.npy: expected a whole .npy file, bool (40,)
+train.py rate-clips | clip x: expected 1 to 1000 frames a second
+train.py lag-clips | clip.json: expected a whole number of rows as "lag"
+train.py broken-clips | expected JPEGs of one size
+train.py index-clips | frames.npy: expected an index that rises and fits
+train.py DATA --action-shift 900 | clip 0: 30 rows, none of its frames may start a chunk
+train.py DATA --truth | truth.npy: expected actions, found none
+train.py DATA --batch 6 --micro 4 | --batch 6: expected a multiple
+train.py DATA --lr nan | --lr: expected 0 to 1, found nan
+train.py DATA --ckpt a --inverse | found both
+train.py DATA --ckpt a --preset toy | found both
+train.py DATA --ckpt no.safetensors | no.safetensors: expected
+train.py DATA --resume . | state.safetensors: expected a .safetensors of train.py
+train.py DATA nowhere | nowhere: expected a folder of clips
+train.py DATA --steps 200 --lr 1 --warmup 0 --ema 0 | diverged at step
+train.py DATA --out RUN | found a run in it
+train.py DATA --resume RUN --out run-batch | found a run in it
+train.py DATA --resume RUN --steps 1 | more --steps
+train.py DATA --resume RUN --batch 2 | --batch 2: expected 4
+train.py DATA --resume RUN --hz 30 | --hz 30.0: expected None
+train.py DATA --resume run-batch | --batch
+train.py DATA --resume run-args | state""".splitlines()
+
+
 @pytest.fixture(scope="module")
-def skin():
-    """One of our skins; drawing them all takes seconds."""
-    return extract.our_skins()[3]
+def wrong(ckpt, ended, idm, tmp_path_factory):
+    """A folder with all that the mistakes name."""
+    folder, good = tmp_path_factory.mktemp("wrong"), ckpt.read_bytes()
+    for name, data in {"good": good, "cut": good[:-100], "empty": b"", "idm": idm.read_bytes(),
+                       "letter.json": rb'["\ud800"]'}.items():
+        (folder / name).write_bytes(data)
+    name, state, config = "dit.1.attn.q.weight", tiny().state_dict(), tiny().config
+    M.save(folder / "missing", {key: state[key] for key in state if key != name}, config)
+    for file, value in ("nan", math.nan), ("inf", math.inf), ("minus", -math.inf):
+        state[name][-1, -1] = value
+        M.save(folder / file, state, config)
+    for file, (said, says) in BAD_HEADERS.items():
+        source, out = ckpt, folder / file
+        if file.startswith("run"):
+            source, out = ended / "state.safetensors", shutil.copytree(ended, out) / "state.safetensors"
+        with M.safe_open(source, "pt") as f:
+            header = f.metadata()["nitrogen"]
+        assert said in header
+        save_file(load_file(source), out, {"nitrogen": header.replace(said, says, 1)})
+    for file, zipped in ("bomb.pt", True), ("old.pt", False):
+        bomb = {"model": Bomb(), "ckpt_config": {}}
+        torch.save(bomb, folder / file, _use_new_zipfile_serialization=zipped)
+    extract.save_png(folder / "f.png", pictures(1)[0])
+    np.save(folder / "n.npy", np.zeros((4, 25), np.float32))
+    np.save(folder / "nan.npy", np.full((8, 25), np.nan, np.float32))
+    np.save(folder / "objects.npy", [Bomb()])
+    for kind, files in BAD_CLIPS.items():
+        make_clip(folder / f"{kind}-clips" / "clip x", **files)
+    np.load(folder / "broken-clips/clip x/frames.npy", mmap_mode="r+")[9000:] = 0       # all but the first
+    (make_clip(folder / "plain/x", 6) / "actions.npy").unlink()
+    return folder
 
 
-@pytest.mark.parametrize("part, value, says", [
-    ("stick.decode_head.classifier.bias", math.nan,
-     "tensor stick.decode_head.classifier.bias: expected finite weights, found NaN or infinity"),
-    ("button.", 3e38, "found NaN or infinity: its weights are damaged")])        # finite, but they overflow
-def test_a_reader_of_damaged_weights_writes_nothing(tmp_path, capsys, skin, part, value, says):
-    model = parse.load_parser(tiny_weights(tmp_path))
-    bad = tmp_path / "bad.safetensors"
-    for name, p in model.named_parameters():
-        if name.startswith(part):
-            p.data[:] = value
-    parse.save_parser(bad, model)
-    drawn_clip(tmp_path / "data" / "a", skin, n=12)
-    fails_in_one_line(capsys, parse.main, "run", tmp_path / "data", "--ckpt", bad, says=says)
-    written = {path.stem for path in (tmp_path / "data" / "a").iterdir()}
-    assert not written & {"actions", "confidence", "keep"}
-
-
-def test_a_clip_that_another_process_reads_is_passed_over(tmp_path, capsys, skin):
-    line = "run", tmp_path / "data", "--ckpt", tiny_weights(tmp_path)
-    a = tmp_path / "data/a"
-    b = tmp_path / "data/b"
-    for folder in a, b:
-        drawn_clip(folder, skin, n=12)
-    with extract.lock(a / ".lock"):
-        assert run(parse.main, *line) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == "clip 1/2 | a | passed over, another process reads it"
-    assert out[1].startswith("clip 2/2 | b | 12 frames")
-    assert not (a / "actions.npy").exists()
-    assert (b / "actions.npy").exists()
-    assert run(parse.main, *line) == 0
-    assert (a / "actions.npy").exists()
-
-
-class NoisyPad(list, parse.Pad):
-    """Frames, and a pad with two sticks whose net answers with noise."""
-    path = None
-    closeups = types.SimpleNamespace(sticks=["left", "right"])
-
-    def read(self, pads, begin, end):
-        grids = RNG(begin).normal(0, 1, (end - begin, 2, 11, 11)).astype(np.float32)
-        return grids, *np.ones((3, end - begin))
-
-
-def test_reading_a_longer_clip_takes_no_more_memory(monkeypatch):
-    """But for what is kept of each frame, some 300 bytes; smoothing takes 10,000 for each that it is
-    given."""
-    monkeypatch.setattr(extract, "read_npy", lambda *args: None)
-    peaks = []
-    for n in (11000, 17000):
-        pad = NoisyPad(range(n))
-        tracemalloc.start()
-        assert np.isfinite(pad.read_all(pad)[0]).all()
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 6000 * 700, peaks
-
-
-def test_a_clip_longer_than_a_piece_reads_as_in_one(tmp_path, monkeypatch, skin):
-    weights = parse.load_parser(tiny_weights(tmp_path))
-    clip = tmp_path / "clip"
-    answers = []
-    drawn_clip(clip, skin, n=80)
-    monkeypatch.setattr(parse, "OVERLAP", 32)
-    for piece in (4096, 32):
-        monkeypatch.setattr(parse, "PIECE", piece)
-        parse.run_clip(weights, clip, again=True)
-        answers.append(np.column_stack(parse.read_rows(clip, 80, "actions", "confidence", "keep")))
-    assert np.ptp(answers, 0).max() < 1e-6
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(
+        mistake, wrong, squares, ended, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(wrong)
+    command, says = mistake.split(" | ")
+    script, *words = command.split()
+    if script == "train.py":
+        words = ["--out", "OUT", *QUICK, *words]
+    places = {"OUT": tmp_path / "o", "DATA": squares, "RUN": ended}
+    line = [places.get(word, word) for word in words]
+    fails_in_one_line(capfd, sys.modules[script[:-3]].main, *line, says=says.replace("/", os.sep))
+    assert not (tmp_path / "o").is_file() and not Path("bombed").exists()
 
 
 # --------------------------------------------------------------------------------------------------- on a GPU
@@ -3907,28 +2916,23 @@ def test_a_gpu_samples_what_a_cpu_does(ckpt, guidance):
         policy = sample.Policy(ckpt, device, guidance=guidance, **how)
         sessions = [sample.Session(policy, game="x", seed=5, envs=envs) for envs in (1, 3)]
         looks = pictures(6).reshape(2, 3, 256, 256, 3)
-        return torch.cat([s.predict_raw(frames[:s.envs]) for frames in looks for s in sessions]), policy
-
-    def off(raw):
-        return (raw - want).norm() / want.norm()
-    want = look("cpu")[0]
-    eager, policy = look()
-    assert len(policy.graphs) == 2
-    assert off(eager) < 1e-3
-    assert off(look(dtype="bfloat16")[0]) < 0.1
+        raw = [session.predict_raw(frames[:session.envs]) for frames in looks for session in sessions]
+        assert len(policy.graphs) == (2 if device == "cuda" else 0)
+        return torch.cat(raw)
+    want = look("cpu")
+    for how, most in ({}, 1e-3), ({"dtype": "bfloat16"}, 0.1):
+        assert (look(**how) - want).norm() / want.norm() < most
 
 
 @needs_cuda
 def test_players_of_one_gpu_do_not_mix(ckpt):
     """Four at once, whose graphs are recorded while the others play: each gets what it would get alone."""
-    from multiprocessing.pool import ThreadPool
     policy = sample.Policy(ckpt, "cuda")
 
     def play_for(seed):
-        session = sample.Session(policy, seed=seed)
-        return [session.predict(frame) for frame in pictures(8, seed)]
-    with ThreadPool(4) as pool:
-        together = pool.map(play_for, range(4))
+        return chunks(sample.Session(policy, seed=seed), pictures(8, seed))
+    with ThreadPoolExecutor(4) as pool:
+        together = [*pool.map(play_for, range(4))]
     assert np.array_equal(together, [play_for(seed) for seed in range(4)])
 
 
@@ -3936,12 +2940,10 @@ def test_players_of_one_gpu_do_not_mix(ckpt):
 def test_a_gpu_trains_as_a_cpu_does(squares, tmp_path):
     def train_on(name, flags):
         return trained(squares, tmp_path / name, f"--dropout 0 {flags}")
-    for flags in "--no-augment", "":
-        want = losses(train_on(f"cpu{flags}", flags))
-        got = losses(train_on(f"gpu{flags}", f"{flags} --device cuda"))
-        np.testing.assert_allclose(got, want, rtol=2e-3)
-    half = train_on("half", "--device cuda --dtype bfloat16 --checkpointing --ema-device cpu")
-    np.testing.assert_allclose(losses(half), want, rtol=0.05)
+    want = losses(train_on("cpu", ""))
+    half = "--dtype bfloat16 --checkpointing --ema-device cpu"
+    for flags, most in ("", 2e-3), (half, 0.05):
+        assert losses(train_on(f"gpu{most}", f"--device cuda {flags}")) == pytest.approx(want, rel=most)
     cut, whole = (train_on(str(steps), f"--device cuda --decay 0 --steps {steps}") for steps in (2, 4))
     assert run(train.main, "--resume", cut, "--device", "cuda", "--steps", 4) == 0
     assert farthest(cut, whole) < 2e-4
@@ -4215,7 +3217,8 @@ def test_capture_is_trainings_shrink_of_the_box(monkeypatch):
     same = capture.look((0, 0, 256, 256))
     half_off = np.pad(rgb[40:340, :256], ((0, 0), (256, 0), (0, 0)))
     assert np.array_equal(capture.look((-356, 40, 512, 300)), extract.shrink(half_off))
-    assert not capture.look((5000, 0, 10, 10)).any() and capture.look((9, 9, 256, 256)).any()
+    assert not capture.look((5000, 0, 10, 10)).any()
+    assert capture.look((9, 9, 256, 256)).any()
     assert np.array_equal(same, rgb[:256, 100:356])          # a frame stays what it was
 
 
@@ -4261,7 +3264,8 @@ def test_the_keyboard_pad_presses_each_key_once_and_only_in_the_game(env):
             e.pad.press(a)
         return d.log
     assert log_of(7, action(SOUTH=1), both, action(left=(1, 0))) == ["+space", "+d", "-space"]
-    assert log_of(99, both, action(right=(1, 1))) == ["-d"] and e.pad.away     # another window is in front
+    assert log_of(99, both, action(right=(1, 1))) == ["-d"]
+    assert e.pad.away                                        # another window is in front
     assert log_of(7, *mouse) == [(1, -45), (1, 0)]  # 900 pixels a second are 90 a tick; 1.35 + 1.35 add up
     assert not e.pad.away and log_of(7, action(NORTH=1))
     e.pad.close()
@@ -4340,7 +3344,8 @@ def dlls():
 def test_windows_finds_the_client_area_by_process(dlls):
     d = play.Win32(lambda name: dlls)
     w = play.find_window(d, "größe 210.exe")
-    assert (w.id, w.pid, w.box, w.title) == (21, 210, (64, 63, 640, 480), "") and d.problem(21) == ""
+    assert (w.id, w.pid, w.box, w.title) == (21, 210, (64, 63, 640, 480), "")
+    assert d.problem(21) == ""
     dlls.WindowFromPoint = lambda point: 22
     assert d.problem(21).startswith("is covered")
     dlls.DwmGetWindowAttribute = lambda window, kind, out, size: setattr(out._obj, "value", 2)     # cloaked
@@ -4392,14 +3397,16 @@ def test_the_environment_lets_the_game_run_for_a_step_and_follows_its_window(env
     e.reset(options={"actions": [action(SOUTH=1)]})
     _, *rest = e.step(action(left=(1, 0)))
     assert rest == [0.0, False, False, {"away": False}]
-    assert e.desktop.log == ["+space", "-space", "stop", "go", "+d", "stop"]
+    assert e.desktop.log == ["+space", "stop", "go", "-space", "stop", "go", "+d", "stop"]
     e.desktop.all = []
     e.desktop.resume = lambda pid: e.desktop.all.append(anew)        # it stands: it opens none before
     seen = e.look()
-    assert e.window is anew and e.box() == anew.box and not e.desktop.down
+    assert e.window is anew and e.box() == anew.box
+    assert not e.desktop.down
     e.desktop.all, e.desktop.resume = [], lambda pid: None           # and now it has gone
     last, _, _, truncated, info = e.step(action(left=(1, 0)))
-    assert truncated and "has closed" in info["reason"] and np.array_equal(last, seen) and not e.desktop.down
+    assert truncated and "has closed" in info["reason"]
+    assert np.array_equal(last, seen) and not e.desktop.down
 
 
 def test_gymnasiums_own_checker_is_content(env):
@@ -4481,7 +3488,8 @@ def test_the_action_clock_skips_what_has_passed(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
     beat = play.Beat(10)
-    assert [beat.wait() for _ in range(3)] == [0, 1, 2] and now[0] == pytest.approx(10.2)
+    assert [beat.wait() for _ in range(3)] == [0, 1, 2]
+    assert now[0] == pytest.approx(10.2)
     now[0] += 0.35                                           # a slow tick: 3 to 5 have begun, 5 is under way
     assert beat.wait() == 5 and beat.skipped == 2
     now[0] += 5
@@ -4543,7 +3551,8 @@ def test_any_touch_takes_over_and_is_marked(env, monkeypatch, forward):
     assert ("+ctrl" in e.desktop.log) == forward             # a real pad is passed on; keys are seen already
     touched = [10 <= i < 20 for i in range(150)]
     assert log.pressed(BUTTON["EAST"]) == touched == [human for *_, human in log.rows]
-    assert not log.pressed(21)[25] and log.pressed(21)[-1]   # the model's again, after a moment
+    assert not log.pressed(21)[25]
+    assert log.pressed(21)[-1]                               # the model's again, after a moment
 
 
 def test_a_key_starts_and_stops_the_model(env):
@@ -4551,7 +3560,8 @@ def test_a_key_starts_and_stops_the_model(env):
     e.desktop.held = mock.Mock(side_effect=[set()] * 20 + key + [set()] * 30 + key + [set()] * 10)
     play.play(e, fixed_policy(16), hotkey="f8", recorder=log)
     moves = log.pressed(21)
-    assert any(moves[20:60]) and not any(moves[:20] + moves[60:])
+    assert any(moves[20:60])
+    assert not any(moves[:20] + moves[60:])
 
 
 def test_what_is_pressed_while_the_window_is_away_is_recorded_as_rest(env):
@@ -4575,7 +3585,8 @@ def test_play_presses_row_0_of_a_chunk_action_shift_ticks_after_its_frame(env, m
     policy.predict = lambda frame: rows(*(frame[0, 0, 0] + np.arange(shift, shift + 16)) / 1000)
     play.play(e, policy, recorder=log)
     late = [tick - round(action[21] * 1000) for tick, _, action, _ in log.rows if action[21]]
-    assert min(late) == 0 and late.count(0) > len(late) / 2 and not any(log.pressed(21)[:shift])
+    assert min(late) == 0 and late.count(0) > len(late) / 2
+    assert not any(log.pressed(21)[:shift])
 
 
 # ---------------------------------------------------------------------------------- play: the recorder
@@ -4603,8 +3614,9 @@ def check_recorded(data, ticks):
     for name, array in wanted.items():
         found = np.load(clip / f"{name}.npy")
         assert found.dtype == array.dtype and np.array_equal(found, array)
-    read = train.Clip(clip, M.preset("toy"))
-    assert len(read.chunk(0)[0]) == M.preset("toy").horizon and read.game == "Größe: 1.exe"
+    read = sample.Clip(clip, M.preset("toy"))
+    assert len(read.chunk(0)[0]) == M.preset("toy").horizon
+    assert read.game == "Größe: 1.exe"
     last = extract.Frames(clip)[len(ticks) - 1].astype(int)
     assert np.abs(last - np.roll(PICTURE, ticks[-1], 1)).mean() < 4
     assert sorted(p.stem for p in clip.iterdir()) == sorted({"clip", "frames", "frames_index", *wanted})
@@ -4670,7 +3682,8 @@ def test_the_video_shows_frame_and_pad_and_keeps_time(env, tmp_path):
         view.show(tick, e, action(SOUTH=tick > 0), "the model", play.Score(play.Beat(60)))
     view.close()
     frames = np.stack([rgb for _, rgb in extract.read_video(tmp_path / "seen.mp4")]).astype(int)
-    assert frames.shape == (10, 512, 912, 3) and np.abs(frames[0, 250, 250] - e.frame[0, 0]).max() < 12
+    assert frames.shape == (10, 512, 912, 3)
+    assert np.abs(frames[0, 250, 250] - e.frame[0, 0]).max() < 12
     assert np.abs(frames[0] - frames[-1])[:, 520:].max() > 50        # what it presses
 
 
@@ -4702,12 +3715,14 @@ def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game
     x.XMoveResizeWindow(display, w, 7, 33, 320, 240)
     wait_until(lambda: shows(7, 33, 320, 240))
     wait_until(lambda: (e.step(action(SOUTH=1, left=(1, 0))), game.state()["x"] > 10)[1])
-    assert set(game.state()["held"]) == {"right", "space"} == d.held() and d.problem(w) == ""
+    assert set(game.state()["held"]) == {"right", "space"} == d.held()
+    assert d.problem(w) == ""
     zero = ctypes.c_ulong(0)
     over = x.XCreateSimpleWindow(display, d.root, 0, 20, 340, 270, 0, zero, zero)
     x.XMapWindow(display, over)
     d.focus(over)                                            # on top, and with the keyboard
-    assert e.step(action(SOUTH=1))[4]["away"] and "covered" in e.problem()
+    assert e.step(action(SOUTH=1))[4]["away"]
+    assert "covered" in e.problem()
     wait_until(lambda: not d.held())
     x.XUnmapWindow(display, w)
     assert d.problem(w) == "is minimised"
@@ -4930,18 +3945,25 @@ def test_the_client_shows_no_frame_to_a_server_without_the_key(answer):
     assert heard[1].startswith(b"#CHALLENGE#") and heard[2:] in ([b"#FAILURE#"], []) and not asked
 
 
+def test_a_key_that_nobody_asks_for_is_said(served, monkeypatch):
+    monkeypatch.setattr(served, "PATIENCE", 0.2)             # after which a silent client is let go
+    with pytest.raises(UserError, match="with the same --key"):
+        play.Client(*served.address, key="secret")
+
+
 def test_silent_strangers_keep_no_client_out(locked, monkeypatch):
     monkeypatch.setattr(locked, "CLIENTS", 4)
     monkeypatch.setattr(locked, "PATIENCE", 1000.0)          # none of them goes because it takes too long
 
     def strangers(n):
-        return [mpc.Client(locked.address) for _ in range(n)]
+        """They have connected and say nothing."""
+        silent = [mpc.Client(locked.address) for _ in range(n)]
+        assert all(hear(s).startswith(b"#CHALLENGE#") for s in silent)
+        return silent
     silent = strangers(30)
     clients = [play.Client(*locked.address, key="secret", timeout=20) for _ in range(4)]
-    assert all(hear(s).startswith(b"#CHALLENGE#") for s in silent)
     assert not any(hear(s) for s in silent[:20])             # the oldest made room
     more = strangers(10)
-    assert all(hear(s).startswith(b"#CHALLENGE#") for s in more)
     assert all("config" in c.info() for c in clients)        # who has proven itself stays
     [c.close() for c in silent + more + clients]
 
@@ -4957,24 +3979,13 @@ def test_a_full_server_says_so_to_who_has_the_key_and_to_nobody_else(locked, mon
     play.Client(*locked.address, key="secret").close()       # its place is free again
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_model_that_gives_nan_is_an_error_and_no_pad_at_rest(policy, served, monkeypatch, bad):
-    client, chunk = play.Client(*served.address), torch.zeros(1, 8, 25)
-    chunk[..., 24] = bad
-    monkeypatch.setattr(sample.Policy, "chunk", lambda *_: chunk)
+def test_a_model_that_gives_nan_is_an_error_and_no_pad_at_rest(policy, served, monkeypatch):
+    client = play.Client(*served.address)
+    monkeypatch.setattr(sample.Policy, "chunk", lambda *_: torch.full((1, 8, 25), math.nan))
     for session in sample.Session(policy), client:
         with pytest.raises(UserError, match="the model gives NaN or infinity"):
             session.predict(pictures(1)[0])
     assert "config" in client.info()                         # the server lives
-    client.close()
-
-
-def test_noise_is_never_unpickled(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    np.save("n.npy", np.array([Bomb()], object), allow_pickle=True)
-    with pytest.raises(UserError, match="n.npy"):
-        sample.read_noise("n.npy", (8, 25))
-    assert not Path("bombed").exists()
 
 
 # ------------------------------------------------------------------------------- Ctrl-C ends a script
@@ -5019,7 +4030,8 @@ def toy(tmp_path_factory):
 
 
 def test_suite_has_the_papers_shape():
-    assert len(bench.GAMES) == 10 and {t.fixed for t in bench.TASKS.values()} == {True, False}
+    assert len(bench.GAMES) == 10
+    assert {t.fixed for t in bench.TASKS.values()} == {True, False}
     assert Counter(t.kind for t in bench.TASKS.values()) == {"combat": 11, "navigation": 10, "specific": 9}
     families = Counter(game.family for game in bench.GAMES.values())
     assert families == {"first person": 3, "top-down": 3, "side": 4}
@@ -5028,15 +4040,18 @@ def test_suite_has_the_papers_shape():
 @pytest.mark.parametrize("task", bench.TASKS)
 def test_a_task_is_a_function_of_seed_and_actions_and_ends(task):
     (_, a), (_, b) = (played(task, 5, bench.Blind, 40) for _ in range(2))
-    assert np.array_equal(a, b) and a[0].shape == (256, 256, 3) and a[0].std() > 10
+    assert np.array_equal(a, b) and a[0].shape == (256, 256, 3)
+    assert a[0].std() > 10
     game, _ = played(task, 5, bench.Blind, 40, draw=False)
-    assert np.array_equal(game.render(), a[-1]) and np.array_equal(game.render(), a[-1])
+    assert np.array_equal(game.render(), a[-1])
+    assert np.array_equal(game.render(), a[-1])
     assert not np.array_equal(played(task, 6, bench.Blind, 1)[1][0], a[0])
     while not game.over:
         game.advance(extract.neutral())
     t, frame = game.t, game.render()
     assert not game.won and t <= game.task.seconds * bench.FPS
-    assert np.array_equal(game.step(push(1)), frame) and game.t == t         # it stands still
+    assert np.array_equal(game.step(push(1)), frame)
+    assert game.t == t                                       # it stands still
 
 
 def test_fixed_levels_are_the_same_for_all_seeds_and_procedural_ones_are_not():
@@ -5104,19 +4119,22 @@ def test_driving_draws_the_ground_in_perspective():
 def test_distances_and_waypoint_lead_around_a_wall():
     grid = [[c == "#" for c in row] for row in ("#####", "#.#.#", "#...#", "#####")]
     far, p = bench.distances(grid, 3.5 + 1.5j), 1.5 + 1.5j
-    assert far[1 + 1j] == 4 and far[3 + 1j] == 0 and 2 + 1j not in far
+    assert far[1 + 1j] == 4 and far[3 + 1j] == 0
+    assert 2 + 1j not in far
     for _ in range(4):
         p = bench.waypoint(far, p)
     assert bench.cell_of(p) == 3 + 1j
     maze = mock.Mock(grid=grid, cell=1)
-    assert not bench.Walled.sees(maze, 1.5 + 1.5j, p) and bench.Walled.sees(maze, 1.5 + 2.5j, 3.5 + 2.5j)
+    assert not bench.Walled.sees(maze, 1.5 + 1.5j, p)
+    assert bench.Walled.sees(maze, 1.5 + 2.5j, 3.5 + 2.5j)
 
 
 def test_scripted_players_differ_and_tilt():
     game = bench.Swarm("swarm/bugs", 0)
     players = [bench.Scripted(game, seed) for seed in range(4)]
     sticks = np.array([[player.act()[21:] for _ in range(60)] for player in players])
-    assert len({player.tobytes() for player in sticks}) == 4 and np.abs(sticks).max() <= 1
+    assert len({player.tobytes() for player in sticks}) == 4
+    assert np.abs(sticks).max() <= 1
     assert ((np.abs(sticks) > 0.15) & (np.abs(sticks) < 0.85)).mean() > 0.1      # analogue, not eight-way
 
 
@@ -5142,17 +4160,19 @@ def test_what_was_masked_in_training_is_masked_in_play(tmp_path):
     clip = lambda hole, n: types.SimpleNamespace(hole=hole, rows=range(n))
     assert train.usual_hole([clip(hole, 5), clip([1, 2, 3, 4], 9), clip(hole, 6)]) == hole
     assert train.usual_hole([clip(hole, 5), clip(None, 1)]) is None
-    [frame], model, said = pictures(1), tiny(), {}
+    [frame], model, said, path = pictures(1), tiny(), {}, tmp_path / "m.safetensors"
     black = frame.copy()
     black[9:200, :80] = 0
     for name, data in ("whole", {}), ("hole", {"hole": hole}):
-        policy = sample.Policy(save_model(tmp_path / "m.safetensors", model, data=data), "cpu")
+        M.save(path, model.state_dict(), model.config, data=data)
+        policy = sample.Policy(path, "cpu")
         said[name] = [sample.Session(policy, seed=1).predict(f) for f in (frame, black)]
-    assert np.array_equal(said["hole"][0], said["whole"][1]) and np.array_equal(*said["hole"])
+    assert np.array_equal(said["hole"][0], said["whole"][1])
+    assert np.array_equal(*said["hole"])
     assert not np.array_equal(*said["whole"])
-    save_model(tmp_path / "m.safetensors", model, data={"hole": [0, "x", 80, 900]})
+    M.save(path, model.state_dict(), model.config, data={"hole": [0, "x", 80, 900]})
     with pytest.raises(UserError, match="m.safetensors: expected data with a hole"):
-        sample.Policy(tmp_path / "m.safetensors", "cpu")
+        sample.Policy(path, "cpu")
 
 
 def test_recorded_clips_are_what_train_reads(tmp_path, capsys):
@@ -5165,7 +4185,8 @@ def test_recorded_clips_are_what_train_reads(tmp_path, capsys):
     assert [(clip.game, len(extract.Frames(out / name))) for clip, name in zip(loaded, names)] == [
         ("crypt", 90), ("crypt", 90), ("dojo", 90), ("dojo", 90)]
     actions = [np.load(out / name / "actions.npy") for name in names]
-    assert np.abs(np.array(actions)[..., 21:]).max() <= 1 and not np.array_equal(*actions[2:])
+    assert np.abs(np.array(actions)[..., 21:]).max() <= 1
+    assert not np.array_equal(*actions[2:])
     capsys.readouterr()
     assert run(bench.main, "record", "--out", out, *flags) == 0
     assert capsys.readouterr().out.count("recorded already") == 4
@@ -5186,9 +4207,10 @@ def test_corrections_keep_only_what_the_script_played(tmp_path, toy):
     line = f"record --games cliffs/coins --clip 10 --minutes 0.16 --workers 1 --euler 1 --out {tmp_path}"
     assert run(bench.main, *line.split(), "--ckpt", toy) == 0
     human = np.load(tmp_path / "cliffs-000" / "human.npy")
-    read = train.Clip(tmp_path / "cliffs-000", M.preset("toy", hz=30.0))
+    read = sample.Clip(tmp_path / "cliffs-000", M.preset("toy", hz=30.0))
     learned = [human[row:row + 16][read.chunk(row)[1]] for row in read.rows]
-    assert not human[:30].any() and 30 < human.sum() < len(human) - 30
+    assert not human[:30].any()
+    assert 30 < human.sum() < len(human) - 30
     assert len(learned) > 10 and all(rows.all() for rows in learned)
     assert 0 < min(map(len, learned)) < 16                          # chunks end where the model's turn begins
 
@@ -5198,7 +4220,8 @@ def test_recorded_video_has_its_pad_where_its_json_says(tmp_path):
     assert run(bench.main, *line.split()) == 0
     said = json.loads((tmp_path / "swarm-000.json").read_text())
     frames = [frame for _, frame in extract.read_video(tmp_path / "swarm-000.mp4")]
-    assert np.load(tmp_path / "swarm-000.truth.npy").shape == (90, 25) and len(frames) == 90
+    assert np.load(tmp_path / "swarm-000.truth.npy").shape == (90, 25)
+    assert len(frames) == 90
     change = 0
     for filmed, (bare, *_) in zip(frames, bench.film(bench.pick_tasks(["swarm"]), "0 0", 90)):
         change += cv2.absdiff(filmed, cv2.resize(bare, (640, 360))).sum(-1)
@@ -5215,16 +4238,20 @@ def test_suite_of_a_checkpoint(tmp_path, toy, capsys):
     assert list(rows) == ["swarm/bugs", "dojo/boards", "type: combat", "type: specific", "family: top-down",
                           "family: side", "all"]
     row = rows["all"]
-    assert set(row) == {"random", "scripted", "best of mashing", "model"} and row["scripted"]["wins"] >= 3
-    assert row["model"]["n"] == 4 and row["model"]["low"] <= row["model"]["rate"] <= row["model"]["high"]
-    assert extract.video_info(tmp_path / "dojo-boards.mp4")["n"] > 5 and "all" in capsys.readouterr().out
+    assert set(row) == {"random", "scripted", "best of mashing", "model"}
+    assert row["scripted"]["wins"] >= 3
+    assert row["model"]["n"] == 4
+    assert row["model"]["low"] <= row["model"]["rate"] <= row["model"]["high"]
+    assert extract.video_info(tmp_path / "dojo-boards.mp4")["n"] > 5
+    assert "all" in capsys.readouterr().out
 
 
 def test_model_rollouts_are_the_same_again_in_any_place(toy):
     policy, tasks = sample.Policy(toy, "cpu"), ["swarm/gems", "swarm/bugs"]
     one, two, other = (bench.play_model(policy, tasks, 2, 8, envs=envs) for envs in (2, 2, 4))
     for task in tasks:
-        assert np.array_equal(one[task], two[task]) and one[task].shape == (2, 2)
+        assert np.array_equal(one[task], two[task])
+        assert one[task].shape == (2, 2)
         assert np.array_equal(sorted(one[task][:, 0]), sorted(other[task][:, 0]))
 
 
@@ -5298,7 +4325,8 @@ def test_gains_are_of_whole_pairs_and_none_where_scratch_completes_nothing():
     row = bench.gain(np.array([[0.6, 0.4]] * 5))
     assert [row[name] for name in ("gain", "gain low", "points high")] == pytest.approx([0.5, 0.5, 0.2])
     row = bench.gain(np.array([[0.5, 0.0], [0.1, 0.0], [0.3, 0.0]]))
-    assert row["gain"] is None and row["points low"] < row["points"] < row["points high"]
+    assert row["gain"] is None
+    assert row["points low"] < row["points"] < row["points high"]
     assert row["points"] == pytest.approx(0.3) and row["n"] == 3
 
 
@@ -5322,7 +4350,8 @@ def test_the_demo_goes_from_videos_to_a_page(tmp_path, capfd):
     assert "above random by an interval: 0 of 1" in capfd.readouterr().out
     said = json.loads((tmp_path / "demo.json").read_text())
     assert said["rows"]["all"].keys() == {"random", "scripted", "model", "true labels"}
-    assert min(said["iou"].values()) > 0.9 and extract.video_info(tmp_path / "dojo-boards.mp4")["n"] > 5
+    assert min(said["iou"].values()) > 0.9
+    assert extract.video_info(tmp_path / "dojo-boards.mp4")["n"] > 5
     assert extract.read_rgba(tmp_path / "demo.png").shape[:2] == (820, 1600)
     fails_in_one_line(capfd, bench.main, *line.split(), "--seed", 1, says="a new --out")
 
@@ -5338,7 +4367,8 @@ def test_transfer_compares_post_trained_with_scratch(tmp_path):
 def test_latency_compares_two_ways_of_the_same_chunk(capsys):
     assert run(bench.main, *"latency --preset toy --steps 3 --repeats 1 --device cpu".split()) == 0
     said = capsys.readouterr().out
-    assert float(re.search(r"largest difference (\S+)", said)[1]) < 1e-5 and "x faster" in said
+    assert float(re.search(r"largest difference (\S+)", said)[1]) < 1e-5
+    assert "x faster" in said
 
 
 # ---- bench: games by others
@@ -5419,7 +4449,8 @@ def test_a_game_by_others_is_recorded_and_evaluated(tmp_path, catch, toy, capsys
     flags = "--actions-per-chunk", 4, "--device", "cpu", "--video", "--out", out
     assert run(bench.main, "suite", *catch(), "--ckpt", toy, "-n", 10, *flags) == 0
     row = json.loads((out / "suite.json").read_text())["rows"]["Catch-v0"]
-    assert set(row) == {"random", "scripted", "model"} and "scripted: return" in capsys.readouterr().out
+    assert set(row) == {"random", "scripted", "model"}
+    assert "scripted: return" in capsys.readouterr().out
     assert row["scripted"]["wins"] > row["random"]["wins"]
     assert all(r["score"] == pytest.approx(r["rate"]) for r in row.values())    # a catch is one point
     assert extract.video_info(out / "Catch-v0.mp4")["n"] == 20

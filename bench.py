@@ -771,7 +771,7 @@ def learned(path, steps):
 #   frame          the picture: "render", "" = the observation, else the part of the observation of that name
 #   controls       the game's name of an action, or its number -> what the pad does for it: readings and their
 #                  factors, {"left.up": 1, "SOUTH": 1}. Of a Discrete space the first is taken that has all of
-#                  its readings beyond play.TILT ({} always has), of MultiBinary all such. A Box takes the sums.
+#                  its readings beyond play.TILT ({} always has), of MultiBinary all. A Box takes the sums.
 #   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
 #   script         the scripted player (of SCRIPTS)
 AXES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways

@@ -12,10 +12,11 @@ a video frame; template.png uint8 (h, w, 4). Out, beside them:
     keep.npy        bool (n,)         the frame may start a training chunk [paper: half of its steps act]
 
 How: each control is cut out of the crop at one scale ("close-up": a stick's travel, or a button's box, has
-always the same size), from the previous frame, from the current frame [paper: a pair of frames] and from the
-pad at rest, which is the video's own median picture [ours]. Two narrow SegFormers (arXiv 2105.15203): one
-reads a stick's close-ups into an 11 x 11 grid [paper: a segmentation, much better than regression], one a
-button's into one logit. The answers are then smoothed over the whole video.
+always the same size), from the previous frame, from the current frame [paper: a pair of frames] and, ours,
+from the pad at rest, which is the video's own median picture, and pressed, where that is known. Two narrow
+SegFormers (arXiv 2105.15203): one reads a stick's close-ups into an 11 x 11 grid [paper: a segmentation, much
+better than regression], one a button's into one logit. The answers are then smoothed over the whole video.
+Buttons of a pad that no template shows are first looked for where the picture blinks between two colours.
 Letters: n frames, k sticks, m buttons, S pixels a side of a close-up; B batch, N tokens, D width.
 """
 import copy
@@ -64,11 +65,9 @@ def label_clip(model, folder, clip, pads):
     shown = bool(geometry["sticks"] or geometry["buttons"])
     if shown:
         pad = Pad(model, geometry, pads, drawn)
-        while moved := pad.better_geometry():                  # a foreign geometry's sticks may be far off
-            other = Pad(model, moved, pads, drawn)
-            if other.spread >= pad.spread:
-                break
-            pad = other
+        for _ in range(3):                                     # a foreign geometry's sticks may be far off
+            if moved := pad.better_geometry():
+                pad = Pad(model, moved, pads, drawn)
         if not pad.known:
             pad.watch(pads)
         actions, confidence = settle(pad, pad.read_all(pads))
@@ -135,7 +134,8 @@ class Pad:
         self.known = False
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         if drawn:
-            alike = [np.array([*map(likeness, *kinds)]) for kinds in zip(drawn, self.rest)]
+            both = [map(without_mean, kind) for kind in zip(drawn, self.rest)]
+            alike = [np.array([*map(likeness, *kind)]) for kind in both]
             typical = np.median(np.concatenate(alike))
             self.known = typical > ONE_SKIN
             median = [cuts[None] for cuts in self.rest]
@@ -155,7 +155,7 @@ class Pad:
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         _, spread = expect(np.exp(grids))
-        self.spread = spread.mean() if len(spread) else 0.0
+        self.spread = spread.reshape(len(at), -1).mean(0)                      # of each
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
@@ -168,9 +168,10 @@ class Pad:
         """The geometry of a pad that is no known skin, with each stick where it rests in the sampled frames
         and a travel as long as it goes; None where it is so already."""
         sticks = dict(self.geometry["sticks"])
-        for values, side in zip(self.sampled.transpose(1, 0, 2), self.closeups.sticks):
-            rest = None if self.known else resting_place(values, known=False)
-            if rest is None:
+        for i, side in enumerate(self.closeups.sticks):
+            values = self.sampled[:, i]
+            rest = resting_place(values, known=False)
+            if rest is None or self.known or self.spread[i] > 0.4:             # a blurred read tells nothing
                 continue
             center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
             reach = np.percentile(np.hypot(*(values - rest).T), 97)
@@ -191,8 +192,8 @@ class Pad:
         named = named_spots(found, self.geometry)
         if not named:
             return
-        boxes = self.geometry["buttons"] | {button: spot.box for button, spot in named.items()}
-        self.geometry = {**self.geometry, "buttons": boxes}
+        boxes = {button: spot.box.tolist() for button, spot in named.items()}
+        self.geometry = {**self.geometry, "buttons": self.geometry["buttons"] | boxes}
         self.closeups = Closeups(self.geometry, crops[0].shape[1::-1])
         _, buttons = self.closeups.all(crops)
         for button, spot in named.items():
@@ -234,7 +235,7 @@ class Pad:
 def as_before(before, now, most=0.5):
     """Close-ups of buttons in n frames and in the frames before them, (n, m, S, S, 3) each -> int (n, m): the
     first of these frames in which the button looked as it does now, to `most` grey levels on average."""
-    pairs = np.stack([before, now], 2)
+    pairs = np.stack([before, now], 2)[:, :, :, ::2, ::2]                      # a quarter of the pixels
     every = np.arange(now.shape[1])
     same = np.zeros(now.shape[:2], int)
     for t in range(1, len(now)):
@@ -276,7 +277,8 @@ def surest(model, before, now, options):
     spreads = []
     no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
     for rest, pressed in options:
-        grids, *_ = net_reads(model, [montages(before[::2], now[::2], rest, pressed), no_buttons])
+        sticks = montages(before[::2], now[::2], rest, pressed)
+        grids, *_ = net_reads(model, [sticks, no_buttons])
         _, spread = expect(np.exp(grids))
         spreads.append(spread.reshape(-1, now.shape[1]).mean(0))
     best = [options[o] for o in np.argmin(spreads, 0)]
@@ -323,8 +325,8 @@ def find_spots(crops, at, geometry):
         cv2.ellipse(blinks, center.tolist(), axes.tolist(), 0, 0, 360, 0, -1)
     count, numbers = cv2.connectedComponents(links(blinks, lit), connectivity=4)
     found = []
-    for number in range(1, count):
-        mask = numbers[::2, ::2] == number
+    for i in range(1, count):
+        mask = numbers[::2, ::2] == i
         on = lit[:, mask].mean(1) > 0.5
         if mask.sum() >= 6 and mask.mean() < 0.08 and two_colours(crops[:, mask], on, at):
             x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
@@ -339,8 +341,10 @@ def links(blinks, lit):
     h, w = blinks.shape
     grid = np.zeros((2 * h - 1, 2 * w - 1), np.uint8)
     grid[::2, ::2] = blinks
-    grid[::2, 1::2] = blinks[:, 1:] & blinks[:, :-1] & together(lit[:, :, 1:], lit[:, :, :-1])
-    grid[1::2, ::2] = blinks[1:] & blinks[:-1] & together(lit[:, 1:], lit[:, :-1])
+    across = blinks[:, 1:] & blinks[:, :-1]
+    down = blinks[1:] & blinks[:-1]
+    grid[::2, 1::2] = across & together(lit[:, :, 1:], lit[:, :, :-1])
+    grid[1::2, ::2] = down & together(lit[:, 1:], lit[:, :-1])
     return grid
 
 
@@ -638,16 +642,16 @@ class Parser(nn.Module):
 def montage(panels):
     """Panels uint8 (B, 4, S, S, 3) -> float (B, 12, S, S): contrast is stretched over all panels together,
     so the same picture elements meet in the first convolution at one scale; what is not known stays 0."""
-    mask = panels.flatten(2).any(2)[:, :, None, None, None].float()
-    x = panels.float()
-    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
-    fewer = x[:, :, ::2, ::2]
-    center = fewer.mean((2, 3), keepdim=True)                                  # (B, panel, 1, 1, C)
-    center = (center * weight).sum(1, keepdim=True)        # each colour's mean over the panels that are there
-    var = (fewer - center).square().mean((2, 3), keepdim=True)
-    var = (var * weight).sum(1, keepdim=True).mean(-1, keepdim=True)
-    x = (x - center) * (mask / (var.sqrt() + 6))               # 6 grey levels: noise is not blown up
-    return x.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
+    known = panels.flatten(2).any(2)[:, None, None, :, None].float()           # (B, 1, 1, 4, 1)
+    weight = known / known.sum(3, keepdim=True).clamp(min=1)
+    x = panels.permute(0, 2, 3, 1, 4).contiguous()                             # (B, S, S, 4, 3)
+    fewer = x[:, ::2, ::2].float()
+    center = fewer.mean((1, 2), keepdim=True)
+    center = (center * weight).sum(3, keepdim=True)        # each colour's mean over the panels that are there
+    var = (fewer - center).square().mean((1, 2), keepdim=True)
+    var = (var * weight).sum(3, keepdim=True).mean(-1, keepdim=True)
+    x = (x - center) * (known / (var.sqrt() + 6))              # 6 grey levels: noise is not blown up
+    return x.flatten(3).permute(0, 3, 1, 2)
 
 
 class SegFormer(nn.Module):
@@ -1294,20 +1298,23 @@ def in_the_videos_light(templates, picture):
 
 
 def likeness(a, b):
-    """Correlation, -1..1, of two pictures (h, w, C), each channel's mean taken off."""
-    a = a - a.mean((0, 1), dtype=np.float32)
-    b = b - b.mean((0, 1), dtype=np.float32)
+    """Correlation, -1..1, of two arrays that average 0."""
     scale = np.linalg.norm(a) * np.linalg.norm(b)
-    return float((a * b).sum() / (scale + 1e-6))
+    return float(np.vdot(a, b) / (scale + 1e-6))
+
+
+def without_mean(closeups):
+    """Close-ups (k, S, S, 3), each colour's mean in each taken off."""
+    return closeups - closeups.mean((1, 2), keepdims=True)
 
 
 def edges(crop):
-    """Sobel x and y of the crop in grey at half its size, float32 (h, w, 2); strong edges are cut off, so
+    """Sobel x and y of the crop in grey at half its size, float32 (2, h, w); strong edges are cut off, so
     that no single one decides."""
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     slopes = [cv2.Sobel(small, cv2.CV_32F, *way) for way in ((1, 0), (0, 1))]
-    return np.dstack(slopes).clip(-80, 80)
+    return np.stack(slopes).clip(-80, 80)
 
 
 def run(args):

@@ -136,6 +136,8 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
         with suppress(UserError, OSError):
             env.pad.press(neutral())
             env.pause.go()                                 # now, not when the recording has been written
+        if thinker:
+            thinker.thread.terminate()
         score.bar.close()
         print(score.line(env))
     return score
@@ -406,7 +408,7 @@ class GameEnv(gymnasium.Env if gymnasium else object):
         try:
             self.window = await_window(self.desktop, self.pid or -1, seconds=self.PATIENCE)
         except UserError:
-            raise GameGone(f"{self.name} has closed its window") from None
+            raise GameGone(f"{self.name} has closed its window")
         return self.window.box
 
     def problem(self):
@@ -575,8 +577,7 @@ class X11(Desktop):
     """Linux: windows by Xlib, keys by XTEST, processes by /proc and signals; through ctypes, on 64 bits."""
 
     def __init__(self):
-        with reading("libXtst.so.6", "this library (Linux: sudo apt-get install libxtst6; a Mac: play on "
-                     "another machine, with the model here by python sample.py serve)"):
+        with reading("libXtst.so.6", "this library (sudo apt install libxtst6; a Mac only serves a model)"):
             self.x = ctypes.CDLL("libXtst.so.6")
         self.x.XOpenDisplay.restype = c_void_p
         self.display = c_void_p(self.x.XOpenDisplay(None))
@@ -826,9 +827,8 @@ class Win32(Desktop):
     def _process(self, pid, access=0x1000):                # PROCESS_QUERY_LIMITED_INFORMATION
         handle = self.kernel.OpenProcess(access, 0, pid)
         if not handle and access != 0x1000:
-            raise UserError("expected a game that play.py may reach, found that Windows refuses its process "
-                            f"{pid} (error 5, access denied) and drops keys to it without a word: start "
-                            "play.py as administrator, or use a virtual pad and --pause none")
+            raise UserError(f"expected a game that we may reach, found that Windows refuses process {pid} "
+                            "(error 5) and drops keys to it without a word: start play.py as administrator")
         yield handle
         self.kernel.CloseHandle(handle)
 
@@ -901,7 +901,7 @@ class VirtualPad(NoPad):
 
     def __init__(self, env):
         if env.real_pads:
-            print("warning: a real gamepad came before ours; many games hear only one: unplug it", file=sys.stderr)
+            print("warning: unplug the real gamepad: many games hear only the first", file=sys.stderr)
         with reading("--pad vgamepad", "a virtual gamepad (pip install vgamepad; on Linux sudo apt install "
                      "libevdev2, sudo modprobe uinput and sudo chmod 0666 /dev/uinput; on Windows ViGEmBus, "
                      "github.com/nefarius/ViGEmBus; or use --pad keyboard)"):
@@ -945,7 +945,7 @@ class KeyboardPad(NoPad):
             action = neutral()
         keys = keys_of(env.bindings, action, self.down)
         for key in self.down ^ keys:
-            desktop.key(key, int(key in keys))
+            desktop.key(key, key in keys)
         self.down = frozenset(keys)
         for stick, speed in env.mice.items():
             self.rest += action[STICKS[stick]] * speed / env.hz
@@ -997,7 +997,7 @@ class Joystick(Person):
     def read(self):
         """The pad now -> float32 (25,)."""
         with reading(self.file.name, "a gamepad that stays plugged in"):
-            while events := self.file.read(8 * 64):        # None: that was all
+            while events := self.file.read(512):           # None: that was all
                 for _, value, kind, control in struct.iter_unpack("<IhBB", events):
                     kind &= 3                              # without 0x80, the state when opened
                     for place, scale, offset in self.table.get(str(self.codes[kind][control]), ()):
@@ -1268,8 +1268,8 @@ def finish(tmp):
         os.replace(tmp, folder)                            # Windows renames no folder that holds an open lock
     for name in ("rows.bin", "recording.json", "lock"):
         extract.remove(folder / name)
-    return (f"{folder}: {len(rows)} rows at {clip['fps']:g}/s, {human.mean():.0%} by hand, "
-            f"{keep.mean():.0%} kept")
+    share = f"{human.mean():.0%} by hand, {keep.mean():.0%} kept"
+    return f"{folder}: {len(rows)} rows at {clip['fps']:g}/s, {share}"
 
 
 # ------------------------------------------------------------------------- the picture of it
@@ -1367,7 +1367,7 @@ class Client:
             self.close()
             said = f"{type(e).__name__} {printable(e)}"
             raise UserError(f"{self.where}: expected {self.wanted}, found: the connection broke ({said}): "
-                            "is it a sample.py serve of this version, with the same --key?") from None
+                            "is it a sample.py serve of this version, with the same --key?")
 
     def _ask(self, header, array=None):
         self.connection.send_bytes(pack_message(header, array))
@@ -1444,8 +1444,8 @@ def list_windows(args):
     """What could be named with --exe or --window."""
     windows = this_desktop().windows()
     for w in windows:
-        place = "{2} x {3} at {0},{1}".format(*w.box)
-        print(f"--exe {w.names[0]:24} --window {w.id:<12} {place}  {w.title!r}")
+        print(f"--exe {w.names[0]:24} --window {w.id:<12} {w.box[2]} x {w.box[3]} at "
+              f"{w.box[0]},{w.box[1]}  {w.title!r}")
     if not windows:
         print("no window here: start the game first")
 

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import model as M
 import sample
 from extract import UserError, number
-from sample import Clip, load_clips
+from sample import load_clips
 
 WEIGHT_DECAY, EMA = 0.001, 0.9999    # [P]
 BETAS, CLIP = (0.9, 0.99), 1.0       # AdamW's, and the largest gradient norm [O: the paper gives none]

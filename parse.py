@@ -145,19 +145,31 @@ class Pad:
         for _ in range(2):
             self.rest = at_rest(model, *sampled, self.rest)
         if self.known:
-            shown = [(self.rest[0], self.pressed[0]), (drawn[0], self.pressed[0])]      # of caps
+            self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
             if pressed:                                        # what the video shows, changed as the skin is
                 changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
-                self.pressed[1] = changed(self.rest[1], changes[1])
-                shown += [(rest, changed(rest, changes[0])) for rest, _ in shown]
-            before, now = (cuts[0] for cuts in sampled)
-            self.rest[0], self.pressed[0] = surest(model, before, now, shown)
+                looks = [(rest + change).clip(0, 255).astype(np.uint8)
+                         for rest, change in zip(self.rest, changes)]
+                self.pressed = [self.surer(*(cuts[0] for cuts in sampled), looks[0]), looks[1]]
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         _, spread = expect(np.exp(grids))
         self.spread = spread.reshape(len(at), -1).mean(0)                      # of each
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
+
+    def surer(self, before, now, pressed):
+        """Sticks' pictures pressed (k, S, S, 3), but "not known" for those of which the net is surer without
+        it in the sampled frames, (samples, k, S, S, 3): a skin's pressed cap may look like a tilted one."""
+        spreads = []
+        no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
+        for look in self.pressed[0], pressed:
+            sticks = montages(before[::2], now[::2], self.rest[0], look)
+            grids, *_ = net_reads(self.model, [sticks, no_buttons])
+            _, spread = expect(np.exp(grids))
+            spreads.append(spread.reshape(-1, len(pressed)).mean(0))
+        without, beside = spreads
+        return np.where((beside < without)[:, None, None, None], pressed, self.pressed[0])
 
     def likeness(self, crop):
         """Of the crop's edges to those of the pad at rest: falls towards 0 where the overlay is gone or
@@ -268,26 +280,6 @@ def at_rest(model, before, now, rest):
         for j in np.flatnonzero(quiet.sum(0) >= 8):
             picture[j] = np.median(closeups[quiet[:, j], j], 0)
     return rest
-
-
-def surest(model, before, now, options):
-    """Of pairs of pictures of the sticks at rest and pressed, (k, S, S, 3) each, those for each stick with
-    which the net is surest in the sampled frames, (samples, k, S, S, 3): a template may show a cap in a way
-    that this video does not."""
-    spreads = []
-    no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
-    for rest, pressed in options:
-        sticks = montages(before[::2], now[::2], rest, pressed)
-        grids, *_ = net_reads(model, [sticks, no_buttons])
-        _, spread = expect(np.exp(grids))
-        spreads.append(spread.reshape(-1, now.shape[1]).mean(0))
-    best = [options[o] for o in np.argmin(spreads, 0)]
-    return [np.stack([pair[kind][i] for i, pair in enumerate(best)]) for kind in (0, 1)]
-
-
-def changed(rest, change):
-    """Pictures at rest uint8 and how pressing changes them, int -> pressed, uint8."""
-    return (rest + change).clip(0, 255).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ what blinks

@@ -1120,7 +1120,7 @@ def paste_pad(ground, skin, action, opacity=1.0):
 
 def new_film(path, fps):
     """A video for what beside_pad() gives."""
-    return VideoWriter(path, fps, sample.page_size(512, 512, skins()[0], 1))
+    return VideoWriter(path, fps, (768, 512))
 
 
 def beside_pad(frame, action):

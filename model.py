@@ -7,8 +7,8 @@ t = 1 gives the next T actions [§3.4]. Nothing but the T action tokens depends 
 mixing and the cross-attention's keys and values once, and `velocity` is all a step costs.
 
     frames (B, F, 256, 256, 3) uint8 ── see ──> image tokens ── assemble ──> [pads, game, frames]  } encode
-                                                                   ── mix ──> Context              }
-    noisy actions (B, T, A), t (B,), Context ── action encoder, DiT, decoder ──> velocity          } velocity
+                                                                   ── mix ──> context              }
+    noisy actions (B, T, A), t (B,), context ── action encoder, DiT, decoder ──> velocity          } velocity
 
 Letters: B batch, F context frames (oldest first), N image tokens of a frame, L context tokens, T actions of a
 chunk, A action dims, D width of the DiT, V width of the vision encoder, k Euler steps. The last four of the A
@@ -30,19 +30,17 @@ import functools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 torch.backends.cudnn.allow_tf32 = False       # float32 means float32: TF32 costs 1e-3 in an action
@@ -158,25 +156,10 @@ def preset(name, **changes):
 
 # ------------------------------------------------------------------------------------------------- the policy
 
-class Context(NamedTuple):
-    """What a chunk knows of the world, the same for all its steps."""
-    tokens: Tensor                            # (B, L, V) after mixing
-    kv: Tensor                                # (B, 2 for each even DiT block, heads, L, w): keys, values
-
-
-class Times(NamedTuple):
-    """What depends on t only, for a batch of times (or for all steps of a sampler at once)."""
-    encoder: Tensor                           # (B, 1, D) the time code's share of the action encoder
-    norms: Tensor                             # (B, 2 (DiT blocks + 1), 1, D) scale, shift of each norm1;
-                                              # then shift, scale of the last norm, in this order [R]
-
-    def at(self, i):
-        """Row i alone: step i of a sampler, for every sample of a batch."""
-        return Times(*(x[i:i + 1] for x in self))
-
-
 class NitroGen(nn.Module):
-    """The policy: encode(frames) -> Context, velocity(a, t, context), forward = both."""
+    """The policy: encode(frames) -> context, velocity(a, t, context), forward = both. A context is all that a
+    chunk knows of the world: keys and values for the even DiT blocks, one after another, (B, 2 for each of
+    them, heads, L, w)."""
 
     def __init__(self, config):
         super().__init__()
@@ -210,12 +193,10 @@ class NitroGen(nn.Module):
         """Training's way in (DDP sees only this). a (r B, T, A), t (r B,): r noises and times for each
         context."""
         r = len(a) // len(frames)
-        context = Context(*(x.repeat_interleave(r, dim=0) for x in self.encode(frames, games, keep)))
-        return self.velocity(a, t, context)
+        return self.velocity(a, t, self.encode(frames, games, keep).repeat_interleave(r, dim=0))
 
     def encode(self, frames, games=None, keep=None):
-        """Frames (B, F, 256, 256, 3), or what see() made of them, -> Context: all that a chunk needs of them,
-        computed once."""
+        """Frames (B, F, 256, 256, 3), or what see() made of them, -> their context, computed once a chunk."""
         return self.mix(self.assemble(self.see(frames) if frames.ndim == 5 else frames, games, keep))
 
     def see(self, frames):
@@ -226,7 +207,7 @@ class NitroGen(nn.Module):
         x = self.vision.patch_embedding(x.flatten(0, 1).to(self.proj_out_2.weight.dtype))
         x = x.flatten(2).transpose(1, 2).unflatten(0, frames.shape[:2])               # (B, F, N, V)
         places = self.vision.position_embedding.weight.unflatten(0, (-1, x.shape[2]))  # (1 or F, N, V)
-        x = (x + places[-x.shape[1]:]).flatten(0, 1)
+        x = (x + places).flatten(0, 1)
         for block in self.vision.blocks:
             x = self.run(block, x)                                                    # (B F, N, V)
         return self.vision.norm(x).unflatten(0, frames.shape[:2])                     # (B, F, N, V)
@@ -247,27 +228,28 @@ class NitroGen(nn.Module):
             kept = keep.repeat_interleave(N, dim=1)                                   # (B, F N)
             kept = F.pad(kept, (int(bool(c.games)), 0), value=True)                   # the game token stays
             order = kept.to(torch.uint8).argsort(dim=1, stable=True)                  # dropped ones first
-            x = (x * kept[..., None]).gather(1, order[..., None].expand_as(x))
+            x = (x * kept[..., None]).take_along_dim(order[..., None], dim=1)
         if x.shape[1] > c.length:
             raise ModelError(f"{n} frames are too many: the context has room for {c.frames}")
         return F.pad(x, (0, 0, c.length - x.shape[1], 0))                             # (B, L, V)
 
     def mix(self, x):
-        """Self-attention over the context; no mask: padding takes part in it, and in cross-attention [R]."""
+        """Self-attention over (B, L, V) -> the context; no mask: padding takes part in it, and in
+        cross-attention [R]."""
         for block in self.mixing:
             x = self.run(block, x)                                                    # (B, L, V)
-        kv = [tensor for block in self.dit[::2] for tensor in block.attn.kv(x)]
-        return Context(x, torch.stack(kv, 1))
+        return torch.stack([tensor for block in self.dit[::2] for tensor in block.attn.kv(x)], dim=1)
 
     def velocity(self, a, t, context):
-        """Noisy actions a (B, T, A) at times t (B,), Context -> velocity (B, T, A), an estimate of action -
+        """Noisy actions a (B, T, A) at times t (B,), context -> velocity (B, T, A), an estimate of action -
         noise [Eq. 3, §3.4]."""
         return self.step(a, self.times(t), context)
 
     def times(self, t):
-        """Time t (B,) in [0, 1), or integers = bucket numbers -> Times. Two time codes, each of the truncated
-        bucket number and with its own order of operations [R]: an exponent rounded otherwise is 3e-5 in the
-        velocity."""
+        """Time t (B,) in [0, 1), or integers = bucket numbers -> all that depends on it alone, (B, 1 + 2 (DiT
+        blocks + 1), 1, D): the time code's share of the action encoder, scale and shift of each norm1, shift
+        and scale (in this order [R]) of the last norm. Two time codes, each of the truncated bucket number
+        and with its own order of operations [R]: an exponent rounded otherwise is 3e-5 in the velocity."""
         dtype, half = self.proj_out_2.weight.dtype, self.config.width // 2
         bucket = ((t * self.config.buckets).long() if t.is_floating_point() else t)[:, None]
         angle = bucket * torch.exp(SLOWEST * torch.arange(128, device=t.device) / 127)
@@ -278,14 +260,14 @@ class NitroGen(nn.Module):
         layers = *(block.ada for block in self.dit), self.proj_out_1
         norms = [part for layer in layers for part in layer(x).chunk(2, dim=-1)]      # (B, 1, D) each
         W2 = self.action_encoder.W2
-        encoder = tau @ W2.W[0, tau.shape[-1]:] + W2.b[0]                             # (B, 1, D)
-        return Times(encoder, torch.stack(norms, 1))
+        code = tau @ W2.W[0, tau.shape[-1]:] + W2.b[0]                                # (B, 1, D)
+        return torch.stack([code, *norms], dim=1)
 
     def step(self, a, times, context):
         """One evaluation of the DiT: noisy actions (B, T, A) -> velocity (B, T, A)."""
-        x = self.action_encoder(a.to(self.proj_out_2.weight.dtype), times.encoder)    # (B, T, D)
+        kv, (code, *norms, shift, scale) = context.unbind(1), times.unbind(1)
+        x = self.action_encoder(a.to(self.proj_out_2.weight.dtype), code)             # (B, T, D)
         x = x + self.position_embedding.weight[:a.shape[1]]
-        kv, (*norms, shift, scale) = context.kv.unbind(1), times.norms.unbind(1)
         for i, block in enumerate(self.dit):       # even ones look at the context, odd ones at x [P §3.3]
             x = self.run(block, x, norms[2 * i:2 * i + 2], kv[i:i + 2] if i % 2 == 0 else None)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -325,8 +307,8 @@ class NitroGen(nn.Module):
                 p.uniform_(-bound, bound, generator=g)
         for stack in self.vision.blocks, self.mixing, self.dit:
             for block in stack:                    # a stack adds as much as it is given (GPT-2, §2.3)
-                block.attn.out.weight.mul_((2 * len(stack)) ** -0.5)
-                block.ff.down.weight.mul_((2 * len(stack)) ** -0.5)
+                for layer in block.attn.out, block.ff.down:
+                    layer.weight.mul_((2 * len(stack)) ** -0.5)
         self.action_encoder.W1.W.mul_(3)           # an action is a larger part of its token than the time is
         for layer in (*(block.ada for block in self.dit), self.proj_out_1):
             layer.weight.zero_()                   # every step starts out alike, as in DiT (2212.09748 §3.2)
@@ -437,10 +419,8 @@ def linear(x, weight, bias):
     takes its AVX2 way on AMD: with AVX-512 oneDNN is up to 1.9 times faster. Without it only the T rows of a
     denoising step with large weights are, up to 1.6 times (Zen 3)."""
     rows = x.numel() // x.shape[-1]
-    if AVX512:
-        pays = rows * weight.numel() >= 1 << 20            # a call costs some microseconds
-    else:
-        pays = rows <= 64 and weight.numel() >= 1 << 18 and not torch.is_grad_enabled()
+    few = rows <= 64 and weight.numel() >= 1 << 18 and not torch.is_grad_enabled()
+    pays = rows * weight.numel() >= 1 << 20 if AVX512 else few         # a call costs some microseconds
     if (pays and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()):
         return Product.apply(x, weight, bias)
@@ -596,23 +576,6 @@ def load(path, device="cpu", dtype=torch.float32):
     return model.eval(), meta
 
 
-def temporary(path):
-    """Where `path` is made until it is whole, `.tmp-HOST-PID-HASH` beside it as extract.py's; what processes
-    of this host that were killed left there under such names is removed."""
-    start = f".tmp-{re.sub('[^A-Za-z0-9-]', '-', platform.node())}-"
-    for left in path.parent.glob(start + "*"):
-        with contextlib.suppress(OSError, ValueError, OverflowError):      # another user's or another's file
-            try:
-                pid = int(left.name.split("-")[-2])
-                if os.name != "nt":                # Windows removes no file that is written to
-                    os.kill(pid, 0)                # no signal, but an error where nobody has this number
-                    continue
-            except ProcessLookupError:
-                pass
-            shutil.rmtree(left)
-    return path.with_name(f"{start}{os.getpid()}-00000000")
-
-
 def save(path, state, config, step=0, args=None, data=None, metrics=None):
     """Write a checkpoint, its folder too. state: {name: tensor}; args, data, metrics: JSON dicts."""
     meta = {"config": asdict(config), "step": step, "args": args or {}, "data": data or {},
@@ -621,10 +584,10 @@ def save(path, state, config, step=0, args=None, data=None, metrics=None):
 
 
 def write_tensors(path, tensors, meta):
-    """A .safetensors of {name: tensor} and {key: text}: made whole, and on the disk, in a folder beside
-    `path` first, then renamed, so that a reader never sees half a file. ModelError where it can't be
-    written."""
-    folder = temporary(path)
+    """A .safetensors of {name: tensor} and {key: text}: made whole, and on the disk, in the folder
+    `path`.part first, then renamed, so that a reader never sees half a file; what a killed process left
+    there is removed. ModelError where it can't be written."""
+    folder = path.with_name(f"{path.name}.part")
     part = folder / "part"
     try:
         folder.mkdir(parents=True, exist_ok=True)

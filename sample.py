@@ -25,8 +25,8 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,10 +74,10 @@ class Session:
         """The same before decoding: (T, A) or (B, T, A) in the model's convention. noise float32 of that
         shape replaces the seeded one."""
         rgb = np.asarray(rgb)
-        frames = rgb[None] if rgb.ndim == 3 else rgb
-        if frames.ndim != 4 or (len(frames), frames.shape[3]) != (self.envs, 3) or rgb.dtype != np.uint8:
-            found = f"{rgb.dtype} {rgb.shape}"
-            raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), found {found}")
+        frames = rgb if rgb.ndim == 4 else rgb[None]
+        if rgb.dtype != np.uint8 or frames.shape != (self.envs, *frames.shape[1:3], 3):
+            raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), "
+                            f"found {rgb.dtype} {rgb.shape}")
         self.see(frames)
         shape = self.policy.config.horizon, self.policy.config.action_dim
         if noise is None:
@@ -93,7 +93,8 @@ class Session:
         """Take in the next frame of each environment, uint8 (B, h, w, 3)."""
         tokens = self.policy.see(np.stack([[shrink(frame)] for frame in frames]))         # (B, 1, N, V)
         self.seen = torch.cat([self.seen[:, 1:].to(tokens), tokens], 1)
-        self.keep = torch.cat([self.keep[:, 1:], torch.ones(self.envs, 1, dtype=torch.bool)], 1)
+        self.keep = self.keep.roll(-1, 1)
+        self.keep[:, -1] = True
 
     def info(self):
         """What a player needs to know, as JSON can carry it."""
@@ -137,21 +138,20 @@ class Policy:
             x = self.model.assemble(seen, games, keep)                                    # (B, L, V)
             if self.guidance:      # unconditional = the newest frame, no game; the release forgets both games
                 x = torch.cat([x, self.model.assemble(seen[:, -1:])])
-            args = noise, *self.model.mix(x)
-            if noise.shape not in self.graphs:             # recorded at the first chunk of each batch size
-                graph = Graph(self.run, *args) if self.device.type == "cuda" else self.run
-                self.graphs[noise.shape] = graph
-            return self.graphs[noise.shape](*args).float().cpu()
+            context, run = self.model.mix(x), self.run
+            if self.device.type == "cuda":                 # recorded at the first chunk of each batch size
+                run = self.graphs[noise.shape] = self.graphs.get(noise.shape) or Graph(run, context, noise)
+            return run(context, noise).float().cpu()
 
-    def run(self, noise, *context):
-        """euler() with what this policy has at hand; context: the tensors of a Context."""
-        return euler(self.model, M.Context(*context), noise, self.steps, self.guidance, self.times)
+    def run(self, context, noise):
+        """euler() with what this policy has at hand."""
+        return euler(self.model, context, noise, self.steps, self.guidance, self.times)
 
     def game_id(self, game):
         """--game ID|NAME -> the id; None = no game."""
         games = self.config.games
-        ids = {name: i for i, name in enumerate(games, 1)}
-        ids = {"None": 0} | {str(i): i for i in range(len(games) + 1)} | ids
+        names = ["None", *games]
+        ids = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
         if str(game) not in ids:
             known = f"its games are {', '.join(games[:20])}" if games else "it was trained without games"
             raise UserError(f"game {game!r} is not known to {self.name}: {known}")
@@ -167,13 +167,14 @@ def euler(model, context, noise, steps=None, guidance=0.0, times=None):
     both: v = cond + s (cond - uncond); 0 is off [R; its docstring says (1 - s) u + s c, its code does this].
     """
     k, x = steps or model.config.steps, noise                                         # (B, T, A)
-    times = times or model.times(buckets(k, model.config.buckets).to(noise.device))
+    if times is None:
+        times = model.times(buckets(k, model.config.buckets).to(noise.device))
     for i in range(k):
         if guidance:
-            v, u = model.step(torch.cat([x, x]), times.at(i), context).chunk(2)
+            v, u = model.step(torch.cat([x, x]), times[i:i + 1], context).chunk(2)
             v = v + guidance * (v - u)
         else:
-            v = model.step(x, times.at(i), context)                                   # (B, T, A)
+            v = model.step(x, times[i:i + 1], context)                                   # (B, T, A)
         x = x + v / k
     return x
 
@@ -274,25 +275,25 @@ class Clip:
         steps = self.config.action_shift + np.arange(self.config.horizon + 1)
         return self.lag + np.floor(np.asarray(row)[..., None] + steps * self.ratio + 1e-6).astype(np.int64)
 
-    def mask(self, row, lag=0):
+    def mask(self, row):
         """Rows (...) of frames -> which of their actions lie within the clip and before the next cut, bool
         (..., T)."""
-        begin = self.edges(row)[..., :-1] + lag
+        begin = self.edges(row)[..., :-1]
         return (0 <= begin) & (begin < self.end(row)[..., None])
 
-    def chunk(self, row, lag=0):
+    def chunk(self, row):
         """Row of a frame -> actions float32 (T, 25), mask bool (T,) (False: past a cut or the clip's end).
 
         A faster clip: a button counts as pressed when it was at any of the action's rows. A slower one: a row
-        is held. Sticks: the first row. lag: of the labels behind the frames, in rows, beside the clip's own.
+        is held. Sticks: the first row.
         """
         end = self.end(row)
-        edges = (self.edges(row) + lag).clip(0, end)
+        edges = self.edges(row).clip(0, end)
         begin = np.minimum(edges[:-1], end - 1)
         rows = self.actions[begin[0]:max(edges[-1], begin[-1] + 1)]
         out = rows[begin - begin[0]]
         out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
-        return out, self.mask(row, lag)
+        return out, self.mask(row)
 
     def before(self, row):
         """The action before a frame, float32 (25,)."""
@@ -314,19 +315,19 @@ class Clip:
 def load_clips(data, config, file="actions.npy", human_weight=1.0, say=print):
     """Every clip of the folders `data` that has a chunk to learn from; one line names those left out,
     UserError when none is left."""
-    clips, short = [], []
-    for path in itertools.chain.from_iterable(map(extract.clips_in, data)):
-        clip = Clip(path, config, file, human_weight)
-        if len(clip.rows):
-            clip.pictures(0)                                   # a broken first picture is told now
-        (clips if len(clip.rows) else short).append(clip)
+    folders = [folder for path in data for folder in extract.clips_in(path)]
+    clips = [Clip(folder, config, file, human_weight) for folder in folders]
+    good = [clip for clip in clips if len(clip.rows)]
+    short = [clip for clip in clips if not len(clip.rows)]
+    for clip in good:
+        clip.pictures(0)                                       # a broken first picture is told now
     if short:
         why = (f"{short[0].folder}: {short[0].n} rows, none of its frames may start a chunk "
                "(too short, or all filtered out by keep.npy)")
-        if not clips:
+        if not good:
             raise UserError(f"{why}: expected clips to use, found {len(short)} like it: give longer")
         say(f"left out {len(short)} clip(s) | {why}")
-    return clips
+    return good
 
 
 def per_game(clips):
@@ -337,8 +338,8 @@ def per_game(clips):
 
 def mean_actions(clips):
     """{game: the mean action of its clips, float64 (25,)}."""
-    mean = lambda mine: sum(c.sum for c in mine) / sum(c.size for c in mine)
-    return {game: mean(mine) for game, mine in per_game(clips).items()}
+    return {game: sum(c.sum for c in mine) / sum(c.size for c in mine)
+            for game, mine in per_game(clips).items()}
 
 
 # ------------------------------------------------------------------------------------------------- the scores
@@ -353,7 +354,7 @@ def run_score(args):
     if args.lag:
         print_lags(chunks, starts)
     if args.out:
-        film_chunks(args.out, chunks, starts)
+        write_film(args.out, starts[0][0].config.hz, film_chunks(chunks, starts))
 
 
 def clips_of_game(args, policy, data, file="actions.npy"):
@@ -380,10 +381,9 @@ def chunks_at(policy, starts, seed=0, draws=1, batch=32):
     for i in tqdm(range(0, len(starts), batch), mininterval=1, leave=False):
         some = starts[i:i + batch]
         frames, keep = map(np.stack, zip(*(clip.pictures(j) for clip, j in some)))
-        games = torch.tensor([clip.game_id for clip, _ in some])
-        seen, noise = policy.see(frames), torch.randn(draws, len(some), c.horizon, c.action_dim, generator=g)
-        chunks = [policy.chunk(seen, torch.from_numpy(keep), games, of_draw) for of_draw in noise]
-        parts.append(torch.stack(chunks))
+        seen = policy.see(frames), torch.from_numpy(keep), torch.tensor([clip.game_id for clip, _ in some])
+        noise = torch.randn(draws, len(some), c.horizon, c.action_dim, generator=g)
+        parts.append(torch.stack([policy.chunk(*seen, of_draw) for of_draw in noise]))
     return torch.cat(parts, 1)
 
 
@@ -446,8 +446,10 @@ def print_lags(chunks, starts):
     them least."""
     for clip in dict.fromkeys(clip for clip, _ in starts):
         mine, miss = [(clip.rows[j], chunk) for (other, j), chunk in zip(starts, chunks) if other is clip], {}
+        late = copy.copy(clip)
         for lag in range(-8, 9):
-            said = [(chunk - truth)[mask] for row, chunk in mine for truth, mask in [clip.chunk(row, lag)]]
+            late.lag = clip.lag + lag
+            said = [(chunk - truth)[mask] for row, chunk in mine for truth, mask in [late.chunk(row)]]
             miss[lag] = (np.concatenate(said) ** 2).mean()
         best = min(miss, key=miss.get)
         print(f"{clip.folder.name} | lag {best:+} rows: error {miss[best]:.4f}, {miss[0]:.4f} as it is")
@@ -483,18 +485,16 @@ def label(policy, clip, draws, seed=0):
     starts = one_after_another([clip], 0.5)
     raw = chunks_at(policy, starts, seed, draws).clamp(0, 1).numpy()
     raw[..., :-4] = raw[..., :-4] > 0.5                                  # each sample's vote
-    votes, total, square = np.zeros((clip.n, 1)), *np.zeros((2, clip.n, extract.A))
+    votes, sums = np.zeros((clip.n, 1)), np.zeros((2, clip.n, extract.A))          # of values, of squares
     for (_, j), chunk in zip(starts, raw.swapaxes(0, 1)):                                  # (draws, T, 25)
         edges = clip.edges(clip.rows[j])
         rows = np.arange(edges[0], min(edges[-1], clip.end(clip.rows[j])))
         said = chunk[:, np.searchsorted(edges, rows, "right") - 1]                      # (draws, rows, 25)
-        total[rows] += said.sum(0)
-        square[rows] += (said ** 2).sum(0)
+        sums[:, rows] += [said.sum(0), (said ** 2).sum(0)]
         votes[rows] += draws
-    n, unheard = np.maximum(votes, 1), votes[:, 0] == 0
-    mean = total / n
-    confidence = (1 - 4 * (square / n - mean ** 2).max(1)).clip(0, 1).astype(np.float32)
-    actions = M.actions_out(torch.from_numpy(mean).float()).numpy()
+    mean, square = sums / np.maximum(votes, 1)
+    confidence = (1 - 4 * (square - mean ** 2).max(1)).clip(0, 1).astype(np.float32)
+    actions, unheard = M.actions_out(torch.from_numpy(mean).float()).numpy(), votes[:, 0] == 0
     actions[unheard], confidence[unheard] = extract.neutral(), 0
     return actions, confidence
 
@@ -532,7 +532,7 @@ class Server:
     def __init__(self, policy, host="127.0.0.1", port=5555, key=None, game=None, seed=0):
         self.policy, self.key, self.game, self.seed = policy, key and key.encode(), game, seed
         self.lock, self.stop = threading.Lock(), threading.Event()
-        self.due, self.clients = {}, set()         # due: socket -> when to cut it off; clients: with a place
+        self.places = {}                           # socket of each connection -> whether it has a place
         Session(policy, game)                      # a wrong --game is said now
         try:
             self.socket = socket.create_server((host, port), backlog=64)
@@ -543,78 +543,71 @@ class Server:
         self.address = self.socket.getsockname()
 
     def run(self):
-        """Take in clients and cut off those that take too long, wherever their thread waits, until `stop` is
-        set; then cut all off and wait for the chunk that is being computed."""
+        """Take in clients until `stop` is set; then cut all off. Their threads end with the chunk that is
+        being computed."""
         with self.socket:
             while not self.stop.is_set():
                 with contextlib.suppress(OSError):         # nobody came, or has gone again
                     self.welcome(self.socket.accept()[0])
-                self.cut(time.monotonic())
-        ends = time.monotonic() + self.PATIENCE
-        while self.due and time.monotonic() < ends:
-            self.cut(math.inf)
-            time.sleep(0.05)
+        for s in list(self.places):
+            self.shut(s)
 
     def welcome(self, s):
-        """A thread for a new connection. Beyond CLIENTS that have no place yet, the oldest is dropped: silent
-        ones lock nobody out."""
-        connection = mpc.Connection(s.dup().detach())
+        """A thread for a new connection. Of those that have no place yet the newest CLIENTS stay: silent ones
+        lock nobody out."""
         with self.lock:
-            self.due[s] = time.monotonic() + self.PATIENCE
-            strangers = [s for s, due in self.due.items() if s not in self.clients and due > 0]
-        threading.Thread(target=self.talk, args=(s, connection), daemon=True).start()
-        if len(strangers) > self.CLIENTS:
-            self.shut(strangers[0])
-            self.stop.wait(0.02)                           # so each has at least CLIENTS times this long
-
-    def cut(self, now):
-        """Cut off those that are due."""
-        for s in [s for s, due in self.due.copy().items() if due <= now]:
+            self.places[s] = False
+            strangers = [s for s, placed in self.places.items() if not placed]
+        threading.Thread(target=self.talk, args=[s]).start()
+        for s in strangers[:-self.CLIENTS]:
             self.shut(s)
+            self.stop.wait(0.02)                           # so each has at least CLIENTS times this long
 
     def shut(self, s):
         """Wake up a connection's thread, which then ends."""
-        with self.lock, contextlib.suppress(OSError):
-            if s in self.due:
-                self.due[s] = 0.0
-                s.shutdown(socket.SHUT_RDWR)
+        with self.lock, contextlib.suppress(OSError):      # it has ended already
+            s.shutdown(socket.SHUT_RDWR)
 
-    def talk(self, s, connection):
-        """One client from its key to its end. s: the socket below the connection, which can be shut down."""
+    @contextlib.contextmanager
+    def patient(self, s):
+        """Cut a connection off if what stands within takes too long."""
+        timer = threading.Timer(self.PATIENCE, self.shut, [s])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def talk(self, s):
+        """One client from its key to its end. s: the socket below its connection, which can be shut down."""
+        connection, wait = mpc.Connection(s.dup().detach()), self.PATIENCE
+
+        def say(message):
+            with self.patient(s):
+                connection.send_bytes(message)
         try:
             if self.key:                           # not in Listener.accept: a silent client holds it up
-                mpc.deliver_challenge(connection, self.key)
-                mpc.answer_challenge(connection, self.key)
+                with self.patient(s):
+                    mpc.deliver_challenge(connection, self.key)
+                    mpc.answer_challenge(connection, self.key)
             session = Session(self.policy, self.game, self.seed)
-            while connection.poll(None):
-                self.due[s] = time.monotonic() + self.PATIENCE
-                message = connection.recv_bytes(extract.MESSAGE_LIMIT)
+            while connection.poll(wait):
+                with self.patient(s):
+                    message = connection.recv_bytes(extract.MESSAGE_LIMIT)
                 with self.lock:
-                    if len(self.clients) < self.CLIENTS:
-                        self.clients.add(s)
-                if s not in self.clients:
-                    full = f"the server is full: {self.CLIENTS} clients at a time"
-                    connection.send_bytes(extract.pack_message({"error": full}))
+                    self.places[s] |= sum(self.places.values()) < self.CLIENTS
+                if not self.places[s]:
+                    say(refusal(f"the server is full: {self.CLIENTS} clients at a time"))
                     break
-                self.due[s] = math.inf                     # as long as it takes to answer
-                reply = self.answer(session, message)
-                self.due[s] = time.monotonic() + self.PATIENCE
-                connection.send_bytes(reply)
-                self.due[s] = time.monotonic() + self.IDLE
-        except OSError as e:
-            if "bad message length" in str(e):     # say so and read the rest, or the reply is lost with it
-                line = f"expected at most {extract.MESSAGE_LIMIT} bytes in a message: shrink the frame"
+                say(self.answer(session, message))
+                wait = self.IDLE
+        except (EOFError, OSError, mpc.AuthenticationError, AssertionError, ValueError) as e:
+            if "bad message length" in str(e):     # else: gone, cut off or without the key (3.11 asserts)
                 with contextlib.suppress(OSError):
-                    connection.send_bytes(extract.pack_message({"error": line}))
-                    s.shutdown(socket.SHUT_WR)
-                    while s.recv(1 << 16):
-                        pass
-        except (EOFError, mpc.AuthenticationError, AssertionError, ValueError):
-            pass                                   # gone, cut off or without the key (3.11 asserts)
+                    say(refusal(f"expected at most {extract.MESSAGE_LIMIT} bytes: shrink the frame"))
         finally:
             with self.lock, s, connection:
-                del self.due[s]
-                self.clients.discard(s)
+                del self.places[s]
 
     def answer(self, session, message):
         """One message -> its reply, both bytes as extract.py describes them; a request that can't be served
@@ -624,21 +617,22 @@ class Server:
             do, seed = header.get("do"), header.get("seed")
             if do == "info":
                 return extract.pack_message(session.info())
-            if do == "reset":
-                if not isinstance(seed, (int, type(None))):
-                    raise ValueError("expected an integer seed")
-                session.reset(seed=seed, game=header.get("game"))
-                return extract.pack_message({})
-            if do != "predict":
-                raise ValueError(f"expected do = predict, reset or info, found {str(do)[:50]!r}")
-            if frame is None or max(frame.shape) > 8192:
-                raise ValueError("expected one frame: uint8 (h, w, 3), sides of 8192 at most")
-            return extract.pack_message({}, session.predict(frame))
-        except (ValueError, UserError, M.ModelError) as e:
-            return extract.pack_message({"error": str(e)})
+            if do == "predict":
+                return extract.pack_message({}, session.predict(frame))
+            if do != "reset" or not isinstance(seed, (int, type(None))):
+                raise UserError("expected do = predict, info or reset (seed: an integer), found another")
+            session.reset(seed=seed, game=header.get("game"))
+            return extract.pack_message({})
+        except ValueError as e:                    # a UserError, say
+            return refusal(str(e))
         except Exception:                          # our fault: this client hears of it, others play on
             traceback.print_exc()
-            return extract.pack_message({"error": "a fault of the server: its terminal shows more"})
+            return refusal("a fault of the server: its terminal shows more")
+
+
+def refusal(line):
+    """The reply that says what is wrong, as bytes."""
+    return extract.pack_message({"error": line})
 
 
 def policy_of(args):
@@ -694,53 +688,57 @@ def run_video(args):
         raise UserError(f"{args.out}: expected another name than the video's own, which would be lost")
     policy = policy_of(args)
     c, session = policy.config, Session(policy, args.game, args.seed)
-    skin, chunks = extract.our_skins()[0], []
-    per_action = info["fps"] / c.hz                                    # frames of the video, as in training
-    every, shift = max(round(c.horizon * per_action), 1), round(c.action_shift * per_action)
-    with extract.VideoWriter(args.out, info["fps"], page_size(*info["size"], skin, 1)) as out:
+    rate = info["fps"] / c.hz                                          # frames of the video for one action
+    shown = (np.arange(max(round(c.horizon * rate), 1)) / rate + 1e-6).astype(int)         # action of each
+    coming = deque([extract.neutral()] * round(c.action_shift * rate))
+
+    def pages():
         for i, rgb in tqdm(extract.read_video(args.video), total=info["n"], unit=" frames", mininterval=1):
-            if i % every == 0:
-                chunks.append(session.predict(rgb))                                        # (T, 25)
-            number, k = divmod(i - shift, every)
-            step = min(int(k / per_action + 1e-6), c.horizon - 1)
-            out.add(beside(rgb, skin, chunks[number][step] if number >= 0 else extract.neutral()))
+            if i % len(shown) == 0:
+                coming.extend(session.predict(rgb)[shown.clip(max=c.horizon - 1)])
+            yield beside(rgb, extract.our_skins()[0], coming.popleft())
+    write_film(args.out, info["fps"], pages())
     print(args.out)
 
 
-def film_chunks(path, chunks, starts):
+def film_chunks(chunks, starts):
     """Chunk after chunk, each step of them: the frame, then what was played above what was predicted."""
-    skin, side = extract.our_skins()[0], 768
-    with extract.VideoWriter(path, starts[0][0].config.hz, page_size(side, side, skin, 2)) as out:
-        for (clip, j), chunk in zip(starts, chunks):
-            row = clip.rows[j]
-            for at, said, true, counts in zip(clip.edges(row), chunk, *clip.chunk(row)):
-                if counts:
-                    i = np.searchsorted(clip.frames.numbers, at - clip.lag, "right") - 1
-                    rgb = cv2.resize(clip.frames[i], (side, side), interpolation=cv2.INTER_NEAREST)
-                    out.add(beside(rgb, skin, true, said))
+    for (clip, j), chunk in zip(starts, chunks):
+        row = clip.rows[j]
+        for at, said, true, counts in zip(clip.edges(row), chunk, *clip.chunk(row)):
+            if counts:
+                i = np.searchsorted(clip.frames.numbers, at - clip.lag, "right") - 1
+                rgb = cv2.resize(clip.frames[i], (768, 768), interpolation=cv2.INTER_NEAREST)
+                yield beside(rgb, extract.our_skins()[0], true, said)
 
 
-def page_size(w, h, skin, n):
-    """(w, h) of a frame of w x h with n pads, one under another, right of it; even, as encoders want."""
-    scale = min(w / 2 / skin.size[0], h / n / skin.size[1])            # half as wide at most, and no higher
-    return w - w % 2 + int(skin.size[0] * scale) // 2 * 2, h - h % 2
+def write_film(path, fps, pages):
+    """Pictures of one size, one after another, as a video."""
+    first = next(pages, None)
+    if first is None:
+        raise UserError(f"{path}: expected a picture to begin with, found none: take another video")
+    with extract.VideoWriter(path, fps, first.shape[1::-1]) as out:
+        for page in itertools.chain([first], pages):
+            out.add(page)
 
 
 def beside(rgb, skin, *actions):
-    """A frame with a pad for each action right of it, yellow dots on its sticks' caps, uint8 of
-    page_size()."""
-    wide, h = page_size(*rgb.shape[1::-1], skin, len(actions))
-    w = rgb.shape[1] // 2 * 2
-    page, room = np.full((h, wide, 3), 24, np.uint8), h // len(actions)
+    """A frame with a pad for each action right of it, one under another, yellow dots on its sticks' caps;
+    sides are even, as encoders want."""
+    h, w = (n // 2 * 2 for n in rgb.shape[:2])
+    room = h // len(actions)
+    scale = min(w / 2 / skin.size[0], room / skin.size[1])             # half as wide at most, and no higher
+    wide = int(skin.size[0] * scale) // 2 * 2
+    high = round(wide * skin.size[1] / skin.size[0])
+    page = np.full((h, w + wide, 3), 24, np.uint8)
     page[:, :w] = rgb[:h, :w]
-    high = round((wide - w) * skin.size[1] / skin.size[0])
     for i, action in enumerate(actions):
         pad = extract.over(24, draw(skin, action))
         for side, stick in skin.sticks.items():
             cap = np.add(stick["center"], np.multiply(stick["travel"], action[extract.STICKS[side]]))
             cv2.circle(pad, cap.astype(int).tolist(), 3 + len(pad) // 30, (255, 210, 0), -1)
         top = i * room + (room - high) // 2
-        page[top:top + high, w:] = cv2.resize(pad, (wide - w, high), interpolation=cv2.INTER_AREA)
+        page[top:top + high, w:] = cv2.resize(pad, (wide, high), interpolation=cv2.INTER_AREA)
     return page
 
 

@@ -289,10 +289,11 @@ class Clip:
         """
         end = self.end(row)
         edges = self.edges(row).clip(0, end)
+        inside = edges[:-1] < end                          # the others are masked, and hold the last row
         begin = np.minimum(edges[:-1], end - 1)
         rows = self.actions[begin[0]:max(edges[-1], begin[-1] + 1)]
         out = rows[begin - begin[0]]
-        out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
+        out[inside, :-4] = np.maximum.reduceat(rows[:, :-4], begin[inside] - begin[0])
         return out, self.mask(row)
 
     def before(self, row):

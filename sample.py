@@ -122,8 +122,8 @@ class Policy:
 
     @torch.inference_mode()
     def see(self, frames):
-        """uint8 (B, F, 256, 256, 3) -> image tokens (B, F, N, V). If every training frame had the overlay
-        blacked out, black out the same place here."""
+        """uint8 (B, F, 256, 256, 3) -> image tokens (B, F, N, V). If the overlay was blacked out in
+        every training clip, its most frequent place is black here too."""
         frames = np.array(frames)
         frames[self.hole] = 0
         with self.lock:

@@ -1,6 +1,6 @@
 """bench.py: what is claimed is measured here, on ten small games of our own [P 3.2: 10 games, 30 tasks].
 
-    python bench.py demo --out DIR                     everything, end to end, in ten minutes on two cores
+    python bench.py demo --out DIR                     everything, end to end, in some minutes on two cores
     python bench.py record --out DATA [--games G..]    scripted play -> clip folders, or --video with a pad
     python bench.py suite --ckpt F [--tasks T..]       completion of tasks, beside random and scripted players
     python bench.py suite --env ID [--table T.json]    a game by others, by its Gymnasium id; also: record
@@ -2626,7 +2626,7 @@ FLAGS = {
     "--tasks": dict(nargs="+", help="tasks or games (default: suite all, demo three)"),
     "--env": dict(help="a game by others instead: its Gymnasium id"),
     "--table": dict(help="JSON file: how a pad plays --env (default: as weights/others.json says)"),
-    "--ckpt": dict(help="a .safetensors or a run folder; record: it plays in turns with the script"),
+    "--ckpt": dict(help="a .safetensors or a run folder (record: it plays in turns with the script)"),
     "--euler": dict(type=MANY, help="its Euler steps (default: suite 2, transfer 4, record its own)"),
     "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
     "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),

@@ -93,6 +93,8 @@ def run_extract(args):
         return run_templates(Path(args.out))
     videos, out = find_videos(args.videos)[:args.limit], Path(args.out)
     if args.sheet:
+        if args.labels:
+            raise UserError("--sheet shows the overlays that were found: expected no --labels beside it")
         writable(args.sheet)
     out.mkdir(parents=True, exist_ok=True)
     jobs = shard(label_jobs(videos, args.labels) if args.labels else videos)
@@ -2238,7 +2240,8 @@ def work_through(jobs, args):
     """Do all jobs (video, name of its clip or folder of its labels), and report -> the statuses of those
     that were not done before."""
     statuses = []
-    print("preparing the templates", flush=True)
+    if not (args.plain or args.labels):
+        print("preparing the templates", flush=True)
     with Worker(args) as work, tqdm(jobs, unit=" videos", **BAR) as bar:
         for i, (video, name) in enumerate(bar, 1):
             start = time.time()
@@ -2605,7 +2608,7 @@ def cli(parser, argv, *mistakes):
         print(f"error: {file_trouble(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; what is whole stays, run the same command to go on", file=sys.stderr)
+        print("stopped; what is whole stays", file=sys.stderr)
         return 130
     return 0
 

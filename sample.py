@@ -122,8 +122,8 @@ class Policy:
 
     @torch.inference_mode()
     def see(self, frames):
-        """uint8 (B, F, 256, 256, 3) -> image tokens (B, F, N, V). If every training frame had the overlay
-        blacked out, black out the same place here."""
+        """uint8 (B, F, 256, 256, 3) -> image tokens (B, F, N, V). If the overlay was blacked out in
+        every training clip, its most frequent place is black here too."""
         frames = np.array(frames)
         frames[self.hole] = 0
         with self.lock:
@@ -289,10 +289,11 @@ class Clip:
         """
         end = self.end(row)
         edges = self.edges(row).clip(0, end)
+        inside = edges[:-1] < end                          # the others are masked, and hold the last row
         begin = np.minimum(edges[:-1], end - 1)
         rows = self.actions[begin[0]:max(edges[-1], begin[-1] + 1)]
         out = rows[begin - begin[0]]
-        out[:, :-4] = np.maximum.reduceat(rows[:, :-4], begin - begin[0])
+        out[inside, :-4] = np.maximum.reduceat(rows[:, :-4], begin[inside] - begin[0])
         return out, self.mask(row)
 
     def before(self, row):

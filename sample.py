@@ -360,9 +360,9 @@ def run_score(args):
 
 def clips_of_game(args, policy, data, file="actions.npy"):
     """load_clips(); their game is the one of --game, where that is given."""
-    clips, game_id = load_clips(data, policy.config, file), policy.game_id(args.game)
+    clips = load_clips(data, policy.config, file)
     for clip in clips if args.game else ():
-        clip.game_id = game_id
+        clip.game_id = policy.game_id(args.game)
     return clips
 
 
@@ -402,7 +402,8 @@ def scores(chunks, starts, means):
     policies = {"model": chunks, "rest": rest, "repeat": last, "mean": usual}
     games, count = {}, {}
     for game in sorted(set(played)):
-        here, count[game] = played == game, int((played == game).sum())
+        here = played == game
+        count[game] = int(here.sum())
         games[game] = {name: score_chunks(np.broadcast_to(chunk, truth.shape)[here], truth[here], mask[here])
                        for name, chunk in policies.items()}
     mean = lambda x: math.nan if np.isnan(x).all() else float(np.nanmean(x))

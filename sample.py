@@ -688,7 +688,7 @@ def run_video(args):
     if Path(args.out).resolve() == Path(args.video).resolve():
         raise UserError(f"{args.out}: expected another name than the video's own, which would be lost")
     policy = policy_of(args)
-    c, session = policy.config, Session(policy, args.game, args.seed)
+    c, session, skin = policy.config, Session(policy, args.game, args.seed), extract.our_skins()[0]
     rate = info["fps"] / c.hz                                          # frames of the video for one action
     shown = (np.arange(max(round(c.horizon * rate), 1)) / rate + 1e-6).astype(int)         # action of each
     coming = deque([extract.neutral()] * round(c.action_shift * rate))
@@ -697,20 +697,21 @@ def run_video(args):
         for i, rgb in tqdm(extract.read_video(args.video), total=info["n"], unit=" frames", mininterval=1):
             if i % len(shown) == 0:
                 coming.extend(session.predict(rgb)[shown.clip(max=c.horizon - 1)])
-            yield beside(rgb, extract.our_skins()[0], coming.popleft())
+            yield beside(rgb, skin, coming.popleft())
     write_film(args.out, info["fps"], pages())
     print(args.out)
 
 
 def film_chunks(chunks, starts):
     """Chunk after chunk, each step of them: the frame, then what was played above what was predicted."""
+    skin = extract.our_skins()[0]
     for (clip, j), chunk in zip(starts, chunks):
         row = clip.rows[j]
         for at, said, true, counts in zip(clip.edges(row), chunk, *clip.chunk(row)):
             if counts:
                 i = np.searchsorted(clip.frames.numbers, at - clip.lag, "right") - 1
                 rgb = cv2.resize(clip.frames[i], (768, 768), interpolation=cv2.INTER_NEAREST)
-                yield beside(rgb, extract.our_skins()[0], true, said)
+                yield beside(rgb, skin, true, said)
 
 
 def write_film(path, fps, pages):

@@ -2081,7 +2081,8 @@ def test_a_killed_save_leaves_the_old_file_and_what_the_next_removes(tmp_path, m
     path = save_model(tmp_path / "x.safetensors", tiny())
     old, code = path.read_bytes(), KILL_A_SAVE.format(path=str(path), moment=moment)
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == -signal.SIGKILL
-    assert path.read_bytes() == old and len([*tmp_path.iterdir()]) == 2
+    assert path.read_bytes() == old
+    assert len([*tmp_path.iterdir()]) == 2
     save_model(path, tiny())
     assert [*tmp_path.iterdir()] == [path]
 

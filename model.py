@@ -584,11 +584,11 @@ def save(path, state, config, step=0, args=None, data=None, metrics=None):
 
 
 def write_tensors(path, tensors, meta):
-    """A .safetensors of {name: tensor} and {key: text}: made whole, and on the disk, in the folder
-    `path`.part first, then renamed, so that a reader never sees half a file; what a killed process left
-    there is removed. ModelError where it can't be written."""
-    folder = path.with_name(f"{path.name}.part")
-    part = folder / "part"
+    """A .safetensors of {name: tensor} and {key: text}: made whole, and on the disk, in the folder .tmp-NAME
+    beside it first, then renamed, so that a reader never sees half a file; what a killed process left there
+    is removed. ModelError where it can't be written."""
+    folder = path.with_name(f".tmp-{path.name}")
+    part = folder / str(os.getpid())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, meta)

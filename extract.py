@@ -647,10 +647,11 @@ def pose_box(affine, size):
 
 
 def whole_pixels(box, shape, margin):
-    """The pixels x0, y0, x1, y1 of a picture of shape (h, w, ..) that a box and a margin around it touch."""
-    x0, y0, x1, y1 = (int(v) for v in box)
-    return (max(x0 - margin, 0), max(y0 - margin, 0),
-            min(x1 + 1 + margin, shape[1]), min(y1 + 1 + margin, shape[0]))
+    """The pixels x0, y0, x1, y1 of a picture of shape (h, w, ..) that a box and a margin around it touch; of
+    a box beyond its edge those of the edge."""
+    (h, w), (x0, y0, x1, y1) = shape[:2], (int(v) for v in box)
+    x0, y0 = np.clip((x0 - margin, y0 - margin), 0, (w - 1, h - 1)).tolist()
+    return x0, y0, max(min(x1 + 1 + margin, w), x0 + 1), max(min(y1 + 1 + margin, h), y0 + 1)
 
 
 def inside(picture, box):

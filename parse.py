@@ -151,11 +151,10 @@ class Pad:
                 changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
                 looks = [(rest + change).clip(0, 255).astype(np.uint8)
                          for rest, change in zip(self.rest, changes)]
-                self.pressed = [self.surer(*(cuts[0] for cuts in sampled), looks[0]), looks[1]]
+                self.pressed = [self.surer(*(cuts[0][::2] for cuts in sampled), looks[0]), looks[1]]
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
-        _, spread = expect(np.exp(grids))
-        self.spread = spread.reshape(len(at), -1).mean(0)                      # of each
+        self.spread = mean_spread(grids, len(at))
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
 
@@ -165,10 +164,9 @@ class Pad:
         spreads = []
         no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
         for look in self.pressed[0], pressed:
-            sticks = montages(before[::2], now[::2], self.rest[0], look)
+            sticks = montages(before, now, self.rest[0], look)
             grids, *_ = net_reads(self.model, [sticks, no_buttons])
-            _, spread = expect(np.exp(grids))
-            spreads.append(spread.reshape(-1, len(pressed)).mean(0))
+            spreads.append(mean_spread(grids, len(now)))
         without, beside = spreads
         return np.where((beside < without)[:, None, None, None], pressed, self.pressed[0])
 
@@ -180,11 +178,13 @@ class Pad:
     def better_geometry(self):
         """The geometry of a pad without a template, with each stick where it rests in the sampled frames
         and a travel as long as it goes; None where it is so already."""
+        if self.placed:
+            return None
         sticks = dict(self.geometry["sticks"])
         for i, side in enumerate(self.closeups.sticks):
             values = self.sampled[:, i]
             rest = resting_place(values, placed=False)
-            if rest is None or self.placed or self.spread[i] > 0.4:            # a blurred read tells nothing
+            if rest is None or self.spread[i] > 0.4:                           # a blurred read tells nothing
                 continue
             center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
             reach = np.percentile(np.hypot(*(values - rest).T), 97)
@@ -414,6 +414,12 @@ def expect(p):
     return mean.astype(np.float32), np.sqrt(np.maximum(variance, 0))
 
 
+def mean_spread(grids, n):
+    """Log grids (n k, 11, 11) of k sticks in n frames -> how unsure the net is of each, float (k,)."""
+    _, spread = expect(np.exp(grids))
+    return spread.reshape(n, -1).mean(0)
+
+
 def smooth(e, transition, prior, trust, own):
     """Forward-backward: log likelihoods e (n, m, states) of m controls -> posterior (n, m, states) given all
     n frames.
@@ -446,7 +452,7 @@ def smooth_grids(log_p, trust=0.3, own=0.8):
     home = labels(torch.zeros(1, 2)).numpy().ravel()
     prior = 0.36 * home + np.float32(0.64 / GRID ** 2)         # some 0.4 of the teacher's frames are at rest
     transition = 0.3 * np.eye(GRID ** 2) + 0.4 * np.kron(near, near) + 0.3 * prior
-    e = log_p.reshape(*log_p.shape[:2], -1) - np.log(prior)
+    e = log_p.reshape(*log_p.shape[:2], GRID ** 2) - np.log(prior)
     return smooth(e, transition.astype(np.float32), prior, trust, own).reshape(log_p.shape)
 
 

@@ -1108,8 +1108,8 @@ def machine():
 
 @functools.lru_cache(1)
 def skins():
-    """Our own pads; drawing them all takes seconds."""
-    return extract.our_skins()
+    """Our own pads; reading them all takes a second."""
+    return extract.load_skins(extract.OUR_PADS)
 
 
 def paste_pad(ground, skin, action, opacity=1.0):
@@ -1125,7 +1125,8 @@ def new_film(path, fps):
 
 def beside_pad(frame, action):
     """A frame of a film, uint8 (512, 768, 3): the game, and the pad pressed as the action says."""
-    return sample.beside(cv2.resize(frame, (512, 512), interpolation=cv2.INTER_NEAREST), skins()[0], action)
+    large = cv2.resize(frame, (512, 512), interpolation=cv2.INTER_NEAREST)
+    return sample.beside(large, extract.shown_pad(), action)
 
 
 def write(page, x, y, text, size=13, ink="#14141e"):

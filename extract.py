@@ -3,7 +3,7 @@
     python extract.py VIDEO|DIR... --out DATA [--templates DIR] [--every K] [--matcher sift] [--sheet PNG]
     python extract.py VIDEO|DIR... --out DATA --labels DIR   NVIDIA's released labels instead of localisation
     python extract.py VIDEO|DIR... --out DATA --plain        frames alone, where there is no overlay
-    python extract.py templates --out DIR                    our ~300 templates as PNG + JSON, to look at
+    python extract.py templates --out DIR                    our 181 templates as PNG + JSON, to look at
 
 In: videos (anything OpenCV's FFmpeg reads). Out: one folder per video under DATA (NAME_place2, NAME_place3
 where the overlay moves; one per chunk with --labels), written whole or not at all:
@@ -40,7 +40,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -54,6 +53,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 WEIGHTS = Path(__file__).parent / "weights"
+OUR_PADS = WEIGHTS / "pads"          # templates of our own drawing, as OBS presets: 8 families
 
 
 # ---- the action: 25 floats, 21 buttons in the released order, then left x, left y, right x, right y
@@ -1414,9 +1414,11 @@ def unpack_message(message):
 
 
 # ---- skins: what can be drawn
-# A skin is a list of parts, each with small premultiplied RGBA pictures ("sprites") of its states. Our own
-# pads, OBS presets and plain PNG templates all become this one form, so there is one draw() for templates,
-# parser training and pictures of predictions.
+# A skin is a list of parts, each with small premultiplied RGBA pictures ("sprites") of its states. OBS
+# presets, our own pads among them, and plain PNG templates become this one form, so there is one draw() for
+# templates, parser training and pictures of predictions.
+PRESETS = json.loads((WEIGHTS / "presets.json").read_text(encoding="utf-8"))       # codes, families' names
+ARROWS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 
 
 @dataclass
@@ -1426,7 +1428,7 @@ class Part:
     control: str
     at: tuple                                      # top-left corner of the sprites on the canvas, pixels
     sprites: list                          # uint8 (h, w, 4) premultiplied or None: [at rest, pressed]; sticks
-                                                   # [.., .., moved]; DPAD: pads.json's dpad_states
+                                                   # [.., .., moved]; DPAD: presets.json's dpad_states
     travel: tuple = (0.0, 0.0)                     # sticks: displacement in pixels at full deflection
     grow: str = ""                               # analog triggers: uncovered towards up / down / left / right
     tilt: float = 0.0                              # sticks: how much flatter the cap looks at full deflection
@@ -1448,7 +1450,7 @@ class Skin:
     def base(self):
         """What is drawn once: (the always-there parts before the first control, the parts after them)."""
         first = next((i for i, p in enumerate(self.parts) if p.control), len(self.parts))
-        canvas = blank(*self.size)
+        canvas = np.zeros((*self.size[::-1], 4), np.uint8)
         for part in self.parts[:first]:
             blend(canvas, part.sprites[0], *part.at)
         return canvas, self.parts[first:]
@@ -1493,14 +1495,15 @@ def draw_part(canvas, part, action):
         sprite = cv2.warpAffine(sprite, shift, (w + 1, h + 1))           # sticks move by parts of a pixel
     elif part.control == "DPAD":
         state = [pressed("DPAD_RIGHT") - pressed("DPAD_LEFT"), pressed("DPAD_DOWN") - pressed("DPAD_UP")]
-        sprite = part.sprites[PADS["dpad_states"].index(state)]
+        sprite = part.sprites[PRESETS["dpad_states"].index(state)]
     elif part.grow:
         blend(canvas, part.sprites[0], x, y)
         value = np.clip(action[BUTTON[part.control]], 0, 1)
         sprite, x, y = uncover(part.sprites[1], float(value), part.grow, x, y)
     else:
         sprite = part.sprites[pressed(part.control) if part.control else 0]
-    blend(canvas, sprite, int(x), int(y))
+    if sprite is not None:
+        blend(canvas, sprite, int(x), int(y))
 
 
 def tilted(sprite, dx, dy, tilt):
@@ -1520,10 +1523,10 @@ def uncover(sprite, value, grow, x, y):
 
 
 def blend(canvas, sprite, x, y):
-    """Premultiplied 'over' of sprite, or of None, on canvas at (x, y), in place, cut at the canvas edge."""
+    """Premultiplied 'over' of sprite on canvas at (x, y), in place, cut at the canvas edge."""
     x0, y0 = max(x, 0), max(y, 0)
     under = canvas[y0:, x0:]
-    sprite = blank(0, 0) if sprite is None else sprite[y0 - y:, x0 - x:][:len(under), :under.shape[1]]
+    sprite = sprite[y0 - y:, x0 - x:][:len(under), :under.shape[1]]
     if sprite.size:
         under = under[:sprite.shape[0], :sprite.shape[1]]
         clear = cv2.merge([cv2.bitwise_not(np.ascontiguousarray(sprite[..., 3]))] * 4)
@@ -1548,7 +1551,7 @@ def over(ground, rgba, opacity=1.0):
     return (rgba[..., :3] * alpha + ground * (1 - alpha)).astype(np.uint8)
 
 
-# ---- skins made by others: OBS presets and PNGs
+# ---- skins from files: OBS presets and PNGs
 OBS_GAP = 3                                        # pixels between related sprites in the atlas
 
 
@@ -1567,6 +1570,12 @@ def load_skins(path, width=None):
         raise UserError(f"{path}: expected NAME.png templates or OBS preset folders, found none: "
                         "check --templates / --skins")
     return skins
+
+
+@functools.lru_cache(1)
+def shown_pad():
+    """The pad of ours that pictures of actions are drawn with: its caps are bright."""
+    return load_preset(OUR_PADS / "xbox_360_yellow_caps" / "pad.json")
 
 
 def template_files(path):
@@ -1644,7 +1653,7 @@ def preset_part(element, atlas):
     if kind == 0:
         return Part("", at, [rest])
     if kind == 2:
-        name = PADS["obs_buttons"].get(str(element.get("code")))   # SDL's, or older ones
+        name = PRESETS["obs_buttons"].get(str(element.get("code")))   # SDL's, or older ones
         return name and Part(name, at, [rest, pressed])
     if kind == 5:
         radius = float(element.get("stick_radius", w / 4))
@@ -1664,7 +1673,7 @@ def preset_part(element, atlas):
 
 def family_of(name):
     """The controller family that a skin's name speaks of, else "generic"."""
-    words = PADS["families"]
+    words = PRESETS["families"]
     return next((family for family in words if any(w in name.lower() for w in words[family])), "generic")
 
 
@@ -1691,8 +1700,8 @@ def measured(name, family, size, parts, width=None):
                 skin.buttons.setdefault(THUMB[part.control], box)
         elif part.control == "DPAD":
             for direction, (dx, dy) in ARROWS.items():
-                arm = around(x + 2 * dx * (w / 6), y + 2 * dy * (h / 6), w / 6, h / 6)
-                skin.buttons["DPAD_" + direction.upper()] = list(arm)
+                left, top = x + (2 * dx - 1) * w / 6, y + (2 * dy - 1) * h / 6
+                skin.buttons["DPAD_" + direction.upper()] = [left, top, left + w / 3, top + h / 3]
         else:
             skin.buttons[part.control] = box
     return skin
@@ -1735,357 +1744,10 @@ def scaled(part, scale):
     return replace(part, at=(int(left), int(top)), sprites=sprites, travel=travel)
 
 
-# ---- skins of our own drawing: weights/pads.json has their layouts, labels, shapes, looks
-PAD_SIZE = (400, 290)                              # layouts are places [x, y] on this canvas
-PADS = json.loads((WEIGHTS / "pads.json").read_text(encoding="utf-8"))
-LAYOUTS, POLYGONS = PADS["layouts"], PADS["polygons"]                   # corners from (-1, -1) to (1, 1)
-FACES = {"NORTH": (0, -1), "EAST": (1, 0), "SOUTH": (0, 1), "WEST": (-1, 0)}
-ARROWS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
-BLACK, WHITE, GREY = (0, 0, 0), (255, 255, 255), (90, 90, 90)
-
-
-def Look(**changes):
-    """How a pad of ours is drawn: all that varies between two skins of one family; what is not given is
-    pads.json's "look". Colours: (r, g, b[, alpha 0..1]) or None.
-
-    body: fill, None = see-through          line, width: outline of the body and the controls
-    button: fill of the controls at rest, None = only their outline or label
-    label: their ink, None = unlabelled     colored: face buttons labelled in the family's colours
-    cap, well: of the sticks                lit: what pressed looks like
-    press, press_thumb, press_dpad, press_top: of face and small buttons, clicks, d-pad, shoulders and
-        triggers: one of when_pressed()'s ways or blob
-    stick: cap dot ring knurl               dpad: cross four arrows
-    shape: of the face buttons              trigger: up down left right, it grows there with its value
-    trigger_shape: rect horn ellipse        thumb: where L3 / R3 shows: cap label none behind (a disc)
-    glow: the cap is lit off centre         dish: the cap shaded like a photographed one, 0 .. 1
-    blob: its size beside the button's      missing: controls that it lacks
-    shade: 0 flat .. 1 like a photograph    radius, travel: of the caps, pixels
-    size: radius of a face button           spread: of these round their centre, in their radii
-    spill: how far the well reaches beyond a cap at rest, in travels
-    """
-    return SimpleNamespace(**PADS["look"] | changes)
-
-
-class OurSkin(Skin):
-    """A template of ours that is drawn, and from then on is a Skin, when more than its name and its family is
-    asked for."""
-
-    def __init__(self, name, family, look):
-        self.name, self.family, self.look = name, family, look
-
-    def __getattr__(self, name):
-        """What it has only once it is drawn."""
-        if name not in ("size", "parts", "buttons", "sticks"):
-            raise AttributeError(name)
-        vars(self).update(vars(pad_skin(self.name, self.family, Look(**self.look))))
-        self.__class__ = Skin
-        return vars(self)[name]
-
-
-def our_skins():
-    """Our own templates, about 300: every family in every look, always the same -> list of Skins."""
-    return [OurSkin(f"{family}_{name}", family, look)
-            for family in LAYOUTS for name, look in PADS["looks"].items()]
-
-
-def random_skin(rng):
-    """A pad that no one has seen: family, places, colours, styles and press effects drawn from rng ->
-    Skin."""
-    def choose(*options):
-        return options[rng.integers(len(options))]
-
-    def tone(low=0, high=256):
-        """A colour; more often than not a grey."""
-        color = rng.integers(low, high, 3).tolist()
-        return tuple(color if rng.random() < 0.45 else color[:1] * 3)
-
-    def away(color):
-        """The colour, moved away from the ground where it hardly differs from it."""
-        far = BLACK if sum(ground) > 380 else WHITE
-        return color if abs(sum(color) - sum(ground)) > 130 else mix(color, far, 0.7)
-
-    def shaded(end, low, high):
-        """The ground, moved towards black or white by a random share."""
-        return mix(ground, end, rng.uniform(low, high))
-
-    family = choose(*LAYOUTS)
-    place = {key: np.add(spot, rng.uniform(-7, 7, np.shape(spot))) for key, spot in LAYOUTS[family].items()}
-    body = choose(None, tone(), tone(), tone(0, 70), tone(190, 256))
-    ground = body or tone(0, 120)
-    if body and rng.random() < 0.2:
-        body = (*body, rng.uniform(0.15, 0.7))
-    line = choose(None, away(tone()), away(WHITE))
-    cap = choose(shaded(BLACK, 0.3, 0.9), away(tone()), away(tone()), None if line else WHITE)
-    well = choose(None, shaded(BLACK, 0.1, 0.6), shaded(WHITE, 0.05, 0.3), tone(0, 24), tone(0, 24),
-                  mix(cap or ground, choose(BLACK, WHITE), 0.08))
-    if well and rng.random() < 0.4:
-        line = None                                # nothing but their tones parts cap and well
-    button = choose(None, away(tone()), shaded(BLACK, 0.2, 0.7), shaded(WHITE, 0.1, 0.5))
-    label = choose(away(WHITE), away(tone()), None if button or line else WHITE)
-    lit = away(choose(tone(), *PADS["random_lights"]))
-    if rng.random() < 0.15:
-        lit = (*lit, rng.uniform(0.4, 0.8))
-    styles = {name: choose(*options) for name, options in PADS["random_options"].items()}
-    styles |= {name: rng.uniform(low, high) for name, (low, high) in PADS["random_ranges"].items()}
-    look = Look(body=body, line=line, button=button, label=label, cap=cap, well=well, lit=lit, **styles)
-    return pad_skin(f"random_{family}", family, look, place)
-
-
-def pad_skin(name, family, look, place=None):
-    """A pad of our own drawing -> Skin. place: its layout, {control: [x, y], .., "half": right outline}, by
-    default the family's."""
-    place, words = place or LAYOUTS[family], PADS["brands"][re.match("[a-z]+", family)[0]]
-    parts, inks = [], words["inks"] if look.colored else {}
-
-    def button(control, x, y, rx, ry, kind, how=look.press, fill=look.button, grow="", bare=False):
-        """Add a control of `kind` with half sizes rx, ry round (x, y), pressed as `how` says: one of
-        when_pressed()'s ways or blob."""
-        if control in look.missing:
-            return
-        m = 5                                      # room for strokes, moves and growth
-        left, top = math.floor(x - rx - m), math.floor(y - ry - m)
-        x, y = x - left, y - top
-        whole, size = around(x, y, rx, ry), (2 * (rx + m) + 1, 2 * (ry + m) + 1)
-        label = words["labels"][control] if look.label and not bare else ""
-
-        def face(fill=fill, ink=inks.get(control, look.label), line=look.line, width=look.width, box=whole):
-            canvas = paint(paint(blank(*size), fill, kind, box), line, kind, box, width)
-            if label:
-                drawn = label if label in (*"^ox#", *ARROWS) else "text"
-                inner = inset(box, (box[2] - box[0]) * 0.24, (box[3] - box[1]) * 0.24)
-                paint(canvas, ink, drawn, inner, 0 if drawn in ARROWS else 1.6, label)
-            return canvas
-
-        rest = face()
-        if how == "blob":
-            r = min(rx, ry) * look.blob
-            pressed = paint(rest.copy(), look.lit, "ellipse", around(x, y, r, r))
-        elif how == "light" and len(look.lit) == 4:                      # a see-through light
-            pressed = paint(rest.copy(), look.lit, kind, whole)
-        else:
-            larger = {"ring": 1, "grow": 3}.get(how, 0)
-            box = around(x, y + 3 * (how == "move"), rx + larger, ry + larger)
-            shown, ink = fill or look.body or GREY, inks.get(control, look.label)
-            pressed = face(**when_pressed(look, how, shown, look.line, ink), box=box)
-        parts.append(Part(control, (left, top), [None if how == "show" else rest, pressed], grow=grow))
-
-    mirrored = {"left": "right", "right": "left"}.get(look.trigger, look.trigger)
-    for control, grow in (("LEFT_TRIGGER", look.trigger), ("RIGHT_TRIGGER", mirrored)):
-        button(control, *place[control], 24, 13, look.trigger_shape, look.press_top, grow=grow)
-    for control in ("LEFT_SHOULDER", "RIGHT_SHOULDER"):
-        button(control, *place[control], 32, 8, "rect", look.press_top)
-    body = Part("", (0, 0), [pad_body(family, look, place["half"])])
-    parts.insert(len(parts) if look.press_top == "show" else 0, body)   # under shoulders that are always seen
-    x, y = place["face"]
-    for control, (dx, dy) in FACES.items():
-        away = look.size * look.spread
-        button(control, x + dx * away, y + dy * away, look.size, look.size, look.shape)
-    for control in ("BACK", "START"):
-        button(control, *place[control], *words["small"])
-    button("GUIDE", *place["GUIDE"], 11, 11, "ellipse")
-    dpad_parts(parts, button, look, *place["dpad"])
-    for side in STICKS:
-        stick_parts(parts, button, look, side, *place[side])
-    return measured(name, family, PAD_SIZE, parts)
-
-
-def pad_body(family, look, half):
-    """The body's picture, uint8 (290, 400, 4) premultiplied: outline, shading, touch pad. half: its right
-    outline."""
-    canvas, (w, h) = blank(*PAD_SIZE), PAD_SIZE
-    half = np.float32(half)
-    half[[0, -1], 0] = w / 2
-    ring = np.concatenate([half, (half * (-1, 1) + (w, 0))[-2:0:-1]])
-    t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]            # a quadratic B-spline through the ring
-    smooth = ring * (1 - t) ** 2 / 2 + np.roll(ring, -1, 0) * (0.5 + t * (1 - t))
-    smooth += np.roll(ring, -2, 0) * t ** 2 / 2
-    outline = [np.int32(smooth.transpose(1, 0, 2).reshape(-1, 2) * 2)]   # drawn twice as large
-    mask, edge = np.zeros((2, h * 2, w * 2), np.uint8)
-    cv2.fillPoly(mask, outline, 255)
-    cv2.polylines(edge, outline, True, 255, max(1, int(look.width * 2)))
-    mask, edge = (cv2.resize(m, PAD_SIZE, interpolation=cv2.INTER_AREA) for m in (mask, edge))
-    ink(canvas, mask, look.body)
-    if look.body and look.shade:
-        rim = cv2.distanceTransform((mask > 127).astype(np.uint8), cv2.DIST_L2, 3).clip(0, 24) / 24
-        light = np.linspace(1.25, 0.7, h)[:, None] * (0.55 + 0.6 * cv2.GaussianBlur(rim, (0, 0), 4))
-        lighted(canvas, 1 + look.shade * (light - 1))
-    ink(canvas, edge, look.line)
-    if family in ("ps4", "ps5"):                   # the touch pad
-        shade = look.body and mix(look.body, BLACK if family == "ps4" else WHITE, 0.5)
-        paint(canvas, shade or look.line, "rect", (156, 62, 244, 122), 0 if shade else look.width)
-    return canvas
-
-
-def lighted(canvas, gain):
-    """A premultiplied canvas with its colours times gain (h, w), in place."""
-    canvas[..., :3] = np.clip(canvas[..., :3] * gain[..., None], 0, canvas[..., 3:])
-    return canvas
-
-
-def dpad_parts(parts, button, look, x, y):
-    """The d-pad: a cross with lit arms, four buttons, or four arrows."""
-    cross, arrows = look.dpad == "cross", look.dpad == "arrows"
-    if cross:
-        line = look.line or (None if look.button else look.label or look.lit)
-        parts.append(centred("", x, y, [painted("cross", 27, (look.button, 0, 0), (line, look.width, 0))]))
-    how = "show" if cross and look.press_dpad in ("light", "grow", "move") else look.press_dpad
-    bare, fill = arrows or cross and how == "show", look.button or arrows and look.label
-    for arrow, (dx, dy) in ARROWS.items():
-        kind = arrow if arrows else "rect"
-        button("DPAD_" + arrow.upper(), x + dx * 19, y + dy * 19, 8, 8, kind, how, fill, bare=bare)
-
-
-def stick_parts(parts, button, look, side, x, y):
-    """A stick: its well, its moving cap with the pressed state, and L3 / R3 as a disc or a label where the
-    skin has it so."""
-    r, travel, thumb, line, cap = look.radius, look.travel, THUMB[side], look.line, look.cap
-    clicks = thumb not in look.missing and look.thumb
-
-    reach = {"dot": travel + r * 0.4, "ring": max(r, travel) * 1.1}.get(look.stick, r + travel * look.spill)
-    edge = line or (None if look.well or look.stick == "cap" else look.label or look.lit)
-    parts.append(centred("", x, y, [painted("ellipse", reach, (look.well, 0, 0), (edge, look.width, 0))]))
-
-    r = r * 0.42 if look.stick == "dot" else r
-    cap = None if look.stick == "ring" else cap
-    line = line if line or cap else look.label or look.lit
-    shown = cap or look.body or GREY               # of a cap that is drawn as an outline only
-
-    def face(fill=cap, line=line, width=look.width, **_):
-        coats = [(fill, 0, 0)]
-        if fill and (look.stick == "knurl" or look.shade):
-            rim = BLACK if sum(fill[:3]) > 200 else WHITE
-            coats += [(mix(fill, WHITE, 0.14), 0, 0.3), (mix(fill, rim, 0.25), 1.5, 0)]
-        coats.append((line, width, 0))
-        if look.stick in ("knurl", "ring"):
-            coats.append((line, width * 0.7, 0.35))
-        canvas = painted("ellipse", r, *coats)
-        return dished(canvas, look.dish, r) if look.dish else canvas
-
-    pressed = when_pressed(look, look.press_thumb, shown, line, None)
-    if look.press_thumb == "fill":
-        pressed["line"] = cap
-    sprites = [face(), face(**pressed) if clicks == "cap" else face()]
-    if look.glow:
-        sprites.append(face(mix(shown, look.lit, 0.6)))
-    if clicks == "behind":
-        disc = painted("ellipse", r * look.blob * 1.3, (look.lit, 0, 0))
-        parts.append(centred(thumb, x, y, [None, disc]))
-    parts.append(centred(side, x, y, sprites, (travel, travel)))
-    if clicks == "label":
-        button(thumb, x, y + reach + 12, 16, 9, "rect")
-
-
-def painted(kind, r, *coats):
-    """A shape of half size r in the middle of a see-through square, painted in coats (colour, stroke, by
-    which share of r it is smaller)."""
-    m = math.ceil(r) + 4
-    canvas = blank(2 * m, 2 * m)
-    for color, stroke, share in coats:
-        paint(canvas, color, kind, inset(around(m, m, r, r), share * r, share * r), stroke)
-    return canvas
-
-
-def centred(control, x, y, sprites, travel=(0.0, 0.0)):
-    """The Part whose square sprites have their middle at (x, y)."""
-    m = len(sprites[-1]) // 2
-    return Part(control, (int(x) - m, int(y) - m), sprites, travel)
-
-
-def dished(canvas, depth, r):
-    """A cap of radius r shaded like a photographed one: light from above left, a concave dish."""
-    y, x = (np.mgrid[:len(canvas), :len(canvas)] - len(canvas) // 2) / r
-    return lighted(canvas, 1 + depth * (np.where(np.hypot(x, y) < 0.68, 0.35, -0.45) * (x + y)))
-
-
-def when_pressed(look, how, shown, line, ink):
-    """What changes in the fill, ink, line and width of a control when it is pressed, as `how` says: white
-    faint tint move fill dark ring; light, show and grow: bright. shown: the colour that its fill has or seems
-    to have."""
-    lit = look.lit[:3]
-    bright = {"fill": lit, "ink": ink and (mix(lit, BLACK, 0.8) if sum(lit) > 380 else WHITE)}
-    return {"white": {"fill": lit, "ink": None, "line": lit},
-            "faint": {"fill": mix(shown, lit, 0.14)},
-            "tint": {"fill": mix(shown, lit, 0.45)},
-            "move": {"fill": mix(shown, lit, 0.2)},
-            "fill": {"fill": line or ink or lit, "ink": shown},
-            "dark": {"fill": mix(shown, BLACK, 0.6), "ink": ink and mix(ink, BLACK, 0.4)},
-            "ring": {"line": lit, "width": max(look.width, 2.5) * 1.4}}.get(how, bright)
-
-
-def blank(w, h):
-    """A see-through picture: zeros, uint8 (h, w, 4)."""
-    return np.zeros((math.ceil(h), math.ceil(w), 4), np.uint8)
-
-
-def around(x, y, rx, ry):
-    """The box [x0, y0, x1, y1] of half sizes rx, ry around a point."""
-    return x - rx, y - ry, x + rx, y + ry
-
-
 def inset(box, dx, dy):
     """The box less dx at its left and right, dy at its top and bottom."""
     x0, y0, x1, y1 = box
     return x0 + dx, y0 + dy, x1 - dx, y1 - dy
-
-
-def mix(a, b, share):
-    """Colour a moved towards b by share."""
-    return tuple(x + (y - x) * share for x, y in zip(a[:3], b[:3]))
-
-
-def paint(canvas, color, kind, box, stroke=0.0, text=""):
-    """Paint one shape (see stamp) on a premultiplied canvas, in place; None: nothing -> the canvas."""
-    return ink(canvas, stamp(canvas.shape[1::-1], kind, box, stroke, text), color) if color else canvas
-
-
-def ink(canvas, mask, color):
-    """Paint color (r, g, b[, alpha 0..1]; None: nothing) through a mask on a premultiplied canvas, in
-    place."""
-    if color:
-        mask = cv2.multiply(mask, color[3]) if len(color) > 3 else mask
-        blend(canvas, cv2.merge([*(cv2.multiply(mask, float(c) / 255) for c in color[:3]), mask]), 0, 0)
-    return canvas
-
-
-def stamp(size, kind, box, stroke=0.0, text=""):
-    """One shape as an antialiased mask, uint8 (h, w): drawn four times as large with OpenCV, shrunk by area.
-
-    kind: one of POLYGONS, ellipse or o, rect (rounded), x, text. stroke: width of the outline, 0 = filled.
-    """
-    mask = np.zeros((size[1] * 4, size[0] * 4), np.uint8)
-    x0, y0, x1, y1 = (float(v) * 4 for v in box)
-    cx, cy, rx, ry = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2
-    thick = max(1, round(stroke * 4)) if stroke else -1                                     # -1: filled
-    rim = max(thick, 0) / 2                        # strokes stay inside the box
-    if kind == "text":
-        font, scale, thick = cv2.FONT_HERSHEY_SIMPLEX, 2 * ry / 22, max(1, int(stroke * 4))
-        (tw, th), _ = cv2.getTextSize(text, font, scale, thick)
-        cv2.putText(mask, text, (int(cx - tw / 2), int(cy + th / 2)), font, scale, 255, thick)
-    elif kind == "x":
-        for end in (-0.7 * ry, 0.7 * ry):
-            ends = np.int32([(cx - 0.7 * rx, cy - end), (cx + 0.7 * rx, cy + end)]).tolist()
-            cv2.line(mask, *ends, 255, max(thick, 1))
-    elif kind in ("ellipse", "o"):
-        radii = max(int(rx - rim), 1), max(int(ry - rim), 1)
-        cv2.ellipse(mask, (int(cx), int(cy)), radii, 0, 0, 360, 255, thick)
-    else:
-        if kind in POLYGONS:
-            polygon = np.int32(np.multiply(POLYGONS[kind], (rx, ry)) + (cx, cy))
-        else:
-            polygon = rounded_corners(cx, cy, rx - rim, ry - rim, max(min(rx, ry) * 0.6 - rim, 1))
-        if thick < 0:
-            cv2.fillPoly(mask, [polygon], 255)
-        else:
-            cv2.polylines(mask, [polygon], True, 255, thick)
-    return cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
-
-
-def rounded_corners(cx, cy, rx, ry, r):
-    """The outline of a rectangle of half sizes rx, ry with corners of radius r: int32 (n, 2)."""
-    arc = np.linspace(0, np.pi / 2, 8)
-    turns = np.concatenate([arc + quarter * np.pi / 2 for quarter in range(4)])
-    x, y = np.repeat([(1, 1), (-1, 1), (-1, -1), (1, -1)], 8, 0).T
-    return np.int32(np.c_[cx + x * (rx - r) + r * np.cos(turns), cy + y * (ry - r) + r * np.sin(turns)])
 
 
 # ---- backdrops: pictures that could be any game
@@ -2097,7 +1759,7 @@ def backdrop(rng, h, w):
     hsv = np.stack([hue % 180, saturation, value], 1).astype(np.uint8)
     colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
     image = (tiles, corridor, terrain)[rng.integers(3)](rng, h, w, colours)
-    marks(rng, image, np.vstack([colours, rng.integers(0, 256, (4, 3)), [WHITE, BLACK]]))
+    marks(rng, image, np.vstack([colours, rng.integers(0, 256, (4, 3)), [[255] * 3, [0] * 3]]))
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 2.5))
     return cv2.convertScaleAbs(image, alpha=rng.uniform(0.5, 1.2), beta=rng.uniform(0, 40))
@@ -2341,9 +2003,9 @@ def work_for(args):
         return lambda video, folder: label_one(video, folder, args)
     settings, matcher = fingerprint("plain", args.every, args.game), None
     if not args.plain:
-        skins = load_skins(args.templates) if args.templates else our_skins()
+        skins = load_skins(args.templates)
         net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
-        files = template_files(args.templates) if args.templates else [WEIGHTS / "pads.json"]
+        files = template_files(args.templates)
         files += [Path(args.xfeat or WEIGHTS / "xfeat.safetensors")] if net else []
         made_of = fingerprint([s.name for s in skins], *(np.fromfile(file, np.uint8) for file in files))
         key = fingerprint(args.matcher, made_of, np.fromfile(__file__, np.uint8))     # and how it is done
@@ -2379,7 +2041,7 @@ def contact_sheet(path, videos, out):
 
 def run_templates(out):
     """Write our templates as NAME.png + NAME.json."""
-    skins = our_skins()
+    skins = load_skins(OUR_PADS)
     out.mkdir(parents=True, exist_ok=True)
     for skin in skins:
         save_png(out / f"{skin.name}.png", draw(skin))
@@ -2627,8 +2289,8 @@ def main(argv=None):
     parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them; "
                         "or the word templates")
     parser.add_argument("--out", required=True, help="the data folder: a folder a video, and extract.jsonl")
-    parser.add_argument("--templates", help="folder of NAME.png (+ NAME.json) or of OBS presets "
-                        "(default: our own, about 300)")
+    parser.add_argument("--templates", default=OUR_PADS, help="folder of NAME.png (+ NAME.json) or of OBS "
+                        "presets (default: our own, 181)")
     parser.add_argument("--every", type=number(int, 1), default=1,
                         help="keep each Kth policy frame; actions stay at full rate (default 1)")
     parser.add_argument("--matcher", choices=("xfeat", "sift"), default="xfeat",

@@ -786,7 +786,7 @@ def train_net(args):
     generator = torch.Generator().manual_seed(args.seed)
     model = kind.load(args.ckpt) if args.ckpt else kind.net()
     mean = copy.deepcopy(model)
-    held = itertools.islice(Teacher(args.seed + 1000, skins, kind.scene, fresh=0), 16)
+    held = itertools.islice(Teacher(args.seed + 1000, skins, kind.scene, share=0), 16)
     held = [[*map(torch.cat, zip(*part))] for part in zip(*held)]
     curve = []
 
@@ -913,23 +913,25 @@ SAMPLED = 10                               # frames of a scene of the locator's
 
 @dataclass(eq=False)
 class Teacher(torch.utils.data.IterableDataset):
-    """Endless scenes as tensors, each of a skin drawn anew or of one of `skins`; a share `fresh` of new ones
-    prevents forgetting."""
+    """Endless scenes as tensors, each of one of `skins` or, in a share that prevents forgetting, of one of
+    our own pads; most are restyled."""
     seed: int
     skins: list
     scene: object
-    fresh: float = 0.35
+    share: float = 0.35                                        # of our own
 
     def __iter__(self):
         cv2.setNumThreads(1)
         rng = np.random.default_rng([self.seed, 7])
+        ours = extract.load_skins(extract.OUR_PADS)
         backdrops = [extract.backdrop(rng, 400, 600) for _ in range(24)]
         while True:
             if rng.random() < 0.25:
                 backdrops[rng.integers(24)] = extract.backdrop(rng, 400, 600)
-            drawn = not self.skins or rng.random() < self.fresh
-            skin = extract.random_skin(rng) if drawn else self.skins[rng.integers(len(self.skins))]
-            skin = restyle(rng, skin) if rng.random() < 0.6 else skin
+            own = not self.skins or rng.random() < self.share
+            skins = ours if own else self.skins
+            skin = skins[rng.integers(len(skins))]
+            skin = restyle(rng, skin) if own or rng.random() < 0.6 else skin
             yield [[torch.from_numpy(a) for a in part] for part in self.scene(rng, skin, backdrops)]
 
 
@@ -1075,8 +1077,8 @@ def tilt(rng, idle):
 
 # ------------------------------------------------------------------------------ what a drawn video is made of
 def restyle(rng, skin):
-    """A skin as another author might have made it: other colours, a thinner body, other pressed looks, darker
-    caps that go further or tilt."""
+    """A skin as another author might have made it: other colours, a thinner body, other pressed looks; caps
+    that are darker or smaller, go further, tilt, or change as they move."""
     order, gain = range(3), rng.uniform(0.6, 1.1)
     if rng.random() < 0.5:
         order, gain = rng.permutation(3), rng.uniform(0.5, 1.2, 3)
@@ -1084,6 +1086,7 @@ def restyle(rng, skin):
     relit = rng.choice([0, 0, 0.3, 1])                         # the share of its controls
     body = rng.uniform(0.15, 0.8) if rng.random() < 0.3 else 1
     cap = rng.uniform(0.2, 0.6) if rng.random() < 0.15 else 1
+    size = rng.uniform(0.5, 1.1) if rng.random() < 0.5 else 1  # of the caps
     longer = rng.uniform(0.6, 1.4) if rng.random() < 0.5 else 1
     tilt = rng.uniform(0.15, 0.5) if rng.random() < 0.3 else 0
 
@@ -1097,11 +1100,16 @@ def restyle(rng, skin):
     for p in skin.parts:
         look = cap if p.control in STICKS else 1, 1 if p.control else body
         sprites = [s if s is None else paint(s, *look) for s in p.sprites]
-        if len(sprites) in (2, 3) and sprites[0] is not None and rng.random() < relit:
-            sprites[-1] = relight(rng, sprites[0])             # pressed, or of a stick: moved
+        if len(sprites) == 2 and sprites[0] is not None and rng.random() < relit:
+            sprites[-1] = relight(rng, sprites[0])             # pressed
+        if p.control in STICKS:
+            moved = [relight(rng, sprites[0])] if rng.random() < 0.2 else []
+            sprites = [zoomed(s, size) for s in sprites + moved]
         parts.append(replace(p, sprites=sprites, travel=np.multiply(p.travel, longer), tilt=tilt))
-    sticks = {side: {**stick, "travel": [*np.multiply(stick["travel"], longer)]}
-              for side, stick in skin.sticks.items()}
+    sticks = {}
+    for side, stick in skin.sticks.items():
+        travel = np.multiply(stick["travel"], longer)
+        sticks[side] = {**stick, "travel": travel, "radius": stick["radius"] * size}
     return replace(skin, parts=parts, sticks=sticks)
 
 
@@ -1112,9 +1120,7 @@ def relight(rng, sprite):
     rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)
     how = rng.choice(["size", "spot", "spot", "tint", "tint"])
     if how == "size":
-        middle = (w - 1) / 2, (h - 1) / 2
-        larger = cv2.getRotationMatrix2D(middle, 0, rng.choice([0.8, 0.88, 1.12]))
-        return cv2.warpAffine(sprite, larger, (w, h))
+        return zoomed(sprite, rng.choice([0.8, 0.88, 1.12]))
     cover = alpha / 255
     if how == "spot":
         x, y, *size = cv2.boundingRect(np.uint8(sprite[..., 3] > 24))
@@ -1128,6 +1134,13 @@ def relight(rng, sprite):
     inks = rng.uniform(0, 255, 3), rng.choice([0, 255]), 255 - rgb             # the last is the opposite
     rgb = rgb * (1 - cover) + inks[rng.integers(3)] * cover
     return np.uint8(np.dstack([rgb, alpha * (1 - cover) + 255 * cover]))
+
+
+def zoomed(sprite, scale):
+    """A sprite so many times as large about its middle, cut at its edge."""
+    h, w = sprite.shape[:2]
+    larger = cv2.getRotationMatrix2D(((w - 1) / 2, (h - 1) / 2), 0, scale)
+    return cv2.warpAffine(sprite, larger, (w, h))
 
 
 def misplaced(rng, skin, much):
@@ -1625,12 +1638,12 @@ def main(argv=None):
     p = verb("eval", evaluate, "score the clips that have truth.npy",
              "folder of clip folders; those not read yet are read first")
     p.add_argument("--ckpt", default=CKPT, help="weights for clips not read yet (default: those that ship)")
-    p = verb("train", train_net, "train the reader on drawn skins, or on yours")
+    p = verb("train", train_net, "train the reader on our own pads and yours")
     p.add_argument("--locator", action="store_true",
                    help="train extract.py's locator of unknown pads, not the reader")
     p.add_argument("--out", required=True, help="where the weights go (.safetensors)")
     p.add_argument("--skins", metavar="DIR",
-                   help="OBS input-overlay presets (default: random skins only)")
+                   help="OBS input-overlay presets (default: our own pads only)")
     p.add_argument("--ckpt", help="weights to start from (default: none, from scratch)")
     p.add_argument("--steps", type=number(int, 1),
                    help="optimiser steps (default: 5000; to fit --ckpt to --skins 600)")

@@ -1281,7 +1281,7 @@ class View:
     def __init__(self, env, window=False, video=None):
         self.every = math.ceil(env.hz / 30)
         self.window = window and f"play.py: what the model sees of {env.name}"
-        self.skin = extract.pad_skin("xbox_360", "xbox_360", extract.Look(cap=(255, 240, 80)))
+        self.skin = extract.shown_pad()
         if window:
             left, top, zoom = free_room(env.box(), env.capture.screen(), self.SIZE)
             with reading("--show", "a screen for a window"):

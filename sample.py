@@ -689,7 +689,7 @@ def run_video(args):
     if Path(args.out).resolve() == Path(args.video).resolve():
         raise UserError(f"{args.out}: expected another name than the video's own, which would be lost")
     policy = policy_of(args)
-    c, session, skin = policy.config, Session(policy, args.game, args.seed), extract.our_skins()[0]
+    c, session, skin = policy.config, Session(policy, args.game, args.seed), extract.shown_pad()
     rate = info["fps"] / c.hz                                          # frames of the video for one action
     shown = (np.arange(max(round(c.horizon * rate), 1)) / rate + 1e-6).astype(int)         # action of each
     coming = deque([extract.neutral()] * round(c.action_shift * rate))
@@ -705,7 +705,7 @@ def run_video(args):
 
 def film_chunks(chunks, starts):
     """Chunk after chunk, each step of them: the frame, then what was played above what was predicted."""
-    skin = extract.our_skins()[0]
+    skin = extract.shown_pad()
     for (clip, j), chunk in zip(starts, chunks):
         row = clip.rows[j]
         for at, said, true, counts in zip(clip.edges(row), chunk, *clip.chunk(row)):

@@ -307,8 +307,8 @@ PHOTO = "xbox_one_dark_photo"                      # the template in the films
 
 @pytest.fixture(scope="session")
 def ours():
-    """Our own templates by name; drawing them all takes seconds."""
-    return {skin.name: skin for skin in extract.our_skins()}
+    """Our own templates by name; reading them all takes a second."""
+    return {skin.name: skin for skin in extract.load_skins(extract.OUR_PADS)}
 
 
 @pytest.fixture(scope="session")
@@ -318,8 +318,8 @@ def skin(ours):
 
 
 def test_a_pressed_control_changes_in_its_own_box(ours):
-    assert len(ours) >= 300
-    for skin in [*ours.values()][::41]:
+    assert len(ours) == 181
+    for skin in [s for s in ours.values() if "random" not in s.name][::20]:
         rest = extract.draw(skin).astype(int)
         for name, box in skin.buttons.items():
             change = np.abs(extract.draw(skin, pressing(name)) - rest).max(2)
@@ -327,7 +327,7 @@ def test_a_pressed_control_changes_in_its_own_box(ours):
             inside = change[y0:y1, x0:x1]
             assert inside.max() > 25, f"{skin.name}: {name} looks the same pressed"
             inside[:] = 0
-            assert not change.any(), f"{skin.name}: {name} changes outside its box"
+            assert change.max() <= 1, f"{skin.name}: {name} changes outside its box"   # rounding
 
 
 def test_a_picture_lies_over_its_ground_by_its_alpha_and_opacity():
@@ -603,7 +603,7 @@ def small_templates(tmp_path_factory, ours):
     """A folder of 4 of our templates as PNG + JSON, as `extract.py templates` writes them."""
     folder = tmp_path_factory.mktemp("templates")
     few = [ours[name] for name in (PHOTO, "ps4_white_outline", "switch_pro_light_flat", "ps5_dark_flat")]
-    with mock.patch.object(extract, "our_skins", lambda: few):
+    with mock.patch.object(extract, "load_skins", lambda path: few):
         assert run(extract.main, "templates", "--out", folder) == 0
     return folder
 
@@ -689,11 +689,11 @@ def test_clip_folder_is_what_the_design_says(extracted):
 
 
 @pytest.mark.parametrize("template, by", [("bare", "xfeat"), ("bare", "sift"), ("other", "locator")])
-def test_a_pad_without_a_geometry_gets_the_locators(tmp_path, extracted, skin, template, by):
+def test_a_pad_without_a_geometry_gets_the_locators(tmp_path, extracted, ours, template, by):
     """A picture of the very pad says where it is, but not its controls; that of another pad says nothing.
     SIFT goes without torch, so without the locator."""
     folder, find = extracted
-    shown = skin if template == "bare" else extract.random_skin(RNG(4))
+    shown = ours[PHOTO if template == "bare" else "generic_paper_bars"]
     extract.save_png(tmp_path / "pad.png", extract.draw(shown))
     matcher = "sift" if by == "sift" else "xfeat"
     argv = folder / "with.mp4", "--out", tmp_path, "--templates", tmp_path / "pad.png", "--matcher", matcher
@@ -706,7 +706,7 @@ def test_a_pad_without_a_geometry_gets_the_locators(tmp_path, extracted, skin, t
     if by == "sift":
         assert off == []
     else:
-        assert len(off) > len(skin.buttons) and np.median(off) < 0.015 * w, off
+        assert len(off) > len(ours[PHOTO].buttons) and np.median(off) < 0.015 * w, off
 
 
 def test_what_is_no_pad_is_not_located():
@@ -1831,14 +1831,6 @@ def policy(ckpt):
     return sample.Policy(ckpt, device="cpu")
 
 
-@pytest.fixture
-def one_skin(monkeypatch):
-    """One skin; drawing all of ours takes seconds."""
-    skin = extract.random_skin(np.random.default_rng(0))
-    monkeypatch.setattr(extract, "our_skins", lambda: [skin])
-    return skin
-
-
 # ------------------------------------------------------------------------------------------------ the numbers
 
 @pytest.fixture(scope="module", params=[("a", 4), ("f", 3)], ids="af")
@@ -2446,7 +2438,7 @@ def test_scores_are_r2_f1_and_f1_of_onsets():
 
 
 def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
-        squares, ckpt, one_skin, tmp_path, monkeypatch, capsys):
+        squares, ckpt, tmp_path, monkeypatch, capsys):
     film, shots, real = tmp_path / "film.mp4", [], sample.beside
     monkeypatch.setattr(sample, "beside", lambda *seen: shots.append(seen) or real(*seen))
     assert run(sample.main, "score", squares, "--ckpt", ckpt, "--limit", 1, "--video", film) == 0
@@ -2454,7 +2446,7 @@ def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
     assert extract.video_info(film)["n"] == len(shots) == 16
     clip, (rgb, _, played, said) = sample.Clip(squares / "clip 1", TOY), shots[0]   # the first blue one
     assert (played == clip.chunk(0)[0][0]).all() and (rgb[1::3, 1::3] == clip.pictures(0)[0][0]).all()
-    page, right = real(rgb, one_skin, played, said), real(rgb, one_skin, played, played)
+    page, right = (real(rgb, extract.shown_pad(), played, below) for below in (said, played))
     assert (page[:, :768] == rgb).all()
     assert (page[:384] == right[:384]).all() and (page[384:] != right[384:]).any()
 
@@ -3892,9 +3884,8 @@ def test_an_odd_reply_or_none_in_time_is_one_line(answers):
 
 
 def test_a_videos_pad_waits_for_the_action_shift(tmp_path, monkeypatch):
-    skin, draw = extract.random_skin(np.random.default_rng(0)), mock.Mock(wraps=sample.draw)
+    skin, draw = extract.shown_pad(), mock.Mock(wraps=sample.draw)
     monkeypatch.setattr(sample, "draw", draw)
-    monkeypatch.setattr(extract, "our_skins", lambda: [skin])        # not 300: seconds
     monkeypatch.setattr(sample.Session, "predict", lambda self, rgb: rows(*np.arange(1, 9) / 10))
     with extract.VideoWriter(tmp_path / "in.mp4", 30, (192, 108)) as out:
         for f in pictures(20):

@@ -35,8 +35,9 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -1905,14 +1906,12 @@ def work_through(jobs, args):
     statuses = []
     if not (args.plain or args.labels):
         print("preparing the templates", flush=True)
-    with Worker(args) as work, tqdm(jobs, unit=" videos", **BAR) as bar:
-        for i, (video, name) in enumerate(bar, 1):
-            start = time.time()
-            answer = work(video, name)
+    with closing(in_a_child(jobs, args)) as answers, tqdm(jobs, unit=" videos", **BAR) as bar:
+        for i, ((video, name), (answer, seconds)) in enumerate(zip(bar, answers), 1):
             if answer is None:
                 continue
             line = {"video": str(video), "template": None, "box": None, "inliers": 0,
-                    "reason": "", **answer, "seconds": round(time.time() - start, 2)}
+                    "reason": "", **answer, "seconds": round(seconds, 2)}
             if args.labels:
                 line["chunk"] = name.name
             if line["status"] != "busy":
@@ -1923,78 +1922,68 @@ def work_through(jobs, args):
                 box = [round(v) for v in line["box"]]
                 what = f"{line['template']} | box {box} | {line['inliers']} inliers"
             bar.clear()
-            print(f"video {i}/{len(jobs)} | {video.name} | {line['status']} | {what} | "
-                  f"{line['seconds']:.1f} s", flush=True)
+            print(f"video {i}/{len(jobs)} | {video.name} | {line['status']} | {what} | {seconds:.1f} s",
+                  flush=True)
     return statuses
 
 
-class Worker:
-    """Does jobs one at a time in a child process, since a decoder is foreign code on foreign data: where it
-    ends its process, that is an error of the job's video, and a new child goes on. The child ends with us."""
-
-    def __init__(self, args):
-        self.args = args
-        self._start()
-
-    def _start(self):
-        system = multiprocessing.get_context("spawn")
-        self.pipe, theirs = system.Pipe()
-        self.child = system.Process(target=worker, args=(theirs, self.args), daemon=True)
-        heed = signal.signal(signal.SIGINT, signal.SIG_IGN)            # the child inherits it: Ctrl-C is ours
-        self.child.start()
-        signal.signal(signal.SIGINT, heed)
-        theirs.close()
-        try:
-            trouble = self.pipe.recv()
-        except (OSError, EOFError):
-            trouble = {"reason": f"the process for videos ended at its start: {self._end()}"}
-        if trouble:
-            raise UserError(trouble["reason"])
-
-    def _end(self):
-        """Wait for the child's end -> how it ended."""
-        self.child.join()
-        sweep(self.args.out)
-        code = self.child.exitcode
-        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
-
-    def __call__(self, video, name):
-        """What work_for(args)(video, name) returns, or {"status": "error" or "busy", "reason": ..}."""
-        try:
-            self.pipe.send((video, name))
-            return self.pipe.recv()
-        except (OSError, EOFError):                # the child has ended
-            how = self._end()
-            self._start()
-            return {"status": "error", "reason": f"{video}: expected a video that OpenCV decodes, found one "
-                    f"at which its process ends ({how}): save it again with another program"}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, value, trace):
-        self.child.kill()
-        self._end()
+def in_a_child(jobs, args):
+    """Yields what do_job() says of each job and how long it took, in a child process, since a decoder is
+    foreign code on foreign data: where it ends its process, that is an error of the job's video, and a new
+    child goes on. The child ends with us."""
+    try:
+        pool = new_child(args)
+        for video, name in jobs:
+            start = time.time()
+            try:
+                answer = pool.submit(do_job, video, name).result()
+            except BrokenProcessPool:
+                reason = (f"{video}: expected a video that OpenCV decodes, found one at which its process "
+                          "ends: save it again with another program")
+                answer = {"status": "error", "reason": reason}
+                pool = new_child(args)
+            yield answer, time.time() - start
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        sweep(args.out)
 
 
-def worker(pipe, args):
-    """The child of a Worker: answers its start and then each job that comes through the pipe."""
+def new_child(args):
+    """A pool of one process that is ready for do_job()."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    heed = signal.signal(signal.SIGINT, signal.SIG_IGN)                # the child inherits it: Ctrl-C is ours
+    ready = pool.submit(prepare, args)
+    signal.signal(signal.SIGINT, heed)
+    try:
+        ready.result()
+    except BrokenProcessPool as e:
+        raise UserError(f"the process for videos ended at its start: {e}") from None
+    return pool
+
+
+def end_with_parent():
+    """In the child: end when the parent ends, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Windows lets no child inherit it
     tqdm.set_lock(threading.RLock())               # its own is for several processes, and outlives a kill
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
-    work, answer = None, None
-    with suppress(EOFError, BrokenPipeError):      # nobody listens any more
-        while True:
-            try:
-                if work:
-                    answer = work(*pipe.recv())
-                else:
-                    work = work_for(args)
-            except (UserError, OSError) as e:
-                reason = str(e) if isinstance(e, UserError) else file_trouble(e)
-                answer = {"status": "busy" if isinstance(e, Busy) else "error", "reason": reason}
-            pipe.send(answer)
+
+
+def prepare(args):
+    """In the child: what its jobs share."""
+    do_job.work = work_for(args)
+
+
+def do_job(video, name):
+    """In the child: what work_for(args)(video, name) returns, or {"status": "error" or "busy", "reason":
+    ..}."""
+    try:
+        return do_job.work(video, name)
+    except (UserError, OSError) as e:
+        reason = str(e) if isinstance(e, UserError) else file_trouble(e)
+        return {"status": "busy" if isinstance(e, Busy) else "error", "reason": reason}
 
 
 def work_for(args):

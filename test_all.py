@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import multiprocessing.connection as mpc
 import os
 import pickle
@@ -1117,18 +1118,19 @@ def test_a_cut_that_fails_leaves_the_clip_before_and_no_half(tmp_path, skin, tru
 
 
 # ---------------------------------------------------------------------------- one video is not the whole run
-@pytest.mark.skipif(os.name == "nt", reason="ends a process by a signal")
 def test_a_decoder_that_ends_its_process_is_its_videos_error(tmp_path):
     """And a new child takes the next."""
     video = film(tmp_path / "v.mp4")
     args = argparse.Namespace(out=tmp_path, every=1, labels=None, xfeat=None, plain=True, game=None)
-    with extract.Worker(args) as work:
-        work.child.kill()
-        answer = work(video, "v")
-        assert answer["status"] == "error"
-        assert re.search("v.mp4.*SIGKILL", answer["reason"])
-        assert work(video, "v")["status"] == "plain"
-    assert not work.child.is_alive()                                # no child outlives the run
+
+    def jobs():
+        [child] = multiprocessing.active_children()
+        child.kill()
+        yield from [(video, "v")] * 2
+    (broken, _), (done, _) = extract.in_a_child(jobs(), args)
+    assert broken["status"] == "error" and "v.mp4" in broken["reason"]
+    assert done["status"] == "plain"
+    assert not multiprocessing.active_children()                    # no child outlives the run
 
 
 def test_one_videos_trouble_stops_no_other_video(tmp_path, quick, capfd):

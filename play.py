@@ -1033,7 +1033,7 @@ class Keys(Person):
     forward, touch = False, 0.0                            # the game has seen it already
 
     def __init__(self, env):
-        self.env = env
+        self.env, self.last = env, time.monotonic()
         env.desktop.prepare_keys(env.keys)
         if env.mice:
             env.desktop.watch_mouse()
@@ -1042,11 +1042,12 @@ class Keys(Person):
         """The keys and the mouse now, as the action that they mean -> float32 (25,)."""
         env, pad, desktop = self.env, self.env.pad, self.env.desktop
         action = action_of(env.bindings, desktop.held() - pad.down)
+        last, self.last = self.last, time.monotonic()
+        seconds = max(self.last - last, 1 / env.hz)        # more than a tick where some came too late
         for stick, speed in env.mice.items():
-            moved = desktop.moved() * (0 if pad.moved else env.hz / speed)
-            action[STICKS[stick]] = np.clip(action[STICKS[stick]] + moved, -1, 1)
+            action[STICKS[stick]] += desktop.moved() * (0 if pad.moved else 1 / speed / seconds)
         pad.away = not desktop.focused(env.window.id)
-        return neutral() if pad.away else action
+        return neutral() if pad.away else action.clip(-1, 1)
 
 
 def real_pads():
@@ -1281,7 +1282,6 @@ class View:
     def __init__(self, env, window=False, video=None):
         self.every = math.ceil(env.hz / 30)
         self.window = window and f"play.py: what the model sees of {env.name}"
-        self.skin = extract.shown_pad()
         if window:
             left, top, zoom = free_room(env.box(), env.capture.screen(), self.SIZE)
             with reading("--show", "a screen for a window"):
@@ -1297,7 +1297,7 @@ class View:
         side = self.SIZE[1]
         page = Image.new("RGB", self.SIZE, (24, 24, 24))
         page.paste(Image.fromarray(env.frame).resize((side, side), Image.NEAREST))
-        pad = Image.fromarray(extract.draw(self.skin, action))
+        pad = Image.fromarray(extract.draw(extract.shown_pad(), action))
         page.paste(pad, (side, 8), pad)
         pressed = " ".join(b for b in BUTTONS if action[BUTTON[b]] > 0.5)
         text = (f"{who} plays {env.name}\n{score.late} of {score.chunks} predictions late\n"

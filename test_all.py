@@ -3307,6 +3307,8 @@ def test_what_is_typed_elsewhere_is_no_play_and_the_mouse_is_a_stick(env):
     keys = play.Keys(e)
     e.desktop.down, e.desktop.hand = {"d"}, (45, -900)       # the mapping's 900 pixels a second are 90 a tick
     assert np.array_equal(keys.read(), action(left=(1, 0), right=(0.5, -1)))
+    keys.last -= 0.4                                         # the ticks before this one came too late
+    assert 0 < keys.read()[23] < 0.126
     e.pad.moved = True                                       # it was us
     assert np.array_equal(keys.read(), action(left=(1, 0)))
     e.desktop.front = 99

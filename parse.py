@@ -1274,16 +1274,6 @@ def jpeg(image, quality):
 
 
 # ------------------------------------------------------------------------------------ pictures, files, scores
-def as_wide_as(template, width):
-    """The template, uint8 (h, w, 4), no sharper than a video that shows it so many pixels wide, its alpha
-    premultiplied."""
-    h, w = template.shape[:2]
-    share = min(width / w, 1)
-    size = max(round(w * share), 1), max(round(h * share), 1)
-    small = cv2.resize(extract.premultiply(template), size, interpolation=cv2.INTER_AREA)
-    return cv2.resize(small, (w, h), interpolation=cv2.INTER_LINEAR)
-
-
 def in_the_videos_light(templates, picture):
     """Templates, uint8 (h, w, 4), premultiplied, the first at rest, as they would look in the video whose
     median picture (h, w, 3) is given: by a line fitted where the first is opaque; where little is, as a share
@@ -1381,25 +1371,19 @@ def open_pads(folder):
         return clip, None
     dropped = not (folder / "pads.npy").exists() and not unread(folder, clip.get("n"))
     pads = None if dropped else extract.Frames(folder, "pads")
-    expected = (f"{clip.get('n')} crops of {clip.get('pad')}, a geometry and an affine in clip.json "
-                "(cut the clip again)")
+    expected = f"{clip.get('n')} crops of {clip.get('pad')}, a geometry in clip.json (cut the clip again)"
     with extract.reading(folder, expected), np.errstate(all="ignore"):
         if pads and [len(pads), *pads[0].shape[1::-1]] != [clip["n"], *clip["pad"]]:
             raise ValueError(f"{len(pads)} of {pads[0].shape[1::-1]} in pads.npy")
         sticks, buttons = Closeups(clip["geometry"], clip["pad"]).maps         # all that reading asks of it
-        if not (np.isfinite([*sticks, *buttons]).all() and np.isfinite(width_in_video(clip))):
+        if not np.isfinite([*sticks, *buttons]).all():
             raise ValueError("numbers that are not finite")
     return clip, pads
 
 
-def width_in_video(clip):
-    """How many pixels of the video the template is wide."""
-    return np.hypot(*np.array(clip["affine"])[:, 0]) * clip["geometry"]["size"][0]
-
-
 def read_templates(folder, clip):
-    """template.png of a clip and, where it has one, pressed.png, uint8 (h, w, 4), premultiplied, as sharp as
-    the video shows them; none for a pad that the locator found: its template is the video's own picture."""
+    """template.png of a clip and, where it has one, pressed.png, uint8 (h, w, 4), premultiplied; none for a
+    pad that the locator found: its template is the video's own picture."""
     pictures = []
     for path in (folder / "template.png", folder / "pressed.png"):
         if path.is_file() and clip.get("matcher") != "locator":
@@ -1408,7 +1392,7 @@ def read_templates(folder, clip):
             if size != clip["pad"]:
                 raise UserError(f"{path}: expected a picture of {clip['pad']}, found {size}: "
                                 "cut the clip again")
-            pictures.append(as_wide_as(picture, width_in_video(clip)))
+            pictures.append(extract.premultiply(picture))
     return pictures
 
 

@@ -1954,7 +1954,7 @@ def new_child(args):
     """A pool of one process that is ready for do_job()."""
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     heed = signal.signal(signal.SIGINT, signal.SIG_IGN)                # the child inherits it: Ctrl-C is ours
-    ready = pool.submit(prepare, args)
+    ready = pool.submit(make_ready, args)
     signal.signal(signal.SIGINT, heed)
     try:
         ready.result()
@@ -1971,7 +1971,7 @@ def end_with_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
 
 
-def prepare(args):
+def make_ready(args):
     """In the child: what its jobs share."""
     do_job.work = work_for(args)
 

@@ -107,7 +107,7 @@ def record(args):
     """Scripted play of games -> clip folders with the true actions, or videos with a pad drawn over them."""
     tasks = chosen(args, args.games)
     game = PLAYABLE[tasks[0]].game
-    if args.env and "script" not in game.table:
+    if not game.scripted:
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
     if round(min(args.clip, args.minutes * 60) * game.fps) < 2 * extract.HORIZON:
@@ -115,8 +115,6 @@ def record(args):
                         f"{2 * extract.HORIZON / game.fps:.1f} s or more: give more")
     if args.ckpt and args.video:
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
-    if args.ckpt:
-        learned(args.ckpt, args.euler)                                   # names a wrong file now, in one line
     jobs = recordings(args.out, tasks, args.minutes, args.seed, args.clip)
     work = record_video if args.video else functools.partial(record_folder, ckpt=args.ckpt, euler=args.euler)
     for i, line in enumerate(in_processes(work, jobs, 1 if args.env else args.workers), 1):
@@ -224,26 +222,24 @@ def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
 def suite(args):
     """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P
     3.2]."""
-    tasks, began = chosen(args, args.tasks), time.monotonic()
-    game, overlap, policy = PLAYABLE[tasks[0]].game, not args.no_overlap, None
+    tasks, began, policy = chosen(args, args.tasks), time.monotonic(), None
+    game = PLAYABLE[tasks[0]].game
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
-        longest = Learned(policy.config, game.fps, args.delay, overlap).longest
+        longest = Learned(policy.config, game.fps, args.delay).longest
         if args.actions_per_chunk > longest:
             raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: expected at most {longest}, "
                             "a chunk of this checkpoint: give a smaller number")
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
-    players = ["random"] if args.env and "script" not in game.table else ["random", "scripted"]
-    mashing = MASHING if args.mashing else []
-    table = completion(tasks, players + mashing, args.n, args.seed, 1 if args.env else args.workers)
+    rest = args.n, args.seed, 1 if args.env else args.workers
+    table = completion(tasks, ["random", "scripted"] if game.scripted else ["random"], *rest)
     if policy:
-        table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.envs,
-                                    folder(args.out) if args.video else None, args.delay, overlap)
-    mashed = [table.pop(who) for who in mashing]
-    if mashed:
-        wins = lambda ended: ended[:, 0].sum()
+        table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
+                                    8 if args.env else 64, folder(args.out) if args.video else None)
+    if args.mashing:
+        mashed, wins = completion(tasks, MASHING, *rest).values(), lambda ended: ended[:, 0].sum()
         table["best of mashing"] = {task: max((ended[task] for ended in mashed), key=wins) for task in tasks}
     rows = rows_of(table)
     show_rows(rows)
@@ -252,7 +248,6 @@ def suite(args):
             print(f"{who}: return {row['score']:.2f} +- {row['deviation']:.2f}")
     if args.out:
         write_json(folder(args.out) / "suite.json", facts(args, began) | {"rows": rows})
-        chart(Path(args.out) / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
 
 
 def facts(args, began):
@@ -281,11 +276,11 @@ def rollouts(task, who, n, seed):
     return np.array(ended, float)
 
 
-def play_model(policy, tasks, n, per_chunk=8, seed=0, envs=64, films=None, delay=0, overlap=True):
+def play_model(policy, tasks, n, per_chunk=8, seed=0, delay=0, envs=64, films=None):
     """n rollouts of each task, `envs` games at a time, one batch of chunks for all of them.
 
-    films: a folder, where the first rollout of each task is filmed. All tasks have one rate. delay, overlap:
-    see Learned. Returns {task: float (n, 2): won, score}.
+    All tasks have one rate. delay: see Learned; films: a folder for a film of each task's first rollout.
+    Returns {task: float (n, 2): won, score}.
     """
     fps, ended = PLAYABLE[tasks[0]].game.fps, {task: [] for task in tasks}
     jobs = deque((task, i) for i in range(n) for task in tasks)
@@ -297,17 +292,15 @@ def play_model(policy, tasks, n, per_chunk=8, seed=0, envs=64, films=None, delay
             task, i = jobs.popleft()
             game = PLAYABLE[task].game(task, PLAYED + seed + i)
             session.reset(s, seed + i - s)             # environment s adds s: the same noise in any place
-            player = Learned(policy.config, fps, delay, overlap, per_chunk)
-            filmed = films and i == 0
-            with new_film(films / film_name(task), fps) if filmed else contextlib.nullcontext() as video:
-                while not game.over:
-                    if player.waits():
-                        player.take((yield game.render()))
-                    action = player.act()
-                    if video:
-                        video.add(beside_pad(game.render(), action))
-                    game.advance(action)
+            player, actions = Learned(policy.config, fps, delay, per_chunk), []
+            while not game.over:
+                if player.waits():
+                    player.take((yield game.render()))
+                actions.append(player.act())
+                game.advance(actions[-1])
             ended[task].append((game.won, game.score))
+            if films and i == 0:
+                sample.write_film(films / film_name(task), fps, replay(task, PLAYED + seed, actions))
             progress.update()
         while True:
             yield game.render()                        # to fill the batch
@@ -323,6 +316,15 @@ def play_model(policy, tasks, n, per_chunk=8, seed=0, envs=64, films=None, delay
 def film_name(task):
     """The file of a task's film."""
     return f"{task.replace('/', '-')}.mp4"
+
+
+def replay(task, seed, actions):
+    """A rollout once more, as pages of a film, uint8 (512, 768, 3): the game, beside it the pad pressed."""
+    game = PLAYABLE[task].game(task, seed)
+    for action in actions:
+        frame = cv2.resize(game.render(), (512, 512), interpolation=cv2.INTER_NEAREST)
+        yield sample.beside(frame, skins()[0], action)
+        game.advance(action)
 
 
 def rows_of(table):
@@ -358,8 +360,13 @@ def show_rows(rows):
     """Print the share of rollouts completed, the 95 % interval in brackets."""
     print(f"{'':24}" + "".join(f"{who:>20}" for who in rows["all"]))
     for name, row in rows.items():
-        cells = [f"{r['rate']:>8.0%} [{r['low']:4.0%},{r['high']:5.0%}]" for r in row.values()]
-        print(f"{name:24}" + "".join(cells) + f"  n {row['random']['n']}")
+        cells = "".join(f"{in_brackets(r):>20}" for r in row.values())
+        print(f"{name:24}{cells}  n {row['random']['n']}")
+
+
+def in_brackets(r):
+    """A share() in words."""
+    return f"{r['rate']:.0%} [{r['low']:4.0%},{r['high']:5.0%}]"
 
 
 # ---- the demo: the whole chain
@@ -406,8 +413,8 @@ def demo(args):
 
     with stage(out, "train two toy models (train.py)") as say:
         words = [clips, "--preset", "toy", "--seed", args.seed]
-        train_runs(args, args.steps, {runs["model"]: words, runs["true labels"]: [*words, "--truth"]})
-        say(f"{args.steps} steps of {args.batch} frames each, from parsed and from true labels")
+        train_runs(args.steps, {runs["model"]: words, runs["true labels"]: [*words, "--truth"]})
+        say(f"{args.steps} steps of 32 frames each, from parsed and from true labels")
 
     with stage(out, "play the tasks") as say:
         table = completion(tasks, ["random", "scripted"], args.n, args.seed, cores())
@@ -426,11 +433,11 @@ def demo(args):
     write_json(out / "demo.json", said | {"iou": ious, "parser": scores, "rows": rows})
 
 
-def train_runs(args, steps, runs):
+def train_runs(steps, runs):
     """Train small models side by side, quickly: {run: its data and flags for train.py}. What was begun goes
     on, what is done stays."""
-    quick = ["--hz", FPS, "--steps", steps, "--batch", args.batch, "--lr", args.lr, "--workers", 1,
-             "--val", 0, "--every", steps, "--no-augment", "--dropout", 0, "--ema", 0.999]
+    quick = ["--hz", FPS, "--steps", steps, "--every", steps,
+             *"--batch 32 --lr 1e-3 --workers 1 --val 0 --no-augment --dropout 0 --ema 0.999".split()]
     commands = []
     for run, words in runs.items():
         if not (run / "model.safetensors").is_file() or M.read_meta(run)[0]["step"] < steps:
@@ -456,36 +463,40 @@ def story(out, video, tasks, rows, finding, reading):
     extract.py and parse.py, in words."""
     page, clip = Image.new("RGB", (1600, 820), "#fafafa"), out / "clips" / video.stem
     meta, (actions, truth) = read_clip(clip), actions_and_truth(clip)
+    skin = {skin.name: skin for skin in skins()}.get(meta["template"], skins()[0])
 
-    def show(x, y, w, rgb, text):
+    def show(x, y, w, rgb, text=""):
         write(page, x, y - 10, text, 16)
         page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
     busy = np.abs(truth[:, 21:]).sum(1)                        # the widest tilts of each quarter
     moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 4)]
-    skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
 
-    frame = next(rgb for i, rgb in read_video(video) if i == moments[1]).copy()
-    x0, y0, x1, y1 = (round(v) for v in box_corners(meta["box"]))
-    cv2.rectangle(frame, (x0, y0), (x1, y1), (0, 255, 0), 2)
+    frame = frame_of(video, moments[1]).copy()
+    cv2.rectangle(frame, [round(v) for v in meta["box"]], (0, 255, 0), 2)
     show(20, 50, 640, frame, f"1  a video with one of our pads; extract.py finds it among them: {finding}")
     write(page, 700, 40, f"2  the crop; upper pad: pressed, lower: read by parse.py; {reading}", 16)
     for k, i in enumerate(moments):
         crop = cv2.resize(extract.Frames(clip, "pads")[i], (290, 290 * skin.size[1] // skin.size[0]))
-        pads = sample.beside(crop, skin, truth[i], actions[i])
-        show(700 + 440 * (k % 2), 60 + 225 * (k // 2), 430, pads, "")
+        show(700 + 440 * (k % 2), 60 + 225 * (k // 2), 430, sample.beside(crop, skin, truth[i], actions[i]))
+    write(page, 20, 560, "3  the model plays", 16)
     for k, task in enumerate(tasks[:3]):
-        frames = [rgb for _, rgb in read_video(out / film_name(task))]
-        show(20 + 290 * k, 570, 280, frames[len(frames) // 2], f"{'' if k else '3  the model plays '}{task}")
+        film = out / film_name(task)
+        show(20 + 290 * k, 590, 280, frame_of(film, extract.video_info(film)["n"] // 2), task)
     n = rows[tasks[0]]["model"]["n"]
-    chart(out / "tasks.png", f"4  tasks completed, n {n} each; thin lines: 95 % intervals",
-          {name: row for name, row in rows.items() if ":" not in name})
-    table = Image.open(out / "tasks.png")
-    table.thumbnail((700, 290))
-    page.paste(table, (890, 540))
+    write(page, 890, 560, f"4  tasks completed, n {n} each; thin lines: 95 % intervals", 16)
+    chart(page, 1010, 575, {name: row for name, row in rows.items() if ":" not in name})
     page.save(out / "demo.png")
 
 
+def frame_of(video, i):
+    """Frame i of a video, uint8 (h, w, 3)."""
+    return next(itertools.islice(read_video(video), i, None))[1]
+
+
 # ---- transfer: what pre-training on other games is worth
+
+BOTH = "post-trained", "scratch"
+
 
 def transfer(args):
     """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on
@@ -503,81 +514,73 @@ def transfer(args):
         print(*in_processes(record_folder, jobs, args.workers), sep="\n")
         say(f"{args.others:g} minutes of each game, {len(few)} small recordings of held-out ones")
 
-    def completed(run, game, seed):
+    def completed(run, game, seed=0):
         """{task: share completed} of a game by a run's model."""
-        ended = play_model(sample.Policy(run, "cpu", steps=args.euler), pick_tasks([game]), args.n, seed=seed)
+        ended = play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
         return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
 
     for game in games:
         first = out / f"pre-{game}"
         with stage(out, f"{game}: pre-train on the others") as say:
             others = [out / "data" / name for name in GAMES if name != game]
-            train_runs(args, args.pretrain, {first: [*others, "--preset", args.preset, "--balance"]})
-            say(f"without any of its own data {np.mean([*completed(first, game, 0).values()]):.0%}")
-    starts = {"post-trained": lambda game: ["--ckpt", out / f"pre-{game}"],
-              "scratch": lambda game: ["--preset", args.preset]}
+            train_runs(args.pretrain, {first: [*others, "--preset", "toy", "--balance"]})
+            say(f"without any of its own data {average(completed(first, game)):.0%}")
     for (game, minutes, seed), data in few.items():
         with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
-            runs = {who: out / f"{who}-{data.name}" for who in starts}
-            train_runs(args, args.steps,
-                       {run: [data, "--seed", seed, *starts[who](game)] for who, run in runs.items()})
+            runs = {who: out / f"{who}-{data.name}" for who in BOTH}
+            starts = ["--ckpt", out / f"pre-{game}"], ["--preset", "toy"]
+            train_runs(args.steps, {run: [data, "--seed", seed, *start]
+                                    for run, start in zip(runs.values(), starts)})
             rates = {who: completed(run, game, seed) for who, run in runs.items()}
             results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
-            say(", ".join(f"{who} {np.mean([*rate.values()]):.0%}" for who, rate in rates.items()))
+            say(", ".join(f"{who} {average(rate):.0%}" for who, rate in rates.items()))
 
     gains = gains_of(results)
     for name, row in gains.items():
-        post, scratch = (row["bars"][who]["rate"] for who in ("post-trained", "scratch"))
-        gained = percent(row, "gain") if row["gain"] else "none: scratch completes nothing"
-        print(f"{name:26} post-trained {post:.1%} | scratch {scratch:.1%} | "
-              f"{percent(row, 'points')} points | gain {gained} | n {row['n']}")
+        gained = with_interval(row["gain"]) if row["gain"] else "none: scratch completes nothing"
+        print(f"{name:26} " + " | ".join(f"{who} {row[who]:.1%}" for who in BOTH) +
+              f" | {with_interval(row['points'])} points | gain {gained} | n {row['n']}")
     write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
-    chart(out / "transfer.png", f"completion of held-out games, {len(games) * len(args.seeds)} pairs",
-          {name: row["bars"] for name, row in gains.items()})
 
 
-def percent(row, name):
-    """A figure of gain() and its interval."""
-    return f"{row[name]:+.1%} [{row[f'{name} low']:+.1%}, {row[f'{name} high']:+.1%}]"
+def average(rates, kind=""):
+    """The mean of {task: share completed} over the tasks of one kind, or all; None where there are none."""
+    rates = [rate for task, rate in rates.items() if kind in ("", TASKS[task].kind)]
+    return float(np.mean(rates)) if rates else None
+
+
+def with_interval(figure):
+    """A figure of gain() in words."""
+    return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*figure)
 
 
 def gains_of(results):
     """Results of trials -> gain() of each size of data, over all tasks and by type."""
-    gains = {}
-    for minutes in dict.fromkeys(r["minutes"] for r in results):
-        for kind in ("all", "combat", "navigation", "specific"):
-            pairs = []
-            for rates in (r["tasks"] for r in results if r["minutes"] == minutes):
-                tasks = [task for task in rates["scratch"] if kind in ("all", TASKS[task].kind)]
-                if tasks:
-                    pairs.append([np.mean([rates[who][task] for task in tasks])
-                                  for who in ("post-trained", "scratch")])
-            if pairs:
-                gains[f"{minutes:g} min, {kind}"] = gain(np.array(pairs))
-    return gains
+    pairs = {}
+    for result in results:
+        for kind in ("", "combat", "navigation", "specific"):
+            pair = [average(result["tasks"][who], kind) for who in BOTH]
+            if None not in pair:
+                pairs.setdefault(f"{result['minutes']:g} min, {kind or 'all'}", []).append(pair)
+    return {name: gain(np.array(rows)) for name, rows in pairs.items()}
 
 
 def gain(pairs, rounds=4000):
-    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> what pre-training gains.
+    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> their means and what
+    pre-training gains.
 
-    Means ("bars"), the difference ("points") and the relative gain, each with the interval of resampled
-    pairs; the gain is None where scratch completes nothing, its interval is of the draws in which scratch
+    "points", the difference, and "gain", relative to scratch: each [value, low, high], the interval of
+    resampled pairs. No gain where scratch completes nothing; its interval is of the draws in which scratch
     completes something.
     """
     picks = np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))
-    drawn = pairs[picks].mean(1)                                                         # (rounds, 2)
-    (post, scratch), some = pairs.mean(0), drawn[drawn[:, 1] > 0]
+    drawn, means = pairs[picks].mean(1), pairs.mean(0)                                   # (rounds, 2), (2,)
 
-    def figure(name, value, draws, prefix=""):
-        low, high = np.quantile(draws, (0.025, 0.975))
-        return {name: float(value), f"{prefix}low": float(low), f"{prefix}high": float(high)}
-    bars = {who: figure("rate", rate, draws)
-            for who, rate, draws in zip(("post-trained", "scratch"), (post, scratch), drawn.T)}
-    row = {"n": len(pairs), "bars": bars, "gain": None}
-    row |= figure("points", post - scratch, drawn[:, 0] - drawn[:, 1], "points ")
-    if scratch:
-        row |= figure("gain", post / scratch - 1, some[:, 0] / some[:, 1] - 1, "gain ")
-    return row
+    def figure(measure, draws):
+        return [float(measure(*means)), *np.quantile(measure(*draws.T), (0.025, 0.975)).tolist()]
+    relative = lambda post, scratch: post / scratch - 1
+    return {"n": len(pairs), **dict(zip(BOTH, means.tolist())), "points": figure(np.subtract, drawn),
+            "gain": figure(relative, drawn[drawn[:, 1] > 0]) if means[1] else None}
 
 
 # ---- speed
@@ -587,20 +590,17 @@ def latency(args):
     machine slows both. The release computes mixing, keys and values, time codes and AdaLN anew at each
     step."""
     device, reason = M.pick_device(args.device)
-    if args.ckpt:
-        model = M.load(args.ckpt, device)[0]
-    else:
-        model = M.create(M.preset(args.preset), device=device).eval()
-        with torch.no_grad():
-            for p in model.parameters():
-                if not p.any():                        # or all velocities are 0, and agree
-                    p.normal_(0, 0.02)
+    model = M.create(M.preset(args.preset), device=device).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():                            # or all velocities are 0, and agree
+                p.normal_(0, 0.02)
     c, g = model.config, torch.Generator().manual_seed(0)
     shape = 1, c.frames, c.image, c.image, 3
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).to(device)
     noise = torch.randn(1, c.horizon, c.action_dim, generator=g).to(device)
-    print(f"{args.ckpt or args.preset}: {M.count(model)[0]:,} parameters, float32, "
-          f"batch 1, {device} ({reason}), {machine()}, best of {args.repeats}")
+    print(f"{args.preset}: {M.count(model)[0]:,} parameters, float32, "
+          f"batch 1, {device} ({reason}), {machine()}, best of 3")
 
     def released(k):
         x, seen = noise, model.see(frames)
@@ -612,7 +612,7 @@ def latency(args):
     for k in args.steps:
         with torch.inference_mode():
             apart = float((ours(k) - released(k)).abs().max())
-            fast, slow = best_of(args.repeats, device, lambda: ours(k), lambda: released(k))
+            fast, slow = best_of(3, device, lambda: ours(k), lambda: released(k))
         print(f"{k:3} steps | ours {fast:.3f} s | released {slow:.3f} s | {slow / fast:.2f} x faster | "
               f"largest difference {apart:.1e}")
 
@@ -643,7 +643,7 @@ def throughput(args):
             steps += game.t
         print(f"{name:12} {1e6 * (time.perf_counter() - began) / steps:8.0f} us a step with its picture")
     with tempfile.TemporaryDirectory() as tmp:
-        n, number = args.seconds * FPS, itertools.count()
+        n, number = 20 * FPS, itertools.count()
         latest = lambda: max(Path(tmp).glob("*.mp4"))
         stages = {"record": lambda: record_video(Path(tmp) / f"{next(number)}", ["swarm/bugs"], "0 0", n),
                   "decode": lambda: sum(1 for _ in read_video(latest())),
@@ -652,7 +652,7 @@ def throughput(args):
         with contextlib.redirect_stdout(io.StringIO()):   # the second time the templates are drawn, described
             took = best_of(2, torch.device("cpu"), *stages.values())
         for name, seconds in zip(stages, took):
-            print(f"{name:12} {n / seconds:8.0f} frames/s of a video of {args.seconds} s")
+            print(f"{name:12} {n / seconds:8.0f} frames/s of a video of 20 s")
 
 
 # ---- players
@@ -728,16 +728,16 @@ class Blind:
 class Learned:
     """The actions to come of a policy that plays one game: chunks go in, actions of single steps come out.
 
-    delay: a chunk comes so many steps after its frame. Meanwhile the one before it is played on and its own
-    first steps pass; without `overlap` the last action is held, then it is played from its start.
+    delay: a chunk comes so many steps after its frame. Meanwhile the one before it is played on, and its own
+    first steps pass.
     """
 
-    def __init__(self, config, fps, delay=0, overlap=True, per_chunk=8):
-        self.lead = max(config.action_shift, delay * overlap)          # actions in hand when a frame is seen
+    def __init__(self, config, fps, delay=0, per_chunk=8):
+        self.lead = max(config.action_shift, delay)                    # actions in hand when a frame is seen
         at = (np.arange(int(config.horizon * fps / config.hz)) * config.hz / fps).astype(int)
         self.longest = len(at) - self.lead
         self.rows = at[self.lead - config.action_shift:][:per_chunk]   # of a chunk, at the game's rate
-        self.coming, self.wait, self.last = deque([neutral()] * self.lead), delay * (not overlap), neutral()
+        self.coming = deque([neutral()] * self.lead)
 
     def waits(self):
         """Is it time for the next chunk?"""
@@ -745,9 +745,7 @@ class Learned:
 
     def take(self, chunk):
         """A chunk float (T, 25) for the frame of now, played after what was planned before."""
-        self.coming.extend([self.last] * self.wait)
         self.coming.extend(chunk[self.rows])
-        self.last = self.coming[-1]
 
     def act(self):
         """float (25,), the action of this step."""
@@ -797,7 +795,7 @@ def foreign_task(args):
             raise ValueError("no success by return or info")
         name = re.sub(r"\W+", "_", args.env)
         fields = {"name": name.lower(), "fps": table["fps"], "table": table, "idle": [],
-                  "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
+                  "scripted": "script" in table, "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
         game = type(name, (Foreign,), fields)
         PLAYABLE[args.env] = Task(args.env, game, "theirs", 0, table["seconds"], {}, False, table["frame"])
     return args.env
@@ -920,7 +918,7 @@ class Game:
     the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
     control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
     What "look" holds are attributes of all its tasks, what a task's "start" holds is of this one."""
-    fps = FPS
+    fps, scripted = FPS, True
 
     def __init__(self, task, seed=0):
         self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
@@ -1043,8 +1041,7 @@ class Game:
 # ---- machinery
 # ---- processes, pictures
 
-INKS = {"random": "#a0a0aa", "scripted": "#5aa05a", "model": "#dc3c28", "true labels": "#3c6edc",
-        "best of mashing": "#c89628", "post-trained": "#dc3c28", "scratch": "#3c6edc"}
+INKS = {"random": "#a0a0aa", "scripted": "#5aa05a", "model": "#dc3c28", "true labels": "#3c6edc"}
 
 
 def folder(path):
@@ -1118,43 +1115,23 @@ def paste_pad(ground, skin, action, opacity=1.0):
     ground[:] = extract.over(ground, rgba, opacity)
 
 
-def new_film(path, fps):
-    """A video for what beside_pad() gives."""
-    return VideoWriter(path, fps, (768, 512))
-
-
-def beside_pad(frame, action):
-    """A frame of a film, uint8 (512, 768, 3): the game, and the pad pressed as the action says."""
-    return sample.beside(cv2.resize(frame, (512, 512), interpolation=cv2.INTER_NEAREST), skins()[0], action)
-
-
 def write(page, x, y, text, size=13, ink="#14141e"):
     """A line of text on a picture, from its lower left corner."""
     ImageDraw.Draw(page).text((x, y), text, ink, ImageFont.load_default(size), "ls")
 
 
-def chart(path, title, rows):
-    """A table {row: {player: {"rate", "low", "high"}}} as a picture of bars, a group for each row; a thin
-    line is the interval. Above them stands which colour is whose."""
-    end = 70 + sum(9 * len(row) + 10 for row in rows.values())
-    page = Image.new("RGB", (900, end + 20), "#fafafa")
-    pen, left, wide, y = ImageDraw.Draw(page), 190, 680, 70
-    write(page, 20, 30, title, 18)
-    for mark in (0, 0.25, 0.5, 0.75, 1):
-        x = left + wide * mark
-        pen.line((x, y, x, end), "#d7d7dc")
-        write(page, x - 12, end + 16, f"{mark:.0%}")
-    for i, who in enumerate(next(iter(rows.values()))):
-        write(page, left + 130 * i, y - 4, who, ink=INKS[who])
+def chart(page, left, y, rows, wide=330):
+    """A table {row: {player: share()}} as groups of bars on a picture; a thin line is the interval."""
+    pen = ImageDraw.Draw(page)
     for name, row in rows.items():
-        write(page, 10, y + 4.5 * len(row) + 5, name)
+        write(page, left - 120, y + 28, name)
         for who, r in row.items():
             rate, low, high = (left + wide * r[key] for key in ("rate", "low", "high"))
-            pen.rectangle((left, y, rate, y + 7), INKS[who])
-            pen.line((low, y + 3.5, high, y + 3.5), "#14141e")
-            y += 9
-        y += 10
-    page.save(path)
+            pen.rectangle((left, y, rate, y + 10), INKS[who])
+            pen.line((low, y + 5, high, y + 5), "#14141e")
+            write(page, left + wide + 10, y + 10, f"{who} {in_brackets(r)}", 11)
+            y += 13
+        y += 8
 
 
 def games(args):
@@ -2627,7 +2604,7 @@ FLAGS = {
     "--env": dict(help="a game by others instead: its Gymnasium id"),
     "--table": dict(help="JSON file: how a pad plays --env (default: as weights/others.json says)"),
     "--ckpt": dict(help="a .safetensors or a run folder (record: it plays in turns with the script)"),
-    "--euler": dict(type=MANY, help="its Euler steps (default: suite 2, transfer 4, record its own)"),
+    "--euler": dict(type=MANY, help="its Euler steps (default: suite 2, record its own)"),
     "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
     "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),
     "--clip": dict(type=TIME, default=30, help="seconds of a clip (default 30)"),
@@ -2635,18 +2612,12 @@ FLAGS = {
     "-n": dict(type=MANY, help="rollouts of each task (default %(default)s)"),
     "--actions-per-chunk": dict(type=MANY, default=8, help="steps to play before looking again (default 8)"),
     "--delay": dict(type=SEED, default=0, help="steps by which each chunk comes late, as on a slow machine"),
-    "--no-overlap": dict(action="store_true", help="through --delay hold the last action, play no chunk on"),
     "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
-    "--envs": dict(type=MANY, default=64, help="games side by side (default 64; of --env 8 do)"),
     "--preset": dict(choices=M.PRESETS, help="size of a fresh model (default %(default)s)"),
     "--steps": dict(type=MANY, help="training steps (default %(default)s)"),
-    "--batch": dict(type=MANY, default=32, help="frames a step (default 32)"),
-    "--lr": dict(type=extract.number(float, 0, 1), default=1e-3, help="learning rate (default 1e-3)"),
     "--pretrain": dict(type=MANY, default=1500, help="steps of pre-training (default 1500)"),
     "--others": dict(type=TIME, default=5, help="minutes of each other game to pre-train on (default 5)"),
-    "--repeats": dict(type=MANY, default=3, help="the best of this many (default 3)"),
     "--device": dict(default="auto", help="auto, cpu, cuda, mps (default auto)"),
-    "--seconds": dict(type=MANY, default=20, help="length of the video (default 20)"),
     "--seed": dict(type=SEED, default=0, help="of everything drawn (default 0)"),
     "--workers": dict(type=MANY, default=cores(), help="processes (default: one a core)")}
 
@@ -2667,19 +2638,19 @@ def main(argv=None):
     command(record, "scripted play -> clip folders, or videos with an overlay",
             "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers", minutes=5)
     command(suite, "completion of tasks, beside random and scripted players",
-            "--ckpt --tasks --env --table -n --actions-per-chunk --delay --no-overlap --mashing --out "
-            "--video --euler --envs --device --seed --workers", n=50, euler=extract.PLAY_STEPS)
+            "--ckpt --tasks --env --table -n --actions-per-chunk --delay --mashing --out --video --euler "
+            "--device --seed --workers", n=50, euler=extract.PLAY_STEPS)
     command(demo, "the whole chain on embedded games",
-            "--out --tasks --minutes --videos --steps --batch --lr -n --seed", minutes=2, steps=1200, n=100)
+            "--out --tasks --minutes --videos --steps -n --seed", minutes=2, steps=1200, n=100)
     p = command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",
-                "--out --games --others --pretrain --steps --preset --batch --lr -n --euler --workers",
-                games=["crypt", "swarm", "glider"], steps=480, preset="toy", n=20, euler=4)
+                "--out --games --others --pretrain --steps -n --workers",
+                games=["crypt", "swarm", "glider"], steps=480, n=20)
     p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
     p.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="of data, noise (default 0 1 2)")
     p = command(latency, "seconds for one chunk, against the released way of sampling",
-                "--preset --ckpt --repeats --device", preset="nitrogen")
+                "--preset --device", preset="nitrogen")
     p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")
-    command(throughput, "a step of each game, and of each stage of the chain", "--seconds")
+    command(throughput, "a step of each game, and of each stage of the chain", "")
     command(games, "a picture of the ten games", "--out --seed")
     return extract.cli(parser, argv, M.ModelError)
 

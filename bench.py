@@ -1158,7 +1158,9 @@ def games(args):
 
 
 class Thing(types.SimpleNamespace):
-    """An actor or an object: its kind (a picture of ICONS), its place, and what its game adds."""
+    """An actor or an object: its kind (a picture of ICONS), its place, and what its game adds; wind: steps
+    until it strikes, dash: steps that it still charges, the way it goes."""
+    hp, wind, dash, way = 1, 0, 0, 1
 
     def __init__(self, kind, at, **more):
         super().__init__(kind=kind, at=at, **more)
@@ -1403,6 +1405,10 @@ class Walled(Game):
                 p += step
         return p * self.cell
 
+    def send(self, thing, place, far, r=12):
+        """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
+        thing.at = self.move(thing.at, far * unit(place - thing.at), r)
+
     def sees(self, p, q):
         """Is the straight line between two places free of walls?"""
         p, q = p / self.cell, q / self.cell
@@ -1462,7 +1468,7 @@ class FirstPerson(Walled):
     def bring(self, kind):
         """A new goal to fight, take or reach. kinds: kind -> least and most steps away, lift, size."""
         low, high, lift, size = self.kinds[kind]
-        self.goal = Thing(kind, self.place(low, high), hp=2, wind=0, lift=lift, size=size)
+        self.goal = Thing(kind, self.place(low, high), hp=2, lift=lift, size=size)
         self.things, self.goes_to = [self.goal], self.goal.at
 
     def draw(self):
@@ -1547,7 +1553,7 @@ class Crypt(FirstPerson):
         self.goes_to = ghoul.at
         if reach > 0.8:
             to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
-            ghoul.at = self.move(ghoul.at, 0.025 * unit(to - ghoul.at), 0.2)
+            self.send(ghoul, to, 0.025, 0.2)
         if ghoul.wind:
             ghoul.wind -= 1
             if not ghoul.wind and reach < 1.3 and not (shield and off() < 0.7):
@@ -1558,7 +1564,7 @@ class Crypt(FirstPerson):
         if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
             if reach < 1.25 and off() < 0.45:
                 ghoul.hp -= 1
-                ghoul.at = self.move(ghoul.at, 0.3 * unit(ghoul.at - self.pos), 0.2)
+                self.send(ghoul, self.pos, -0.3, 0.2)
         if ghoul.hp <= 0:
             self.done()
 
@@ -1590,7 +1596,6 @@ class Siege(FirstPerson):
 
     def begin(self):
         self.build()
-        self.ammo = 16
         self.spawn()
 
     def spawn(self):
@@ -1618,7 +1623,7 @@ class Siege(FirstPerson):
         drone.at = moved
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
-            aimed = abs(self.angle(drone.at)) < 0.3 / max(reach, 0.5)
+            aimed = abs(self.angle(drone.at)) < 0.3 / reach
             drone.hp -= aimed and self.sees(self.pos, drone.at)
         if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
             speed = 0.07 * unit(self.pos - drone.at)
@@ -1645,7 +1650,7 @@ class Siege(FirstPerson):
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
             left += -1 if self.angle(shot.at) > 0 else 1                   # step out of its way
-        aimed = abs(self.angle(goal.at)) < 0.26 / max(reach, 0.5)
+        aimed = abs(self.angle(goal.at)) < 0.26 / reach
         return left, right, "RIGHT_TRIGGER" if clear and aimed else ""
 
 
@@ -1698,8 +1703,7 @@ class Rally(Game):
 
     def ahead(self):
         """Where on the path the car is: the nearest of the next few points; rivals drive on."""
-        points = range(self.index, min(self.index + 6, 250))
-        self.index = min(points, key=lambda i: abs(self.path[i] - self.pos))
+        self.index = min(range(self.index, self.index + 6), key=lambda i: abs(self.path[i] - self.pos))
         for rival in self.foes:
             rival.along += 0.22
             rival.at = self.beside(rival.along, rival.side)
@@ -1719,14 +1723,12 @@ class Rally(Game):
                 self.spawn()
             return
         self.ahead()
-        if not self.cars:
-            self.score = self.index // 20
-        for rival in [r for r in self.foes if not r.passed]:
-            rival.passed = rival.along < self.index - 1
-            self.score += rival.passed
+        for rival in self.foes:
+            rival.passed |= rival.along < self.index - 1
             if self.distance(rival) < 24 and not rival.passed:
                 self.speed *= 0.3
                 self.hurt()
+        self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
 
     def draw(self):
         way = rect(1, self.face)
@@ -1762,13 +1764,13 @@ class Rally(Game):
             rel = self.relative(self.bay)
             angle, far = phase(rel), abs(rel)
             if abs(angle) > 1.9 and far < 130:
-                return -copysign(1, rel.imag) if abs(angle) < 2.9 else 0, 0j, "LEFT_TRIGGER"
+                return -copysign(1, rel.imag), 0j, "LEFT_TRIGGER"
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
             return span(2.5 * angle), 0j, self.pedal(fast, 0.4)
-        target = self.path[min(self.index + 9, 254)]
+        target = self.path[self.index + 9]
         close = [r for r in self.foes if not r.passed and 0 < r.along - self.index < 13]
         if close:                                                          # pass the first on its other side
-            target = self.beside(min(self.index + 7, 254), -close[0].side)
+            target = self.beside(self.index + 7, -close[0].side)
         angle = self.angle(target)
         return span(2.6 * angle), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
 
@@ -1782,12 +1784,11 @@ class TopDown(Walled):
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
         self.grid, self.known = grid, {}
-        wall = np.kron(np.uint8(grid), np.ones((self.cell, self.cell), np.uint8))
-        h, w = wall.shape
-        self.ground = np.full((h + 256, w + 256, 3), np.uint8(colour(self.block[1])) // 2)
-        inner = self.ground[128:-128, 128:-128]
-        inner[:] = pattern(*self.floor, h, w)
-        cv2.copyTo(pattern(*self.block, h, w), wall, inner)
+        wall = np.kron(grid, np.ones((self.cell, self.cell), bool))
+        block, floor = (pattern(*look, *wall.shape) for look in (self.block, self.floor))
+        dark = [value // 2 for value in colour(self.block[1])]
+        self.ground = cv2.copyMakeBorder(np.where(wall[..., None], block, floor), *[128] * 4,
+                                         cv2.BORDER_CONSTANT, value=dark)
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
@@ -1829,7 +1830,7 @@ class Swarm(TopDown):
     def gather(self):
         """As many bugs or brutes as there are at a time."""
         while len(self.foes) < self.count:
-            foe = Thing(self.foe, self.spot(self.pos, 105, 135), hp=self.hp, wind=0, dash=0, way=1)
+            foe = Thing(self.foe, self.spot(self.pos, 105, 135), hp=self.hp)
             if self.distance(foe) > 80:
                 self.foes.append(foe)
 
@@ -1863,7 +1864,7 @@ class Swarm(TopDown):
                 self.score += f.kind == "bug"
             elif self.distance(f) < self.reach:
                 self.hurt()
-                f.at = self.move(f.at, 70 * unit(f.at - self.pos) or 70)
+                self.send(f, self.pos, -70)
             self.chase(f)
         for mine in self.near(self.things, 26):
             self.hurt()
@@ -1877,7 +1878,7 @@ class Swarm(TopDown):
         """A bug comes straight; the brute in a spiral, then it winds up and charges."""
         way = unit(self.pos - f.at)
         if f.kind == "bug":
-            f.at += 1.7 * way
+            self.send(f, self.pos, 1.7)
         elif f.dash:
             f.dash -= 1
             f.at = self.move(f.at, 7 * f.way, 20)
@@ -1988,11 +1989,10 @@ class Vault(TopDown):
             struck = strike and far < 50 and between(d, self.face) < 0.7
             s.hp -= struck
             if struck or far < 22:
-                s.at = self.move(s.at, 30 * unit(d), 11)
+                self.send(s, self.pos, -30, 11)
                 if not struck:
                     self.hurt()
-            to = self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos
-            s.at = self.move(s.at, 1.1 * unit(to - s.at), 11)
+            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos, 1.1, 11)
             if s.hp <= 0:
                 self.foes.remove(s)
                 self.done()
@@ -2368,7 +2368,7 @@ class Glider(Side):
             self.gap = self.apart * self.rng.uniform(0.85, 1.25)
             y = 226 if self.tank else self.rng.uniform(50, 195)
             wave = self.rng.uniform(0, 6)
-            self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y, wave=wave, hp=1))
+            self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y, wave=wave))
         if self.ammo and self.pressed(self.trigger, self.rest):
             self.ammo -= 1
             bomb = Thing("bomb", self.pos + 10j, v=complex(self.speed(), 1.0))

@@ -107,7 +107,7 @@ def record(args):
     """Scripted play of games -> clip folders with the true actions, or videos with a pad drawn over them."""
     tasks = chosen(args, args.games)
     game = PLAYABLE[tasks[0]].game
-    if not game.scripted:
+    if not hasattr(game, "wish"):
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
     if round(min(args.clip, args.minutes * 60) * game.fps) < 2 * extract.HORIZON:
@@ -234,7 +234,7 @@ def suite(args):
                             "a chunk of this checkpoint: give a smaller number")
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
     rest = args.n, args.seed, 1 if args.env else args.workers
-    table = completion(tasks, ["random", "scripted"] if game.scripted else ["random"], *rest)
+    table = completion(tasks, ["random", "scripted"] if hasattr(game, "wish") else ["random"], *rest)
     if policy:
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
                                     8 if args.env else 64, folder(args.out) if args.video else None)
@@ -788,14 +788,16 @@ def foreign_task(args):
     known = ", ".join(OTHERS)
     with extract.reading(f"--env {args.env}", f"fps, seconds, frame, controls, success in --table ({known})"):
         words = {word for rule in table["controls"].values() for word in rule}
-        unknown = words - READINGS.keys() | {table.get("script", "aims")} - SCRIPTS.keys()
+        unknown = words - READINGS.keys()
         if unknown or min(table["fps"], table["seconds"]) <= 0:
             raise ValueError(", ".join(unknown) or "fps or seconds of 0")
         if not {"return", "info"} & table["success"].keys():
             raise ValueError("no success by return or info")
         name = re.sub(r"\W+", "_", args.env)
         fields = {"name": name.lower(), "fps": table["fps"], "table": table, "idle": [],
-                  "scripted": "script" in table, "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
+                  "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
+        if "script" in table:
+            fields["wish"] = SCRIPTS[table["script"]]
         game = type(name, (Foreign,), fields)
         PLAYABLE[args.env] = Task(args.env, game, "theirs", 0, table["seconds"], {}, False, table["frame"])
     return args.env
@@ -803,7 +805,7 @@ def foreign_task(args):
 
 class Foreign:
     """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its
-    table, and environments at rest."""
+    table, environments at rest, and wish() where there is a scripted player."""
     attack = ()
 
     def __init__(self, task, seed=0):
@@ -846,10 +848,6 @@ class Foreign:
             self.idle.append(self.env)
         else:
             self.look(seen)
-
-    def wish(self):
-        """What the scripted player wants: left stick, right stick, buttons."""
-        return SCRIPTS[self.table["script"]](self)
 
 
 def open_env(env_id, table):
@@ -918,7 +916,7 @@ class Game:
     the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
     control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
     What "look" holds are attributes of all its tasks, what a task's "start" holds is of this one."""
-    fps, scripted = FPS, True
+    fps = FPS
 
     def __init__(self, task, seed=0):
         self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
@@ -1158,9 +1156,10 @@ def games(args):
 
 
 class Thing(types.SimpleNamespace):
-    """An actor or an object: its kind (a picture of ICONS), its place, and what its game adds; wind: steps
-    until it strikes, dash: steps that it still charges, the way it goes."""
-    hp, wind, dash, way = 1, 0, 0, 1
+    """An actor or an object: its kind (a picture of ICONS), its place, and what its game adds. wind: steps
+    until it strikes; dash: steps that it still charges, the way it goes; near: from where it is reached, with
+    its button held."""
+    hp, wind, dash, way, near, button = 1, 0, 0, 1, 0, ""
 
     def __init__(self, kind, at, **more):
         super().__init__(kind=kind, at=at, **more)
@@ -1443,6 +1442,10 @@ class FirstPerson(Walled):
         ground = (1 - abs(y)) * far + abs(y) * near
         return np.uint8(shades).reshape(-1, 3), np.repeat(np.uint8(ground)[:, None], 128, 1)
 
+    def begin(self):
+        self.build()
+        self.bring()
+
     def build(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
         self.grid = walled(self.size, self.size)
@@ -1465,11 +1468,21 @@ class FirstPerson(Walled):
         self.face = wrap(self.face + self.right.real * 0.085)
         self.pos = self.move(self.pos, self.left * 1j * speed * rect(1, self.face), 0.22)
 
-    def bring(self, kind):
-        """A new goal to fight, take or reach. kinds: kind -> least and most steps away, lift, size."""
-        low, high, lift, size = self.kinds[kind]
-        self.goal = Thing(kind, self.place(low, high), hp=2, lift=lift, size=size)
-        self.things, self.goes_to = [self.goal], self.goal.at
+    def bring(self):
+        """The next goal to fight, take or reach, if the task has one."""
+        self.things = []
+        for kind in self.steps[self.score:self.score + 1]:
+            look = self.kinds[kind]
+            self.goal = Thing(kind, self.place(*look["away"]), hp=2, **look)
+            self.things, self.goes_to = [self.goal], self.goal.at
+
+    def check(self):
+        """A point for a goal that is beaten, or reached with its button held; then comes the next one."""
+        goal = self.goal
+        reached = self.distance(goal) < goal.near and goal.button in {"", *self.held}
+        if goal.hp <= 0 or reached:
+            self.score += 1
+            self.bring()
 
     def draw(self):
         p, rays = self.pos, rect(1, self.face) * (1 + 1j * LENS)                        # (128,)
@@ -1524,28 +1537,22 @@ class FirstPerson(Walled):
         ahead = max(math.cos(angle), 0) ** 3 if abs(target - self.pos) > near else 0.0
         return complex(0, -ahead), span(1.5 * angle)
 
+    def fetch(self):
+        """A walk to the goal, its button held near it."""
+        button = self.goal.button if self.distance(self.goal) < 1 else ""
+        return *self.steer(self.target(), self.stop), button
+
 
 class Crypt(FirstPerson):
     """A dark maze. An arrow shows the way; ghouls turn red before they strike: hold the shield then, hit them
     when they are green."""
 
-    def begin(self):
-        self.build()
-        self.bring(self.steps[0])
-
-    def done(self):
-        """One more point; what comes next on the task's list, if anything does."""
-        self.score, self.things = self.score + 1, []
-        if self.score < self.task.goal:
-            self.bring(self.steps[self.score])
-
     def play(self):
         shield, goal = "LEFT_TRIGGER" in self.held, self.goal
         self.walk(0.05 if shield else 0.09)
-        if self.steps[0] == "ghoul":
+        if not goal.near:
             self.fight(goal, self.distance(goal), shield)
-        elif self.distance(goal) < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
-            self.done()
+        self.check()
 
     def fight(self, ghoul, reach, shield):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
@@ -1565,8 +1572,6 @@ class Crypt(FirstPerson):
             if reach < 1.25 and off() < 0.45:
                 ghoul.hp -= 1
                 self.send(ghoul, self.pos, -0.3, 0.2)
-        if ghoul.hp <= 0:
-            self.done()
 
     def draw(self):
         frame = super().draw()
@@ -1580,13 +1585,11 @@ class Crypt(FirstPerson):
         return frame
 
     def wish(self):
-        goal, reach = self.goal, self.distance(self.goal)
-        if self.steps[0] != "ghoul":
-            push = "SOUTH" if goal.kind != "portal" and reach < 1 else ""
-            return *self.steer(self.target(), 0.1), push
-        straight = reach < 1.6 and self.sees(self.pos, goal.at)
-        left, right = self.steer(goal.at, 0.95) if straight else self.steer(self.target(), 0.1)
-        if reach < 1.6 and goal.wind:
+        goal, reach, plain = self.goal, self.distance(self.goal), self.fetch()
+        if goal.near or reach >= 1.6:
+            return plain
+        left, right = self.steer(goal.at, 0.95) if self.sees(self.pos, goal.at) else plain[:2]
+        if goal.wind:
             return 0j, right, "LEFT_TRIGGER"
         return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(goal.at)) < 0.35 else ""
 
@@ -1594,25 +1597,16 @@ class Crypt(FirstPerson):
 class Siege(FirstPerson):
     """An open court by daylight: drones that hover and shoot, crates to open, a beacon to reach."""
 
-    def begin(self):
-        self.build()
-        self.spawn()
-
-    def spawn(self):
-        """The next thing to shoot, open or reach."""
-        self.bring(self.want)
+    def bring(self):
+        super().bring()
         self.drift = self.around(0.02, 0.035)
 
     def play(self):
         self.walk()
-        goal, reach = self.goal, self.distance(self.goal)
-        if self.want == "drone":
-            self.shoot(goal, reach)
-        done = {"drone": goal.hp <= 0, "beacon": reach < 0.7,
-                "crate": "WEST" in self.held and reach < 0.9 and abs(self.angle(goal.at)) < 0.6}
-        if done[self.want]:
-            self.score += 1
-            self.spawn()
+        goal = self.goal
+        if not goal.near:
+            self.shoot(goal, self.distance(goal))
+        self.check()
         self.things = [goal, *self.shots]
 
     def shoot(self, drone, reach):
@@ -1632,7 +1626,7 @@ class Siege(FirstPerson):
 
     def draw(self):
         frame = super().draw()
-        drone = self.want == "drone"
+        drone = not self.goal.near
         self.compass(frame, self.target(), "ff3c3c" if drone else "3cffff")
         bar(frame, 112 + 206j, 144 + 256j, "32363e" if self.rests("RIGHT_TRIGGER") < 8 else "ffbe3c")
         if drone:
@@ -1643,10 +1637,10 @@ class Siege(FirstPerson):
 
     def wish(self):
         goal, reach = self.goal, self.distance(self.goal)
-        if self.want != "drone":
-            return *self.steer(self.target(), 0.5), "WEST" if self.want == "crate" and reach < 1 else ""
+        if goal.near:
+            return self.fetch()
         clear = self.sees(self.pos, goal.at)
-        left, right = self.steer(self.target(), 2.5 if clear else 0.5)
+        left, right = self.steer(self.target(), 2.5 if clear else self.stop)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
             left += -1 if self.angle(shot.at) > 0 else 1                   # step out of its way
@@ -1904,8 +1898,8 @@ class Swarm(TopDown):
         if not self.count:
             self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
             sprite(frame, "gem", self.gem.at - corner, 52)
-        for f in self.foes if self.count == 1 else ():
-            bar(frame, 60 + 240j, 60 + 10 * f.hp + 250j, "ff7800")
+        if self.foe == "brute":
+            bar(frame, 60 + 240j, 60 + 10 * self.foes[0].hp + 250j, "ff7800")
         sprite(frame, "hero", 128 + 128j, 48, self.aim)
         disc(frame, 128 + 128j, 26, "46465a" if self.rests("LEFT_TRIGGER") else "00ffff", 2)
         return frame
@@ -2565,33 +2559,32 @@ for kind in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider,
         TASKS[f"{game}/{task}"] = Task(f"{game}/{task}", kind, **fields)
 
 
-class TaskEnv(play.gymnasium.Env if play.gymnasium else object):
-    """A task as a Gymnasium environment, registered where that package is: gymnasium.make(
-    "NitroGen/crypt-exit-v0"). Frames uint8 (256, 256, 3), actions float (25,), a reward for each point."""
-    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
-    if play.gymnasium:
+if play.gymnasium:
+    class TaskEnv(play.gymnasium.Env):
+        """A task as a Gymnasium environment: gymnasium.make("NitroGen/crypt-exit-v0"). Frames uint8
+        (256, 256, 3), actions float (25,), a reward for each point."""
+        metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
         observation_space, action_space = play.GameEnv.observation_space, play.GameEnv.action_space
 
-    def __init__(self, task, render_mode="rgb_array"):
-        self.task, self.render_mode = task, render_mode
+        def __init__(self, task, render_mode="rgb_array"):
+            self.task, self.render_mode = task, render_mode
 
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.game = TASKS[self.task].game(self.task, int(self.np_random.integers(PLAYED)))
-        return self.game.render(), {}
+        def reset(self, seed=None, options=None):
+            super().reset(seed=seed)
+            self.game = TASKS[self.task].game(self.task, int(self.np_random.integers(PLAYED)))
+            return self.game.render(), {}
 
-    def step(self, action):
-        game, before = self.game, self.game.score
-        frame, ended = game.step(action), game.won or game.health <= 0
-        return frame, float(game.score - before), ended, game.over and not ended, {"won": game.won}
+        def step(self, action):
+            game, before = self.game, self.game.score
+            frame, ended = game.step(action), game.won or game.health <= 0
+            return frame, float(game.score - before), ended, game.over and not ended, {"won": game.won}
 
-    def render(self):
-        return self.game.render()
+        def render(self):
+            return self.game.render()
 
-
-for task in TASKS if play.gymnasium else ():
-    name = f"NitroGen/{task.replace('/', '-')}-v0"
-    play.gymnasium.register(name, TaskEnv, kwargs={"task": task})
+    for task in TASKS:
+        name = f"NitroGen/{task.replace('/', '-')}-v0"
+        play.gymnasium.register(name, TaskEnv, kwargs={"task": task})
 
 
 # ---- command line

@@ -110,9 +110,6 @@ def record(args):
     if not hasattr(game, "wish"):
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
-    if round(min(args.clip, args.minutes * 60) * game.fps) < 2 * extract.HORIZON:
-        raise UserError(f"--minutes {args.minutes} --clip {args.clip}: expected clips of two chunks, "
-                        f"{2 * extract.HORIZON / game.fps:.1f} s or more: give more")
     if args.ckpt and args.video:
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     jobs = recordings(args.out, tasks, args.minutes, args.seed, args.clip)
@@ -124,10 +121,10 @@ def record(args):
 def recordings(out, tasks, minutes, seed, clip=30.0):
     """Jobs for record_folder or record_video: so many minutes of each game, in clips of so many seconds at
     most."""
-    game = PLAYABLE[tasks[0]].game
-    n = round(min(clip, minutes * 60) * game.fps)
-    return [(folder(out) / f"{PLAYABLE[group[0]].game.name}-{i:03}", group, f"{seed} {i}", n)
-            for group in by_game(tasks).values() for i in range(max(round(minutes * 60 * game.fps / n), 1))]
+    seconds, game = min(clip, minutes * 60), PLAYABLE[tasks[0]].game
+    return [(folder(out) / f"{PLAYABLE[group[0]].game.name}-{i:03}", group, f"{seed} {i}",
+             round(seconds * game.fps))
+            for group in by_game(tasks).values() for i in range(round(minutes * 60 / seconds))]
 
 
 def film(tasks, seed, n, policy=None):
@@ -567,11 +564,9 @@ def gains_of(results):
 
 def gain(pairs, rounds=4000):
     """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> their means and what
-    pre-training gains.
-
-    "points", the difference, and "gain", relative to scratch: each [value, low, high], the interval of
-    resampled pairs. No gain where scratch completes nothing; its interval is of the draws in which scratch
-    completes something.
+    pre-training gains: the difference ("points") and the relative "gain", each [value, low, high] with the
+    interval of resampled pairs. The gain is None where scratch completes nothing, its interval is of the
+    draws in which scratch completes something.
     """
     picks = np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))
     drawn, means = pairs[picks].mean(1), pairs.mean(0)                                   # (rounds, 2), (2,)
@@ -989,6 +984,10 @@ class Game:
         """The thing nearest to the player, None of none."""
         return min(things, key=self.distance, default=None)
 
+    def reached(self, thing):
+        """Is the player at a thing, and its button held?"""
+        return self.distance(thing) < thing.near and thing.button in {"", *self.held}
+
     def relative(self, p):
         """A place as complex(ahead, to the right) of the player."""
         return (p - self.pos) * rect(1, -self.face)
@@ -1044,10 +1043,7 @@ INKS = {"random": "#a0a0aa", "scripted": "#5aa05a", "model": "#dc3c28", "true la
 
 def folder(path):
     """--out, made where it is missing."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{path}: expected a folder, found {e.strerror}: give another --out") from None
+    Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
 
 
@@ -1478,9 +1474,7 @@ class FirstPerson(Walled):
 
     def check(self):
         """A point for a goal that is beaten, or reached with its button held; then comes the next one."""
-        goal = self.goal
-        reached = self.distance(goal) < goal.near and goal.button in {"", *self.held}
-        if goal.hp <= 0 or reached:
+        if self.goal.hp <= 0 or self.reached(self.goal):
             self.score += 1
             self.bring()
 
@@ -1734,7 +1728,7 @@ class Rally(Game):
         frame[HORIZON:] = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
                                               cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
-        rows = [(ahead_and_right(thing.at - eye, way), thing) for thing in self.things + self.foes + gates]
+        rows = [(self.relative(thing.at) + 44, thing) for thing in self.things + self.foes + gates]
         for rel, thing in sorted(rows, key=lambda row: -row[0].real):
             size = LENGTH * self.sizes[thing.kind] / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
@@ -1947,7 +1941,7 @@ class Vault(TopDown):
         self.pos = (here + MIDDLE) * 32
         cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
         places = [(c + MIDDLE) * 32 for c in cells]
-        self.things = [Thing(kind, at) for kind, at in zip(self.holds, places)]
+        self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
         self.foes = [Thing("slime", at, hp=2) for at in places[:self.slimes]]
         self.aim()
 
@@ -1966,12 +1960,11 @@ class Vault(TopDown):
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
         self.pos = self.move(self.pos, self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
         self.fight(self.pressed("WEST", 24))
-        for thing in self.things[:1]:
-            near = self.distance(thing) < self.holds[thing.kind]
-            if near and thing.kind == "key":
+        for thing in filter(self.reached, self.things[:1]):
+            if thing.kind == "key":
                 self.things.remove(thing)
                 self.aim()
-            elif near and (thing.kind == "stairs" or "SOUTH" in self.held):
+            else:
                 self.done()
 
     def fight(self, strike):
@@ -2015,8 +2008,7 @@ class Vault(TopDown):
         to = self.on_the_way(goal.at, self.pos) if far > (60 if self.foes else 32) else goal.at
         way = unit(to - self.pos)
         if not self.foes:
-            opens = goal.kind == "chest" and far < 40
-            return way, 0j, "SOUTH" if opens else "RIGHT_TRIGGER" if far > 80 else ""
+            return way, 0j, goal.button if far < 40 else "RIGHT_TRIGGER" if far > 80 else ""
         if far < 48 and self.rests("WEST"):
             return -unit(d), 0j, ""
         strike = far < 48 and between(d, self.face) < 0.5
@@ -2091,8 +2083,6 @@ class Shade(TopDown):
     def wish(self):
         """Of 16 ways and standing still: the one that gets on best and stays out of the light."""
         goal = self.goal()
-        if not goal:
-            return 0j, 0j, ""
         target = goal.at - 38 * goal.way if self.knife else goal.at
         if solid(self.grid, target / 48):
             target = goal.at
@@ -2140,7 +2130,7 @@ class Side(Game):
         self.pos += complex(self.left.real * speed, self.v)
         self.ground = False
         for i, (x0, x1, y) in enumerate(self.islands):
-            if x0 - 8 < self.pos.real < x1 + 8 and before - 0.01 <= y <= self.pos.imag and self.v >= 0:
+            if x0 - 8 < self.pos.real < x1 + 8 and before <= y <= self.pos.imag and self.v >= 0:
                 self.pos, self.v = complex(self.pos.real, y), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
 
@@ -2151,10 +2141,9 @@ class Side(Game):
             bar(frame, left, right + 26j, "96643c")
             bar(frame, left, right + 8j, "50c846")
 
-    def back(self, x):
-        """The scenery behind, moving at a third of the speed."""
-        x = int(x / 3) % 512
-        return sky(*self.scenery, 256)[:, x:x + 256].copy()
+    def back(self, x, y=0, h=256):
+        """The scenery behind, from its column x and row y on; it is h pixels high."""
+        return sky(*self.scenery, h)[y:y + 256, int(x) % 512:int(x) % 512 + 256].copy()
 
 
 class Cliffs(Side):
@@ -2195,7 +2184,7 @@ class Cliffs(Side):
 
     def draw(self):
         corner = self.pos - 128 - 160j
-        frame = self.back(self.pos.real)
+        frame = self.back(self.pos.real / 3)               # moving at a third of the speed
         self.land(frame, corner)
         sprites(frame, self.things, self.size, corner + 1j * self.lift)
         goal = self.nearest(self.things)
@@ -2208,8 +2197,6 @@ class Cliffs(Side):
 
     def wish(self):
         goal = self.nearest(self.things)
-        if not goal:
-            return 0j, 0j, ""
 
         def apart(i):
             """How far island i is from the goal."""
@@ -2299,7 +2286,7 @@ class Commando(Side):
 
     def draw(self):
         corner = self.pos.real - 128
-        frame = self.back(self.pos.real)
+        frame = self.back(self.pos.real / 3)               # moving at a third of the speed
         x = int(corner) % 128
         frame[200:] = pattern("sand", "541", "874", 56, 512)[:, x:x + 256]
         sprites(frame, self.things, 40, corner)
@@ -2404,7 +2391,7 @@ class Glider(Side):
         corner = self.pos - 70 - (60j if self.tank else 128j)
         down, ground = min(round(corner.imag) + 96, 432 - 256), max(round(232 - corner.imag), 0)
         x = int(self.pos.real)
-        frame = sky(*self.scenery, 432)[down:down + 256, x % 512:x % 512 + 256].copy()
+        frame = self.back(x, down, 432)
         fields = pattern("checker", "313", "636", 256, 512)
         frame[ground:] = fields[:max(256 - ground, 0), x % 256:x % 256 + 256]
         if self.tank:
@@ -2429,7 +2416,7 @@ class Glider(Side):
 
     def wish(self):
         foe = self.want == "foe"
-        ahead = [f for f in self.things if f.at.real > self.pos.real + (24 if foe else 0)]
+        ahead = [f for f in self.things if f.at.real > self.pos.real]
         rise = lambda height: span((height - self.pos.imag) / 60)
         if not ahead:
             return complex(0.3, rise(80 if self.tank else 125)), 0j, ""
@@ -2459,8 +2446,8 @@ class Dojo(Game):
 
     def play(self):
         stunned = self.rests("stun")
-        moves = [b for b in ("WEST", "SOUTH", "LEFT_TRIGGER") if b in self.held]
-        move = moves[0] if len(moves) == 1 and not stunned else None                # two at once are a fumble
+        moves = self.held & {*self.answers.values()}
+        move = min(moves) if len(moves) == 1 and not stunned else None              # two at once are none
         if not self.rivals:
             return self.chop(move)
         x = self.left.real
@@ -2472,7 +2459,7 @@ class Dojo(Game):
         if move in ("WEST", "SOUTH") and self.ready("blow", 12):
             f = self.nearest(self.foes)
             if 0 < (f.at - self.pos) * self.way < 58:
-                self.blow(f, "open" if move == "WEST" else "shut")
+                self.blow(f, move)
 
     def rival(self, f, move):
         """A rival keeps its distance, and now and then it opens, guards or winds up and strikes."""
@@ -2487,12 +2474,11 @@ class Dojo(Game):
             if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
                 self.hurt()
             f.kind = self.rng.choice(("open", "shut", "wind")) if idle and free else "idle"
-            rest = self.rng.randint(8, 16)
-            f.wait = {"open": 40, "shut": 40, "wind": 26, "idle": rest}[f.kind]
+            f.wait = self.waits.get(f.kind, self.rng.randint(8, 16))
 
-    def blow(self, f, weak):
-        """A blow lands where the rival is weak to it, and stuns the player where it is not."""
-        if f.kind == weak:
+    def blow(self, f, move):
+        """A blow lands where it is the answer, and stuns the player where it is not."""
+        if self.answers[f.kind] == move:
             self.score += 1
             f.kind, f.wait = "idle", 12
             f.at = span(f.at + 26 * self.way, 16, 240)
@@ -2546,8 +2532,7 @@ class Dojo(Game):
         f = self.nearest([f for f in self.foes if f.kind != "idle"] or self.foes)
         d = f.at - self.pos
         near = abs(d) < 54
-        answer = {"open": "WEST", "shut": "SOUTH", "wind": "LEFT_TRIGGER", "idle": ""}[f.kind]
-        return copysign(0.35 if near else 1, d), 0j, answer if near and d * self.way > 0 else ""
+        return copysign(0.35 if near else 1, d), 0j, self.answers[f.kind] if near and d * self.way > 0 else ""
 
 
 for kind in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo):
@@ -2600,7 +2585,7 @@ FLAGS = {
     "--euler": dict(type=MANY, help="its Euler steps (default: suite 2, record its own)"),
     "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
     "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),
-    "--clip": dict(type=TIME, default=30, help="seconds of a clip (default 30)"),
+    "--clip": dict(type=extract.number(float, 1.1), default=30, help="seconds of a clip (default 30)"),
     "--videos": dict(type=MANY, default=4, help="files of these minutes, each with another pad (default 4)"),
     "-n": dict(type=MANY, help="rollouts of each task (default %(default)s)"),
     "--actions-per-chunk": dict(type=MANY, default=8, help="steps to play before looking again (default 8)"),

@@ -1838,9 +1838,9 @@ class Swarm(TopDown):
 
     def play(self):
         self.aim = pointed(self.right, pointed(self.left, self.aim))
-        if abs(self.left) > 0.3 and self.pressed("LEFT_TRIGGER", 50):
-            self.due["dash"] = self.t + 7
-        self.pos = self.move(self.pos, self.left * (8 if self.rests("dash") else 3.2))
+        if abs(self.left) > 0.3:
+            self.pressed("LEFT_TRIGGER", 50)
+        self.pos = self.move(self.pos, self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
         if self.count and self.pressed("RIGHT_TRIGGER", 7):
             self.shoot(self.pos, 22, 9)
         self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, self.width), 180)
@@ -2488,7 +2488,7 @@ class Dojo(Game):
             self.fumble()
 
     def fumble(self):
-        self.due["stun"] = self.t + 12
+        self.ready("stun", 12)
         self.hurt()
 
     def chop(self, move):

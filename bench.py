@@ -219,22 +219,17 @@ def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
 def suite(args):
     """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P
     3.2]."""
-    tasks, began, policy = chosen(args, args.tasks), time.monotonic(), None
-    game = PLAYABLE[tasks[0]].game
+    tasks, began, table = chosen(args, args.tasks), time.monotonic(), {}
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
-        longest = Learned(policy.config, game.fps, args.delay).longest
-        if args.actions_per_chunk > longest:
-            raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: expected at most {longest}, "
-                            "a chunk of this checkpoint: give a smaller number")
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
-    rest = args.n, args.seed, 1 if args.env else args.workers
-    table = completion(tasks, ["random", "scripted"] if hasattr(game, "wish") else ["random"], *rest)
-    if policy:
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
                                     8 if args.env else 64, folder(args.out) if args.video else None)
+    players = ["random", "scripted"] if hasattr(PLAYABLE[tasks[0]].game, "wish") else ["random"]
+    rest = args.n, args.seed, 1 if args.env else args.workers
+    table = completion(tasks, players, *rest) | table
     if args.mashing:
         mashed, wins = completion(tasks, MASHING, *rest).values(), lambda ended: ended[:, 0].sum()
         table["best of mashing"] = {task: max((ended[task] for ended in mashed), key=wins) for task in tasks}
@@ -493,6 +488,7 @@ def frame_of(video, i):
 # ---- transfer: what pre-training on other games is worth
 
 BOTH = "post-trained", "scratch"
+OTHERS_MINUTES, PRETRAINING = 5, 1500              # of each other game; steps
 
 
 def transfer(args):
@@ -505,11 +501,11 @@ def transfer(args):
     trials = [*itertools.product(games, args.minutes, args.seeds)]
     few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials}
     with stage(out, "record") as say:
-        wanted = [(out / "data" / game, game, args.others, 0) for game in GAMES]
+        wanted = [(out / "data" / game, game, OTHERS_MINUTES, 0) for game in GAMES]
         wanted += [(path, game, minutes, 1000 + seed) for (game, minutes, seed), path in few.items()]
         jobs = [job for path, game, *more in wanted for job in recordings(path, pick_tasks([game]), *more)]
         print(*in_processes(record_folder, jobs, args.workers), sep="\n")
-        say(f"{args.others:g} minutes of each game, {len(few)} small recordings of held-out ones")
+        say(f"{OTHERS_MINUTES} minutes of each game, {len(few)} small recordings of held-out ones")
 
     def completed(run, game, seed=0):
         """{task: share completed} of a game by a run's model."""
@@ -520,7 +516,7 @@ def transfer(args):
         first = out / f"pre-{game}"
         with stage(out, f"{game}: pre-train on the others") as say:
             others = [out / "data" / name for name in GAMES if name != game]
-            train_runs(args.pretrain, {first: [*others, "--preset", "toy", "--balance"]})
+            train_runs(PRETRAINING, {first: [*others, "--preset", "toy", "--balance"]})
             say(f"without any of its own data {average(completed(first, game)):.0%}")
     for (game, minutes, seed), data in few.items():
         with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
@@ -730,7 +726,10 @@ class Learned:
     def __init__(self, config, fps, delay=0, per_chunk=8):
         self.lead = max(config.action_shift, delay)                    # actions in hand when a frame is seen
         at = (np.arange(int(config.horizon * fps / config.hz)) * config.hz / fps).astype(int)
-        self.longest = len(at) - self.lead
+        longest = len(at) - self.lead
+        if per_chunk > longest:
+            raise UserError(f"--actions-per-chunk {per_chunk}: expected at most {longest}, a chunk of this "
+                            "checkpoint: give a smaller number")
         self.rows = at[self.lead - config.action_shift:][:per_chunk]   # of a chunk, at the game's rate
         self.coming = deque([neutral()] * self.lead)
 
@@ -2593,8 +2592,6 @@ FLAGS = {
     "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
     "--preset": dict(choices=M.PRESETS, help="size of a fresh model (default %(default)s)"),
     "--steps": dict(type=MANY, help="training steps (default %(default)s)"),
-    "--pretrain": dict(type=MANY, default=1500, help="steps of pre-training (default 1500)"),
-    "--others": dict(type=TIME, default=5, help="minutes of each other game to pre-train on (default 5)"),
     "--device": dict(default="auto", help="auto, cpu, cuda, mps (default auto)"),
     "--seed": dict(type=SEED, default=0, help="of everything drawn (default 0)"),
     "--workers": dict(type=MANY, default=cores(), help="processes (default: one a core)")}
@@ -2621,7 +2618,7 @@ def main(argv=None):
     command(demo, "the whole chain on embedded games",
             "--out --tasks --minutes --videos --steps -n --seed", minutes=2, steps=1200, n=100)
     p = command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",
-                "--out --games --others --pretrain --steps -n --workers",
+                "--out --games --steps -n --workers",
                 games=["crypt", "swarm", "glider"], steps=480, n=20)
     p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
     p.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="of data, noise (default 0 1 2)")

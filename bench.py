@@ -74,7 +74,7 @@ class Task(NamedTuple):
     text: str
 
 
-GAMES, TASKS = {}, {}                             # filled at the end of this file, once the games are defined
+TASKS = {}                                         # filled at the end of this file, after the games
 PLAYABLE = ChainMap({}, TASKS)                     # and the games by others that were asked for
 
 
@@ -185,12 +185,9 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
     return f"{path.name}: {n} frames, {begins.sum()} episodes"
 
 
-def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
-    """PATH.mp4 with one of our pads over it, PATH.truth.npy float32 (n, 25), PATH.json: where the pad is -> a
-    line.
-
-    corner: (to the right?, low?); it, the pad, its size and opacity are drawn at random.
-    """
+def record_video(path, tasks, seed, n, size=(640, 360)):
+    """PATH.mp4 with one of our pads over its lower left corner, PATH.truth.npy float32 (n, 25), PATH.json:
+    where the pad is -> a line. The pad, its size and opacity are drawn at random."""
     if path.with_suffix(".json").is_file():
         return f"{path.name}: recorded already"
     rng = random.Random(f"overlay {path.name} {seed}")
@@ -198,8 +195,7 @@ def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
     wide, opacity = round(size[0] * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
     scale = wide / skin.size[0]
     high = round(skin.size[1] * scale)
-    right, low = corner or (rng.random() < 0.5, rng.random() < 0.5)
-    x, y = 8 + right * (size[0] - wide - 16), 8 + low * (size[1] - high - 16)
+    x, y = 8, size[1] - high - 8
     truth = []
     with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
         for frame, action, *_ in film(tasks, seed, n):
@@ -377,8 +373,7 @@ def demo(args):
 
     with stage(out, "play on video") as say:
         jobs = recordings(videos, tasks, args.minutes, args.seed, args.minutes * 60 / args.videos)
-        low_left = functools.partial(record_video, corner=(False, True))     # as one channel places its pad
-        print(*in_processes(low_left, jobs, cores()), sep="\n")
+        print(*in_processes(record_video, jobs, cores()), sep="\n")
         say(f"{len(jobs)} mp4, {args.minutes:.1f} minutes each of {', '.join(by_game(tasks))}, 640 x 360")
 
     with stage(out, "find the overlays (extract.py)") as say:
@@ -971,6 +966,10 @@ class Game:
         if self.ready("hurt", 25):
             self.health -= 1
 
+    def either_way(self):
+        """-1 or 1, at random."""
+        return self.rng.choice((-1, 1))
+
     def around(self, low, high):
         """A vector of random length and direction."""
         return rect(self.rng.uniform(low, high), self.rng.uniform(0, tau))
@@ -1067,7 +1066,7 @@ def stage(out, what):
     print(f"{what} ...", flush=True)
     with open(out / "stages.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         yield said.append
-    print(f"{what} | {' | '.join(said)} | {time.monotonic() - began:.0f} s", flush=True)
+    print(what, *said, f"{time.monotonic() - began:.0f} s", sep=" | ", flush=True)
 
 
 def run_scripts(*commands):
@@ -1171,16 +1170,13 @@ def icon(name, size, turn=0, flip=False):
     """A picture of ICONS at `size` pixels, turned clockwise by turn / 32 of a circle, with a dark rim.
 
     Returns uint8 (size, size, 3) and its mask (size, size). Shapes lie on a grid of 256 x 256; actors look
-    to the right: o x y r = disc, b x0 y0 x1 y1 = box, p x y x y ... = polygon; the colour comes last.
+    to the right: [x, y, r, colour] = disc, [x, y, x, y, x, y, ..., colour] = polygon.
     """
     big = np.zeros((256, 256, 4), np.uint8)
-    for shape in ICONS[name]:
-        kind, *numbers, ink = shape.split()
-        v, rgba = [*map(int, numbers)], (*colour(ink), 255)
-        if kind == "o":
+    for *v, ink in ICONS[name]:
+        rgba = *colour(ink), 255
+        if len(v) == 3:
             cv2.circle(big, v[:2], v[2], rgba, -1)
-        elif kind == "b":
-            cv2.rectangle(big, v[:2], v[2:], rgba, -1)
         else:
             cv2.fillPoly(big, [np.reshape(v, (-1, 2))], rgba)
     if turn:
@@ -1636,7 +1632,7 @@ class Siege(FirstPerson):
         left, right = self.steer(self.target(), 2.5 if clear else self.stop)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
-            left += -1 if self.angle(shot.at) > 0 else 1                   # step out of its way
+            left -= copysign(1, self.angle(shot.at))                       # step out of its way
         aimed = abs(self.angle(goal.at)) < 0.26 / reach
         return left, right, "RIGHT_TRIGGER" if clear and aimed else ""
 
@@ -1682,7 +1678,7 @@ class Rally(Game):
 
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
-        turn = self.rng.choice((-1, 1)) * self.rng.uniform(0.2, 0.9)
+        turn = self.either_way() * self.rng.uniform(0.2, 0.9)
         self.bay = fence(self.pos + rect(self.rng.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
@@ -2150,7 +2146,7 @@ class Cliffs(Side):
     sprints."""
 
     def begin(self):
-        s, x, y = self.rng.choice((-1, 1)), 0, 0
+        s, x, y = self.either_way(), 0, 0
         self.islands = [(-90, 90, 0)] if self.tower else []
         for _ in range(8 if self.tower else 7):
             if self.tower:
@@ -2212,7 +2208,7 @@ class Cliffs(Side):
     def cross(self, to):
         """The stick's x and the buttons that bring the runner to the next island on the way; x counts along
         the way here, whichever side it goes to."""
-        s = 1 if self.top(to).real > self.top(self.on).real else -1
+        s = copysign(1, (self.top(to) - self.top(self.on)).real)
         (_, edge), (near, _) = (sorted(s * x for x in self.islands[i][:2]) for i in (self.on, to))
         x, up = s * self.pos.real, "SOUTH" if self.v < 0 else ""
         gap = edge - x
@@ -2238,7 +2234,7 @@ class Commando(Side):
         self.stand(200j)
         self.aim = self.rng.choice((0, pi))
         if not self.foe:
-            s, x = self.rng.choice((-1, 1)), 60.0
+            s, x = self.either_way(), 60.0
             for _ in range(7):
                 x += self.plan.uniform(90, 150)
                 self.things.append(Thing("wire", s * x + 186j))
@@ -2291,7 +2287,7 @@ class Commando(Side):
         sprites(frame, self.things, 40, corner)
         if not self.foe:
             sprite(frame, "copter", self.copter - corner, 92)
-            arrow(frame, 128 + 40j, 0 if self.copter.real > self.pos.real else pi, 32, "ffff3c")
+            arrow(frame, 128 + 40j, phase((self.copter - self.pos).real), 32, "ffff3c")
         for f in self.foes:
             at = f.at - corner
             if f.kind == "soldier" and at.imag < 170:
@@ -2309,7 +2305,7 @@ class Commando(Side):
 
     def wish(self):
         if not self.foe:
-            s = 1 if self.copter.real > self.pos.real else -1
+            s = copysign(1, (self.copter - self.pos).real)
             ahead = [(wire.at.real - self.pos.real) * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
@@ -2436,11 +2432,11 @@ class Dojo(Game):
     guard high (kick low); boards to break. Who fights stands on a line: places are numbers."""
 
     def begin(self):
-        self.board, self.pos, self.way, self.aim = None, 128.0, self.rng.choice((-1, 1)), 0.0
+        self.board, self.pos, self.way, self.aim = None, 128.0, self.either_way(), 0.0
         self.floor = pattern("planks", "630", "a62", 256, 256).copy()
         self.floor[:170] = pattern("grid", "fec", "c96", 170, 256)
         disc(self.floor, 128 + 70j, 40, "e63c32")
-        sides = [-1, 1] if self.rivals == 2 else [self.rng.choice((-1, 1)) for _ in range(self.rivals)]
+        sides = [-1, 1] if self.rivals == 2 else [self.either_way() for _ in range(self.rivals)]
         self.foes = [Thing("idle", 128.0 + 90 * side, wait=20 + 40 * i) for i, side in enumerate(sides)]
 
     def play(self):
@@ -2534,9 +2530,10 @@ class Dojo(Game):
         return copysign(0.35 if near else 1, d), 0j, self.answers[f.kind] if near and d * self.way > 0 else ""
 
 
-for kind in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo):
-    row, game = ROWS_OF_GAMES[kind.__name__.lower()], kind.__name__.lower()
-    GAMES[game] = kind
+GAMES = {game.__name__.lower(): game
+         for game in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo)}
+for game, kind in GAMES.items():
+    row = ROWS_OF_GAMES[game]
     for name, value in {"name": game, **row, **row["look"]}.items():
         setattr(kind, name, value)                     # family, keys, attack and all of "look"
     for task, fields in row["tasks"].items():

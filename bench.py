@@ -32,7 +32,7 @@ import tempfile
 import time
 import types
 from cmath import phase, rect
-from collections import ChainMap, deque
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from math import copysign, pi, sqrt, tau
 from pathlib import Path
@@ -64,7 +64,6 @@ MASHING = "right left up down right+attack left+attack up+attack down+attack spi
 class Task(NamedTuple):
     """Reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty of
     them."""
-    name: str
     game: type
     kind: str                                      # combat, navigation, specific
     goal: int
@@ -75,7 +74,7 @@ class Task(NamedTuple):
 
 
 TASKS = {}                                         # filled at the end of this file, after the games
-PLAYABLE = ChainMap({}, TASKS)                     # and the games by others that were asked for
+PLAYABLE = {}              # the class of each task's game, and of the games by others that were asked for
 
 
 def pick_tasks(names):
@@ -106,7 +105,7 @@ def chosen(args, names):
 def record(args):
     """Scripted play of games -> clip folders with the true actions, or videos with a pad drawn over them."""
     tasks = chosen(args, args.games)
-    game = PLAYABLE[tasks[0]].game
+    game = PLAYABLE[tasks[0]]
     if not hasattr(game, "wish"):
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
@@ -121,8 +120,8 @@ def record(args):
 def recordings(out, tasks, minutes, seed, clip=30.0):
     """Jobs for record_folder or record_video: so many minutes of each game, in clips of so many seconds at
     most."""
-    seconds, game = min(clip, minutes * 60), PLAYABLE[tasks[0]].game
-    return [(folder(out) / f"{PLAYABLE[group[0]].game.name}-{i:03}", group, f"{seed} {i}",
+    seconds, game = min(clip, minutes * 60), PLAYABLE[tasks[0]]
+    return [(folder(out) / f"{PLAYABLE[group[0]].name}-{i:03}", group, f"{seed} {i}",
              round(seconds * game.fps))
             for group in by_game(tasks).values() for i in range(round(minutes * 60 / seconds))]
 
@@ -138,7 +137,7 @@ def film(tasks, seed, n, policy=None):
         begins = env is None or env.over
         if begins:
             number, task = rng.randrange(PLAYED), rng.choice(tasks)
-            env = PLAYABLE[task].game(task, number)
+            env = PLAYABLE[task](task, number)
             script = Scripted(env, number)
             turn, scripted = 0, True
         frame, action = env.render(), script.act()                 # it sees every step, to be as late as ever
@@ -159,7 +158,7 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
 
     ckpt: a model that takes turns with the script; human.npy says where the script played, only that is kept.
     """
-    game = PLAYABLE[tasks[0]].game
+    game = PLAYABLE[tasks[0]]
     clip = {"video": "", "game": game.name, "fps": game.fps, "n": n, "size": [extract.SIDE] * 2,
             "every": 1, "lag": 0, "player": str(ckpt or "scripted"), "seed": seed}
     if (path / "clip.json").is_file():
@@ -197,7 +196,7 @@ def record_video(path, tasks, seed, n, size=(640, 360)):
     high = round(skin.size[1] * scale)
     x, y = 8, size[1] - high - 8
     truth = []
-    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
+    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].fps, size) as video:
         for frame, action, *_ in film(tasks, seed, n):
             picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
             paste_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
@@ -223,7 +222,7 @@ def suite(args):
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
                                     8 if args.env else 64, folder(args.out) if args.video else None)
-    players = ["random", "scripted"] if hasattr(PLAYABLE[tasks[0]].game, "wish") else ["random"]
+    players = ["random", "scripted"] if hasattr(PLAYABLE[tasks[0]], "wish") else ["random"]
     rest = args.n, args.seed, 1 if args.env else args.workers
     table = completion(tasks, players, *rest) | table
     if args.mashing:
@@ -256,7 +255,7 @@ def rollouts(task, who, n, seed):
     """n rollouts by "scripted", "random" or one of MASHING -> float (n, 2): won, score."""
     ended = []
     for i in range(n):
-        game = PLAYABLE[task].game(task, PLAYED + seed + i)
+        game = PLAYABLE[task](task, PLAYED + seed + i)
         player = Scripted(game, seed + i) if who == "scripted" else Blind(game, seed + i, who)
         while not game.over:
             game.advance(player.act())
@@ -270,7 +269,7 @@ def play_model(policy, tasks, n, per_chunk=8, seed=0, delay=0, envs=64, films=No
     All tasks have one rate. delay: see Learned; films: a folder for a film of each task's first rollout.
     Returns {task: float (n, 2): won, score}.
     """
-    fps, ended = PLAYABLE[tasks[0]].game.fps, {task: [] for task in tasks}
+    fps, ended = PLAYABLE[tasks[0]].fps, {task: [] for task in tasks}
     jobs = deque((task, i) for i in range(n) for task in tasks)
     session = sample.Session(policy, seed=seed, envs=min(envs, len(jobs)))
 
@@ -278,7 +277,7 @@ def play_model(policy, tasks, n, per_chunk=8, seed=0, delay=0, envs=64, films=No
         """Game after game in environment s: yields its frame, is sent a chunk for it."""
         while jobs:
             task, i = jobs.popleft()
-            game = PLAYABLE[task].game(task, PLAYED + seed + i)
+            game = PLAYABLE[task](task, PLAYED + seed + i)
             session.reset(s, seed + i - s)             # environment s adds s: the same noise in any place
             player, actions = Learned(policy.config, fps, delay, per_chunk), []
             while not game.over:
@@ -308,7 +307,7 @@ def film_name(task):
 
 def replay(task, seed, actions):
     """A rollout once more, as pages of a film, uint8 (512, 768, 3): the game, beside it the pad pressed."""
-    game = PLAYABLE[task].game(task, seed)
+    game = PLAYABLE[task](task, seed)
     for action in actions:
         frame = cv2.resize(game.render(), (512, 512), interpolation=cv2.INTER_NEAREST)
         yield sample.beside(frame, skins()[0], action)
@@ -319,10 +318,10 @@ def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
     tasks = next(iter(table.values()))
     groups = {task: [task] for task in tasks}
-    ours = [TASKS[task] for task in tasks if task in TASKS]
-    for label, of in ("type", lambda task: task.kind), ("family", lambda task: task.game.family):
+    ours = [task for task in tasks if task in TASKS]
+    for label, of in ("type", lambda task: TASKS[task].kind), ("family", lambda task: PLAYABLE[task].family):
         for task in ours:
-            groups.setdefault(f"{label}: {of(task)}", []).append(task.name)
+            groups.setdefault(f"{label}: {of(task)}", []).append(task)
     groups["all"] = tasks
     return {name: {who: share(np.concatenate([ended[task] for task in group]))
                    for who, ended in table.items()} for name, group in groups.items()}
@@ -622,7 +621,7 @@ def throughput(args):
     for name, tasks in by_game(TASKS).items():
         steps, began = 0, time.perf_counter()
         for task in tasks:
-            game = TASKS[task].game(task)
+            game = PLAYABLE[task](task)
             player = Blind(game)
             while not game.over:
                 game.step(player.act())
@@ -705,8 +704,9 @@ class Blind:
             self.again = self.t + self.rng.randint(3, 15)
             action[21:] = [self.rng.uniform(-1, 1) for _ in range(4)]
         else:
-            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j, "spin": rect(1, self.t / 6)}
-            action[21:] = [push[self.way].real, push[self.way].imag] * 2
+            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j,
+                    "spin": rect(1, self.t / 6)}[self.way]
+            action[21:] = [push.real, push.imag] * 2
         action[[k for k in self.keys if not self.draws or self.rng.random() < 0.5]] = 1
         return action
 
@@ -767,7 +767,7 @@ READINGS = {f"{stick}.{side}": (at.start + axis, sign) for stick, at in STICKS.i
 
 
 def foreign_task(args):
-    """--env and --table -> the id, from now on a task in PLAYABLE."""
+    """--env and --table -> the id, from now on in PLAYABLE."""
     table = {}
     for beginning, row in OTHERS.items():
         if args.env.startswith(beginning):
@@ -787,8 +787,7 @@ def foreign_task(args):
                   "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
         if "script" in table:
             fields["wish"] = SCRIPTS[table["script"]]
-        game = type(name, (Foreign,), fields)
-        PLAYABLE[args.env] = Task(args.env, game, "theirs", 0, table["seconds"], {}, False, table["frame"])
+        PLAYABLE[args.env] = type(name, (Foreign,), fields)
     return args.env
 
 
@@ -2148,7 +2147,7 @@ class Cliffs(Side):
     def begin(self):
         s, x, y = self.either_way(), 0, 0
         self.islands = [(-90, 90, 0)] if self.tower else []
-        for _ in range(8 if self.tower else 7):
+        for _ in range(7 + self.tower):
             if self.tower:
                 x += self.plan.choice((-1, 1)) * s * self.plan.uniform(60, 88)
                 y -= 58
@@ -2537,7 +2536,7 @@ for game, kind in GAMES.items():
     for name, value in {"name": game, **row, **row["look"]}.items():
         setattr(kind, name, value)                     # family, keys, attack and all of "look"
     for task, fields in row["tasks"].items():
-        TASKS[f"{game}/{task}"] = Task(f"{game}/{task}", kind, **fields)
+        TASKS[f"{game}/{task}"], PLAYABLE[f"{game}/{task}"] = Task(kind, **fields), kind
 
 
 if play.gymnasium:
@@ -2552,7 +2551,7 @@ if play.gymnasium:
 
         def reset(self, seed=None, options=None):
             super().reset(seed=seed)
-            self.game = TASKS[self.task].game(self.task, int(self.np_random.integers(PLAYED)))
+            self.game = PLAYABLE[self.task](self.task, int(self.np_random.integers(PLAYED)))
             return self.game.render(), {}
 
         def step(self, action):

@@ -4279,7 +4279,7 @@ MISTAKES = {                                       # a command -> what its line 
 @pytest.mark.parametrize("line", MISTAKES)
 def test_mistakes_are_one_line(tmp_path, toy, monkeypatch, capfd, line):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "PLAYABLE", bench.PLAYABLE.new_child())
+    monkeypatch.setattr(bench, "PLAYABLE", dict(bench.PLAYABLE))
     for module in ("vizdoom", "vizdoom.gymnasium_wrapper"):
         monkeypatch.setitem(sys.modules, module, None)                 # as if it were not installed
     fails_in_one_line(capfd, bench.main, *line.replace("TOY", str(toy)).split(), says=MISTAKES[line])
@@ -4376,7 +4376,7 @@ def catch(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "open_env", lambda env_id, table: Catch())
     follows = lambda game: (complex(np.sign(game.inside.ball - game.inside.x)), 0j, "")
     monkeypatch.setitem(bench.SCRIPTS, "follows", follows)
-    monkeypatch.setattr(bench, "PLAYABLE", bench.PLAYABLE.new_child())
+    monkeypatch.setattr(bench, "PLAYABLE", dict(bench.PLAYABLE))
 
     def flags(table=CATCH):
         (tmp_path / "catch.json").write_text(json.dumps(table))

@@ -353,7 +353,7 @@ def show_rows(rows):
 
 def in_brackets(r):
     """A share() in words."""
-    return f"{r['rate']:.0%} [{r['low']:4.0%},{r['high']:5.0%}]"
+    return "{rate:.0%} [{low:4.0%},{high:5.0%}]".format(**r)
 
 
 # ---- the demo: the whole chain
@@ -393,8 +393,7 @@ def demo(args):
         run_scripts(*[["parse.py", "run", clips]] * min(cores(), len(ious)))
         scores = parse.mean_of([parse.score(*actions_and_truth(clips / name),
                                             read_clip(clips / name)["geometry"]) for name in ious])
-        left, right = (scores.get(f"{side} R2", math.nan) for side in ("left", "right"))
-        reading = f"stick R2 {left:.2f} left, {right:.2f} right, button F1 {scores['F1']:.2f}"
+        reading = "stick R2 {left R2:.2f} left, {right R2:.2f} right, button F1 {F1:.2f}".format(**scores)
         say(reading)
 
     with stage(out, "train two toy models (train.py)") as say:
@@ -761,10 +760,6 @@ def learned(path, steps):
 #                  its readings beyond play.TILT ({} always has), of MultiBinary all. A Box takes the sums.
 #   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
 #   script         the scripted player (of SCRIPTS)
-AXES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways
-READINGS = {f"{stick}.{side}": (at.start + axis, sign) for stick, at in STICKS.items()
-            for side, (axis, sign) in AXES.items()} | {name: (i, 1) for name, i in BUTTON.items()}
-
 
 def foreign_task(args):
     """--env and --table -> the id, from now on in PLAYABLE."""
@@ -777,14 +772,11 @@ def foreign_task(args):
     known = ", ".join(OTHERS)
     with extract.reading(f"--env {args.env}", f"fps, seconds, frame, controls, success in --table ({known})"):
         words = {word for rule in table["controls"].values() for word in rule}
-        unknown = words - READINGS.keys()
-        if unknown or min(table["fps"], table["seconds"]) <= 0:
-            raise ValueError(", ".join(unknown) or "fps or seconds of 0")
-        if not {"return", "info"} & table["success"].keys():
-            raise ValueError("no success by return or info")
+        if min(table["fps"], table["seconds"]) <= 0 or not {"return", "info"} & table["success"].keys():
+            raise ValueError("fps or seconds of 0, or a success by neither return nor info")
         name = re.sub(r"\W+", "_", args.env)
         fields = {"name": name.lower(), "fps": table["fps"], "table": table, "idle": [],
-                  "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
+                  "part": table["frame"], "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
         if "script" in table:
             fields["wish"] = SCRIPTS[table["script"]]
         PLAYABLE[args.env] = type(name, (Foreign,), fields)
@@ -813,7 +805,7 @@ class Foreign:
 
     def look(self, seen):
         """The picture after a step -> self.frame uint8 (256, 256, 3)."""
-        part = self.table["frame"]
+        part = self.part
         with extract.reading(f"\"frame\": {part!r} in the table", "the name of a picture uint8 (h, w, 3)"):
             rgb = self.env.render() if part == "render" else seen[part] if part else seen
             if rgb.dtype != np.uint8 or rgb.shape[2:] not in ((1,), (3,)):
@@ -873,8 +865,11 @@ def pad_to_action(space, controls, names=()):
 
 def read_pad(action, name):
     """What the pad says: a button or a side of a stick (left.up) 0..1, an axis (left.x) -1..1."""
-    i, sign = READINGS[name]
-    return float(max(action[i] * sign, 0) if sign else action[i])
+    if name in BUTTON:
+        return action[BUTTON[name]]
+    stick, side = name.split(".")
+    x, y = action[STICKS[stick]]
+    return {"x": x, "y": y, "right": max(x, 0), "left": max(-x, 0), "down": max(y, 0), "up": max(-y, 0)}[side]
 
 
 def aims(game):
@@ -1473,27 +1468,23 @@ class FirstPerson(Walled):
             self.bring()
 
     def draw(self):
-        p, rays = self.pos, rect(1, self.face) * (1 + 1j * LENS)                        # (128,)
-        n = self.size
+        p, n, rays = self.pos, self.size, rect(1, self.face) * (1 + 1j * LENS)          # (128,)
         rx, ry = rays.real + 1e-9, rays.imag + 1e-9
-        lines = np.arange(1, n, dtype=np.float64)[:, None]                              # (n - 1, 1)
-        column = lines.astype(np.int32)
+        lines = np.arange(1, n)[:, None]                                                # (n - 1, 1)
 
         def crossings(at, way, along, goes, walls):
             """How far along each ray its crossings with the lines across one axis are, (n - 1, 128): 99 where
             no wall begins; at, way: of the rays on this axis; along, goes: on the other one."""
             t = (lines - at) / way
-            other = np.clip(along + t * goes, 0, n - 1).astype(np.int32)
-            t[~((t > 0) & walls[column - (way < 0), other])] = 99
-            return t
+            other = np.clip(along + t * goes, 0, n - 1).astype(int)
+            return np.where((t > 0) & walls[lines - (way < 0), other], t, 99)
         t = np.concatenate([crossings(p.real, rx, p.imag, ry, self.walls.T),
                             crossings(p.imag, ry, p.real, rx, self.walls)])
-        first = t.argmin(0)
-        self.depth = depth = t[first, np.arange(128)]
-        along = np.where(first < n - 1, p.imag + depth * ry, p.real + depth * rx)
-        u = (along % 1 * 32).astype(np.int32)
-        shade = np.minimum(depth * 2, 15).astype(np.int32) + 16 * (first >= n - 1)
-        v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(np.int32)              # (128, 128)
+        depth, across = t.min(0), t.argmin(0) >= n - 1         # the nearest wall, and whether it lies across
+        self.depth = depth
+        u = (np.where(across, p.real + depth * rx, p.imag + depth * ry) % 1 * 32).astype(int)
+        shade = np.minimum(depth * 2, 15).astype(int) + 16 * across
+        v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(int)                    # (128, 128)
         texture, ground = self.paint()
         walls = texture.take(shade * 1024 + u + v * 32, 0, mode="clip")
         pixels = cv2.copyTo(walls, np.uint8(v == v % 32), ground.copy())
@@ -1716,11 +1707,10 @@ class Rally(Game):
         way = rect(1, self.face)
         c, s, eye = way.real, way.imag, self.pos - 44 * way
         to_map = np.float64([[-s, c, eye.real], [c, s, eye.imag], [0, 0, 1]])
-        frame = np.empty((256, 256, 3), np.uint8)
         shift = int((self.face + pi) / tau * 1024) % 512
-        frame[:HORIZON] = sky()[:, shift:shift + 256]
-        frame[HORIZON:] = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
-                                              cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
+        ground = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
+                                     cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
+        frame = np.concatenate([sky()[:, shift:shift + 256], ground])
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
         rows = [(self.relative(thing.at) + 44, thing) for thing in self.things + self.foes + gates]
         for rel, thing in sorted(rows, key=lambda row: -row[0].real):
@@ -2342,8 +2332,8 @@ class Glider(Side):
         if self.gap <= 0:
             self.gap = self.apart * self.rng.uniform(0.85, 1.25)
             y = 226 if self.tank else self.rng.uniform(50, 195)
-            wave = self.rng.uniform(0, 6)
-            self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y, wave=wave))
+            self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y,
+                                     wave=self.rng.uniform(0, 6)))
         if self.ammo and self.pressed(self.trigger, self.rest):
             self.ammo -= 1
             bomb = Thing("bomb", self.pos + 10j, v=complex(self.speed(), 1.0))

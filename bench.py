@@ -808,9 +808,9 @@ class Foreign:
         part = self.part
         with extract.reading(f"\"frame\": {part!r} in the table", "the name of a picture uint8 (h, w, 3)"):
             rgb = self.env.render() if part == "render" else seen[part] if part else seen
-            if rgb.dtype != np.uint8 or rgb.shape[2:] not in ((1,), (3,)):
+            if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
                 raise ValueError(f"{rgb.dtype} {rgb.shape}")
-            self.frame = extract.shrink(np.ascontiguousarray(np.broadcast_to(rgb, (*rgb.shape[:2], 3))))
+            self.frame = extract.shrink(np.ascontiguousarray(rgb))
 
     def render(self):
         """uint8 (256, 256, 3)."""
@@ -2092,16 +2092,11 @@ class Shade(TopDown):
 # ---- side-scrolling
 
 class Side(Game):
-    """Seen from the side, the camera on the player: gravity, and islands (x0, x1, y) to land on, which do not
-    stop a jump from below."""
+    """Seen from the side, the camera on the player: gravity, and islands (at: the middle of the top, half:
+    as wide to each side) to land on, which do not stop a jump from below."""
 
     def stand(self, place):
         self.pos, self.v, self.ground, self.stood, self.way = place, 0.0, True, self.t, 1
-
-    def top(self, i):
-        """The middle of island i."""
-        x0, x1, y = self.islands[i]
-        return complex((x0 + x1) / 2, y)
 
     def bodily(self, speed=3.2):
         """Run by the left stick, jump from the ground by SOUTH, fall, land."""
@@ -2113,17 +2108,18 @@ class Side(Game):
         before = self.pos.imag
         self.pos += complex(self.left.real * speed, self.v)
         self.ground = False
-        for i, (x0, x1, y) in enumerate(self.islands):
-            if x0 - 8 < self.pos.real < x1 + 8 and before <= y <= self.pos.imag and self.v >= 0:
-                self.pos, self.v = complex(self.pos.real, y), 0.0
+        for i, island in enumerate(self.islands):
+            over = abs((self.pos - island.at).real) < island.half + 8
+            if over and before <= island.at.imag <= self.pos.imag and self.v >= 0:
+                self.pos, self.v = complex(self.pos.real, island.at.imag), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
 
     def land(self, frame, corner):
         """The islands in sight of a camera whose top left corner is there."""
-        for x0, x1, y in self.islands:
-            left, right = complex(x0, y) - corner, complex(x1, y) - corner
-            bar(frame, left, right + 26j, "96643c")
-            bar(frame, left, right + 8j, "50c846")
+        for island in self.islands:
+            top = island.at - corner
+            bar(frame, top - island.half, top + island.half + 26j, "96643c")
+            bar(frame, top - island.half, top + island.half + 8j, "50c846")
 
     def back(self, x, y=0, h=256):
         """The scenery behind, from its column x and row y on; it is h pixels high."""
@@ -2136,31 +2132,32 @@ class Cliffs(Side):
 
     def begin(self):
         s, x, y = self.either_way(), 0, 0
-        self.islands = [(-90, 90, 0)] if self.tower else []
+        self.islands = [Thing("island", 0j, half=90)] if self.tower else []
         for _ in range(7 + self.tower):
             if self.tower:
                 x += self.plan.choice((-1, 1)) * s * self.plan.uniform(60, 88)
                 y -= 58
-                self.islands.append((x - 34, x + 34, y))
+                self.islands.append(Thing("island", complex(x, y), half=34))
             else:
-                end = x + self.plan.uniform(80, 150)
-                self.islands.append((*sorted((s * x, s * end)), y))
-                x = end + self.plan.uniform(50, 68)
+                half = self.plan.uniform(80, 150) / 2
+                self.islands.append(Thing("island", complex(s * (x + half), y), half=half))
+                x += 2 * half + self.plan.uniform(50, 68)
                 y += self.plan.choice((-20, 0, 20))
         self.on = self.last = 3 if self.coins else 0           # the island stood on, and to come back to
-        self.stand(self.top(self.on))
-        for x0, x1, y in self.islands[1:3] + self.islands[4:6] if self.coins else ():
-            x = self.rng.uniform(x0 + 15, x1 - 15)
-            self.things.append(Thing("coin", complex(x, y - self.rng.choice((16, 70)))))
-        self.things = self.things or [Thing("flag", self.top(-1) - 20j)]
+        self.stand(self.islands[self.on].at)
+        for island in self.islands[1:3] + self.islands[4:6] if self.coins else ():
+            aside = self.rng.uniform(15 - island.half, island.half - 15)
+            self.things.append(Thing("coin", island.at + aside - self.rng.choice((16j, 70j))))
+        self.things = self.things or [Thing("flag", self.islands[-1].at - 20j)]
 
     def play(self):
         self.bodily(4.0 if "RIGHT_TRIGGER" in self.held else 3.0)
         if self.ground:
             self.last = self.on
-        if self.pos.imag > self.islands[self.last][2] + 150:
+        last = self.islands[self.last].at
+        if self.pos.imag > last.imag + 150:
             self.health -= 1
-            self.stand(self.top(self.last))
+            self.stand(last)
         for thing in list(self.things):
             d = thing.at - self.pos
             if abs(d.real) < 26 and abs(d.imag + 16) < 30:
@@ -2184,42 +2181,40 @@ class Cliffs(Side):
 
         def apart(i):
             """How far island i is from the goal."""
-            d = goal.at - self.top(i)
+            d = goal.at - self.islands[i].at
             return abs(d.real) + abs(d.imag)
         to = min(range(len(self.islands)), key=apart)
         if to == self.on:
             d = goal.at - self.pos
-            leap = goal.at.imag < self.top(to).imag - 40 and abs(d.real) < 30 and self.ground
+            leap = goal.at.imag < self.islands[to].at.imag - 40 and abs(d.real) < 30 and self.ground
             return span(d.real / 20), 0j, "SOUTH" if leap else ""
         x, run = self.cross(self.on + (1 if to > self.on else -1))
         return x, 0j, run
 
     def cross(self, to):
-        """The stick's x and the buttons that bring the runner to the next island on the way; x counts along
-        the way here, whichever side it goes to."""
-        s = copysign(1, (self.top(to) - self.top(self.on)).real)
-        (_, edge), (near, _) = (sorted(s * x for x in self.islands[i][:2]) for i in (self.on, to))
-        x, up = s * self.pos.real, "SOUTH" if self.v < 0 else ""
-        gap = edge - x
+        """The stick's x and the buttons that bring the runner to the next island on the way; distances count
+        along the way, whichever side it goes to."""
+        here, there, up = self.islands[self.on], self.islands[to], "SOUTH" if self.v < 0 else ""
+        d, s = there.at - self.pos, copysign(1, (there.at - here.at).real)
+        gap, ahead = here.half + s * (here.at - self.pos).real, s * d.real - there.half        # to the edges
         if self.tower and self.ground:
             return s * span((gap - 6) / 16), "SOUTH" if gap < 30 else ""
         if self.tower:
-            return span((self.top(to) - self.pos).real / 24), up
+            return span(d.real / 24), up
         if self.ground:
             return s, "SOUTH" if gap < 24 else "RIGHT_TRIGGER" if gap > 70 else ""
-        drop = self.v ** 2 + (self.top(to) - self.pos).imag
+        drop = self.v ** 2 + d.imag
         flight = 2 * (sqrt(drop) - self.v) if drop > 0 else 0.0      # steps until there: drop = v t + t^2 / 4
-        if near - 8 - x > 3 * flight:                              # not to be reached: back to where we stood
+        if ahead - 8 > 3 * flight:                                 # not to be reached: back to where we stood
             return s * span((gap - 20) / 20), ""
-        aim = near + 26 - x
-        return s * (1 if aim > 0 else aim / 30), up
+        return s * (1 if ahead > -26 else (ahead + 26) / 30), up
 
 
 class Commando(Side):
     """Run and gun: the right stick aims, the right trigger fires, SOUTH jumps over bullets and wire."""
 
     def begin(self):
-        self.islands = [(-2000, 2000, 200)]
+        self.islands = [Thing("island", 200j, half=2000)]
         self.stand(200j)
         self.aim = self.rng.choice((0, pi))
         if not self.foe:

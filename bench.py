@@ -1382,12 +1382,15 @@ class Walled(Game):
 
     def move(self, p, d, r=12):
         """From p by d, a disc of radius r: one axis at a time, so that it glides along walls."""
-        p, d, r = p / self.cell, d / self.cell, r / self.cell
         for step in (d.real, 1j * d.imag):
             corners = (p + step + r * corner for corner in (1 + 1j, 1 - 1j, -1 + 1j, -1 - 1j))
-            if not any(solid(self.grid, corner) for corner in corners):
+            if not any(map(self.blocked, corners)):
                 p += step
-        return p * self.cell
+        return p
+
+    def blocked(self, p):
+        """Is there a wall at a place?"""
+        return solid(self.grid, p / self.cell)
 
     def send(self, thing, place, far, r=12):
         """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
@@ -1395,9 +1398,8 @@ class Walled(Game):
 
     def sees(self, p, q):
         """Is the straight line between two places free of walls?"""
-        p, q = p / self.cell, q / self.cell
-        n = int(abs(q - p) * 4) + 1
-        return not any(solid(self.grid, p + (q - p) * i / n) for i in range(n + 1))
+        n = int(abs(q - p) / self.cell * 4) + 1
+        return not any(self.blocked(p + (q - p) * i / n) for i in range(n + 1))
 
     def ways_to(self, goal):
         """distances() of a place; each is found once a map, as actors stay in a cell for many steps."""
@@ -1601,7 +1603,7 @@ class Siege(FirstPerson):
         if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
             speed = 0.07 * unit(self.pos - drone.at)
             self.shots.append(Thing("mine", drone.at, v=speed, lift=0.35, size=0.2))
-        self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or solid(self.grid, shot.at))
+        self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or self.blocked(shot.at))
 
     def draw(self):
         frame = super().draw()
@@ -2034,7 +2036,7 @@ class Shade(TopDown):
     def play(self):
         self.pos = self.move(self.pos, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
         for g in list(self.foes):
-            if solid(self.grid, (g.at + 26 * g.way) / 48):
+            if self.blocked(g.at + 26 * g.way):
                 g.way = -g.way
             g.at += 1.3 * g.way
             strikes = self.knife and self.distance(g) < 52 and "EAST" in self.held
@@ -2068,7 +2070,7 @@ class Shade(TopDown):
         """Of 16 ways and standing still: the one that gets on best and stays out of the light."""
         goal = self.goal()
         target = goal.at - 38 * goal.way if self.knife else goal.at
-        if solid(self.grid, target / 48):
+        if self.blocked(target):
             target = goal.at
         way = target - self.pos
         if abs(way) >= 60 or not self.sees(self.pos, target):

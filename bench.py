@@ -1860,7 +1860,7 @@ class Swarm(TopDown):
             f.wind, f.kind = f.wind - 1, "brute!"
             f.dash = 0 if f.wind else 22
         elif self.ready("charge", 75) and self.t > 20:
-            f.wind, f.way = 18, way or 1
+            f.wind, f.way = 18, way
         else:
             f.kind = "brute"
             f.at = self.move(f.at, 1.6 * way * rect(1, 0.8), 20)
@@ -2145,7 +2145,7 @@ class Cliffs(Side):
                 self.islands.append(Thing("island", complex(s * (x + half), y), half=half))
                 x += 2 * half + self.plan.uniform(50, 68)
                 y += self.plan.choice((-20, 0, 20))
-        self.on = self.last = 3 if self.coins else 0           # the island stood on, and to come back to
+        self.on = 3 if self.coins else 0               # the island stood on, and to come back to
         self.stand(self.islands[self.on].at)
         for island in self.islands[1:3] + self.islands[4:6] if self.coins else ():
             aside = self.rng.uniform(15 - island.half, island.half - 15)
@@ -2154,9 +2154,7 @@ class Cliffs(Side):
 
     def play(self):
         self.bodily(4.0 if "RIGHT_TRIGGER" in self.held else 3.0)
-        if self.ground:
-            self.last = self.on
-        last = self.islands[self.last].at
+        last = self.islands[self.on].at
         if self.pos.imag > last.imag + 150:
             self.health -= 1
             self.stand(last)

@@ -481,7 +481,7 @@ def frame_of(video, i):
 # ---- transfer: what pre-training on other games is worth
 
 BOTH = "post-trained", "scratch"
-OTHERS_MINUTES, PRETRAINING = 5, 1500              # of each other game; steps
+OTHERS_MINUTES, PRETRAINING, SEEDS = 5, 1500, (0, 1, 2)    # of each other game; steps; of data and noise
 
 
 def transfer(args):
@@ -491,7 +491,7 @@ def transfer(args):
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
-    trials = [*itertools.product(games, args.minutes, args.seeds)]
+    trials = [*itertools.product(games, args.minutes, SEEDS)]
     few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials}
     with stage(out, "record") as say:
         wanted = [(out / "data" / game, game, OTHERS_MINUTES, 0) for game in GAMES]
@@ -2006,7 +2006,7 @@ class Shade(TopDown):
     which shortens the lights; EAST strikes from behind."""
 
     def begin(self):
-        self.alarm, self.knife, grid = 0.0, self.want == "guard", walled(13, 11)
+        self.alarm, grid = 0.0, walled(13, 11)
         for y, x in itertools.product((2, 6), (2, 6, 10)):
             grid[y][x] = self.plan.random() < 0.8                          # most of the pillars
         self.lay(grid)
@@ -2313,7 +2313,7 @@ class Glider(Side):
     mark on the ground shows."""
 
     def begin(self):
-        self.gap, self.tank = 70.0, self.want == "tank"
+        self.gap = 70.0
         self.pos = complex(0, self.rng.uniform(70, 180))
 
     def speed(self):
@@ -2602,7 +2602,6 @@ def main(argv=None):
                 "--out --games --steps -n --workers",
                 games=["crypt", "swarm", "glider"], steps=480, n=20)
     p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
-    p.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="of data, noise (default 0 1 2)")
     p = command(latency, "seconds for one chunk, against the released way of sampling",
                 "--preset --device", preset="nitrogen")
     p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")

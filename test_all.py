@@ -4326,7 +4326,8 @@ def test_the_demo_goes_from_videos_to_a_page(tmp_path, capfd):
 def test_transfer_compares_post_trained_with_scratch(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "OTHERS_MINUTES", 0.04)
     monkeypatch.setattr(bench, "PRETRAINING", 2)
-    flags = "--games dojo --minutes 0.04 --seeds 0 --steps 2 -n 1"
+    monkeypatch.setattr(bench, "SEEDS", [0])
+    flags = "--games dojo --minutes 0.04 --steps 2 -n 1"
     assert run(bench.main, "transfer", "--out", tmp_path, *flags.split()) == 0
     tasks = json.loads((tmp_path / "transfer.json").read_text())["results"][0]["tasks"]
     assert tasks["post-trained"].keys() == tasks["scratch"].keys() == set(bench.pick_tasks(["dojo"]))

@@ -2368,9 +2368,8 @@ class Glider(Side):
 
     def draw(self):
         corner = self.pos - 70 - (60j if self.tank else 128j)
-        down, ground = min(round(corner.imag) + 96, 432 - 256), max(round(232 - corner.imag), 0)
-        x = int(self.pos.real)
-        frame = self.back(x, down, 432)
+        x, ground = int(self.pos.real), round(232 - corner.imag)
+        frame = self.back(x, min(round(corner.imag) + 96, 432 - 256), 432)
         fields = pattern("checker", "313", "636", 256, 512)
         frame[ground:] = fields[:max(256 - ground, 0), x % 256:x % 256 + 256]
         if self.tank:

@@ -4258,7 +4258,7 @@ MISTAKES = {                                       # a command -> what its line 
     "record --out x --games tetris": "tetris",
     "record --out x --minutes 0": "--minutes",
     "record --out x --clip nan": "--clip",
-    "record --out x --clip 0.5": "--clip 0.5",
+    "record --out x --clip 0.5": "--clip",
     "record --out x --ckpt a --video": "one of them",
     "record --out x --env MiniGrid-Empty-8x8-v0": "play.py --exe GAME --human",
     "suite --video": "--video",
@@ -4426,7 +4426,7 @@ def test_a_game_by_others_is_recorded_and_evaluated(tmp_path, catch, toy, capsys
 
 
 BAD_TABLES = {                                     # what the line names -> what is wrong
-    "left.leftt": {"controls": {"1": {"left.leftt": 1}, "0": {}}},
+    "leftt": {"controls": {"1": {"left.leftt": 1}, "0": {}}},
     "Discrete of 3": {"controls": {"7": {"SOUTH": 1}, "0": {}}},
     "at rest": {"controls": {"1": {"left.left": 1}}},
     "screen": {"frame": "screen"},

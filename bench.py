@@ -1586,11 +1586,11 @@ class Siege(FirstPerson):
         self.walk()
         goal = self.goal
         if not goal.near:
-            self.shoot(goal, self.distance(goal))
+            self.fight(goal, self.distance(goal))
         self.check()
         self.things = [goal, *self.shots]
 
-    def shoot(self, drone, reach):
+    def fight(self, drone, reach):
         """The drone drifts and shoots where it sees the player; so does the player."""
         moved = self.move(drone.at, self.drift, 0.3)
         if moved == drone.at or self.ready("turn", 40):

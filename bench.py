@@ -198,7 +198,7 @@ def record_video(path, tasks, seed, n, size=(640, 360)):
     truth = []
     with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].fps, size) as video:
         for frame, action, *_ in film(tasks, seed, n):
-            picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
+            picture = cv2.resize(frame, size)
             paste_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
             video.add(picture)
             truth.append(action)
@@ -1742,7 +1742,7 @@ class Rally(Game):
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
             return span(2.5 * angle), 0j, self.pedal(fast, 0.4)
         target = self.path[self.index + 9]
-        close = [r for r in self.foes if not r.passed and 0 < r.along - self.index < 13]
+        close = [r for r in self.foes if 0 < r.along - self.index < 13]
         if close:                                                          # pass the first on its other side
             target = self.beside(self.index + 7, -close[0].side)
         angle = self.angle(target)
@@ -2086,7 +2086,7 @@ class Shade(TopDown):
             gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
                 best, most = d, gain
-        near = min(map(self.distance, self.foes), default=999)
+        near = min(map(self.distance, self.foes))
         strike = "EAST" if self.knife and near < 50 else ""
         return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
 

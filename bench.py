@@ -992,6 +992,10 @@ class Game:
         """An arrow at the top to where to go now: up = ahead."""
         arrow(frame, 128 + 40j, self.angle(target) - pi / 2, 32, ink)
 
+    def back(self, x, y=0, h=256):
+        """The scenery behind, from its column x and row y on; it is h pixels high."""
+        return sky(*self.scenery, h)[y:y + 256, int(x) % 512:int(x) % 512 + 256].copy()
+
     def fly(self, shots, hits, reach=200):
         """Move shots (at, v); gone are those that hit something (hits(shot) sees to what follows) or are
         further away than `reach`."""
@@ -1262,7 +1266,7 @@ def pattern(kind, dark, light, h, w):
 
 
 @functools.lru_cache(16)
-def sky(top="37b", low="bdf", far="579", near="354", h=100):
+def sky(top, low, far, near, h):
     """Hills under a sky, uint8 (h, 768, 3), the same every 512 columns."""
     shade = np.linspace(0, 1, h)[:, None, None]
     image = np.repeat(np.uint8((1 - shade) * colour(top) + shade * colour(low)), 768, 1)
@@ -1709,10 +1713,9 @@ class Rally(Game):
         way = rect(1, self.face)
         c, s, eye = way.real, way.imag, self.pos - 44 * way
         to_map = np.float64([[-s, c, eye.real], [c, s, eye.imag], [0, 0, 1]])
-        shift = int((self.face + pi) / tau * 1024) % 512
         ground = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
                                      cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
-        frame = np.concatenate([sky()[:, shift:shift + 256], ground])
+        frame = np.concatenate([self.back((self.face + pi) / tau * 1024, 0, HORIZON), ground])
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
         rows = [(self.relative(thing.at) + 44, thing) for thing in self.things + self.foes + gates]
         for rel, thing in sorted(rows, key=lambda row: -row[0].real):
@@ -2122,10 +2125,6 @@ class Side(Game):
             top = island.at - corner
             bar(frame, top - island.half, top + island.half + 26j, "96643c")
             bar(frame, top - island.half, top + island.half + 8j, "50c846")
-
-    def back(self, x, y=0, h=256):
-        """The scenery behind, from its column x and row y on; it is h pixels high."""
-        return sky(*self.scenery, h)[y:y + 256, int(x) % 512:int(x) % 512 + 256].copy()
 
 
 class Cliffs(Side):

@@ -456,7 +456,7 @@ def story(out, video, tasks, rows, finding, reading):
     busy = np.abs(truth[:, 21:]).sum(1)                        # the widest tilts of each quarter
     moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 4)]
 
-    frame = frame_of(video, moments[1]).copy()
+    frame = frame_of(video, moments[1])
     cv2.rectangle(frame, [round(v) for v in meta["box"]], (0, 255, 0), 2)
     show(20, 50, 640, frame, f"1  a video with one of our pads; extract.py finds it among them: {finding}")
     write(page, 700, 40, f"2  the crop; upper pad: pressed, lower: read by parse.py; {reading}", 16)
@@ -1071,12 +1071,12 @@ def run_scripts(*commands):
     """Run scripts of ours side by side, each with its share of the cores, of the videos or of the clips.
     Inside of a stage: what they print goes to its log."""
     sys.stdout.flush()
-    running, world = [], len(commands)
+    running = []
     for rank, (script, *words) in enumerate(commands):
-        env = {"OMP_NUM_THREADS": max(cores() // world, 1), "RANK": rank, "WORLD_SIZE": world}
+        share = {"OMP_NUM_THREADS": f"{max(cores() // len(commands), 1)}", "RANK": f"{rank}",
+                 "WORLD_SIZE": f"{len(commands)}"}
         running.append(subprocess.Popen([sys.executable, str(HERE / script), *map(str, words)],
-                                        stdout=sys.stdout, stderr=subprocess.STDOUT,
-                                        env=os.environ | {name: str(value) for name, value in env.items()}))
+                                        stdout=sys.stdout, stderr=subprocess.STDOUT, env=os.environ | share))
     try:
         failed = [p.args[1] for p in running if p.wait()]
     finally:

@@ -2033,7 +2033,7 @@ class Shade(TopDown):
     def lit(self, p, guard, more=0.0, wide=0.0):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
         d = p - guard.at
-        inside = abs(d) < self.light() + more and abs(phase(ahead_and_right(d, guard.way))) < 0.55 + wide
+        inside = abs(d) < self.light() + more and between(d, phase(guard.way)) < 0.55 + wide
         return inside and self.sees(guard.at, p)
 
     def play(self):
@@ -2177,12 +2177,7 @@ class Cliffs(Side):
 
     def wish(self):
         goal = self.nearest(self.things)
-
-        def apart(i):
-            """How far island i is from the goal."""
-            d = goal.at - self.islands[i].at
-            return abs(d.real) + abs(d.imag)
-        to = min(range(len(self.islands)), key=apart)
+        to = min(range(len(self.islands)), key=lambda i: abs(goal.at - self.islands[i].at))
         if to == self.on:
             d = goal.at - self.pos
             leap = goal.at.imag < self.islands[to].at.imag - 40 and abs(d.real) < 30 and self.ground

@@ -1425,8 +1425,8 @@ class FirstPerson(Walled):
     @functools.lru_cache(8)
     def paint(cls):
         """Wall texture (32 shades x 32 x 32, 3) and ceiling and floor (128, 128, 3), uint8."""
-        texture, fades = np.float32(pattern(*cls.wall, 32, 32)), [max(1 - i / 18, 0.15) for i in range(16)]
-        shades = [texture * fade * side for side in (1, 0.75) for fade in fades]
+        texture = np.float32(pattern(*cls.wall, 32, 32))
+        shades = [texture * (1 - i / 18) * side for side in (1, 0.75) for i in range(16)]
         y = np.linspace(-1, 1, 128)[:, None]
         inks = zip(cls.ceiling, cls.floor)
         far, near = (np.where(y < 0, colour(above), colour(below)) for above, below in inks)
@@ -2387,21 +2387,20 @@ class Glider(Side):
         return frame
 
     def wish(self):
-        foe = self.want == "foe"
-        ahead = [f for f in self.things if f.at.real > self.pos.real]
         rise = lambda height: span((height - self.pos.imag) / 60)
+        ahead = [thing.at - self.pos for thing in self.things if thing.at.real > self.pos.real]
         if not ahead:
             return complex(0.3, rise(80 if self.tank else 125)), 0j, ""
-        d = ahead[0].at - self.pos
-        ready = not self.bolts and not self.rests(self.trigger)
+        d = ahead[0]
         if self.tank:
             gap = d.real - self.mark()
-            return complex(span(gap / 60), rise(80)), 0j, "SOUTH" if abs(gap) < 16 and ready else ""
-        lift = span(d.imag / 28)
-        if foe:
-            fire = abs(d.imag) < 12 and d.real < 150 and ready
-            return complex(0.2 if d.real > 70 else -0.6, lift), 0j, "RIGHT_TRIGGER" if fire else ""
-        return complex(0.6 if abs(d.imag) < 20 else -0.4, lift), 0j, ""
+            stick, aimed = complex(span(gap / 60), rise(80)), abs(gap) < 16
+        else:
+            foe, ring = 0.2 if d.real > 70 else -0.6, 0.6 if abs(d.imag) < 20 else -0.4
+            stick = complex(foe if self.want == "foe" else ring, span(d.imag / 28))
+            aimed = abs(d.imag) < 12 and d.real < 150
+        ready = not self.bolts and not self.rests(self.trigger)
+        return stick, 0j, self.trigger if aimed and ready else ""
 
 
 class Dojo(Game):

@@ -1497,6 +1497,8 @@ class FirstPerson(Walled):
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
         for thing in sorted(self.things, key=self.distance, reverse=True):
             self.billboard(frame, thing)
+        if self.things:
+            self.compass(frame, self.target(), self.goal.ink)
         return frame
 
     def billboard(self, frame, thing):
@@ -1560,8 +1562,6 @@ class Crypt(FirstPerson):
 
     def draw(self):
         frame = super().draw()
-        if self.things:
-            self.compass(frame, self.target(), "ffdc3c")
         if "LEFT_TRIGGER" in self.held:
             disc(frame, 80 + 246j, 54, "5a6ec8")
         resting = self.rests("RIGHT_TRIGGER")
@@ -1611,10 +1611,8 @@ class Siege(FirstPerson):
 
     def draw(self):
         frame = super().draw()
-        drone = not self.goal.near
-        self.compass(frame, self.target(), "ff3c3c" if drone else "3cffff")
         bar(frame, 112 + 206j, 144 + 256j, "32363e" if self.rests("RIGHT_TRIGGER") < 8 else "ffbe3c")
-        if drone:
+        if not self.goal.near:
             disc(frame, 128 + 128j, 10, "ffffff", 2)
             for i in range(self.ammo):
                 bar(frame, 4 + 6 * i + 222j, 7 + 6 * i + 232j, "ffe65a")

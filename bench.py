@@ -1026,10 +1026,6 @@ class Game:
             self.hurt()
         return near
 
-    def near(self, things, reach):
-        """The things that are so near to the player, one after another."""
-        return (thing for thing in list(things) if self.distance(thing) < reach)
-
 
 # ---- machinery
 # ---- processes, pictures
@@ -1814,9 +1810,9 @@ class Swarm(TopDown):
         at = self.spot(self.pos, 130, 200)
         if abs(at - self.pos) < 90:
             at = fence(2 * self.pos - at, *COURT)
-        self.gem = Thing("gem", at)
-        mines = [Thing("mine", self.spot(self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7), 0, 40))
-                 for _ in range(2)]
+        self.gem = Thing("gem", at, near=28)
+        halfway = lambda: self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7)
+        mines = [Thing("mine", self.spot(halfway(), 0, 40), near=26) for _ in range(2)]
         self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine.at - at) > 45]
 
     def spot(self, p, low, high):
@@ -1841,11 +1837,11 @@ class Swarm(TopDown):
                 self.hurt()
                 self.send(f, self.pos, -70)
             self.chase(f)
-        for mine in self.near(self.things, 26):
+        for mine in filter(self.reached, self.things):
             self.hurt()
             self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
         self.gather()
-        if not self.count and self.distance(self.gem) < 28:
+        if not self.count and self.reached(self.gem):
             self.score += 1
             self.lay_gem()
 
@@ -1904,7 +1900,8 @@ class Swarm(TopDown):
             d = ahead_and_right(mine.at - self.pos, way)
             if -10 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
-        return way, way, "" if any(self.near([*self.things, self.gem], 110)) else "LEFT_TRIGGER"
+        clear = self.distance(self.nearest([*self.things, self.gem])) > 110
+        return way, way, "LEFT_TRIGGER" if clear else ""
 
 
 class Vault(TopDown):
@@ -2020,9 +2017,9 @@ class Shade(TopDown):
                      for column in self.plan.sample(columns, self.guards)]
         if self.want == "exit":
             rows.remove(self.pos.imag // 48)                               # not straight across
-            self.things = [Thing("exit", spot(end))]
+            self.things = [Thing("exit", spot(end), near=30)]
         if self.want == "gem":
-            self.things = [Thing("gem", spot(column)) for column in self.rng.sample(columns, 3)]
+            self.things = [Thing("gem", spot(column), near=30) for column in self.rng.sample(columns, 3)]
 
     def light(self):
         """How far the guards' lights reach, in pixels."""
@@ -2046,7 +2043,7 @@ class Shade(TopDown):
         seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
         self.health = int(self.alarm < 1)
-        for thing in self.near(self.things, 30):
+        for thing in filter(self.reached, list(self.things)):
             self.take(self.things, thing)
 
     def draw(self):

@@ -32,7 +32,7 @@ import tempfile
 import time
 import types
 from cmath import phase, rect
-from collections import ChainMap, deque
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from math import copysign, pi, sqrt, tau
 from pathlib import Path
@@ -64,7 +64,6 @@ MASHING = "right left up down right+attack left+attack up+attack down+attack spi
 class Task(NamedTuple):
     """Reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty of
     them."""
-    name: str
     game: type
     kind: str                                      # combat, navigation, specific
     goal: int
@@ -74,8 +73,8 @@ class Task(NamedTuple):
     text: str
 
 
-GAMES, TASKS = {}, {}                             # filled at the end of this file, once the games are defined
-PLAYABLE = ChainMap({}, TASKS)                     # and the games by others that were asked for
+TASKS = {}                                         # filled at the end of this file, after the games
+PLAYABLE = {}              # the class of each task's game, and of the games by others that were asked for
 
 
 def pick_tasks(names):
@@ -106,17 +105,12 @@ def chosen(args, names):
 def record(args):
     """Scripted play of games -> clip folders with the true actions, or videos with a pad drawn over them."""
     tasks = chosen(args, args.games)
-    game = PLAYABLE[tasks[0]].game
-    if args.env and "script" not in game.table:
+    game = PLAYABLE[tasks[0]]
+    if not hasattr(game, "wish"):
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
-    if round(min(args.clip, args.minutes * 60) * game.fps) < 2 * extract.HORIZON:
-        raise UserError(f"--minutes {args.minutes} --clip {args.clip}: expected clips of two chunks, "
-                        f"{2 * extract.HORIZON / game.fps:.1f} s or more: give more")
     if args.ckpt and args.video:
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
-    if args.ckpt:
-        learned(args.ckpt, args.euler)                                   # names a wrong file now, in one line
     jobs = recordings(args.out, tasks, args.minutes, args.seed, args.clip)
     work = record_video if args.video else functools.partial(record_folder, ckpt=args.ckpt, euler=args.euler)
     for i, line in enumerate(in_processes(work, jobs, 1 if args.env else args.workers), 1):
@@ -126,10 +120,10 @@ def record(args):
 def recordings(out, tasks, minutes, seed, clip=30.0):
     """Jobs for record_folder or record_video: so many minutes of each game, in clips of so many seconds at
     most."""
-    game = PLAYABLE[tasks[0]].game
-    n = round(min(clip, minutes * 60) * game.fps)
-    return [(folder(out) / f"{PLAYABLE[group[0]].game.name}-{i:03}", group, f"{seed} {i}", n)
-            for group in by_game(tasks).values() for i in range(max(round(minutes * 60 * game.fps / n), 1))]
+    seconds, game = min(clip, minutes * 60), PLAYABLE[tasks[0]]
+    return [(folder(out) / f"{PLAYABLE[group[0]].name}-{i:03}", group, f"{seed} {i}",
+             round(seconds * game.fps))
+            for group in by_game(tasks).values() for i in range(round(minutes * 60 / seconds))]
 
 
 def film(tasks, seed, n, policy=None):
@@ -143,7 +137,7 @@ def film(tasks, seed, n, policy=None):
         begins = env is None or env.over
         if begins:
             number, task = rng.randrange(PLAYED), rng.choice(tasks)
-            env = PLAYABLE[task].game(task, number)
+            env = PLAYABLE[task](task, number)
             script = Scripted(env, number)
             turn, scripted = 0, True
         frame, action = env.render(), script.act()                 # it sees every step, to be as late as ever
@@ -164,7 +158,7 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
 
     ckpt: a model that takes turns with the script; human.npy says where the script played, only that is kept.
     """
-    game = PLAYABLE[tasks[0]].game
+    game = PLAYABLE[tasks[0]]
     clip = {"video": "", "game": game.name, "fps": game.fps, "n": n, "size": [extract.SIDE] * 2,
             "every": 1, "lag": 0, "player": str(ckpt or "scripted"), "seed": seed}
     if (path / "clip.json").is_file():
@@ -190,12 +184,9 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
     return f"{path.name}: {n} frames, {begins.sum()} episodes"
 
 
-def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
-    """PATH.mp4 with one of our pads over it, PATH.truth.npy float32 (n, 25), PATH.json: where the pad is -> a
-    line.
-
-    corner: (to the right?, low?); it, the pad, its size and opacity are drawn at random.
-    """
+def record_video(path, tasks, seed, n, size=(640, 360)):
+    """PATH.mp4 with one of our pads over a corner, PATH.truth.npy float32 (n, 25), PATH.json: where the pad is
+    -> a line. The pad, its corner, size and opacity are drawn at random."""
     if path.with_suffix(".json").is_file():
         return f"{path.name}: recorded already"
     rng = random.Random(f"overlay {path.name} {seed}")
@@ -203,12 +194,11 @@ def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
     wide, opacity = round(size[0] * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
     scale = wide / skin.size[0]
     high = round(skin.size[1] * scale)
-    right, low = corner or (rng.random() < 0.5, rng.random() < 0.5)
-    x, y = 8 + right * (size[0] - wide - 16), 8 + low * (size[1] - high - 16)
+    x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
     truth = []
-    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].game.fps, size) as video:
+    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].fps, size) as video:
         for frame, action, *_ in film(tasks, seed, n):
-            picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
+            picture = cv2.resize(frame, size)
             paste_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
             video.add(picture)
             truth.append(action)
@@ -224,26 +214,19 @@ def record_video(path, tasks, seed, n, corner=None, size=(640, 360)):
 def suite(args):
     """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P
     3.2]."""
-    tasks, began = chosen(args, args.tasks), time.monotonic()
-    game, overlap, policy = PLAYABLE[tasks[0]].game, not args.no_overlap, None
+    tasks, began, table = chosen(args, args.tasks), time.monotonic(), {}
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
         policy = sample.Policy(args.ckpt, args.device, steps=args.euler)
-        longest = Learned(policy.config, game.fps, args.delay, overlap).longest
-        if args.actions_per_chunk > longest:
-            raise UserError(f"--actions-per-chunk {args.actions_per_chunk}: expected at most {longest}, "
-                            "a chunk of this checkpoint: give a smaller number")
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
-    players = ["random"] if args.env and "script" not in game.table else ["random", "scripted"]
-    mashing = MASHING if args.mashing else []
-    table = completion(tasks, players + mashing, args.n, args.seed, 1 if args.env else args.workers)
-    if policy:
-        table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.envs,
-                                    folder(args.out) if args.video else None, args.delay, overlap)
-    mashed = [table.pop(who) for who in mashing]
-    if mashed:
-        wins = lambda ended: ended[:, 0].sum()
+        table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
+                                    8 if args.env else 64, folder(args.out) if args.video else None)
+    players = ["random", "scripted"] if hasattr(PLAYABLE[tasks[0]], "wish") else ["random"]
+    rest = args.n, args.seed, 1 if args.env else args.workers
+    table = completion(tasks, players, *rest) | table
+    if args.mashing:
+        mashed, wins = completion(tasks, MASHING, *rest).values(), lambda ended: ended[:, 0].sum()
         table["best of mashing"] = {task: max((ended[task] for ended in mashed), key=wins) for task in tasks}
     rows = rows_of(table)
     show_rows(rows)
@@ -252,7 +235,6 @@ def suite(args):
             print(f"{who}: return {row['score']:.2f} +- {row['deviation']:.2f}")
     if args.out:
         write_json(folder(args.out) / "suite.json", facts(args, began) | {"rows": rows})
-        chart(Path(args.out) / "suite.png", f"tasks completed, n {args.n} each, 95 % intervals", rows)
 
 
 def facts(args, began):
@@ -273,7 +255,7 @@ def rollouts(task, who, n, seed):
     """n rollouts by "scripted", "random" or one of MASHING -> float (n, 2): won, score."""
     ended = []
     for i in range(n):
-        game = PLAYABLE[task].game(task, PLAYED + seed + i)
+        game = PLAYABLE[task](task, PLAYED + seed + i)
         player = Scripted(game, seed + i) if who == "scripted" else Blind(game, seed + i, who)
         while not game.over:
             game.advance(player.act())
@@ -281,13 +263,13 @@ def rollouts(task, who, n, seed):
     return np.array(ended, float)
 
 
-def play_model(policy, tasks, n, per_chunk=8, seed=0, envs=64, films=None, delay=0, overlap=True):
+def play_model(policy, tasks, n, per_chunk=8, seed=0, delay=0, envs=64, films=None):
     """n rollouts of each task, `envs` games at a time, one batch of chunks for all of them.
 
-    films: a folder, where the first rollout of each task is filmed. All tasks have one rate. delay, overlap:
-    see Learned. Returns {task: float (n, 2): won, score}.
+    All tasks have one rate. delay: see Learned; films: a folder for a film of each task's first rollout.
+    Returns {task: float (n, 2): won, score}.
     """
-    fps, ended = PLAYABLE[tasks[0]].game.fps, {task: [] for task in tasks}
+    fps, ended = PLAYABLE[tasks[0]].fps, {task: [] for task in tasks}
     jobs = deque((task, i) for i in range(n) for task in tasks)
     session = sample.Session(policy, seed=seed, envs=min(envs, len(jobs)))
 
@@ -295,19 +277,17 @@ def play_model(policy, tasks, n, per_chunk=8, seed=0, envs=64, films=None, delay
         """Game after game in environment s: yields its frame, is sent a chunk for it."""
         while jobs:
             task, i = jobs.popleft()
-            game = PLAYABLE[task].game(task, PLAYED + seed + i)
+            game = PLAYABLE[task](task, PLAYED + seed + i)
             session.reset(s, seed + i - s)             # environment s adds s: the same noise in any place
-            player = Learned(policy.config, fps, delay, overlap, per_chunk)
-            filmed = films and i == 0
-            with new_film(films / film_name(task), fps) if filmed else contextlib.nullcontext() as video:
-                while not game.over:
-                    if player.waits():
-                        player.take((yield game.render()))
-                    action = player.act()
-                    if video:
-                        video.add(beside_pad(game.render(), action))
-                    game.advance(action)
+            player, actions = Learned(policy.config, fps, delay, per_chunk), []
+            while not game.over:
+                if player.waits():
+                    player.take((yield game.render()))
+                actions.append(player.act())
+                game.advance(actions[-1])
             ended[task].append((game.won, game.score))
+            if films and i == 0:
+                sample.write_film(films / film_name(task), fps, replay(task, PLAYED + seed, actions))
             progress.update()
         while True:
             yield game.render()                        # to fill the batch
@@ -325,14 +305,23 @@ def film_name(task):
     return f"{task.replace('/', '-')}.mp4"
 
 
+def replay(task, seed, actions):
+    """A rollout once more, as pages of a film, uint8 (512, 768, 3): the game, beside it the pad pressed."""
+    game = PLAYABLE[task](task, seed)
+    for action in actions:
+        frame = cv2.resize(game.render(), (512, 512), interpolation=cv2.INTER_NEAREST)
+        yield sample.beside(frame, extract.shown_pad(), action)
+        game.advance(action)
+
+
 def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
     tasks = next(iter(table.values()))
     groups = {task: [task] for task in tasks}
-    ours = [TASKS[task] for task in tasks if task in TASKS]
-    for label, of in ("type", lambda task: task.kind), ("family", lambda task: task.game.family):
+    ours = [task for task in tasks if task in TASKS]
+    for label, of in ("type", lambda task: TASKS[task].kind), ("family", lambda task: PLAYABLE[task].family):
         for task in ours:
-            groups.setdefault(f"{label}: {of(task)}", []).append(task.name)
+            groups.setdefault(f"{label}: {of(task)}", []).append(task)
     groups["all"] = tasks
     return {name: {who: share(np.concatenate([ended[task] for task in group]))
                    for who, ended in table.items()} for name, group in groups.items()}
@@ -358,8 +347,13 @@ def show_rows(rows):
     """Print the share of rollouts completed, the 95 % interval in brackets."""
     print(f"{'':24}" + "".join(f"{who:>20}" for who in rows["all"]))
     for name, row in rows.items():
-        cells = [f"{r['rate']:>8.0%} [{r['low']:4.0%},{r['high']:5.0%}]" for r in row.values()]
-        print(f"{name:24}" + "".join(cells) + f"  n {row['random']['n']}")
+        cells = "".join(f"{in_brackets(r):>20}" for r in row.values())
+        print(f"{name:24}{cells}  n {row['random']['n']}")
+
+
+def in_brackets(r):
+    """A share() in words."""
+    return "{rate:.0%} [{low:4.0%},{high:5.0%}]".format(**r)
 
 
 # ---- the demo: the whole chain
@@ -378,8 +372,7 @@ def demo(args):
 
     with stage(out, "play on video") as say:
         jobs = recordings(videos, tasks, args.minutes, args.seed, args.minutes * 60 / args.videos)
-        low_left = functools.partial(record_video, corner=(False, True))     # as one channel places its pad
-        print(*in_processes(low_left, jobs, cores()), sep="\n")
+        print(*in_processes(record_video, jobs, cores()), sep="\n")
         say(f"{len(jobs)} mp4, {args.minutes:.1f} minutes each of {', '.join(by_game(tasks))}, 640 x 360")
 
     with stage(out, "find the overlays (extract.py)") as say:
@@ -400,14 +393,13 @@ def demo(args):
         run_scripts(*[["parse.py", "run", clips]] * min(cores(), len(ious)))
         scores = parse.mean_of([parse.score(*actions_and_truth(clips / name),
                                             read_clip(clips / name)["geometry"]) for name in ious])
-        left, right = (scores.get(f"{side} R2", math.nan) for side in ("left", "right"))
-        reading = f"stick R2 {left:.2f} left, {right:.2f} right, button F1 {scores['F1']:.2f}"
+        reading = "stick R2 {left R2:.2f} left, {right R2:.2f} right, button F1 {F1:.2f}".format(**scores)
         say(reading)
 
     with stage(out, "train two toy models (train.py)") as say:
         words = [clips, "--preset", "toy", "--seed", args.seed]
-        train_runs(args, args.steps, {runs["model"]: words, runs["true labels"]: [*words, "--truth"]})
-        say(f"{args.steps} steps of {args.batch} frames each, from parsed and from true labels")
+        train_runs(args.steps, {runs["model"]: words, runs["true labels"]: [*words, "--truth"]})
+        say(f"{args.steps} steps of 32 frames each, from parsed and from true labels")
 
     with stage(out, "play the tasks") as say:
         table = completion(tasks, ["random", "scripted"], args.n, args.seed, cores())
@@ -426,11 +418,11 @@ def demo(args):
     write_json(out / "demo.json", said | {"iou": ious, "parser": scores, "rows": rows})
 
 
-def train_runs(args, steps, runs):
+def train_runs(steps, runs):
     """Train small models side by side, quickly: {run: its data and flags for train.py}. What was begun goes
     on, what is done stays."""
-    quick = ["--hz", FPS, "--steps", steps, "--batch", args.batch, "--lr", args.lr, "--workers", 1,
-             "--val", 0, "--every", steps, "--no-augment", "--dropout", 0, "--ema", 0.999]
+    quick = ["--hz", FPS, "--steps", steps, "--every", steps,
+             *"--batch 32 --lr 1e-3 --workers 1 --val 0 --no-augment --dropout 0 --ema 0.999".split()]
     commands = []
     for run, words in runs.items():
         if not (run / "model.safetensors").is_file() or M.read_meta(run)[0]["step"] < steps:
@@ -456,36 +448,41 @@ def story(out, video, tasks, rows, finding, reading):
     extract.py and parse.py, in words."""
     page, clip = Image.new("RGB", (1600, 820), "#fafafa"), out / "clips" / video.stem
     meta, (actions, truth) = read_clip(clip), actions_and_truth(clip)
+    skin = {skin.name: skin for skin in skins()}.get(meta["template"], skins()[0])
 
-    def show(x, y, w, rgb, text):
+    def show(x, y, w, rgb, text=""):
         write(page, x, y - 10, text, 16)
         page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
     busy = np.abs(truth[:, 21:]).sum(1)                        # the widest tilts of each quarter
     moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 4)]
-    skin = next((s for s in skins() if s.name == meta["template"]), skins()[0])
 
-    frame = next(rgb for i, rgb in read_video(video) if i == moments[1]).copy()
-    x0, y0, x1, y1 = (round(v) for v in box_corners(meta["box"]))
-    cv2.rectangle(frame, (x0, y0), (x1, y1), (0, 255, 0), 2)
+    frame = frame_of(video, moments[1])
+    cv2.rectangle(frame, [round(v) for v in meta["box"]], (0, 255, 0), 2)
     show(20, 50, 640, frame, f"1  a video with one of our pads; extract.py finds it among them: {finding}")
     write(page, 700, 40, f"2  the crop; upper pad: pressed, lower: read by parse.py; {reading}", 16)
     for k, i in enumerate(moments):
         crop = cv2.resize(extract.Frames(clip, "pads")[i], (290, 290 * skin.size[1] // skin.size[0]))
-        pads = sample.beside(crop, skin, truth[i], actions[i])
-        show(700 + 440 * (k % 2), 60 + 225 * (k // 2), 430, pads, "")
+        show(700 + 440 * (k % 2), 60 + 225 * (k // 2), 430, sample.beside(crop, skin, truth[i], actions[i]))
+    write(page, 20, 560, "3  the model plays", 16)
     for k, task in enumerate(tasks[:3]):
-        frames = [rgb for _, rgb in read_video(out / film_name(task))]
-        show(20 + 290 * k, 570, 280, frames[len(frames) // 2], f"{'' if k else '3  the model plays '}{task}")
+        film = out / film_name(task)
+        show(20 + 290 * k, 590, 280, frame_of(film, extract.video_info(film)["n"] // 2), task)
     n = rows[tasks[0]]["model"]["n"]
-    chart(out / "tasks.png", f"4  tasks completed, n {n} each; thin lines: 95 % intervals",
-          {name: row for name, row in rows.items() if ":" not in name})
-    table = Image.open(out / "tasks.png")
-    table.thumbnail((700, 290))
-    page.paste(table, (890, 540))
+    write(page, 890, 560, f"4  tasks completed, n {n} each; thin lines: 95 % intervals", 16)
+    chart(page, 1010, 575, {name: row for name, row in rows.items() if ":" not in name})
     page.save(out / "demo.png")
 
 
+def frame_of(video, i):
+    """Frame i of a video, uint8 (h, w, 3)."""
+    return next(itertools.islice(read_video(video), i, None))[1]
+
+
 # ---- transfer: what pre-training on other games is worth
+
+BOTH = "post-trained", "scratch"
+OTHERS_MINUTES, PRETRAINING, SEEDS = 5, 1500, (0, 1, 2)    # of each other game; steps; of data and noise
+
 
 def transfer(args):
     """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on
@@ -494,90 +491,80 @@ def transfer(args):
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
-    trials = [*itertools.product(games, args.minutes, args.seeds)]
+    trials = [*itertools.product(games, args.minutes, SEEDS)]
     few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials}
     with stage(out, "record") as say:
-        wanted = [(out / "data" / game, game, args.others, 0) for game in GAMES]
+        wanted = [(out / "data" / game, game, OTHERS_MINUTES, 0) for game in GAMES]
         wanted += [(path, game, minutes, 1000 + seed) for (game, minutes, seed), path in few.items()]
         jobs = [job for path, game, *more in wanted for job in recordings(path, pick_tasks([game]), *more)]
         print(*in_processes(record_folder, jobs, args.workers), sep="\n")
-        say(f"{args.others:g} minutes of each game, {len(few)} small recordings of held-out ones")
+        say(f"{OTHERS_MINUTES} minutes of each game, {len(few)} small recordings of held-out ones")
 
-    def completed(run, game, seed):
+    def completed(run, game, seed=0):
         """{task: share completed} of a game by a run's model."""
-        ended = play_model(sample.Policy(run, "cpu", steps=args.euler), pick_tasks([game]), args.n, seed=seed)
+        ended = play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
         return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
 
     for game in games:
         first = out / f"pre-{game}"
         with stage(out, f"{game}: pre-train on the others") as say:
             others = [out / "data" / name for name in GAMES if name != game]
-            train_runs(args, args.pretrain, {first: [*others, "--preset", args.preset, "--balance"]})
-            say(f"without any of its own data {np.mean([*completed(first, game, 0).values()]):.0%}")
-    starts = {"post-trained": lambda game: ["--ckpt", out / f"pre-{game}"],
-              "scratch": lambda game: ["--preset", args.preset]}
+            train_runs(PRETRAINING, {first: [*others, "--preset", "toy", "--balance"]})
+            say(f"without any of its own data {average(completed(first, game)):.0%}")
     for (game, minutes, seed), data in few.items():
         with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
-            runs = {who: out / f"{who}-{data.name}" for who in starts}
-            train_runs(args, args.steps,
-                       {run: [data, "--seed", seed, *starts[who](game)] for who, run in runs.items()})
+            runs = {who: out / f"{who}-{data.name}" for who in BOTH}
+            starts = ["--ckpt", out / f"pre-{game}"], ["--preset", "toy"]
+            train_runs(args.steps, {run: [data, "--seed", seed, *start]
+                                    for run, start in zip(runs.values(), starts)})
             rates = {who: completed(run, game, seed) for who, run in runs.items()}
             results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
-            say(", ".join(f"{who} {np.mean([*rate.values()]):.0%}" for who, rate in rates.items()))
+            say(", ".join(f"{who} {average(rate):.0%}" for who, rate in rates.items()))
 
     gains = gains_of(results)
     for name, row in gains.items():
-        post, scratch = (row["bars"][who]["rate"] for who in ("post-trained", "scratch"))
-        gained = percent(row, "gain") if row["gain"] else "none: scratch completes nothing"
-        print(f"{name:26} post-trained {post:.1%} | scratch {scratch:.1%} | "
-              f"{percent(row, 'points')} points | gain {gained} | n {row['n']}")
+        gained = with_interval(row["gain"]) if row["gain"] else "none: scratch completes nothing"
+        print(f"{name:26} " + " | ".join(f"{who} {row[who]:.1%}" for who in BOTH) +
+              f" | {with_interval(row['points'])} points | gain {gained} | n {row['n']}")
     write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
-    chart(out / "transfer.png", f"completion of held-out games, {len(games) * len(args.seeds)} pairs",
-          {name: row["bars"] for name, row in gains.items()})
 
 
-def percent(row, name):
-    """A figure of gain() and its interval."""
-    return f"{row[name]:+.1%} [{row[f'{name} low']:+.1%}, {row[f'{name} high']:+.1%}]"
+def average(rates, kind=""):
+    """The mean of {task: share completed} over the tasks of one kind, or all; None where there are none."""
+    rates = [rate for task, rate in rates.items() if kind in ("", TASKS[task].kind)]
+    return float(np.mean(rates)) if rates else None
+
+
+def with_interval(figure):
+    """A figure of gain() in words."""
+    return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*figure)
 
 
 def gains_of(results):
     """Results of trials -> gain() of each size of data, over all tasks and by type."""
-    gains = {}
-    for minutes in dict.fromkeys(r["minutes"] for r in results):
-        for kind in ("all", "combat", "navigation", "specific"):
-            pairs = []
-            for rates in (r["tasks"] for r in results if r["minutes"] == minutes):
-                tasks = [task for task in rates["scratch"] if kind in ("all", TASKS[task].kind)]
-                if tasks:
-                    pairs.append([np.mean([rates[who][task] for task in tasks])
-                                  for who in ("post-trained", "scratch")])
-            if pairs:
-                gains[f"{minutes:g} min, {kind}"] = gain(np.array(pairs))
-    return gains
+    pairs = {}
+    for result in results:
+        for kind in ("", "combat", "navigation", "specific"):
+            pair = [average(result["tasks"][who], kind) for who in BOTH]
+            if None not in pair:
+                pairs.setdefault(f"{result['minutes']:g} min, {kind or 'all'}", []).append(pair)
+    return {name: gain(np.array(rows)) for name, rows in pairs.items()}
 
 
 def gain(pairs, rounds=4000):
-    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> what pre-training gains.
-
-    Means ("bars"), the difference ("points") and the relative gain, each with the interval of resampled
-    pairs; the gain is None where scratch completes nothing, its interval is of the draws in which scratch
-    completes something.
+    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> their means and what
+    pre-training gains: the difference ("points") and the relative "gain", each [value, low, high] with the
+    interval of resampled pairs. The gain is None where scratch completes nothing, its interval is of the
+    draws in which scratch completes something.
     """
     picks = np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))
-    drawn = pairs[picks].mean(1)                                                         # (rounds, 2)
-    (post, scratch), some = pairs.mean(0), drawn[drawn[:, 1] > 0]
+    drawn, means = pairs[picks].mean(1), pairs.mean(0)                                   # (rounds, 2), (2,)
 
-    def figure(name, value, draws, prefix=""):
-        low, high = np.quantile(draws, (0.025, 0.975))
-        return {name: float(value), f"{prefix}low": float(low), f"{prefix}high": float(high)}
-    bars = {who: figure("rate", rate, draws)
-            for who, rate, draws in zip(("post-trained", "scratch"), (post, scratch), drawn.T)}
-    row = {"n": len(pairs), "bars": bars, "gain": None}
-    row |= figure("points", post - scratch, drawn[:, 0] - drawn[:, 1], "points ")
-    if scratch:
-        row |= figure("gain", post / scratch - 1, some[:, 0] / some[:, 1] - 1, "gain ")
-    return row
+    def figure(measure, draws):
+        return [float(measure(*means)), *np.quantile(measure(*draws.T), (0.025, 0.975)).tolist()]
+    relative = lambda post, scratch: post / scratch - 1
+    return {"n": len(pairs), **dict(zip(BOTH, means.tolist())), "points": figure(np.subtract, drawn),
+            "gain": figure(relative, drawn[drawn[:, 1] > 0]) if means[1] else None}
 
 
 # ---- speed
@@ -587,20 +574,17 @@ def latency(args):
     machine slows both. The release computes mixing, keys and values, time codes and AdaLN anew at each
     step."""
     device, reason = M.pick_device(args.device)
-    if args.ckpt:
-        model = M.load(args.ckpt, device)[0]
-    else:
-        model = M.create(M.preset(args.preset), device=device).eval()
-        with torch.no_grad():
-            for p in model.parameters():
-                if not p.any():                        # or all velocities are 0, and agree
-                    p.normal_(0, 0.02)
+    model = M.create(M.preset(args.preset), device=device).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():                            # or all velocities are 0, and agree
+                p.normal_(0, 0.02)
     c, g = model.config, torch.Generator().manual_seed(0)
     shape = 1, c.frames, c.image, c.image, 3
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).to(device)
     noise = torch.randn(1, c.horizon, c.action_dim, generator=g).to(device)
-    print(f"{args.ckpt or args.preset}: {M.count(model)[0]:,} parameters, float32, "
-          f"batch 1, {device} ({reason}), {machine()}, best of {args.repeats}")
+    print(f"{args.preset}: {M.count(model)[0]:,} parameters, float32, "
+          f"batch 1, {device} ({reason}), {machine()}, best of 3")
 
     def released(k):
         x, seen = noise, model.see(frames)
@@ -612,7 +596,7 @@ def latency(args):
     for k in args.steps:
         with torch.inference_mode():
             apart = float((ours(k) - released(k)).abs().max())
-            fast, slow = best_of(args.repeats, device, lambda: ours(k), lambda: released(k))
+            fast, slow = best_of(3, device, lambda: ours(k), lambda: released(k))
         print(f"{k:3} steps | ours {fast:.3f} s | released {slow:.3f} s | {slow / fast:.2f} x faster | "
               f"largest difference {apart:.1e}")
 
@@ -636,14 +620,14 @@ def throughput(args):
     for name, tasks in by_game(TASKS).items():
         steps, began = 0, time.perf_counter()
         for task in tasks:
-            game = TASKS[task].game(task)
+            game = PLAYABLE[task](task)
             player = Blind(game)
             while not game.over:
                 game.step(player.act())
             steps += game.t
         print(f"{name:12} {1e6 * (time.perf_counter() - began) / steps:8.0f} us a step with its picture")
     with tempfile.TemporaryDirectory() as tmp:
-        n, number = args.seconds * FPS, itertools.count()
+        n, number = 20 * FPS, itertools.count()
         latest = lambda: max(Path(tmp).glob("*.mp4"))
         stages = {"record": lambda: record_video(Path(tmp) / f"{next(number)}", ["swarm/bugs"], "0 0", n),
                   "decode": lambda: sum(1 for _ in read_video(latest())),
@@ -652,7 +636,7 @@ def throughput(args):
         with contextlib.redirect_stdout(io.StringIO()):   # the second time the templates are drawn, described
             took = best_of(2, torch.device("cpu"), *stages.values())
         for name, seconds in zip(stages, took):
-            print(f"{name:12} {n / seconds:8.0f} frames/s of a video of {args.seconds} s")
+            print(f"{name:12} {n / seconds:8.0f} frames/s of a video of 20 s")
 
 
 # ---- players
@@ -719,8 +703,9 @@ class Blind:
             self.again = self.t + self.rng.randint(3, 15)
             action[21:] = [self.rng.uniform(-1, 1) for _ in range(4)]
         else:
-            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j, "spin": rect(1, self.t / 6)}
-            action[21:] = [push[self.way].real, push[self.way].imag] * 2
+            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j,
+                    "spin": rect(1, self.t / 6)}[self.way]
+            action[21:] = [push.real, push.imag] * 2
         action[[k for k in self.keys if not self.draws or self.rng.random() < 0.5]] = 1
         return action
 
@@ -728,16 +713,19 @@ class Blind:
 class Learned:
     """The actions to come of a policy that plays one game: chunks go in, actions of single steps come out.
 
-    delay: a chunk comes so many steps after its frame. Meanwhile the one before it is played on and its own
-    first steps pass; without `overlap` the last action is held, then it is played from its start.
+    delay: a chunk comes so many steps after its frame. Meanwhile the one before it is played on, and its own
+    first steps pass.
     """
 
-    def __init__(self, config, fps, delay=0, overlap=True, per_chunk=8):
-        self.lead = max(config.action_shift, delay * overlap)          # actions in hand when a frame is seen
+    def __init__(self, config, fps, delay=0, per_chunk=8):
+        self.lead = max(config.action_shift, delay)                    # actions in hand when a frame is seen
         at = (np.arange(int(config.horizon * fps / config.hz)) * config.hz / fps).astype(int)
-        self.longest = len(at) - self.lead
+        longest = len(at) - self.lead
+        if per_chunk > longest:
+            raise UserError(f"--actions-per-chunk {per_chunk}: expected at most {longest}, a chunk of this "
+                            "checkpoint: give a smaller number")
         self.rows = at[self.lead - config.action_shift:][:per_chunk]   # of a chunk, at the game's rate
-        self.coming, self.wait, self.last = deque([neutral()] * self.lead), delay * (not overlap), neutral()
+        self.coming = deque([neutral()] * self.lead)
 
     def waits(self):
         """Is it time for the next chunk?"""
@@ -745,9 +733,7 @@ class Learned:
 
     def take(self, chunk):
         """A chunk float (T, 25) for the frame of now, played after what was planned before."""
-        self.coming.extend([self.last] * self.wait)
         self.coming.extend(chunk[self.rows])
-        self.last = self.coming[-1]
 
     def act(self):
         """float (25,), the action of this step."""
@@ -774,13 +760,9 @@ def learned(path, steps):
 #                  its readings beyond play.TILT ({} always has), of MultiBinary all. A Box takes the sums.
 #   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
 #   script         the scripted player (of SCRIPTS)
-AXES = {"x": (0, 0), "y": (1, 0), **play.SIDES}   # of a stick: axis and sign, 0 = both ways
-READINGS = {f"{stick}.{side}": (at.start + axis, sign) for stick, at in STICKS.items()
-            for side, (axis, sign) in AXES.items()} | {name: (i, 1) for name, i in BUTTON.items()}
-
 
 def foreign_task(args):
-    """--env and --table -> the id, from now on a task in PLAYABLE."""
+    """--env and --table -> the id, from now on in PLAYABLE."""
     table = {}
     for beginning, row in OTHERS.items():
         if args.env.startswith(beginning):
@@ -790,22 +772,20 @@ def foreign_task(args):
     known = ", ".join(OTHERS)
     with extract.reading(f"--env {args.env}", f"fps, seconds, frame, controls, success in --table ({known})"):
         words = {word for rule in table["controls"].values() for word in rule}
-        unknown = words - READINGS.keys() | {table.get("script", "aims")} - SCRIPTS.keys()
-        if unknown or min(table["fps"], table["seconds"]) <= 0:
-            raise ValueError(", ".join(unknown) or "fps or seconds of 0")
-        if not {"return", "info"} & table["success"].keys():
-            raise ValueError("no success by return or info")
+        if min(table["fps"], table["seconds"]) <= 0 or not {"return", "info"} & table["success"].keys():
+            raise ValueError("fps or seconds of 0, or a success by neither return nor info")
         name = re.sub(r"\W+", "_", args.env)
         fields = {"name": name.lower(), "fps": table["fps"], "table": table, "idle": [],
-                  "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
-        game = type(name, (Foreign,), fields)
-        PLAYABLE[args.env] = Task(args.env, game, "theirs", 0, table["seconds"], {}, False, table["frame"])
+                  "part": table["frame"], "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
+        if "script" in table:
+            fields["wish"] = SCRIPTS[table["script"]]
+        PLAYABLE[args.env] = type(name, (Foreign,), fields)
     return args.env
 
 
 class Foreign:
     """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its
-    table, and environments at rest."""
+    table, environments at rest, and wish() where there is a scripted player."""
     attack = ()
 
     def __init__(self, task, seed=0):
@@ -825,12 +805,12 @@ class Foreign:
 
     def look(self, seen):
         """The picture after a step -> self.frame uint8 (256, 256, 3)."""
-        part = self.table["frame"]
+        part = self.part
         with extract.reading(f"\"frame\": {part!r} in the table", "the name of a picture uint8 (h, w, 3)"):
             rgb = self.env.render() if part == "render" else seen[part] if part else seen
-            if rgb.dtype != np.uint8 or rgb.shape[2:] not in ((1,), (3,)):
+            if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
                 raise ValueError(f"{rgb.dtype} {rgb.shape}")
-            self.frame = extract.shrink(np.ascontiguousarray(np.broadcast_to(rgb, (*rgb.shape[:2], 3))))
+            self.frame = extract.shrink(np.ascontiguousarray(rgb))
 
     def render(self):
         """uint8 (256, 256, 3)."""
@@ -848,10 +828,6 @@ class Foreign:
             self.idle.append(self.env)
         else:
             self.look(seen)
-
-    def wish(self):
-        """What the scripted player wants: left stick, right stick, buttons."""
-        return SCRIPTS[self.table["script"]](self)
 
 
 def open_env(env_id, table):
@@ -889,8 +865,11 @@ def pad_to_action(space, controls, names=()):
 
 def read_pad(action, name):
     """What the pad says: a button or a side of a stick (left.up) 0..1, an axis (left.x) -1..1."""
-    i, sign = READINGS[name]
-    return float(max(action[i] * sign, 0) if sign else action[i])
+    if name in BUTTON:
+        return action[BUTTON[name]]
+    stick, side = name.split(".")
+    x, y = action[STICKS[stick]]
+    return {"x": x, "y": y, "right": max(x, 0), "left": max(-x, 0), "down": max(y, 0), "up": max(-y, 0)}[side]
 
 
 def aims(game):
@@ -981,6 +960,10 @@ class Game:
         if self.ready("hurt", 25):
             self.health -= 1
 
+    def either_way(self):
+        """-1 or 1, at random."""
+        return self.rng.choice((-1, 1))
+
     def around(self, low, high):
         """A vector of random length and direction."""
         return rect(self.rng.uniform(low, high), self.rng.uniform(0, tau))
@@ -993,6 +976,10 @@ class Game:
         """The thing nearest to the player, None of none."""
         return min(things, key=self.distance, default=None)
 
+    def reached(self, thing):
+        """Is the player at a thing, and its button held?"""
+        return self.distance(thing) < thing.near and thing.button in {"", *self.held}
+
     def relative(self, p):
         """A place as complex(ahead, to the right) of the player."""
         return (p - self.pos) * rect(1, -self.face)
@@ -1004,6 +991,10 @@ class Game:
     def compass(self, frame, target, ink):
         """An arrow at the top to where to go now: up = ahead."""
         arrow(frame, 128 + 40j, self.angle(target) - pi / 2, 32, ink)
+
+    def back(self, x, y=0, h=256):
+        """The scenery behind, from its column x and row y on; it is h pixels high."""
+        return sky(*self.scenery, h)[y:y + 256, int(x) % 512:int(x) % 512 + 256].copy()
 
     def fly(self, shots, hits, reach=200):
         """Move shots (at, v); gone are those that hit something (hits(shot) sees to what follows) or are
@@ -1035,24 +1026,16 @@ class Game:
             self.hurt()
         return near
 
-    def near(self, things, reach):
-        """The things that are so near to the player, one after another."""
-        return (thing for thing in list(things) if self.distance(thing) < reach)
-
 
 # ---- machinery
 # ---- processes, pictures
 
-INKS = {"random": "#a0a0aa", "scripted": "#5aa05a", "model": "#dc3c28", "true labels": "#3c6edc",
-        "best of mashing": "#c89628", "post-trained": "#dc3c28", "scratch": "#3c6edc"}
+INKS = {"random": "#a0a0aa", "scripted": "#5aa05a", "model": "#dc3c28", "true labels": "#3c6edc"}
 
 
 def folder(path):
     """--out, made where it is missing."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{path}: expected a folder, found {e.strerror}: give another --out") from None
+    Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
 
 
@@ -1077,19 +1060,19 @@ def stage(out, what):
     print(f"{what} ...", flush=True)
     with open(out / "stages.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         yield said.append
-    print(f"{what} | {' | '.join(said)} | {time.monotonic() - began:.0f} s", flush=True)
+    print(what, *said, f"{time.monotonic() - began:.0f} s", sep=" | ", flush=True)
 
 
 def run_scripts(*commands):
     """Run scripts of ours side by side, each with its share of the cores, of the videos or of the clips.
     Inside of a stage: what they print goes to its log."""
     sys.stdout.flush()
-    running, world = [], len(commands)
+    running = []
     for rank, (script, *words) in enumerate(commands):
-        env = {"OMP_NUM_THREADS": max(cores() // world, 1), "RANK": rank, "WORLD_SIZE": world}
+        share = {"OMP_NUM_THREADS": f"{max(cores() // len(commands), 1)}", "RANK": f"{rank}",
+                 "WORLD_SIZE": f"{len(commands)}"}
         running.append(subprocess.Popen([sys.executable, str(HERE / script), *map(str, words)],
-                                        stdout=sys.stdout, stderr=subprocess.STDOUT,
-                                        env=os.environ | {name: str(value) for name, value in env.items()}))
+                                        stdout=sys.stdout, stderr=subprocess.STDOUT, env=os.environ | share))
     try:
         failed = [p.args[1] for p in running if p.wait()]
     finally:
@@ -1118,44 +1101,23 @@ def paste_pad(ground, skin, action, opacity=1.0):
     ground[:] = extract.over(ground, rgba, opacity)
 
 
-def new_film(path, fps):
-    """A video for what beside_pad() gives."""
-    return VideoWriter(path, fps, (768, 512))
-
-
-def beside_pad(frame, action):
-    """A frame of a film, uint8 (512, 768, 3): the game, and the pad pressed as the action says."""
-    large = cv2.resize(frame, (512, 512), interpolation=cv2.INTER_NEAREST)
-    return sample.beside(large, extract.shown_pad(), action)
-
-
 def write(page, x, y, text, size=13, ink="#14141e"):
     """A line of text on a picture, from its lower left corner."""
     ImageDraw.Draw(page).text((x, y), text, ink, ImageFont.load_default(size), "ls")
 
 
-def chart(path, title, rows):
-    """A table {row: {player: {"rate", "low", "high"}}} as a picture of bars, a group for each row; a thin
-    line is the interval. Above them stands which colour is whose."""
-    end = 70 + sum(9 * len(row) + 10 for row in rows.values())
-    page = Image.new("RGB", (900, end + 20), "#fafafa")
-    pen, left, wide, y = ImageDraw.Draw(page), 190, 680, 70
-    write(page, 20, 30, title, 18)
-    for mark in (0, 0.25, 0.5, 0.75, 1):
-        x = left + wide * mark
-        pen.line((x, y, x, end), "#d7d7dc")
-        write(page, x - 12, end + 16, f"{mark:.0%}")
-    for i, who in enumerate(next(iter(rows.values()))):
-        write(page, left + 130 * i, y - 4, who, ink=INKS[who])
+def chart(page, left, y, rows, wide=330):
+    """A table {row: {player: share()}} as groups of bars on a picture; a thin line is the interval."""
+    pen = ImageDraw.Draw(page)
     for name, row in rows.items():
-        write(page, 10, y + 4.5 * len(row) + 5, name)
+        write(page, left - 120, y + 28, name)
         for who, r in row.items():
             rate, low, high = (left + wide * r[key] for key in ("rate", "low", "high"))
-            pen.rectangle((left, y, rate, y + 7), INKS[who])
-            pen.line((low, y + 3.5, high, y + 3.5), "#14141e")
-            y += 9
-        y += 10
-    page.save(path)
+            pen.rectangle((left, y, rate, y + 10), INKS[who])
+            pen.line((low, y + 5, high, y + 5), "#14141e")
+            write(page, left + wide + 10, y + 10, f"{who} {in_brackets(r)}", 11)
+            y += 13
+        y += 8
 
 
 def games(args):
@@ -1182,7 +1144,10 @@ def games(args):
 
 
 class Thing(types.SimpleNamespace):
-    """An actor or an object: its kind (a picture of ICONS), its place, and what its game adds."""
+    """An actor or an object: its kind (a picture of ICONS), its place, and what its game adds. wind: steps
+    until it strikes; dash: steps that it still charges, the way it goes; near: from where it is reached, with
+    its button held."""
+    hp, wind, dash, way, near, button = 1, 0, 0, 1, 0, ""
 
     def __init__(self, kind, at, **more):
         super().__init__(kind=kind, at=at, **more)
@@ -1199,16 +1164,13 @@ def icon(name, size, turn=0, flip=False):
     """A picture of ICONS at `size` pixels, turned clockwise by turn / 32 of a circle, with a dark rim.
 
     Returns uint8 (size, size, 3) and its mask (size, size). Shapes lie on a grid of 256 x 256; actors look
-    to the right: o x y r = disc, b x0 y0 x1 y1 = box, p x y x y ... = polygon; the colour comes last.
+    to the right: [x, y, r, colour] = disc, [x, y, x, y, x, y, ..., colour] = polygon.
     """
     big = np.zeros((256, 256, 4), np.uint8)
-    for shape in ICONS[name]:
-        kind, *numbers, ink = shape.split()
-        v, rgba = [*map(int, numbers)], (*colour(ink), 255)
-        if kind == "o":
+    for *v, ink in ICONS[name]:
+        rgba = *colour(ink), 255
+        if len(v) == 3:
             cv2.circle(big, v[:2], v[2], rgba, -1)
-        elif kind == "b":
-            cv2.rectangle(big, v[:2], v[2:], rgba, -1)
         else:
             cv2.fillPoly(big, [np.reshape(v, (-1, 2))], rgba)
     if turn:
@@ -1300,7 +1262,7 @@ def pattern(kind, dark, light, h, w):
 
 
 @functools.lru_cache(16)
-def sky(top="37b", low="bdf", far="579", near="354", h=100):
+def sky(top, low, far, near, h):
     """Hills under a sky, uint8 (h, 768, 3), the same every 512 columns."""
     shade = np.linspace(0, 1, h)[:, None, None]
     image = np.repeat(np.uint8((1 - shade) * colour(top) + shade * colour(low)), 768, 1)
@@ -1420,18 +1382,24 @@ class Walled(Game):
 
     def move(self, p, d, r=12):
         """From p by d, a disc of radius r: one axis at a time, so that it glides along walls."""
-        p, d, r = p / self.cell, d / self.cell, r / self.cell
         for step in (d.real, 1j * d.imag):
             corners = (p + step + r * corner for corner in (1 + 1j, 1 - 1j, -1 + 1j, -1 - 1j))
-            if not any(solid(self.grid, corner) for corner in corners):
+            if not any(map(self.blocked, corners)):
                 p += step
-        return p * self.cell
+        return p
+
+    def blocked(self, p):
+        """Is there a wall at a place?"""
+        return solid(self.grid, p / self.cell)
+
+    def send(self, thing, place, far, r=12):
+        """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
+        thing.at = self.move(thing.at, far * unit(place - thing.at), r)
 
     def sees(self, p, q):
         """Is the straight line between two places free of walls?"""
-        p, q = p / self.cell, q / self.cell
-        n = int(abs(q - p) * 4) + 1
-        return not any(solid(self.grid, p + (q - p) * i / n) for i in range(n + 1))
+        n = int(abs(q - p) / self.cell * 4) + 1
+        return not any(self.blocked(p + (q - p) * i / n) for i in range(n + 1))
 
     def ways_to(self, goal):
         """distances() of a place; each is found once a map, as actors stay in a cell for many steps."""
@@ -1453,13 +1421,17 @@ class FirstPerson(Walled):
     @functools.lru_cache(8)
     def paint(cls):
         """Wall texture (32 shades x 32 x 32, 3) and ceiling and floor (128, 128, 3), uint8."""
-        texture, fades = np.float32(pattern(*cls.wall, 32, 32)), [max(1 - i / 18, 0.15) for i in range(16)]
-        shades = [texture * fade * side for side in (1, 0.75) for fade in fades]
+        texture = np.float32(pattern(*cls.wall, 32, 32))
+        shades = [texture * (1 - i / 18) * side for side in (1, 0.75) for i in range(16)]
         y = np.linspace(-1, 1, 128)[:, None]
         inks = zip(cls.ceiling, cls.floor)
         far, near = (np.where(y < 0, colour(above), colour(below)) for above, below in inks)
         ground = (1 - abs(y)) * far + abs(y) * near
         return np.uint8(shades).reshape(-1, 3), np.repeat(np.uint8(ground)[:, None], 128, 1)
+
+    def begin(self):
+        self.build()
+        self.bring()
 
     def build(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
@@ -1483,40 +1455,46 @@ class FirstPerson(Walled):
         self.face = wrap(self.face + self.right.real * 0.085)
         self.pos = self.move(self.pos, self.left * 1j * speed * rect(1, self.face), 0.22)
 
-    def bring(self, kind):
-        """A new goal to fight, take or reach. kinds: kind -> least and most steps away, lift, size."""
-        low, high, lift, size = self.kinds[kind]
-        self.goal = Thing(kind, self.place(low, high), hp=2, wind=0, lift=lift, size=size)
-        self.things, self.goes_to = [self.goal], self.goal.at
+    def bring(self):
+        """The next goal to fight, take or reach, if the task has one."""
+        self.things = []
+        for kind in self.steps[self.score:self.score + 1]:
+            look = self.kinds[kind]
+            self.goal = Thing(kind, self.place(*look["away"]), hp=2, **look)
+            self.things, self.goes_to = [self.goal], self.goal.at
+
+    def check(self):
+        """A point for a goal that is beaten, or reached with its button held; then comes the next one."""
+        if self.goal.hp <= 0 or self.reached(self.goal):
+            self.score += 1
+            self.bring()
 
     def draw(self):
-        p, rays = self.pos, rect(1, self.face) * (1 + 1j * LENS)                        # (128,)
-        n = self.size
+        p, n, rays = self.pos, self.size, rect(1, self.face) * (1 + 1j * LENS)          # (128,)
         rx, ry = rays.real + 1e-9, rays.imag + 1e-9
-        lines = np.arange(1, n, dtype=np.float64)[:, None]                              # (n - 1, 1)
-        column = lines.astype(np.int32)
+        lines = np.arange(1, n)[:, None]                                                # (n - 1, 1)
 
         def crossings(at, way, along, goes, walls):
             """How far along each ray its crossings with the lines across one axis are, (n - 1, 128): 99 where
             no wall begins; at, way: of the rays on this axis; along, goes: on the other one."""
             t = (lines - at) / way
-            other = np.clip(along + t * goes, 0, n - 1).astype(np.int32)
-            t[~((t > 0) & walls[column - (way < 0), other])] = 99
-            return t
+            other = np.clip(along + t * goes, 0, n - 1).astype(int)
+            return np.where((t > 0) & walls[lines - (way < 0), other], t, 99)
         t = np.concatenate([crossings(p.real, rx, p.imag, ry, self.walls.T),
                             crossings(p.imag, ry, p.real, rx, self.walls)])
-        first = t.argmin(0)
-        self.depth = depth = t[first, np.arange(128)]
-        along = np.where(first < n - 1, p.imag + depth * ry, p.real + depth * rx)
-        u = (along % 1 * 32).astype(np.int32)
-        shade = np.minimum(depth * 2, 15).astype(np.int32) + 16 * (first >= n - 1)
-        v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(np.int32)              # (128, 128)
+        depth, across = t.min(0), t.argmin(0) >= n - 1         # the nearest wall, and whether it lies across
+        self.depth = depth
+        u = (np.where(across, p.real + depth * rx, p.imag + depth * ry) % 1 * 32).astype(int)
+        shade = np.minimum(depth * 2, 15).astype(int) + 16 * across
+        v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(int)                    # (128, 128)
         texture, ground = self.paint()
         walls = texture.take(shade * 1024 + u + v * 32, 0, mode="clip")
         pixels = cv2.copyTo(walls, np.uint8(v == v % 32), ground.copy())
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
         for thing in sorted(self.things, key=self.distance, reverse=True):
             self.billboard(frame, thing)
+        if self.things:
+            self.compass(frame, self.target(), self.goal.ink)
         return frame
 
     def billboard(self, frame, thing):
@@ -1542,28 +1520,22 @@ class FirstPerson(Walled):
         ahead = max(math.cos(angle), 0) ** 3 if abs(target - self.pos) > near else 0.0
         return complex(0, -ahead), span(1.5 * angle)
 
+    def fetch(self):
+        """A walk to the goal, its button held near it."""
+        button = self.goal.button if self.distance(self.goal) < 1 else ""
+        return *self.steer(self.target(), self.stop), button
+
 
 class Crypt(FirstPerson):
     """A dark maze. An arrow shows the way; ghouls turn red before they strike: hold the shield then, hit them
     when they are green."""
 
-    def begin(self):
-        self.build()
-        self.bring(self.steps[0])
-
-    def done(self):
-        """One more point; what comes next on the task's list, if anything does."""
-        self.score, self.things = self.score + 1, []
-        if self.score < self.task.goal:
-            self.bring(self.steps[self.score])
-
     def play(self):
         shield, goal = "LEFT_TRIGGER" in self.held, self.goal
         self.walk(0.05 if shield else 0.09)
-        if self.steps[0] == "ghoul":
+        if not goal.near:
             self.fight(goal, self.distance(goal), shield)
-        elif self.distance(goal) < 0.75 and (goal.kind == "portal" or "SOUTH" in self.held):
-            self.done()
+        self.check()
 
     def fight(self, ghoul, reach, shield):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
@@ -1571,7 +1543,7 @@ class Crypt(FirstPerson):
         self.goes_to = ghoul.at
         if reach > 0.8:
             to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
-            ghoul.at = self.move(ghoul.at, 0.025 * unit(to - ghoul.at), 0.2)
+            self.send(ghoul, to, 0.025, 0.2)
         if ghoul.wind:
             ghoul.wind -= 1
             if not ghoul.wind and reach < 1.3 and not (shield and off() < 0.7):
@@ -1582,14 +1554,10 @@ class Crypt(FirstPerson):
         if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
             if reach < 1.25 and off() < 0.45:
                 ghoul.hp -= 1
-                ghoul.at = self.move(ghoul.at, 0.3 * unit(ghoul.at - self.pos), 0.2)
-        if ghoul.hp <= 0:
-            self.done()
+                self.send(ghoul, self.pos, -0.3, 0.2)
 
     def draw(self):
         frame = super().draw()
-        if self.things:
-            self.compass(frame, self.target(), "ffdc3c")
         if "LEFT_TRIGGER" in self.held:
             disc(frame, 80 + 246j, 54, "5a6ec8")
         resting = self.rests("RIGHT_TRIGGER")
@@ -1598,13 +1566,11 @@ class Crypt(FirstPerson):
         return frame
 
     def wish(self):
-        goal, reach = self.goal, self.distance(self.goal)
-        if self.steps[0] != "ghoul":
-            push = "SOUTH" if goal.kind != "portal" and reach < 1 else ""
-            return *self.steer(self.target(), 0.1), push
-        straight = reach < 1.6 and self.sees(self.pos, goal.at)
-        left, right = self.steer(goal.at, 0.95) if straight else self.steer(self.target(), 0.1)
-        if reach < 1.6 and goal.wind:
+        goal, reach, plain = self.goal, self.distance(self.goal), self.fetch()
+        if goal.near or reach >= 1.6:
+            return plain
+        left, right = self.steer(goal.at, 0.95) if self.sees(self.pos, goal.at) else plain[:2]
+        if goal.wind:
             return 0j, right, "LEFT_TRIGGER"
         return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(goal.at)) < 0.35 else ""
 
@@ -1612,29 +1578,19 @@ class Crypt(FirstPerson):
 class Siege(FirstPerson):
     """An open court by daylight: drones that hover and shoot, crates to open, a beacon to reach."""
 
-    def begin(self):
-        self.build()
-        self.ammo = 16
-        self.spawn()
-
-    def spawn(self):
-        """The next thing to shoot, open or reach."""
-        self.bring(self.want)
+    def bring(self):
+        super().bring()
         self.drift = self.around(0.02, 0.035)
 
     def play(self):
         self.walk()
-        goal, reach = self.goal, self.distance(self.goal)
-        if self.want == "drone":
-            self.shoot(goal, reach)
-        done = {"drone": goal.hp <= 0, "beacon": reach < 0.7,
-                "crate": "WEST" in self.held and reach < 0.9 and abs(self.angle(goal.at)) < 0.6}
-        if done[self.want]:
-            self.score += 1
-            self.spawn()
+        goal = self.goal
+        if not goal.near:
+            self.fight(goal, self.distance(goal))
+        self.check()
         self.things = [goal, *self.shots]
 
-    def shoot(self, drone, reach):
+    def fight(self, drone, reach):
         """The drone drifts and shoots where it sees the player; so does the player."""
         moved = self.move(drone.at, self.drift, 0.3)
         if moved == drone.at or self.ready("turn", 40):
@@ -1642,19 +1598,17 @@ class Siege(FirstPerson):
         drone.at = moved
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
-            aimed = abs(self.angle(drone.at)) < 0.3 / max(reach, 0.5)
+            aimed = abs(self.angle(drone.at)) < 0.3 / reach
             drone.hp -= aimed and self.sees(self.pos, drone.at)
         if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
             speed = 0.07 * unit(self.pos - drone.at)
             self.shots.append(Thing("mine", drone.at, v=speed, lift=0.35, size=0.2))
-        self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or solid(self.grid, shot.at))
+        self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or self.blocked(shot.at))
 
     def draw(self):
         frame = super().draw()
-        drone = self.want == "drone"
-        self.compass(frame, self.target(), "ff3c3c" if drone else "3cffff")
         bar(frame, 112 + 206j, 144 + 256j, "32363e" if self.rests("RIGHT_TRIGGER") < 8 else "ffbe3c")
-        if drone:
+        if not self.goal.near:
             disc(frame, 128 + 128j, 10, "ffffff", 2)
             for i in range(self.ammo):
                 bar(frame, 4 + 6 * i + 222j, 7 + 6 * i + 232j, "ffe65a")
@@ -1662,14 +1616,14 @@ class Siege(FirstPerson):
 
     def wish(self):
         goal, reach = self.goal, self.distance(self.goal)
-        if self.want != "drone":
-            return *self.steer(self.target(), 0.5), "WEST" if self.want == "crate" and reach < 1 else ""
+        if goal.near:
+            return self.fetch()
         clear = self.sees(self.pos, goal.at)
-        left, right = self.steer(self.target(), 2.5 if clear else 0.5)
+        left, right = self.steer(self.target(), 2.5 if clear else self.stop)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
-            left += -1 if self.angle(shot.at) > 0 else 1                   # step out of its way
-        aimed = abs(self.angle(goal.at)) < 0.26 / max(reach, 0.5)
+            left -= copysign(1, self.angle(shot.at))                       # step out of its way
+        aimed = abs(self.angle(goal.at)) < 0.26 / reach
         return left, right, "RIGHT_TRIGGER" if clear and aimed else ""
 
 
@@ -1714,7 +1668,7 @@ class Rally(Game):
 
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
-        turn = self.rng.choice((-1, 1)) * self.rng.uniform(0.2, 0.9)
+        turn = self.either_way() * self.rng.uniform(0.2, 0.9)
         self.bay = fence(self.pos + rect(self.rng.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
@@ -1722,8 +1676,7 @@ class Rally(Game):
 
     def ahead(self):
         """Where on the path the car is: the nearest of the next few points; rivals drive on."""
-        points = range(self.index, min(self.index + 6, 250))
-        self.index = min(points, key=lambda i: abs(self.path[i] - self.pos))
+        self.index = min(range(self.index, self.index + 6), key=lambda i: abs(self.path[i] - self.pos))
         for rival in self.foes:
             rival.along += 0.22
             rival.at = self.beside(rival.along, rival.side)
@@ -1743,26 +1696,22 @@ class Rally(Game):
                 self.spawn()
             return
         self.ahead()
-        if not self.cars:
-            self.score = self.index // 20
-        for rival in [r for r in self.foes if not r.passed]:
-            rival.passed = rival.along < self.index - 1
-            self.score += rival.passed
+        for rival in self.foes:
+            rival.passed |= rival.along < self.index - 1
             if self.distance(rival) < 24 and not rival.passed:
                 self.speed *= 0.3
                 self.hurt()
+        self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
 
     def draw(self):
         way = rect(1, self.face)
         c, s, eye = way.real, way.imag, self.pos - 44 * way
         to_map = np.float64([[-s, c, eye.real], [c, s, eye.imag], [0, 0, 1]])
-        frame = np.empty((256, 256, 3), np.uint8)
-        shift = int((self.face + pi) / tau * 1024) % 512
-        frame[:HORIZON] = sky()[:, shift:shift + 256]
-        frame[HORIZON:] = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
-                                              cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
+        ground = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
+                                     cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
+        frame = np.concatenate([self.back((self.face + pi) / tau * 1024, 0, HORIZON), ground])
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
-        rows = [(ahead_and_right(thing.at - eye, way), thing) for thing in self.things + self.foes + gates]
+        rows = [(self.relative(thing.at) + 44, thing) for thing in self.things + self.foes + gates]
         for rel, thing in sorted(rows, key=lambda row: -row[0].real):
             size = LENGTH * self.sizes[thing.kind] / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
@@ -1786,13 +1735,13 @@ class Rally(Game):
             rel = self.relative(self.bay)
             angle, far = phase(rel), abs(rel)
             if abs(angle) > 1.9 and far < 130:
-                return -copysign(1, rel.imag) if abs(angle) < 2.9 else 0, 0j, "LEFT_TRIGGER"
+                return -copysign(1, rel.imag), 0j, "LEFT_TRIGGER"
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
             return span(2.5 * angle), 0j, self.pedal(fast, 0.4)
-        target = self.path[min(self.index + 9, 254)]
-        close = [r for r in self.foes if not r.passed and 0 < r.along - self.index < 13]
+        target = self.path[self.index + 9]
+        close = [r for r in self.foes if 0 < r.along - self.index < 13]
         if close:                                                          # pass the first on its other side
-            target = self.beside(min(self.index + 7, 254), -close[0].side)
+            target = self.beside(self.index + 7, -close[0].side)
         angle = self.angle(target)
         return span(2.6 * angle), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
 
@@ -1806,12 +1755,11 @@ class TopDown(Walled):
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
         self.grid, self.known = grid, {}
-        wall = np.kron(np.uint8(grid), np.ones((self.cell, self.cell), np.uint8))
-        h, w = wall.shape
-        self.ground = np.full((h + 256, w + 256, 3), np.uint8(colour(self.block[1])) // 2)
-        inner = self.ground[128:-128, 128:-128]
-        inner[:] = pattern(*self.floor, h, w)
-        cv2.copyTo(pattern(*self.block, h, w), wall, inner)
+        wall = np.kron(grid, np.ones((self.cell, self.cell), bool))
+        block, floor = (pattern(*look, *wall.shape) for look in (self.block, self.floor))
+        dark = [value // 2 for value in colour(self.block[1])]
+        self.ground = cv2.copyMakeBorder(np.where(wall[..., None], block, floor), *[128] * 4,
+                                         cv2.BORDER_CONSTANT, value=dark)
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
@@ -1853,7 +1801,7 @@ class Swarm(TopDown):
     def gather(self):
         """As many bugs or brutes as there are at a time."""
         while len(self.foes) < self.count:
-            foe = Thing(self.foe, self.spot(self.pos, 105, 135), hp=self.hp, wind=0, dash=0, way=1)
+            foe = Thing(self.foe, self.spot(self.pos, 105, 135), hp=self.hp)
             if self.distance(foe) > 80:
                 self.foes.append(foe)
 
@@ -1862,9 +1810,9 @@ class Swarm(TopDown):
         at = self.spot(self.pos, 130, 200)
         if abs(at - self.pos) < 90:
             at = fence(2 * self.pos - at, *COURT)
-        self.gem = Thing("gem", at)
-        mines = [Thing("mine", self.spot(self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7), 0, 40))
-                 for _ in range(2)]
+        self.gem = Thing("gem", at, near=28)
+        halfway = lambda: self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7)
+        mines = [Thing("mine", self.spot(halfway(), 0, 40), near=26) for _ in range(2)]
         self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine.at - at) > 45]
 
     def spot(self, p, low, high):
@@ -1873,9 +1821,9 @@ class Swarm(TopDown):
 
     def play(self):
         self.aim = pointed(self.right, pointed(self.left, self.aim))
-        if abs(self.left) > 0.3 and self.pressed("LEFT_TRIGGER", 50):
-            self.due["dash"] = self.t + 7
-        self.pos = self.move(self.pos, self.left * (8 if self.rests("dash") else 3.2))
+        if abs(self.left) > 0.3:
+            self.pressed("LEFT_TRIGGER", 50)
+        self.pos = self.move(self.pos, self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
         if self.count and self.pressed("RIGHT_TRIGGER", 7):
             self.shoot(self.pos, 22, 9)
         self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, self.width), 180)
@@ -1887,13 +1835,13 @@ class Swarm(TopDown):
                 self.score += f.kind == "bug"
             elif self.distance(f) < self.reach:
                 self.hurt()
-                f.at = self.move(f.at, 70 * unit(f.at - self.pos) or 70)
+                self.send(f, self.pos, -70)
             self.chase(f)
-        for mine in self.near(self.things, 26):
+        for mine in filter(self.reached, self.things):
             self.hurt()
             self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
         self.gather()
-        if not self.count and self.distance(self.gem) < 28:
+        if not self.count and self.reached(self.gem):
             self.score += 1
             self.lay_gem()
 
@@ -1901,7 +1849,7 @@ class Swarm(TopDown):
         """A bug comes straight; the brute in a spiral, then it winds up and charges."""
         way = unit(self.pos - f.at)
         if f.kind == "bug":
-            f.at += 1.7 * way
+            self.send(f, self.pos, 1.7)
         elif f.dash:
             f.dash -= 1
             f.at = self.move(f.at, 7 * f.way, 20)
@@ -1909,7 +1857,7 @@ class Swarm(TopDown):
             f.wind, f.kind = f.wind - 1, "brute!"
             f.dash = 0 if f.wind else 22
         elif self.ready("charge", 75) and self.t > 20:
-            f.wind, f.way = 18, way or 1
+            f.wind, f.way = 18, way
         else:
             f.kind = "brute"
             f.at = self.move(f.at, 1.6 * way * rect(1, 0.8), 20)
@@ -1927,8 +1875,8 @@ class Swarm(TopDown):
         if not self.count:
             self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
             sprite(frame, "gem", self.gem.at - corner, 52)
-        for f in self.foes if self.count == 1 else ():
-            bar(frame, 60 + 240j, 60 + 10 * f.hp + 250j, "ff7800")
+        if self.foe == "brute":
+            bar(frame, 60 + 240j, 60 + 10 * self.foes[0].hp + 250j, "ff7800")
         sprite(frame, "hero", 128 + 128j, 48, self.aim)
         disc(frame, 128 + 128j, 26, "46465a" if self.rests("LEFT_TRIGGER") else "00ffff", 2)
         return frame
@@ -1952,7 +1900,8 @@ class Swarm(TopDown):
             d = ahead_and_right(mine.at - self.pos, way)
             if -10 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
-        return way, way, "" if any(self.near([*self.things, self.gem], 110)) else "LEFT_TRIGGER"
+        clear = self.distance(self.nearest([*self.things, self.gem])) > 110
+        return way, way, "LEFT_TRIGGER" if clear else ""
 
 
 class Vault(TopDown):
@@ -1976,7 +1925,7 @@ class Vault(TopDown):
         self.pos = (here + MIDDLE) * 32
         cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
         places = [(c + MIDDLE) * 32 for c in cells]
-        self.things = [Thing(kind, at) for kind, at in zip(self.holds, places)]
+        self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
         self.foes = [Thing("slime", at, hp=2) for at in places[:self.slimes]]
         self.aim()
 
@@ -1995,12 +1944,11 @@ class Vault(TopDown):
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
         self.pos = self.move(self.pos, self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
         self.fight(self.pressed("WEST", 24))
-        for thing in self.things[:1]:
-            near = self.distance(thing) < self.holds[thing.kind]
-            if near and thing.kind == "key":
+        for thing in filter(self.reached, self.things[:1]):
+            if thing.kind == "key":
                 self.things.remove(thing)
                 self.aim()
-            elif near and (thing.kind == "stairs" or "SOUTH" in self.held):
+            else:
                 self.done()
 
     def fight(self, strike):
@@ -2012,11 +1960,10 @@ class Vault(TopDown):
             struck = strike and far < 50 and between(d, self.face) < 0.7
             s.hp -= struck
             if struck or far < 22:
-                s.at = self.move(s.at, 30 * unit(d), 11)
+                self.send(s, self.pos, -30, 11)
                 if not struck:
                     self.hurt()
-            to = self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos
-            s.at = self.move(s.at, 1.1 * unit(to - s.at), 11)
+            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos, 1.1, 11)
             if s.hp <= 0:
                 self.foes.remove(s)
                 self.done()
@@ -2045,8 +1992,7 @@ class Vault(TopDown):
         to = self.on_the_way(goal.at, self.pos) if far > (60 if self.foes else 32) else goal.at
         way = unit(to - self.pos)
         if not self.foes:
-            opens = goal.kind == "chest" and far < 40
-            return way, 0j, "SOUTH" if opens else "RIGHT_TRIGGER" if far > 80 else ""
+            return way, 0j, goal.button if far < 40 else "RIGHT_TRIGGER" if far > 80 else ""
         if far < 48 and self.rests("WEST"):
             return -unit(d), 0j, ""
         strike = far < 48 and between(d, self.face) < 0.5
@@ -2058,7 +2004,7 @@ class Shade(TopDown):
     which shortens the lights; EAST strikes from behind."""
 
     def begin(self):
-        self.alarm, self.knife, grid = 0.0, self.want == "guard", walled(13, 11)
+        self.alarm, grid = 0.0, walled(13, 11)
         for y, x in itertools.product((2, 6), (2, 6, 10)):
             grid[y][x] = self.plan.random() < 0.8                          # most of the pillars
         self.lay(grid)
@@ -2071,9 +2017,9 @@ class Shade(TopDown):
                      for column in self.plan.sample(columns, self.guards)]
         if self.want == "exit":
             rows.remove(self.pos.imag // 48)                               # not straight across
-            self.things = [Thing("exit", spot(end))]
+            self.things = [Thing("exit", spot(end), near=30)]
         if self.want == "gem":
-            self.things = [Thing("gem", spot(column)) for column in self.rng.sample(columns, 3)]
+            self.things = [Thing("gem", spot(column), near=30) for column in self.rng.sample(columns, 3)]
 
     def light(self):
         """How far the guards' lights reach, in pixels."""
@@ -2082,13 +2028,13 @@ class Shade(TopDown):
     def lit(self, p, guard, more=0.0, wide=0.0):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
         d = p - guard.at
-        inside = abs(d) < self.light() + more and abs(phase(ahead_and_right(d, guard.way))) < 0.55 + wide
+        inside = abs(d) < self.light() + more and between(d, phase(guard.way)) < 0.55 + wide
         return inside and self.sees(guard.at, p)
 
     def play(self):
         self.pos = self.move(self.pos, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
         for g in list(self.foes):
-            if solid(self.grid, (g.at + 26 * g.way) / 48):
+            if self.blocked(g.at + 26 * g.way):
                 g.way = -g.way
             g.at += 1.3 * g.way
             strikes = self.knife and self.distance(g) < 52 and "EAST" in self.held
@@ -2097,7 +2043,7 @@ class Shade(TopDown):
         seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
         self.health = int(self.alarm < 1)
-        for thing in self.near(self.things, 30):
+        for thing in filter(self.reached, list(self.things)):
             self.take(self.things, thing)
 
     def draw(self):
@@ -2121,10 +2067,8 @@ class Shade(TopDown):
     def wish(self):
         """Of 16 ways and standing still: the one that gets on best and stays out of the light."""
         goal = self.goal()
-        if not goal:
-            return 0j, 0j, ""
         target = goal.at - 38 * goal.way if self.knife else goal.at
-        if solid(self.grid, target / 48):
+        if self.blocked(target):
             target = goal.at
         way = target - self.pos
         if abs(way) >= 60 or not self.sees(self.pos, target):
@@ -2140,7 +2084,7 @@ class Shade(TopDown):
             gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
                 best, most = d, gain
-        near = min(map(self.distance, self.foes), default=999)
+        near = min(map(self.distance, self.foes))
         strike = "EAST" if self.knife and near < 50 else ""
         return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
 
@@ -2148,16 +2092,11 @@ class Shade(TopDown):
 # ---- side-scrolling
 
 class Side(Game):
-    """Seen from the side, the camera on the player: gravity, and islands (x0, x1, y) to land on, which do not
-    stop a jump from below."""
+    """Seen from the side, the camera on the player: gravity, and islands (at: the middle of the top, half:
+    as wide to each side) to land on, which do not stop a jump from below."""
 
     def stand(self, place):
         self.pos, self.v, self.ground, self.stood, self.way = place, 0.0, True, self.t, 1
-
-    def top(self, i):
-        """The middle of island i."""
-        x0, x1, y = self.islands[i]
-        return complex((x0 + x1) / 2, y)
 
     def bodily(self, speed=3.2):
         """Run by the left stick, jump from the ground by SOUTH, fall, land."""
@@ -2169,22 +2108,18 @@ class Side(Game):
         before = self.pos.imag
         self.pos += complex(self.left.real * speed, self.v)
         self.ground = False
-        for i, (x0, x1, y) in enumerate(self.islands):
-            if x0 - 8 < self.pos.real < x1 + 8 and before - 0.01 <= y <= self.pos.imag and self.v >= 0:
-                self.pos, self.v = complex(self.pos.real, y), 0.0
+        for i, island in enumerate(self.islands):
+            over = abs((self.pos - island.at).real) < island.half + 8
+            if over and before <= island.at.imag <= self.pos.imag and self.v >= 0:
+                self.pos, self.v = complex(self.pos.real, island.at.imag), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
 
     def land(self, frame, corner):
         """The islands in sight of a camera whose top left corner is there."""
-        for x0, x1, y in self.islands:
-            left, right = complex(x0, y) - corner, complex(x1, y) - corner
-            bar(frame, left, right + 26j, "96643c")
-            bar(frame, left, right + 8j, "50c846")
-
-    def back(self, x):
-        """The scenery behind, moving at a third of the speed."""
-        x = int(x / 3) % 512
-        return sky(*self.scenery, 256)[:, x:x + 256].copy()
+        for island in self.islands:
+            top = island.at - corner
+            bar(frame, top - island.half, top + island.half + 26j, "96643c")
+            bar(frame, top - island.half, top + island.half + 8j, "50c846")
 
 
 class Cliffs(Side):
@@ -2192,32 +2127,31 @@ class Cliffs(Side):
     sprints."""
 
     def begin(self):
-        s, x, y = self.rng.choice((-1, 1)), 0, 0
-        self.islands = [(-90, 90, 0)] if self.tower else []
-        for _ in range(8 if self.tower else 7):
+        s, x, y = self.either_way(), 0, 0
+        self.islands = [Thing("island", 0j, half=90)] if self.tower else []
+        for _ in range(7 + self.tower):
             if self.tower:
                 x += self.plan.choice((-1, 1)) * s * self.plan.uniform(60, 88)
                 y -= 58
-                self.islands.append((x - 34, x + 34, y))
+                self.islands.append(Thing("island", complex(x, y), half=34))
             else:
-                end = x + self.plan.uniform(80, 150)
-                self.islands.append((*sorted((s * x, s * end)), y))
-                x = end + self.plan.uniform(50, 68)
+                half = self.plan.uniform(80, 150) / 2
+                self.islands.append(Thing("island", complex(s * (x + half), y), half=half))
+                x += 2 * half + self.plan.uniform(50, 68)
                 y += self.plan.choice((-20, 0, 20))
-        self.on = self.last = 3 if self.coins else 0           # the island stood on, and to come back to
-        self.stand(self.top(self.on))
-        for x0, x1, y in self.islands[1:3] + self.islands[4:6] if self.coins else ():
-            x = self.rng.uniform(x0 + 15, x1 - 15)
-            self.things.append(Thing("coin", complex(x, y - self.rng.choice((16, 70)))))
-        self.things = self.things or [Thing("flag", self.top(-1) - 20j)]
+        self.on = 3 if self.coins else 0               # the island stood on, and to come back to
+        self.stand(self.islands[self.on].at)
+        for island in self.islands[1:3] + self.islands[4:6] if self.coins else ():
+            aside = self.rng.uniform(15 - island.half, island.half - 15)
+            self.things.append(Thing("coin", island.at + aside - self.rng.choice((16j, 70j))))
+        self.things = self.things or [Thing("flag", self.islands[-1].at - 20j)]
 
     def play(self):
         self.bodily(4.0 if "RIGHT_TRIGGER" in self.held else 3.0)
-        if self.ground:
-            self.last = self.on
-        if self.pos.imag > self.islands[self.last][2] + 150:
+        last = self.islands[self.on].at
+        if self.pos.imag > last.imag + 150:
             self.health -= 1
-            self.stand(self.top(self.last))
+            self.stand(last)
         for thing in list(self.things):
             d = thing.at - self.pos
             if abs(d.real) < 26 and abs(d.imag + 16) < 30:
@@ -2225,7 +2159,7 @@ class Cliffs(Side):
 
     def draw(self):
         corner = self.pos - 128 - 160j
-        frame = self.back(self.pos.real)
+        frame = self.back(self.pos.real / 3)               # moving at a third of the speed
         self.land(frame, corner)
         sprites(frame, self.things, self.size, corner + 1j * self.lift)
         goal = self.nearest(self.things)
@@ -2238,51 +2172,42 @@ class Cliffs(Side):
 
     def wish(self):
         goal = self.nearest(self.things)
-        if not goal:
-            return 0j, 0j, ""
-
-        def apart(i):
-            """How far island i is from the goal."""
-            d = goal.at - self.top(i)
-            return abs(d.real) + abs(d.imag)
-        to = min(range(len(self.islands)), key=apart)
+        to = min(range(len(self.islands)), key=lambda i: abs(goal.at - self.islands[i].at))
         if to == self.on:
             d = goal.at - self.pos
-            leap = goal.at.imag < self.top(to).imag - 40 and abs(d.real) < 30 and self.ground
+            leap = goal.at.imag < self.islands[to].at.imag - 40 and abs(d.real) < 30 and self.ground
             return span(d.real / 20), 0j, "SOUTH" if leap else ""
         x, run = self.cross(self.on + (1 if to > self.on else -1))
         return x, 0j, run
 
     def cross(self, to):
-        """The stick's x and the buttons that bring the runner to the next island on the way; x counts along
-        the way here, whichever side it goes to."""
-        s = 1 if self.top(to).real > self.top(self.on).real else -1
-        (_, edge), (near, _) = (sorted(s * x for x in self.islands[i][:2]) for i in (self.on, to))
-        x, up = s * self.pos.real, "SOUTH" if self.v < 0 else ""
-        gap = edge - x
+        """The stick's x and the buttons that bring the runner to the next island on the way; distances count
+        along the way, whichever side it goes to."""
+        here, there, up = self.islands[self.on], self.islands[to], "SOUTH" if self.v < 0 else ""
+        d, s = there.at - self.pos, copysign(1, (there.at - here.at).real)
+        gap, ahead = here.half + s * (here.at - self.pos).real, s * d.real - there.half        # to the edges
         if self.tower and self.ground:
             return s * span((gap - 6) / 16), "SOUTH" if gap < 30 else ""
         if self.tower:
-            return span((self.top(to) - self.pos).real / 24), up
+            return span(d.real / 24), up
         if self.ground:
             return s, "SOUTH" if gap < 24 else "RIGHT_TRIGGER" if gap > 70 else ""
-        drop = self.v ** 2 + (self.top(to) - self.pos).imag
+        drop = self.v ** 2 + d.imag
         flight = 2 * (sqrt(drop) - self.v) if drop > 0 else 0.0      # steps until there: drop = v t + t^2 / 4
-        if near - 8 - x > 3 * flight:                              # not to be reached: back to where we stood
+        if ahead - 8 > 3 * flight:                                 # not to be reached: back to where we stood
             return s * span((gap - 20) / 20), ""
-        aim = near + 26 - x
-        return s * (1 if aim > 0 else aim / 30), up
+        return s * (1 if ahead > -26 else (ahead + 26) / 30), up
 
 
 class Commando(Side):
     """Run and gun: the right stick aims, the right trigger fires, SOUTH jumps over bullets and wire."""
 
     def begin(self):
-        self.islands = [(-2000, 2000, 200)]
+        self.islands = [Thing("island", 200j, half=2000)]
         self.stand(200j)
         self.aim = self.rng.choice((0, pi))
         if not self.foe:
-            s, x = self.rng.choice((-1, 1)), 60.0
+            s, x = self.either_way(), 60.0
             for _ in range(7):
                 x += self.plan.uniform(90, 150)
                 self.things.append(Thing("wire", s * x + 186j))
@@ -2329,13 +2254,13 @@ class Commando(Side):
 
     def draw(self):
         corner = self.pos.real - 128
-        frame = self.back(self.pos.real)
+        frame = self.back(self.pos.real / 3)               # moving at a third of the speed
         x = int(corner) % 128
         frame[200:] = pattern("sand", "541", "874", 56, 512)[:, x:x + 256]
         sprites(frame, self.things, 40, corner)
         if not self.foe:
             sprite(frame, "copter", self.copter - corner, 92)
-            arrow(frame, 128 + 40j, 0 if self.copter.real > self.pos.real else pi, 32, "ffff3c")
+            arrow(frame, 128 + 40j, phase((self.copter - self.pos).real), 32, "ffff3c")
         for f in self.foes:
             at = f.at - corner
             if f.kind == "soldier" and at.imag < 170:
@@ -2353,7 +2278,7 @@ class Commando(Side):
 
     def wish(self):
         if not self.foe:
-            s = 1 if self.copter.real > self.pos.real else -1
+            s = copysign(1, (self.copter - self.pos).real)
             ahead = [(wire.at.real - self.pos.real) * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
@@ -2377,7 +2302,7 @@ class Glider(Side):
     mark on the ground shows."""
 
     def begin(self):
-        self.gap, self.tank = 70.0, self.want == "tank"
+        self.gap = 70.0
         self.pos = complex(0, self.rng.uniform(70, 180))
 
     def speed(self):
@@ -2391,8 +2316,8 @@ class Glider(Side):
         if self.gap <= 0:
             self.gap = self.apart * self.rng.uniform(0.85, 1.25)
             y = 226 if self.tank else self.rng.uniform(50, 195)
-            wave = self.rng.uniform(0, 6)
-            self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y, wave=wave, hp=1))
+            self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y,
+                                     wave=self.rng.uniform(0, 6)))
         if self.ammo and self.pressed(self.trigger, self.rest):
             self.ammo -= 1
             bomb = Thing("bomb", self.pos + 10j, v=complex(self.speed(), 1.0))
@@ -2432,9 +2357,8 @@ class Glider(Side):
 
     def draw(self):
         corner = self.pos - 70 - (60j if self.tank else 128j)
-        down, ground = min(round(corner.imag) + 96, 432 - 256), max(round(232 - corner.imag), 0)
-        x = int(self.pos.real)
-        frame = sky(*self.scenery, 432)[down:down + 256, x % 512:x % 512 + 256].copy()
+        x, ground = int(self.pos.real), round(232 - corner.imag)
+        frame = self.back(x, min(round(corner.imag) + 96, 432 - 256), 432)
         fields = pattern("checker", "313", "636", 256, 512)
         frame[ground:] = fields[:max(256 - ground, 0), x % 256:x % 256 + 256]
         if self.tank:
@@ -2458,21 +2382,20 @@ class Glider(Side):
         return frame
 
     def wish(self):
-        foe = self.want == "foe"
-        ahead = [f for f in self.things if f.at.real > self.pos.real + (24 if foe else 0)]
         rise = lambda height: span((height - self.pos.imag) / 60)
+        ahead = [thing.at - self.pos for thing in self.things if thing.at.real > self.pos.real]
         if not ahead:
             return complex(0.3, rise(80 if self.tank else 125)), 0j, ""
-        d = ahead[0].at - self.pos
-        ready = not self.bolts and not self.rests(self.trigger)
+        d = ahead[0]
         if self.tank:
             gap = d.real - self.mark()
-            return complex(span(gap / 60), rise(80)), 0j, "SOUTH" if abs(gap) < 16 and ready else ""
-        lift = span(d.imag / 28)
-        if foe:
-            fire = abs(d.imag) < 12 and d.real < 150 and ready
-            return complex(0.2 if d.real > 70 else -0.6, lift), 0j, "RIGHT_TRIGGER" if fire else ""
-        return complex(0.6 if abs(d.imag) < 20 else -0.4, lift), 0j, ""
+            stick, aimed = complex(span(gap / 60), rise(80)), abs(gap) < 16
+        else:
+            foe, ring = 0.2 if d.real > 70 else -0.6, 0.6 if abs(d.imag) < 20 else -0.4
+            stick = complex(foe if self.want == "foe" else ring, span(d.imag / 28))
+            aimed = abs(d.imag) < 12 and d.real < 150
+        ready = not self.bolts and not self.rests(self.trigger)
+        return stick, 0j, self.trigger if aimed and ready else ""
 
 
 class Dojo(Game):
@@ -2480,17 +2403,17 @@ class Dojo(Game):
     guard high (kick low); boards to break. Who fights stands on a line: places are numbers."""
 
     def begin(self):
-        self.board, self.pos, self.way, self.aim = None, 128.0, self.rng.choice((-1, 1)), 0.0
+        self.board, self.pos, self.way, self.aim = None, 128.0, self.either_way(), 0.0
         self.floor = pattern("planks", "630", "a62", 256, 256).copy()
         self.floor[:170] = pattern("grid", "fec", "c96", 170, 256)
         disc(self.floor, 128 + 70j, 40, "e63c32")
-        sides = [-1, 1] if self.rivals == 2 else [self.rng.choice((-1, 1)) for _ in range(self.rivals)]
+        sides = [-1, 1] if self.rivals == 2 else [self.either_way() for _ in range(self.rivals)]
         self.foes = [Thing("idle", 128.0 + 90 * side, wait=20 + 40 * i) for i, side in enumerate(sides)]
 
     def play(self):
         stunned = self.rests("stun")
-        moves = [b for b in ("WEST", "SOUTH", "LEFT_TRIGGER") if b in self.held]
-        move = moves[0] if len(moves) == 1 and not stunned else None                # two at once are a fumble
+        moves = self.held & {*self.answers.values()}
+        move = min(moves) if len(moves) == 1 and not stunned else None              # two at once are none
         if not self.rivals:
             return self.chop(move)
         x = self.left.real
@@ -2502,7 +2425,7 @@ class Dojo(Game):
         if move in ("WEST", "SOUTH") and self.ready("blow", 12):
             f = self.nearest(self.foes)
             if 0 < (f.at - self.pos) * self.way < 58:
-                self.blow(f, "open" if move == "WEST" else "shut")
+                self.blow(f, move)
 
     def rival(self, f, move):
         """A rival keeps its distance, and now and then it opens, guards or winds up and strikes."""
@@ -2517,12 +2440,11 @@ class Dojo(Game):
             if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
                 self.hurt()
             f.kind = self.rng.choice(("open", "shut", "wind")) if idle and free else "idle"
-            rest = self.rng.randint(8, 16)
-            f.wait = {"open": 40, "shut": 40, "wind": 26, "idle": rest}[f.kind]
+            f.wait = self.waits.get(f.kind, self.rng.randint(8, 16))
 
-    def blow(self, f, weak):
-        """A blow lands where the rival is weak to it, and stuns the player where it is not."""
-        if f.kind == weak:
+    def blow(self, f, move):
+        """A blow lands where it is the answer, and stuns the player where it is not."""
+        if self.answers[f.kind] == move:
             self.score += 1
             f.kind, f.wait = "idle", 12
             f.at = span(f.at + 26 * self.way, 16, 240)
@@ -2532,7 +2454,7 @@ class Dojo(Game):
             self.fumble()
 
     def fumble(self):
-        self.due["stun"] = self.t + 12
+        self.ready("stun", 12)
         self.hurt()
 
     def chop(self, move):
@@ -2576,46 +2498,45 @@ class Dojo(Game):
         f = self.nearest([f for f in self.foes if f.kind != "idle"] or self.foes)
         d = f.at - self.pos
         near = abs(d) < 54
-        answer = {"open": "WEST", "shut": "SOUTH", "wind": "LEFT_TRIGGER", "idle": ""}[f.kind]
-        return copysign(0.35 if near else 1, d), 0j, answer if near and d * self.way > 0 else ""
+        return copysign(0.35 if near else 1, d), 0j, self.answers[f.kind] if near and d * self.way > 0 else ""
 
 
-for kind in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo):
-    row, game = ROWS_OF_GAMES[kind.__name__.lower()], kind.__name__.lower()
-    GAMES[game] = kind
+GAMES = {game.__name__.lower(): game
+         for game in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo)}
+for game, kind in GAMES.items():
+    row = ROWS_OF_GAMES[game]
     for name, value in {"name": game, **row, **row["look"]}.items():
         setattr(kind, name, value)                     # family, keys, attack and all of "look"
     for task, fields in row["tasks"].items():
-        TASKS[f"{game}/{task}"] = Task(f"{game}/{task}", kind, **fields)
+        TASKS[f"{game}/{task}"], PLAYABLE[f"{game}/{task}"] = Task(kind, **fields), kind
 
 
-class TaskEnv(play.gymnasium.Env if play.gymnasium else object):
-    """A task as a Gymnasium environment, registered where that package is: gymnasium.make(
-    "NitroGen/crypt-exit-v0"). Frames uint8 (256, 256, 3), actions float (25,), a reward for each point."""
-    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
-    if play.gymnasium:
+if play.gymnasium:
+    class TaskEnv(play.gymnasium.Env):
+        """A task as a Gymnasium environment: gymnasium.make("NitroGen/crypt-exit-v0"). Frames uint8
+        (256, 256, 3), actions float (25,), a reward for each point."""
+        metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
         observation_space, action_space = play.GameEnv.observation_space, play.GameEnv.action_space
 
-    def __init__(self, task, render_mode="rgb_array"):
-        self.task, self.render_mode = task, render_mode
+        def __init__(self, task, render_mode="rgb_array"):
+            self.task, self.render_mode = task, render_mode
 
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.game = TASKS[self.task].game(self.task, int(self.np_random.integers(PLAYED)))
-        return self.game.render(), {}
+        def reset(self, seed=None, options=None):
+            super().reset(seed=seed)
+            self.game = PLAYABLE[self.task](self.task, int(self.np_random.integers(PLAYED)))
+            return self.game.render(), {}
 
-    def step(self, action):
-        game, before = self.game, self.game.score
-        frame, ended = game.step(action), game.won or game.health <= 0
-        return frame, float(game.score - before), ended, game.over and not ended, {"won": game.won}
+        def step(self, action):
+            game, before = self.game, self.game.score
+            frame, ended = game.step(action), game.won or game.health <= 0
+            return frame, float(game.score - before), ended, game.over and not ended, {"won": game.won}
 
-    def render(self):
-        return self.game.render()
+        def render(self):
+            return self.game.render()
 
-
-for task in TASKS if play.gymnasium else ():
-    name = f"NitroGen/{task.replace('/', '-')}-v0"
-    play.gymnasium.register(name, TaskEnv, kwargs={"task": task})
+    for task in TASKS:
+        name = f"NitroGen/{task.replace('/', '-')}-v0"
+        play.gymnasium.register(name, TaskEnv, kwargs={"task": task})
 
 
 # ---- command line
@@ -2628,26 +2549,18 @@ FLAGS = {
     "--env": dict(help="a game by others instead: its Gymnasium id"),
     "--table": dict(help="JSON file: how a pad plays --env (default: as weights/others.json says)"),
     "--ckpt": dict(help="a .safetensors or a run folder (record: it plays in turns with the script)"),
-    "--euler": dict(type=MANY, help="its Euler steps (default: suite 2, transfer 4, record its own)"),
+    "--euler": dict(type=MANY, help="its Euler steps (default: suite 2, record its own)"),
     "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
     "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),
-    "--clip": dict(type=TIME, default=30, help="seconds of a clip (default 30)"),
+    "--clip": dict(type=extract.number(float, 1.1), default=30, help="seconds of a clip (default 30)"),
     "--videos": dict(type=MANY, default=4, help="files of these minutes, each with another pad (default 4)"),
     "-n": dict(type=MANY, help="rollouts of each task (default %(default)s)"),
     "--actions-per-chunk": dict(type=MANY, default=8, help="steps to play before looking again (default 8)"),
     "--delay": dict(type=SEED, default=0, help="steps by which each chunk comes late, as on a slow machine"),
-    "--no-overlap": dict(action="store_true", help="through --delay hold the last action, play no chunk on"),
     "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
-    "--envs": dict(type=MANY, default=64, help="games side by side (default 64; of --env 8 do)"),
     "--preset": dict(choices=M.PRESETS, help="size of a fresh model (default %(default)s)"),
     "--steps": dict(type=MANY, help="training steps (default %(default)s)"),
-    "--batch": dict(type=MANY, default=32, help="frames a step (default 32)"),
-    "--lr": dict(type=extract.number(float, 0, 1), default=1e-3, help="learning rate (default 1e-3)"),
-    "--pretrain": dict(type=MANY, default=1500, help="steps of pre-training (default 1500)"),
-    "--others": dict(type=TIME, default=5, help="minutes of each other game to pre-train on (default 5)"),
-    "--repeats": dict(type=MANY, default=3, help="the best of this many (default 3)"),
     "--device": dict(default="auto", help="auto, cpu, cuda, mps (default auto)"),
-    "--seconds": dict(type=MANY, default=20, help="length of the video (default 20)"),
     "--seed": dict(type=SEED, default=0, help="of everything drawn (default 0)"),
     "--workers": dict(type=MANY, default=cores(), help="processes (default: one a core)")}
 
@@ -2668,19 +2581,18 @@ def main(argv=None):
     command(record, "scripted play -> clip folders, or videos with an overlay",
             "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers", minutes=5)
     command(suite, "completion of tasks, beside random and scripted players",
-            "--ckpt --tasks --env --table -n --actions-per-chunk --delay --no-overlap --mashing --out "
-            "--video --euler --envs --device --seed --workers", n=50, euler=extract.PLAY_STEPS)
+            "--ckpt --tasks --env --table -n --actions-per-chunk --delay --mashing --out --video --euler "
+            "--device --seed --workers", n=50, euler=extract.PLAY_STEPS)
     command(demo, "the whole chain on embedded games",
-            "--out --tasks --minutes --videos --steps --batch --lr -n --seed", minutes=2, steps=1200, n=100)
+            "--out --tasks --minutes --videos --steps -n --seed", minutes=2, steps=1200, n=100)
     p = command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",
-                "--out --games --others --pretrain --steps --preset --batch --lr -n --euler --workers",
-                games=["crypt", "swarm", "glider"], steps=480, preset="toy", n=20, euler=4)
+                "--out --games --steps -n --workers",
+                games=["crypt", "swarm", "glider"], steps=480, n=20)
     p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
-    p.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="of data, noise (default 0 1 2)")
     p = command(latency, "seconds for one chunk, against the released way of sampling",
-                "--preset --ckpt --repeats --device", preset="nitrogen")
+                "--preset --device", preset="nitrogen")
     p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")
-    command(throughput, "a step of each game, and of each stage of the chain", "--seconds")
+    command(throughput, "a step of each game, and of each stage of the chain", "")
     command(games, "a picture of the ten games", "--out --seed")
     return extract.cli(parser, argv, M.ModelError)
 

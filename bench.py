@@ -185,8 +185,8 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
 
 
 def record_video(path, tasks, seed, n, size=(640, 360)):
-    """PATH.mp4 with one of our pads over a corner, PATH.truth.npy float32 (n, 25), PATH.json: where the pad is
-    -> a line. The pad, its corner, size and opacity are drawn at random."""
+    """PATH.mp4 with one of our pads over a corner, PATH.truth.npy float32 (n, 25), PATH.json: where the pad
+    is -> a line. The pad, its corner, size and opacity are drawn at random."""
     if path.with_suffix(".json").is_file():
         return f"{path.name}: recorded already"
     rng = random.Random(f"overlay {path.name} {seed}")

@@ -52,23 +52,22 @@ class Session:
         self.policy, self.envs, self.game = policy, envs, None
         self.seen = torch.zeros(envs, c.frames, c.image_tokens, c.vision_width)           # (B, F, N, V)
         self.keep = torch.zeros(envs, c.frames, dtype=torch.bool)                # which of them there are yet
-        self.games = torch.zeros(envs, dtype=torch.long)
         self.noise = [torch.Generator() for _ in range(envs)]
         self.reset(seed=seed, game=game)
 
     def reset(self, env=None, seed=None, game=None):
-        """Forget what was seen and restart the noise, for one environment or all; seed and game stay as they
-        are where not given. Environment i draws from seed + i."""
+        """Forget what was seen and restart the noise, for one environment or all; seed and game (one for all)
+        stay as they are where not given. Environment i draws from seed + i."""
         game = self.game if game is None else game
-        game_id = self.policy.game_id(game)        # first: an unknown game leaves the session as it was
+        self.game_id = self.policy.game_id(game)   # first: an unknown game leaves the session as it was
         self.game, self.seed = game, self.seed if seed is None else seed
         for i in range(self.envs) if env is None else [env]:
-            self.keep[i], self.games[i] = False, game_id
+            self.keep[i] = False
             self.noise[i].manual_seed((self.seed + i) % 2**63)
 
-    def predict(self, rgb, noise=None):
+    def predict(self, rgb):
         """uint8 (h, w, 3) -> float32 (T, 25), or (B, h, w, 3) -> (B, T, 25); file convention."""
-        return M.actions_out(self.predict_raw(rgb, noise)).numpy()
+        return M.actions_out(self.predict_raw(rgb)).numpy()
 
     def predict_raw(self, rgb, noise=None):
         """The same before decoding: (T, A) or (B, T, A) in the model's convention. noise float32 of that
@@ -82,7 +81,7 @@ class Session:
         if noise is None:
             noise = torch.stack([torch.randn(c.horizon, c.action_dim, generator=g) for g in self.noise])
         noise = torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)        # (B, T, A)
-        raw = self.policy.chunk(self.seen, self.keep, self.games, noise)
+        raw = self.policy.chunk(self.seen, self.keep, torch.full([self.envs], self.game_id), noise)
         if not torch.isfinite(raw).all():
             raise UserError(f"{self.policy.name}: expected numbers, the model gives NaN or infinity: use "
                             "--dtype float32 and a smaller --cfg, or another checkpoint")
@@ -336,23 +335,15 @@ def mean_actions(clips):
 def run_score(args):
     """Chunks of any checkpoint, one after another through labelled clips, against what was played."""
     policy = policy_of(args)
-    clips = clips_of_game(args, policy, args.data)
+    clips = load_clips(args.data, policy.config)
     starts = [start for mine in per_game(clips).values() for start in one_after_another(mine)[:args.limit]]
-    chunks = M.actions_out(chunks_at(policy, starts, args.seed)[0]).numpy()
+    chunks = M.actions_out(chunks_at(policy, starts, args.seed, args.game)[0]).numpy()
     print_scores(scores(chunks, starts, mean_actions(clips)))
     print("A policy that reacts can play well and yet score below those that do not look: play is the judge.")
     if args.lag:
         print_lags(chunks, starts)
     if args.out:
-        write_film(args.out, starts[0][0].config.hz, film_chunks(chunks, starts))
-
-
-def clips_of_game(args, policy, data, file="actions.npy"):
-    """load_clips(); their game is the one of --game, where that is given."""
-    clips = load_clips(data, policy.config, file)
-    for clip in clips if args.game else ():
-        clip.game_id = policy.game_id(args.game)
-    return clips
+        write_film(args.out, policy.config.hz, film_chunks(chunks, starts))
 
 
 def one_after_another(clips, step=1.0):
@@ -364,14 +355,15 @@ def one_after_another(clips, step=1.0):
     return starts
 
 
-def chunks_at(policy, starts, seed=0, draws=1, batch=32):
-    """The sampler's chunks, float32 (draws, n, T, A), at [(clip, row of a frame)] * n; each frame is seen
-    once."""
+def chunks_at(policy, starts, seed=0, game=None, draws=1, batch=32):
+    """The sampler's chunks, float32 (draws, n, T, A), at [(clip, row of a frame)] * n, each seen once; of
+    each clip's own game where none is given."""
     c, g, parts = policy.config, torch.Generator().manual_seed(seed), []
     for i in tqdm(range(0, len(starts), batch), mininterval=1, leave=False):
         some = starts[i:i + batch]
         frames, keep = map(np.stack, zip(*(clip.pictures(row) for clip, row in some)))
-        seen = policy.see(frames), torch.from_numpy(keep), torch.tensor([clip.game_id for clip, _ in some])
+        games = [policy.game_id(game) if game else clip.game_id for clip, _ in some]
+        seen = policy.see(frames), torch.from_numpy(keep), torch.tensor(games)
         noise = torch.randn(draws, len(some), c.horizon, c.action_dim, generator=g)
         parts.append(torch.stack([policy.chunk(*seen, of_draw) for of_draw in noise]))
     return torch.cat(parts, 1)
@@ -408,9 +400,9 @@ def score_chunks(chunks, truth, mask):
     spread = ((sticks - sticks.mean(0)) ** 2).sum()
     r2 = float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan
     pressed, true = (mask[..., None] & (x[..., :-4] > 0.5) for x in (chunks, truth))
-    changed, turned = onsets(pressed, mask), onsets(true, mask)
-    caught = min((changed & nearby(turned)).sum(), (turned & nearby(changed)).sum())
-    return r2, f1((pressed & true).sum(), pressed, true), f1(caught, changed, turned)
+    (found, near_found), (turned, near_turned) = onsets(pressed, mask), onsets(true, mask)
+    caught = min((found & near_turned).sum(), (turned & near_found).sum())
+    return r2, f1((pressed & true).sum(), pressed, true), f1(caught, found, turned)
 
 
 NEAR = 2                                   # actions from a press or release to one that is taken for it
@@ -422,15 +414,12 @@ def f1(hits, found, true):
 
 
 def onsets(pressed, mask):
-    """Buttons bool (n, T, 21) -> presses and releases, bool (n, T - 1, 42), where both steps count."""
+    """Buttons bool (n, T, 21) -> presses and releases, bool (n, T - 1, 42), where both steps count, and
+    where one of them lies within NEAR steps."""
     turn = np.diff(pressed.astype(np.int8), axis=1) * (mask[:, 1:] & mask[:, :-1])[..., None]
-    return np.concatenate([turn > 0, turn < 0], 2)
-
-
-def nearby(events):
-    """Where one of bool (n, T - 1, 42) lies within NEAR steps."""
-    padded = np.pad(events, ((0, 0), (NEAR, NEAR), (0, 0)))
-    return np.lib.stride_tricks.sliding_window_view(padded, 2 * NEAR + 1, axis=1).any(-1)
+    turned = np.concatenate([turn > 0, turn < 0], 2)
+    padded = np.pad(turned, ((0, 0), (NEAR, NEAR), (0, 0)))
+    return turned, np.lib.stride_tricks.sliding_window_view(padded, 2 * NEAR + 1, axis=1).any(-1)
 
 
 def print_lags(chunks, starts):
@@ -447,6 +436,9 @@ def print_lags(chunks, starts):
 
 
 # ------------------------------------------------------------------------------------------------- the labels
+DRAWS = 4                                  # samples of each chunk that labels are the mean of [O]
+
+
 def run_label(args):
     """Actions for clips that have none, by an inverse model."""
     policy = policy_of(args)
@@ -456,9 +448,9 @@ def run_label(args):
     folders = [folder for data in args.data for folder in extract.clips_in(data)]
     bare = [folder for folder in folders if not (folder / "actions.npy").is_file()]
     print(f"{len(bare)} of {len(folders)} clips have no actions yet")
-    for clip in clips_of_game(args, policy, bare, "") if bare else ():
+    for clip in load_clips(bare, policy.config, "") if bare else ():
         with extract.lock(clip.folder / ".lock"):
-            actions, confidence = label(policy, clip, args.draws, args.seed)
+            actions, confidence = label(policy, clip, args.seed, args.game)
             keep = extract.dense(actions, confidence)
             meta = extract.read_clip(clip.folder) | {"labels": "inverse"}
             extract.write_json(clip.folder / "clip.json", meta)
@@ -468,19 +460,19 @@ def run_label(args):
               f"{keep.mean():.0%} kept")
 
 
-def label(policy, clip, draws, seed=0):
+def label(policy, clip, seed=0, game=None):
     """A clip's actions float32 (n, 25), file convention, and confidence float32 (n,): of each row the mean of
-    `draws` samples of each of the two chunks that hold it. Confidence is 1 - 4 times their variance, of the
+    DRAWS samples of each of the two chunks that hold it. Confidence is 1 - 4 times their variance, of the
     value that varies most: 1 where all agree, 0 where half of them press a button or no chunk holds the
     row."""
     starts = one_after_another([clip], 0.5)
     votes, sums = np.zeros((clip.n, 1)), np.zeros((2, clip.n, extract.A))          # of values, of squares
-    for (_, row), raw in zip(starts, chunks_at(policy, starts, seed, draws).unbind(1)):
-        chunk = M.actions_in(M.actions_out(raw)).numpy()                # (draws, T, 25), buttons 0 or 1
+    for (_, row), raw in zip(starts, chunks_at(policy, starts, seed, game, DRAWS).unbind(1)):
+        chunk = M.actions_in(M.actions_out(raw)).numpy()                # (DRAWS, T, 25), buttons 0 or 1
         edges = clip.edges(row).clip(0, clip.end(row))
         rows, said = slice(edges[0], edges[-1]), np.repeat(chunk, np.diff(edges), axis=1)
         sums[:, rows] += [said.sum(0), (said ** 2).sum(0)]
-        votes[rows] += draws
+        votes[rows] += DRAWS
     mean, square = sums / np.maximum(votes, 1)
     confidence = (1 - 4 * (square - mean ** 2).max(1)).clip(0, 1).astype(np.float32)
     actions, unheard = M.actions_out(torch.from_numpy(mean).float()).numpy(), votes[:, 0] == 0
@@ -661,13 +653,14 @@ def run_video(args):
     policy = policy_of(args)
     c, session, skin = policy.config, Session(policy, args.game, args.seed), extract.our_skins()[0]
     rate = info["fps"] / c.hz                                          # frames of the video for one action
-    shown = (np.arange(max(round(c.horizon * rate), 1)) / rate + 1e-6).astype(int)         # action of each
+    steps = np.arange(max(round(c.horizon * rate), 1)) / rate          # at each of a chunk's frames
+    steps = (steps + 1e-6).astype(int).clip(max=c.horizon - 1)
     coming = deque([extract.neutral()] * round(c.action_shift * rate))
 
     def pages():
         for i, rgb in tqdm(extract.read_video(args.video), total=info["n"], unit=" frames", mininterval=1):
-            if i % len(shown) == 0:
-                coming.extend(session.predict(rgb)[shown.clip(max=c.horizon - 1)])
+            if i % len(steps) == 0:
+                coming.extend(session.predict(rgb)[steps])
             yield beside(rgb, skin, coming.popleft())
     write_film(args.out, info["fps"], pages())
     print(args.out)
@@ -740,8 +733,8 @@ def main(argv=None):
                                     description="Sample actions from a policy.")
     sub = parser.add_subparsers(required=True, metavar="image | video | score | label | serve")
 
-    def command(name, run, text):
-        p = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def command(run, text):
+        p = sub.add_parser(run.__name__.removeprefix("run_"), help=text, description=text, allow_abbrev=False)
         p.set_defaults(run=run)
         p.add_argument("--ckpt", required=True, help="a .safetensors, or a run folder of train.py")
         p.add_argument("--euler", type=number(int, 1, 10_000), metavar="K",
@@ -756,23 +749,22 @@ def main(argv=None):
                        help="of weights and activations; bfloat16 is faster on GPUs, and of large models on "
                        "CPUs with AVX-512 (default float32)")
         return p
-    p = command("image", run_image, "predict one chunk from images")
+    p = command(run_image, "predict one chunk from images")
     p.add_argument("images", nargs="+", help="the context, oldest first")
     p.add_argument("--noise", metavar="N.npy", help="float32 (T, A) in place of the seeded noise")
     p.add_argument("--raw", action="store_true", help="write the sampler's tensor (T, A) as it is")
     p.add_argument("--out", required=True, help="the .npy to write")
-    p = command("video", run_video, "draw the predicted pad beside each frame of a video")
+    p = command(run_video, "draw the predicted pad beside each frame of a video")
     p.add_argument("video", help="the video to look at")
     p.add_argument("--out", required=True, help="the .mp4 to write")
-    p = command("score", run_score, "R2 and F1 of chunks on labelled clips, beside policies that do not look")
+    p = command(run_score, "R2 and F1 of chunks on labelled clips, beside policies that do not look")
     p.add_argument("data", nargs="+", help="folders of clips with actions")
     p.add_argument("--limit", type=number(int, 1), default=500, help="most chunks a game (default 500)")
     p.add_argument("--lag", action="store_true", help="also by how many rows each clip's labels are late")
     p.add_argument("--video", dest="out", metavar="OUT.mp4", help="film frame, truth, prediction beside it")
-    p = command("label", run_label, "add actions to clips that have none, by an inverse model")
+    p = command(run_label, "add actions to clips that have none, by an inverse model")
     p.add_argument("data", nargs="+", help="folders of clips, such as extract.py --plain makes")
-    p.add_argument("--draws", type=number(int, 1), default=4, help="samples of each chunk (default 4)")
-    p = command("serve", run_serve, "answer play.py --server and play.Client")
+    p = command(run_serve, "answer play.py --server and play.Client")
     p.set_defaults(euler=extract.PLAY_STEPS)
     p.add_argument("--host", default="127.0.0.1",
                    help="address to listen on; 0.0.0.0 = every network (default 127.0.0.1, this machine)")

@@ -140,7 +140,7 @@ class Policy:
             context, run = self.model.mix(x), self.run
             if self.device.type == "cuda":
                 if noise.shape not in self.graphs:         # the first chunk of this batch size
-                    self.graphs[noise.shape] = recorded(run, context, noise)
+                    self.graphs[noise.shape] = cuda_graph(run, context, noise)
                 run = self.graphs[noise.shape]
             return run(context, noise).float().cpu()
 
@@ -302,8 +302,7 @@ class Clip:
 def load_clips(data, config, file="actions.npy", human_weight=1.0, say=print):
     """Every clip of the folders `data` that has a chunk to learn from; one line names those left out,
     UserError when none is left."""
-    folders = [folder for path in data for folder in extract.clips_in(path)]
-    clips = [Clip(folder, config, file, human_weight) for folder in folders]
+    clips = [Clip(folder, config, file, human_weight) for path in data for folder in extract.clips_in(path)]
     good = [clip for clip in clips if len(clip.rows)]
     short = [clip for clip in clips if not len(clip.rows)]
     for clip in good:
@@ -482,7 +481,7 @@ def label(policy, clip, seed=0, game=None):
 
 # -------------------------------------------------------------------------------------------------- machinery
 
-def recorded(fn, *args):
+def cuda_graph(fn, *args):
     """fn as one CUDA graph: at batch 1 a GPU waits for its ~100 kernel launches a step, and a replay needs
     one for all steps. -> a function of tensors like args; its answer holds until it is called again."""
     args, side, graph = [x.clone() for x in args], torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -578,7 +577,7 @@ class Server:
                 if not self.places[s]:
                     say(refusal(f"the server is full: {self.CLIENTS} clients at a time"))
                     break
-                say(self.answer(session, message))
+                say(answer(session, message))
                 wait = self.IDLE
         except (EOFError, OSError, mpc.AuthenticationError, AssertionError, ValueError) as e:
             if "bad message length" in str(e):     # else: gone, cut off or without the key (3.11 asserts)
@@ -588,25 +587,26 @@ class Server:
             with self.lock, s, connection:
                 del self.places[s]
 
-    def answer(self, session, message):
-        """One message -> its reply, both bytes as extract.py describes them; a request that can't be served
-        is answered too."""
-        try:
-            header, frame = extract.unpack_message(message)
-            do, seed = header.get("do"), header.get("seed")
-            if do == "info":
-                return extract.pack_message(session.info())
-            if do == "predict":
-                return extract.pack_message({}, session.predict(frame))
-            if do != "reset" or not isinstance(seed, (int, type(None))):
-                raise UserError("expected do = predict, info or reset (seed: an integer), found another")
-            session.reset(seed=seed, game=header.get("game"))
-            return extract.pack_message({})
-        except ValueError as e:                    # a UserError, say
-            return refusal(str(e))
-        except Exception:                          # our fault: this client hears of it, others play on
-            traceback.print_exc()
-            return refusal("a fault of the server: its terminal shows more")
+
+def answer(session, message):
+    """One message -> its reply, both bytes as extract.py describes them; a request that can't be served
+    is answered too."""
+    try:
+        header, frame = extract.unpack_message(message)
+        do, seed = header.get("do"), header.get("seed")
+        if do == "info":
+            return extract.pack_message(session.info())
+        if do == "predict":
+            return extract.pack_message({}, session.predict(frame))
+        if do != "reset" or not isinstance(seed, (int, type(None))):
+            raise UserError("expected do = predict, info or reset (seed: an integer), found another")
+        session.reset(seed=seed, game=header.get("game"))
+        return extract.pack_message({})
+    except ValueError as e:                    # a UserError, say
+        return refusal(str(e))
+    except Exception:                          # our fault: this client hears of it, others play on
+        traceback.print_exc()
+        return refusal("a fault of the server: its terminal shows more")
 
 
 def refusal(line):
@@ -651,34 +651,34 @@ def run_video(args):
     if Path(args.out).resolve() == Path(args.video).resolve():
         raise UserError(f"{args.out}: expected another name than the video's own, which would be lost")
     policy = policy_of(args)
-    c, session, skin = policy.config, Session(policy, args.game, args.seed), extract.our_skins()[0]
+    c, session = policy.config, Session(policy, args.game, args.seed)
     rate = info["fps"] / c.hz                                          # frames of the video for one action
     steps = np.arange(max(round(c.horizon * rate), 1)) / rate          # at each of a chunk's frames
     steps = (steps + 1e-6).astype(int).clip(max=c.horizon - 1)
     coming = deque([extract.neutral()] * round(c.action_shift * rate))
 
-    def pages():
+    def shots():
         for i, rgb in tqdm(extract.read_video(args.video), total=info["n"], unit=" frames", mininterval=1):
             if i % len(steps) == 0:
                 coming.extend(session.predict(rgb)[steps])
-            yield beside(rgb, skin, coming.popleft())
-    write_film(args.out, info["fps"], pages())
+            yield rgb, coming.popleft()
+    write_film(args.out, info["fps"], shots())
     print(args.out)
 
 
 def film_chunks(chunks, starts):
-    """Chunk after chunk, each step of them: the frame, then what was played above what was predicted."""
-    skin = extract.our_skins()[0]
+    """Chunk after chunk, yields of each step: the frame, what was played, what was predicted."""
     for (clip, row), chunk in zip(starts, chunks):
         for at, said, true, counts in zip(clip.edges(row), chunk, *clip.chunk(row)):
             if counts:
                 i = np.searchsorted(clip.frames.numbers, at - clip.lag, "right") - 1
-                rgb = cv2.resize(clip.frames[i], (768, 768), interpolation=cv2.INTER_NEAREST)
-                yield beside(rgb, skin, true, said)
+                yield cv2.resize(clip.frames[i], (768, 768), interpolation=cv2.INTER_NEAREST), true, said
 
 
-def write_film(path, fps, pages):
-    """Pictures of one size, one after another, as a video."""
+def write_film(path, fps, shots):
+    """Shots, (frame, action, ...) each, as a video with pads beside each frame."""
+    skin = extract.our_skins()[0]
+    pages = (beside(rgb, skin, *actions) for rgb, *actions in shots)
     first = next(pages, None)
     if first is None:
         raise UserError(f"{path}: expected a picture to begin with, found none: take another video")

@@ -390,8 +390,7 @@ def keep_tokens(model, clips, variants, args, team):
     """Where vision is frozen, a frame's tokens are always the same: encode every kept frame once, in so many
     augmentations -> a file for each clip, float16 (variants, kept frames, N, V), beside it in .tokens under a
     name that tells vision and frames; None where vision trains or sees more than a frame."""
-    c, trains = model.config, any(p.requires_grad for p in model.vision.parameters())
-    if trains or c.frames > 1 or args.dry_run:
+    if any(p.requires_grad for p in model.vision.parameters()) or model.config.frames > 1 or args.dry_run:
         return None
     paths, weights = [], extract.fingerprint(*(p.cpu().numpy() for p in model.vision.parameters()))
     for i, clip in enumerate(clips):
@@ -517,9 +516,8 @@ def add_games(model, games, seed):
         return
     c.games = c.games + new
     if c.context_tokens:                             # a context that its frames fill has no room for the game
-        c.context_tokens = max(c.context_tokens, c.frames * c.image_tokens + 1)
-    model.game_embedding = torch.nn.Embedding(len(c.games) + 1, c.vision_width, padding_idx=0,
-                                              scale_grad_by_freq=True)
+        c.context_tokens = max(c.context_tokens, c.needed)
+    model.game_embedding = M.table(len(c.games) + 1, c.vision_width, padding_idx=0, scale_grad_by_freq=True)
     with torch.no_grad():
         weight = model.game_embedding.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
         weight[0] = 0                                          # row 0 = no game

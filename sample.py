@@ -25,7 +25,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections import Counter, deque
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
@@ -215,7 +215,8 @@ class Clip:
         self.ratio = self.fps / config.hz                                    # rows of the clip for one action
         end = self.n if end is None else end
         self.cuts = np.union1d(np.flatnonzero(self.flags("cuts.npy", False)), [begin, end])
-        rows, keep = self.frames.numbers, self.flags(file and "keep.npy", True)
+        keep = self.flags(file and "keep.npy", True)           # without actions, of a `label` that stopped
+        rows = self.frames.numbers
         rows = rows[keep[rows] & (begin <= rows) & (rows < end)].astype(np.int32)
         mask = self.mask(rows)                                                                     # (m, T)
         good = mask[:, 0] & (rows + config.offsets[-1] * self.ratio + 1e-6 < self.end(rows))    # all to come
@@ -388,8 +389,8 @@ def scores(chunks, starts, means):
         games[game] = {name: score_chunks(chunk[here], truth[here], mask[here])
                        for name, chunk in policies.items()}
     table = np.ma.masked_invalid([[*row.values()] for row in games.values()])      # (games, policies, 3)
-    overall = table.mean(0).filled(math.nan).tolist()
-    return {"policies": dict(zip(policies, overall)), "games": games, "n": Counter(played)}
+    overall = dict(zip(policies, table.mean(0).filled(math.nan).tolist()))
+    return {"policies": overall, "games": games, "n": {game: played.count(game) for game in games}}
 
 
 def score_chunks(chunks, truth, mask):
@@ -425,11 +426,12 @@ def print_lags(chunks, starts):
     """For each clip by how many rows, -8 to 8, its labels come later than the chunks say: where these miss
     them least."""
     for clip, mine in itertools.groupby(zip(starts, chunks), lambda pair: pair[0][0]):
-        mine, late, miss = list(mine), copy.copy(clip), {}
+        rows, said = zip(*((row, chunk) for (_, row), chunk in mine))
+        late, miss = copy.copy(clip), {}
         for lag in range(-8, 9):
             late.lag = clip.lag + lag
-            said = [(chunk - truth)[mask] for (_, row), chunk in mine for truth, mask in [late.chunk(row)]]
-            miss[lag] = (np.concatenate(said) ** 2).mean()
+            truth, mask = map(np.stack, zip(*map(late.chunk, rows)))
+            miss[lag] = ((said - truth)[mask] ** 2).mean()
         best = min(miss, key=miss.get)
         print(f"{clip.folder.name} | lag {best:+} rows: error {miss[best]:.4f}, {miss[0]:.4f} as it is")
 
@@ -464,19 +466,20 @@ def label(policy, clip, seed=0, game=None):
     DRAWS samples of each of the two chunks that hold it. Confidence is 1 - 4 times their variance, of the
     value that varies most: 1 where all agree, 0 where half of them press a button or no chunk holds the
     row."""
-    starts = one_after_another([clip], 0.5)
-    votes, sums = np.zeros((clip.n, 1)), np.zeros((2, clip.n, extract.A))          # of values, of squares
-    for (_, row), raw in zip(starts, chunks_at(policy, starts, seed, game, DRAWS).unbind(1)):
-        chunk = M.actions_in(M.actions_out(raw)).numpy()                # (DRAWS, T, 25), buttons 0 or 1
+    starts, heard = one_after_another([clip], 0.5), [[] for _ in range(clip.n)]
+    chunks = M.actions_in(M.actions_out(chunks_at(policy, starts, seed, game, DRAWS))).numpy()
+    for (_, row), chunk in zip(starts, chunks.transpose(1, 2, 0, 3)):                      # (T, DRAWS, 25)
         edges = clip.edges(row).clip(0, clip.end(row))
-        rows, said = slice(edges[0], edges[-1]), np.repeat(chunk, np.diff(edges), axis=1)
-        sums[:, rows] += [said.sum(0), (said ** 2).sum(0)]
-        votes[rows] += DRAWS
-    mean, square = sums / np.maximum(votes, 1)
-    confidence = (1 - 4 * (square - mean ** 2).max(1)).clip(0, 1).astype(np.float32)
-    actions, unheard = M.actions_out(torch.from_numpy(mean).float()).numpy(), votes[:, 0] == 0
-    actions[unheard], confidence[unheard] = extract.neutral(), 0
-    return actions, confidence
+        for said, begin, end in zip(chunk, edges, edges[1:]):
+            for samples in heard[begin:end]:
+                samples.append(said)
+    actions = M.actions_in(torch.zeros(clip.n, extract.A)).numpy()
+    confidence = np.zeros(clip.n, np.float32)
+    for row, samples in enumerate(heard):
+        if samples:
+            said = np.concatenate(samples)
+            actions[row], confidence[row] = said.mean(0), 1 - 4 * said.var(0).max()
+    return M.actions_out(torch.from_numpy(actions)).numpy(), confidence.clip(0)
 
 
 # -------------------------------------------------------------------------------------------------- machinery
@@ -703,12 +706,12 @@ def beside(rgb, skin, *actions):
 
 def print_scores(result):
     """A line a game: how many chunks, then R2, F1 and onset F1 of each policy."""
-    names, n = list(result["policies"]), result["n"]
-    width = max(map(len, ["game", *n])) + 2
-    print(f"{'game':{width}}{'n':>6}" + "".join(f"{name + ' R2':>10}{'F1':>6}{'onset':>6}" for name in names))
-    counts = [*n.values(), sum(n.values())]
-    for count, (game, row) in zip(counts, [*result["games"].items(), ("all", result["policies"])]):
-        figures = "".join("{:10.2f}{:6.2f}{:6.2f}".format(*row[name]) for name in names)
+    games, overall, n = result["games"], result["policies"], result["n"]
+    width = max(map(len, ["game", *games])) + 2
+    head = "".join(f"{name + ' R2':>10}{'F1':>6}{'onset':>6}" for name in overall)
+    print(f"{'game':{width}}{'n':>6}{head}")
+    for game, row, count in zip([*games, "all"], [*games.values(), overall], [*n.values(), sum(n.values())]):
+        figures = "".join("{:10.2f}{:6.2f}{:6.2f}".format(*three) for three in row.values())
         print(f"{game:{width}}{count:6}{figures}")
 
 

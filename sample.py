@@ -149,8 +149,8 @@ class Policy:
         names = ["None", *self.config.games]
         known = [*names, *map(str, range(len(names)))]
         if str(game) not in known:
-            games = f"its games are {', '.join(names[1:21])}" if names[1:] else "it was trained without games"
-            raise UserError(f"game {game!r} is not known to {self.name}: {games}")
+            raise UserError(f"game {game!r} is not known to {self.name}: "
+                            f"its games are {', '.join(names[1:21]) or 'none'}")
         return known.index(str(game)) % len(names)
 
 

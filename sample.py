@@ -215,13 +215,14 @@ class Clip:
         self.ratio = self.fps / config.hz                                    # rows of the clip for one action
         end = self.n if end is None else end
         self.cuts = np.union1d(np.flatnonzero(self.flags("cuts.npy", False)), [begin, end])
-        keep = self.flags(file and "keep.npy", True)           # without actions, of a `label` that stopped
         rows = self.frames.numbers
+        keep = self.flags(file and "keep.npy", True)       # without actions: of a `label` that was stopped
         rows = rows[keep[rows] & (begin <= rows) & (rows < end)].astype(np.int32)
         mask = self.mask(rows)                                                                     # (m, T)
-        good = mask[:, 0] & (rows + config.offsets[-1] * self.ratio + 1e-6 < self.end(rows))    # all to come
-        self.rows = rows[good]                                 # of the frames that may start a chunk, int32,
-        self.lengths = mask[good].sum(1, dtype=np.uint16)      # and how many of its actions count
+        good = mask[:, 0] & (rows + config.offsets[-1] * self.ratio + 1e-6 < self.end(rows))
+        # Of the frames that may start a chunk, whose first action and last picture are there: their rows,
+        # int32, and how many of their actions count.
+        self.rows, self.lengths = rows[good], mask[good].sum(1, dtype=np.uint16)
         self.size, self.sum = end - begin, self.actions[begin:end].sum(0, dtype=np.float64)
         human = self.flags("human.npy", False)[self.rows]
         weights = np.where(human, human_weight, 1.0)
@@ -656,8 +657,8 @@ def run_video(args):
     policy = policy_of(args)
     c, session = policy.config, Session(policy, args.game, args.seed)
     rate = info["fps"] / c.hz                                          # frames of the video for one action
-    steps = np.arange(max(round(c.horizon * rate), 1)) / rate          # at each of a chunk's frames
-    steps = (steps + 1e-6).astype(int).clip(max=c.horizon - 1)
+    steps = np.arange(max(round(c.horizon * rate), 1)) / rate + 1e-6   # of a chunk, at each of its frames
+    steps = steps.astype(int).clip(max=c.horizon - 1)
     coming = deque([extract.neutral()] * round(c.action_shift * rate))
 
     def shots():

@@ -306,11 +306,11 @@ def film_name(task):
 
 
 def replay(task, seed, actions):
-    """A rollout once more, as pages of a film, uint8 (512, 768, 3): the game, beside it the pad pressed."""
+    """A rollout once more: yields its frames, uint8 (512, 512, 3), each with its action."""
     game = PLAYABLE[task](task, seed)
     for action in actions:
         frame = cv2.resize(game.render(), (512, 512), interpolation=cv2.INTER_NEAREST)
-        yield sample.beside(frame, extract.shown_pad(), action)
+        yield frame, action
         game.advance(action)
 
 
@@ -448,7 +448,6 @@ def story(out, video, tasks, rows, finding, reading):
     extract.py and parse.py, in words."""
     page, clip = Image.new("RGB", (1600, 820), "#fafafa"), out / "clips" / video.stem
     meta, (actions, truth) = read_clip(clip), actions_and_truth(clip)
-    skin = {skin.name: skin for skin in skins()}.get(meta["template"], skins()[0])
 
     def show(x, y, w, rgb, text=""):
         write(page, x, y - 10, text, 16)
@@ -461,8 +460,8 @@ def story(out, video, tasks, rows, finding, reading):
     show(20, 50, 640, frame, f"1  a video with one of our pads; extract.py finds it among them: {finding}")
     write(page, 700, 40, f"2  the crop; upper pad: pressed, lower: read by parse.py; {reading}", 16)
     for k, i in enumerate(moments):
-        crop = cv2.resize(extract.Frames(clip, "pads")[i], (290, 290 * skin.size[1] // skin.size[0]))
-        show(700 + 440 * (k % 2), 60 + 225 * (k // 2), 430, sample.beside(crop, skin, truth[i], actions[i]))
+        crop = cv2.resize(extract.Frames(clip, "pads")[i], (290, 210))
+        show(700 + 440 * (k % 2), 60 + 225 * (k // 2), 430, sample.beside(crop, truth[i], actions[i]))
     write(page, 20, 560, "3  the model plays", 16)
     for k, task in enumerate(tasks[:3]):
         film = out / film_name(task)

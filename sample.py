@@ -681,8 +681,7 @@ def film_chunks(chunks, starts):
 
 def write_film(path, fps, shots):
     """Shots, (frame, action, ...) each, as a video with pads beside each frame."""
-    skin = extract.shown_pad()
-    pages = (beside(rgb, skin, *actions) for rgb, *actions in shots)
+    pages = (beside(*shot) for shot in shots)
     first = next(pages, None)
     if first is None:
         raise UserError(f"{path}: expected a picture to begin with, found none: take another video")
@@ -691,16 +690,13 @@ def write_film(path, fps, shots):
             out.add(page)
 
 
-def beside(rgb, skin, *actions):
-    """A frame with one pad or two right of it, one under another, pressed as the actions say, yellow dots on
-    their sticks' caps; sides are even, as encoders want."""
+def beside(rgb, *actions):
+    """A frame with one pad or two right of it, one under another, pressed as the actions say; sides are even,
+    as encoders want."""
     h, w = (n // 2 * 2 for n in rgb.shape[:2])
     pads = []
     for action in actions:
-        pad = extract.over(24, draw(skin, action))
-        for side, stick in skin.sticks.items():
-            cap = np.add(stick["center"], np.multiply(stick["travel"], action[extract.STICKS[side]]))
-            cv2.circle(pad, cap.astype(int).tolist(), 3 + len(pad) // 30, (255, 210, 0), -1)
+        pad = extract.over(24, draw(extract.shown_pad(), action))
         pads.append(ImageOps.pad(Image.fromarray(pad), (w // 4 * 2, h // len(actions)), color=(24, 24, 24)))
     return np.hstack([rgb[:h, :w], np.vstack(pads)])
 

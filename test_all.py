@@ -141,8 +141,8 @@ def test_a_reader_that_has_read_enough_is_no_fault(command, tmp_path):
     assert shown.stderr.read() == b"" and shown.wait() == 141
 
 
-BUDGET = {"extract": 21555, "parse": 16755, "model": 6125, "train": 8470,         # tokens; they may only fall
-          "sample": 7545, "play": 11495, "bench": 25865, "test_all": 44205}
+BUDGET = {"extract": 21530, "parse": 16755, "model": 6125, "train": 8470,         # tokens; they may only fall
+          "sample": 7125, "play": 11490, "bench": 25865, "test_all": 44180}
 
 
 def code_lines(name):
@@ -2447,9 +2447,9 @@ def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
     assert run(sample.main, "score", squares, "--ckpt", ckpt, "--limit", 1, "--video", film) == 0
     assert re.search(r"\nblue +1 .*\nred +1 .*\nall +2 ", capsys.readouterr().out)
     assert extract.video_info(film)["n"] == len(shots) == 16
-    clip, (rgb, _, played, said) = sample.Clip(squares / "clip 1", TOY), shots[0]   # the first blue one
+    clip, (rgb, played, said) = sample.Clip(squares / "clip 1", TOY), shots[0]   # the first blue one
     assert (played == clip.chunk(0)[0][0]).all() and (rgb[1::3, 1::3] == clip.pictures(0)[0][0]).all()
-    page, right = (real(rgb, extract.shown_pad(), played, below) for below in (said, played))
+    page, right = (real(rgb, played, below) for below in (said, played))
     assert (page[:, :768] == rgb).all()
     assert (page[:384] == right[:384]).all() and (page[384:] != right[384:]).any()
 
@@ -3889,7 +3889,7 @@ def test_an_odd_reply_or_none_in_time_is_one_line(answers):
 
 
 def test_a_videos_pad_waits_for_the_action_shift(tmp_path, monkeypatch):
-    skin, draw = extract.shown_pad(), mock.Mock(wraps=sample.draw)
+    draw = mock.Mock(wraps=sample.draw)
     monkeypatch.setattr(sample, "draw", draw)
     monkeypatch.setattr(sample.Session, "predict", lambda self, rgb: rows(*np.arange(1, 9) / 10))
     with extract.VideoWriter(tmp_path / "in.mp4", 30, (192, 108)) as out:

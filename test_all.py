@@ -1874,15 +1874,14 @@ def test_every_stage_equals_the_released_code(golden):
         assembled, mixed = model.assemble(seen, torch.from_numpy(z["game_ids" + suffix])), []
         with model.mixing[-1].register_forward_hook(lambda block, args, out: mixed.append(out)):
             context = model.mix(assembled)
-        early = {"vision": seen, "vl_in": assembled, "vl_mixed": mixed[0]}
-        deep = {"action_tensor": sample.euler(model, context, noise)}
+        stages = {"vision": seen, "vl_in": assembled, "vl_mixed": mixed[0],
+                  "action_tensor": sample.euler(model, context, noise)}
         for t in 0, 250, 937:
             times = model.times(torch.tensor([t]))
-            early[f"action_tokens_t{t}"] = model.action_encoder(noise, times[:, 0])
-            deep[f"velocity_t{t}"] = model.step(noise, times, context)
-        for stages, tolerance in (early, 1e-5), (deep, DEEP):
-            for name, tensor in stages.items():
-                close(tensor, z[name + suffix], tolerance)
+            stages[f"action_tokens_t{t}"] = model.action_encoder(noise, times[:, 0])
+            stages[f"velocity_t{t}"] = model.step(noise, times, context)
+        for name, tensor in stages.items():
+            close(tensor, z[name + suffix], DEEP)
 
 
 def test_loss_and_gradients_equal_the_released_code(golden):
@@ -1969,12 +1968,11 @@ def test_products_through_onednn_are_torchs_own(monkeypatch, shape, bias):
     tensors = [torch.randn(n, requires_grad=True) for n in (shape, (100, 96), 100)[:2 + bias]]
     product = mock.Mock(wraps=M.Product.multiply)
     monkeypatch.setattr(M.Product, "multiply", product)
-    monkeypatch.setattr(M, "AVX512", True)
     answers = []
     for onednn in M.ONEDNN, False:
-        monkeypatch.setattr(M, "ONEDNN", onednn)
-        y = M.linear(*tensors, *[None] * (1 - bias))
-        answers.append([y, *torch.autograd.grad(y.sin().sum(), tensors)])
+        with mock.patch.multiple(M, AVX512=True, ONEDNN=onednn):
+            y = M.linear(*tensors, *[None] * (1 - bias))
+            answers.append([y, *torch.autograd.grad(y.sin().sum(), tensors)])
     assert product.call_count == 3 or not torch.backends.mkldnn.is_available()
     for ours, torchs in zip(*answers):
         close(ours / torchs.abs().max(), torchs / torchs.abs().max(), 2e-6)
@@ -2726,7 +2724,7 @@ model.py convert sep OUT --vision-heads 4 | vis_sep_embedding
 model.py convert geglu OUT --vision-heads 4 | activation_fn is 'geglu'
 model.py convert gelu OUT --vision-heads 4 | activation_fn is 'gelu'
 model.py convert old OUT --vision-heads 4 | old_layout is True
-model.py convert endless OUT --vision-heads 4 | KeyError 'action_horizon'
+model.py convert endless OUT --vision-heads 4 | horizon = None, expected
 sample.py serve --ckpt good --key= | expected a secret
 sample.py serve --ckpt idm | needs the frames to come
 sample.py label plain --ckpt good | found a policy
@@ -2793,42 +2791,42 @@ play.py --human --hz 0 | --hz: expected 1 to 1000, found 0""".splitlines()
 def wrong(ckpt, ended, idm, tmp_path_factory):
     """A folder with all that the mistakes name."""
     folder, good = tmp_path_factory.mktemp("wrong"), ckpt.read_bytes()
-    for name, data in {"good": good, "cut": good[:-100], "empty": b"", "idm": idm.read_bytes(),
-                       "letter.json": rb'["\ud800"]'}.items():
-        (folder / name).write_bytes(data)
-    name, state, config = "dit.1.attn.q.weight", tiny().state_dict(), tiny().config
-    M.save(folder / "missing", {key: state[key] for key in state if key != name}, config)
-    for value in math.nan, math.inf, -math.inf:
-        state[name][-1, -1] = value
-        M.save(folder / str(value), state, config)
-    for file, (said, says) in BAD_HEADERS.items():
-        source, out = ckpt, folder / file
-        if file.startswith("run"):
-            source, out = ended / "state.safetensors", shutil.copytree(ended, out) / "state.safetensors"
-        with M.safe_open(source, "pt") as f:
-            header = f.metadata()["nitrogen"]
-        assert said in header
-        save_file(load_file(source), out, {"nitrogen": header.replace(said, says, 1)})
-    for file, (place, value) in BAD_RELEASED.items() if GOLDEN.is_dir() else ():
-        part = released = torch.load(GOLDEN / "golden_tiny_a.pt", weights_only=True)
-        *way, last = place.split("/")
-        for step in way:
-            part = part[step]
-        part[last] = value
-        if value is None:
-            del part[last]
-        torch.save(released, folder / file)
-    for file, zipped in ("bomb.pt", True), ("old.pt", False):
-        bomb = {"model": Bomb(), "ckpt_config": {}}
-        torch.save(bomb, folder / file, _use_new_zipfile_serialization=zipped)
-    extract.save_png(folder / "f.png", pictures(1)[0])
-    np.save(folder / "n.npy", np.zeros((4, 25), np.float32))
-    np.save(folder / "nan.npy", np.full((8, 25), np.nan, np.float32))
-    np.save(folder / "objects.npy", [Bomb()])
-    for kind, files in BAD_CLIPS.items():
-        make_clip(folder / f"{kind}-clips" / "clip x", **files)
-    np.load(folder / "broken-clips/clip x/frames.npy", mmap_mode="r+")[9000:] = 0       # all but the first
-    (make_clip(folder / "plain/x", 6) / "actions.npy").unlink()
+    with contextlib.chdir(folder):
+        for file, data in {"good": good, "cut": good[:-100], "empty": b"", "idm": idm.read_bytes(),
+                           "letter.json": rb'["\ud800"]'}.items():
+            Path(file).write_bytes(data)
+        name, state, config = "dit.1.attn.q.weight", tiny().state_dict(), tiny().config
+        for value in math.nan, math.inf, -math.inf:
+            state[name][-1, -1] = value
+            M.save(str(value), state, config)
+        del state[name]
+        M.save("missing", state, config)
+        for file, (said, says) in BAD_HEADERS.items():
+            source, out = ckpt, file
+            if file.startswith("run"):
+                source, out = ended / "state.safetensors", shutil.copytree(ended, file) + "/state.safetensors"
+            with M.safe_open(source, "pt") as f:
+                header = f.metadata()["nitrogen"]
+            assert said in header
+            save_file(load_file(source), out, {"nitrogen": header.replace(said, says, 1)})
+        for file, (place, value) in BAD_RELEASED.items() if GOLDEN.is_dir() else ():
+            part = released = torch.load(GOLDEN / "golden_tiny_a.pt", weights_only=True)
+            *way, last = place.split("/")
+            for step in way:
+                part = part[step]
+            part[last] = value
+            torch.save(released, file)
+        for file, zipped in ("bomb.pt", True), ("old.pt", False):
+            bomb = {"model": Bomb(), "ckpt_config": {}}
+            torch.save(bomb, file, _use_new_zipfile_serialization=zipped)
+        extract.save_png("f.png", pictures(1)[0])
+        np.save("n.npy", np.zeros((4, 25), np.float32))
+        np.save("nan.npy", np.full((8, 25), np.nan, np.float32))
+        np.save("objects.npy", [Bomb()])
+        for kind, files in BAD_CLIPS.items():
+            make_clip(f"{kind}-clips/clip x", **files)
+        np.load("broken-clips/clip x/frames.npy", mmap_mode="r+")[9000:] = 0          # but the first
+        (make_clip("plain/x", 6) / "actions.npy").unlink()
     return folder
 
 
@@ -3263,67 +3261,66 @@ def test_each_control_of_a_mapping_is_pressed_and_named(env, capsys):
 
 # ------------------------------------------------------------------------------ play: the Windows half
 @pytest.fixture
-def dlls():
-    """user32, kernel32 and the others in one: window 21 of process 210."""
+def win():
+    """The desktop of a Windows whose user32 and other libraries are one: window 21 of process 210."""
     def fill(**values):
         """A function that writes these into the structure that it is given."""
         return lambda handle, out: [setattr(out._obj, name, value) for name, value in values.items()]
-    return mock.Mock(
+    libraries = mock.Mock(
         EnumWindows=lambda visit, _: visit(21, None), GetAncestor=lambda window, kind: window,
         GetClientRect=fill(right=640, bottom=480), ClientToScreen=fill(x=64, y=63), IsIconic=lambda w: False,
         GetWindowThreadProcessId=fill(value=210), WindowFromPoint=lambda point: 21,
         QueryFullProcessImageNameW=lambda h, _, path, n: setattr(path, "value", f"C:\\Größe {h}.exe"),
         MapVirtualKeyW=lambda code, kind: code + 1, GetAsyncKeyState=lambda code: -32768 * (code == 0x20),
         OpenProcess=lambda access, _, pid: pid % 666)
+    return play.Win32(lambda name: libraries)
 
 
-def test_windows_finds_the_client_area_by_process(dlls):
-    d = play.Win32(lambda name: dlls)
-    w = play.find_window(d, "größe 210.exe")
+def test_windows_finds_the_client_area_by_process(win):
+    w = play.find_window(win, "größe 210.exe")
     assert (w.id, w.pid, w.box, w.title) == (21, 210, (64, 63, 640, 480), "")
-    assert d.problem(21) == ""
-    dlls.WindowFromPoint = lambda point: 22
-    assert d.problem(21).startswith("is covered")
-    dlls.DwmGetWindowAttribute = lambda window, kind, out, size: setattr(out._obj, "value", 2)     # cloaked
-    assert d.problem(21) == "is minimised" and not d.windows()
-    dlls.GetClientRect = lambda window, out: 0
-    assert d.box(21) is None
+    assert win.problem(21) == ""
+    win.user.WindowFromPoint = lambda point: 22
+    assert win.problem(21).startswith("is covered")
+    win.user.DwmGetWindowAttribute = lambda window, kind, out, size: setattr(out._obj, "value", 2)   # cloaked
+    assert win.problem(21) == "is minimised" and not win.windows()
+    win.user.GetClientRect = lambda window, out: 0
+    assert win.box(21) is None
 
 
-def test_windows_sends_scan_codes_and_reads_keys_and_mouse(dlls):
-    d = play.Win32(lambda name: dlls)
-    d.key("left", 1)
-    d.key("left", 0)
-    d.key("mouse1", 0)
-    d.move(5, -7)
-    sent = [np.frombuffer(event, np.int32).tolist() for (_, event, _), _ in dlls.SendInput.call_args_list]
+def test_windows_sends_scan_codes_and_reads_keys_and_mouse(win):
+    win.key("left", 1)
+    win.key("left", 0)
+    win.key("mouse1", 0)
+    win.move(5, -7)
+    sent = [np.frombuffer(event, np.int32).tolist() for (_, event, _), _ in win.user.SendInput.call_args_list]
     assert sent == [                                         # INPUT on 64 bits
         [1, 0, 0x260025, 9, *[0] * 6],                       # key 37, scan code 38, SCANCODE and EXTENDEDKEY
         [1, 0, 0x260025, 11, *[0] * 6],                      # and KEYUP
         [0, 0, 0, 0, 0, 4, *[0] * 4],
         [0, 0, 5, -7, 0, 1, *[0] * 4]]
-    assert d.held() == {"space"}
+    assert win.held() == {"space"}
     moves = [struct.pack("<36xiixxxx", 3, -4)] * 2
-    dlls.GetRawInputBuffer = lambda event, size, head: moves and setattr(event, "raw", moves.pop()) is None
-    assert d.moved().tolist() == [6, -8]
+    win.user.GetRawInputBuffer = lambda event, *_: moves and setattr(event, "raw", moves.pop()) is None
+    assert win.moved().tolist() == [6, -8]
 
 
-def test_windows_stops_processes_and_clocks_and_says_when_it_may_not(dlls, monkeypatch):
-    d, package = play.Win32(lambda name: dlls), mock.Mock()
+def test_windows_stops_processes_and_clocks_and_says_when_it_may_not(win, monkeypatch):
+    package = mock.Mock()
     monkeypatch.setitem(sys.modules, "xspeedhack", package)
-    hack, speed = play.SpeedHack(mock.Mock(desktop=d, pid=77)), package.Client().set_speed
-    d.suspend(210)
-    dlls.NtSuspendProcess.assert_called_once_with(210)
-    d.resume(210)
-    dlls.NtResumeProcess.assert_called_once_with(210)
+    hack, speed = play.SpeedHack(mock.Mock(desktop=win, pid=77)), package.Client().set_speed
+    win.suspend(210)
+    win.user.NtSuspendProcess.assert_called_once_with(210)
+    win.resume(210)
+    win.user.NtResumeProcess.assert_called_once_with(210)
     hack.stop()
     hack.go()
     assert speed.mock_calls == [mock.call(0), mock.call(1)]
     package.Client.side_effect = subprocess.CalledProcessError(5, "injector64.exe")
     with refused("error 5.*administrator"):
-        d.suspend(666)
+        win.suspend(666)
     with refused("pip install xspeedhack.*administrator.*status 5"):
-        play.SpeedHack(mock.Mock(desktop=d, pid=77))
+        play.SpeedHack(mock.Mock(desktop=win, pid=77))
 
 
 # ------------------------------------------------------------------------------- play: the environment
@@ -3640,8 +3637,8 @@ def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game
     assert (e.window.pid, w) == (state()["pid"], state()["window"])
 
     def shows(*box):
-        corners = [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]]
-        return e.box() == box and e.look()[5::245, 5::245].tolist() == corners
+        corners = bytes.fromhex("FF0000 00FF00 0000FF FFFF00")
+        return e.box() == box and e.look()[5::245, 5::245].tobytes() == corners
     wait_until(lambda: shows(100, 80, 320, 240))
     x.XMoveResizeWindow(display, w, 7, 33, 320, 240)
     wait_until(lambda: shows(7, 33, 320, 240))

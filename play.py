@@ -1431,7 +1431,7 @@ class LocalModel(Client):
 def answer_all(pipe, args):
     """The life of LocalModel's process: answer as a server until nobody asks. args: the command line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the player
-    from sample import Policy, Server, Session
+    from sample import Policy, Session, answer
     with suppress(EOFError, OSError):                      # it has gone
         try:
             policy = Policy(args.ckpt, args.device, args.dtype, args.euler, args.cfg)
@@ -1439,7 +1439,7 @@ def answer_all(pipe, args):
         except Exception as e:                             # whatever a checkpoint may hold
             return pipe.send_bytes(pack_message({"error": printable(e)}))
         while True:
-            pipe.send_bytes(Server.answer(None, player, pipe.recv_bytes()))
+            pipe.send_bytes(answer(player, pipe.recv_bytes()))
 
 
 # -------------------------------------------------------------------------- the command line

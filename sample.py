@@ -20,7 +20,6 @@ import functools
 import itertools
 import math
 import multiprocessing.connection as mpc
-import operator
 import signal
 import socket
 import sys
@@ -34,6 +33,7 @@ import cv2
 import numpy as np
 import extract                       # before torch, whose threads it keeps from spinning
 import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import model as M
@@ -52,42 +52,40 @@ class Session:
         self.policy, self.envs, self.game = policy, envs, None
         self.seen = torch.zeros(envs, c.frames, c.image_tokens, c.vision_width)           # (B, F, N, V)
         self.keep = torch.zeros(envs, c.frames, dtype=torch.bool)                # which of them there are yet
-        self.games = torch.zeros(envs, dtype=torch.long)
         self.noise = [torch.Generator() for _ in range(envs)]
         self.reset(seed=seed, game=game)
 
     def reset(self, env=None, seed=None, game=None):
-        """Forget what was seen and restart the noise, for one environment or all; seed and game stay as they
-        are where not given. Environment i draws from seed + i."""
+        """Forget what was seen and restart the noise, for one environment or all; seed and game (one for all)
+        stay as they are where not given. Environment i draws from seed + i."""
         game = self.game if game is None else game
-        game_id = self.policy.game_id(game)        # first: an unknown game leaves the session as it was
+        self.game_id = self.policy.game_id(game)   # first: an unknown game leaves the session as it was
         self.game, self.seed = game, self.seed if seed is None else seed
         for i in range(self.envs) if env is None else [env]:
-            self.keep[i], self.games[i] = False, game_id
+            self.keep[i] = False
             self.noise[i].manual_seed((self.seed + i) % 2**63)
 
-    def predict(self, rgb, noise=None):
+    def predict(self, rgb):
         """uint8 (h, w, 3) -> float32 (T, 25), or (B, h, w, 3) -> (B, T, 25); file convention."""
-        return M.actions_out(self.predict_raw(rgb, noise)).numpy()
+        return M.actions_out(self.predict_raw(rgb)).numpy()
 
     def predict_raw(self, rgb, noise=None):
         """The same before decoding: (T, A) or (B, T, A) in the model's convention. noise float32 of that
         shape replaces the seeded one."""
-        rgb = np.asarray(rgb)
+        rgb, c = np.asarray(rgb), self.policy.config
         frames = rgb if rgb.ndim == 4 else rgb[None]
         if rgb.dtype != np.uint8 or frames.shape != (self.envs, *frames.shape[1:3], 3):
             raise UserError(f"expected {self.envs} frame(s) of uint8 (h, w, 3), "
                             f"found {rgb.dtype} {rgb.shape}")
         self.see(frames)
-        shape = self.policy.config.horizon, self.policy.config.action_dim
         if noise is None:
-            noise = torch.stack([torch.randn(shape, generator=g) for g in self.noise])    # (B, T, A)
-        noise = torch.as_tensor(noise).reshape(self.envs, *shape)
-        raw = self.policy.chunk(self.seen, self.keep, self.games, noise)
+            noise = torch.stack([torch.randn(c.horizon, c.action_dim, generator=g) for g in self.noise])
+        noise = torch.as_tensor(noise).reshape(self.envs, c.horizon, c.action_dim)        # (B, T, A)
+        raw = self.policy.chunk(self.seen, self.keep, torch.full([self.envs], self.game_id), noise)
         if not torch.isfinite(raw).all():
             raise UserError(f"{self.policy.name}: expected numbers, the model gives NaN or infinity: use "
                             "--dtype float32 and a smaller --cfg, or another checkpoint")
-        return raw[0] if rgb.ndim == 3 else raw
+        return raw if rgb.ndim == 4 else raw[0]
 
     def see(self, frames):
         """Take in the next frame of each environment, uint8 (B, h, w, 3)."""
@@ -114,11 +112,12 @@ class Policy:
         self.name, self.config, self.dtype, self.guidance = str(ckpt), self.model.config, dtype, guidance
         self.steps = steps or self.config.steps
         with reading(ckpt, "data with a hole of [x0, y0, x1, y1] pixels, if any"):
-            x0, y0, x1, y1 = map(int, (self.meta.get("data") or {}).get("hole") or (0, 0, 0, 0))
-        self.hole = ..., slice(y0, y1), slice(x0, x1), slice(3)
+            x0, y0, x1, y1 = map(int, (self.meta.get("data") or {}).get("hole") or [0] * 4)
+        self.hole = np.s_[..., y0:y1, x0:x1, :]
         self.lock, self.graphs = threading.Lock(), {}
         with torch.inference_mode():
-            self.times = self.model.times(buckets(self.steps, self.config.buckets).to(self.device))
+            times = self.model.times(buckets(self.steps, self.config.buckets).to(self.device))
+        self.run = functools.partial(euler, self.model, steps=self.steps, guidance=guidance, times=times)
 
     @torch.inference_mode()
     def see(self, frames):
@@ -139,23 +138,20 @@ class Policy:
             if self.guidance:      # unconditional = the newest frame, no game; the release forgets both games
                 x = torch.cat([x, self.model.assemble(seen[:, -1:])])
             context, run = self.model.mix(x), self.run
-            if self.device.type == "cuda":                 # recorded at the first chunk of each batch size
-                run = self.graphs[noise.shape] = self.graphs.get(noise.shape) or Graph(run, context, noise)
+            if self.device.type == "cuda":
+                if noise.shape not in self.graphs:         # the first chunk of this batch size
+                    self.graphs[noise.shape] = cuda_graph(run, context, noise)
+                run = self.graphs[noise.shape]
             return run(context, noise).float().cpu()
-
-    def run(self, context, noise):
-        """euler() with what this policy has at hand."""
-        return euler(self.model, context, noise, self.steps, self.guidance, self.times)
 
     def game_id(self, game):
         """--game ID|NAME -> the id; None = no game."""
-        games = self.config.games
-        names = ["None", *games]
-        ids = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-        if str(game) not in ids:
-            known = f"its games are {', '.join(games[:20])}" if games else "it was trained without games"
-            raise UserError(f"game {game!r} is not known to {self.name}: {known}")
-        return ids[str(game)]
+        names = ["None", *self.config.games]
+        known = [*names, *map(str, range(len(names)))]
+        if str(game) not in known:
+            raise UserError(f"game {game!r} is not known to {self.name}: "
+                            f"its games are {', '.join(names[1:21]) or 'none'}")
+        return known.index(str(game)) % len(names)
 
 
 @torch.inference_mode()
@@ -187,27 +183,29 @@ def buckets(k, n):
 
 # -------------------------------------------------------------------------------------------------- the clips
 OPEN_CLIPS = 100                     # clips held open at a time, two files each: under every system's limit
-open_frames = functools.lru_cache(OPEN_CLIPS)(extract.Frames)
 
 
 @functools.lru_cache(OPEN_CLIPS)
-def open_actions(path):
-    """The actions of a file, float32 (n, 25), memory-mapped."""
+def open_clip(folder, file):
+    """A clip's extract.Frames and its actions, float32 (n, 25): those of `file`, memory-mapped; zeros where
+    that is ""."""
+    frames, path = extract.Frames(folder), folder / file
+    if not file:
+        return frames, np.broadcast_to(extract.neutral(), (frames.n, extract.A))
     if not path.is_file():
         raise UserError(f"{path}: expected actions, found none: add them (parse.py run, sample.py "
                         "label) or give a folder of labelled clips alone")
-    return extract.read_npy(path, np.float32, (None, None))
+    return frames, extract.read_npy(path, np.float32, (None, None))
 
 
 class Clip:
     """One clip folder, checked: which frames may start a chunk, and chunks at the model's rate from any
     rate. Of a frame it holds six bytes: clips are many, and their files stay on the disk."""
 
-    def __init__(self, folder, config, file="actions.npy", human_weight=1.0):
-        """file: where its actions are, "" = it has none."""
+    def __init__(self, folder, config, file="actions.npy", human_weight=1.0, begin=0, end=None):
+        """file: where its actions are, "" = it has none. Only the rows begin .. end count."""
         self.folder, self.file, self.config = Path(folder), file, config
-        self.human_weight = human_weight
-        meta, self.n = extract.read_clip(folder), self.frames.n
+        meta, self.n, self.human_weight = extract.read_clip(folder), self.frames.n, human_weight
         extract.check_actions(self.folder / file, self.actions, self.n)
         self.fps, self.hole = meta["fps"], meta.get("hole")
         self.game = str(meta.get("game") or "unknown")
@@ -215,48 +213,40 @@ class Clip:
         with reading(self.folder / "clip.json", 'a whole number of rows as "lag"'):
             self.lag = int(meta.get("lag") or 0)
         self.ratio = self.fps / config.hz                                    # rows of the clip for one action
-        self.cuts = np.flatnonzero(self.flags("cuts.npy", False))
-        keep = self.flags(file and "keep.npy", True)
-        self.rows = self.frames.numbers[keep[self.frames.numbers]].astype(np.int32)
-        self.narrow(0, self.n)
+        end = self.n if end is None else end
+        self.cuts = np.union1d(np.flatnonzero(self.flags("cuts.npy", False)), [begin, end])
+        rows = self.frames.numbers
+        keep = self.flags(file and "keep.npy", True)       # without actions: of a `label` that was stopped
+        rows = rows[keep[rows] & (begin <= rows) & (rows < end)].astype(np.int32)
+        mask = self.mask(rows)                                                                     # (m, T)
+        good = mask[:, 0] & (rows + config.offsets[-1] * self.ratio + 1e-6 < self.end(rows))
+        # Of the frames that may start a chunk, whose first action and last picture are there: their rows,
+        # int32, and how many of their actions count.
+        self.rows, self.lengths = rows[good], mask[good].sum(1, dtype=np.uint16)
+        self.size, self.sum = end - begin, self.actions[begin:end].sum(0, dtype=np.float64)
+        human = self.flags("human.npy", False)[self.rows]
+        weights = np.where(human, human_weight, 1.0)
+        self.weight = weights.sum()
+        self.cumulative = np.cumsum(weights) if human.any() else None       # else each weighs 1: no table
 
     @property
     def frames(self):
         """Its extract.Frames."""
-        return open_frames(self.folder)
+        return open_clip(self.folder, self.file)[0]
 
     @property
     def actions(self):
         """float32 (n, 25), memory-mapped; zeros where it has none."""
-        if self.file:
-            return open_actions(self.folder / self.file)
-        return np.broadcast_to(extract.neutral(), (self.n, extract.A))
+        return open_clip(self.folder, self.file)[1]
 
     def flags(self, name, default):
         """A bool (n,) file of the clip; the default everywhere where there is none."""
         path = self.folder / name
         return extract.read_npy(path, bool, (self.n,)) if path.is_file() else np.full(self.n, default)
 
-    def narrow(self, begin, end):
-        """Let the rows begin .. end alone count."""
-        self.cuts, rows = np.unique([*self.cuts, begin, end]), self.rows
-        mask = self.mask(rows)                                                                     # (m, T)
-        good = (begin <= rows) & (rows < end) & mask[:, 0]
-        good &= rows + self.config.offsets[-1] * self.ratio + 1e-6 < self.end(rows)    # all to come is there
-        self.rows = rows[good]                                 # of the frames that may start a chunk, int32,
-        self.lengths = mask[good].sum(1, dtype=np.uint16)      # and how many of its actions count
-        self.size, self.sum = end - begin, self.actions[begin:end].sum(0, dtype=np.float64)
-        self.weight, self.cumulative = float(len(self.rows)), None
-        human = self.flags("human.npy", False)
-        if human.any():                                        # else each frame weighs 1: no table
-            self.cumulative = np.cumsum(np.where(human[self.rows], self.human_weight, 1.0))
-            self.weight = float(self.cumulative[-1:].sum())
-
     def part(self, begin, end):
         """The same clip, of whose rows begin .. end alone count."""
-        part = copy.copy(self)
-        part.narrow(begin, end)
-        return part
+        return Clip(self.folder, self.config, self.file, self.human_weight, begin, end)
 
     def pick(self, share):
         """Which of its frames that may start a chunk is at a share 0 .. 1 of their weights, one after
@@ -287,23 +277,21 @@ class Clip:
         A faster clip: a button counts as pressed when it was at any of the action's rows. A slower one: a row
         is held. Sticks: the first row.
         """
-        end = self.end(row)
+        end, rows = self.end(row), np.asarray(self.actions)
         edges = self.edges(row).clip(0, end)
-        inside = edges[:-1] < end                          # the others are masked, and hold the last row
-        begin = np.minimum(edges[:-1], end - 1)
-        rows = self.actions[begin[0]:max(edges[-1], begin[-1] + 1)]
-        out = rows[begin - begin[0]]
-        out[inside, :-4] = np.maximum.reduceat(rows[:, :-4], begin[inside] - begin[0])
+        begin = np.minimum(edges[:-1], end - 1)            # what is masked holds the last row
+        out = rows[begin]
+        out[:, :-4] = [rows[a:max(b, a + 1), :-4].max(0) for a, b in zip(begin, edges[1:])]
         return out, self.mask(row)
 
     def before(self, row):
         """The action before a frame, float32 (25,)."""
         return self.actions[max(row - 1 + self.lag, 0)]
 
-    def pictures(self, j):
-        """Frame j of those that may start a chunk and its context -> uint8 (F, 256, 256, 3), oldest first,
-        and bool (F,): which of them the clip has, with no cut between."""
-        frames, c, row = self.frames, self.config, self.rows[j]
+    def pictures(self, row):
+        """Row of a frame -> it and its context, uint8 (F, 256, 256, 3), oldest first, and bool (F,): which of
+        them the clip has, with no cut between."""
+        frames, c = self.frames, self.config
         out, keep = np.zeros((c.frames, c.image, c.image, 3), np.uint8), np.zeros(c.frames, bool)
         then = row + np.multiply(c.offsets, self.ratio) + 1e-6
         with reading(self.folder, f"frames of {c.image} x {c.image}"):
@@ -316,12 +304,11 @@ class Clip:
 def load_clips(data, config, file="actions.npy", human_weight=1.0, say=print):
     """Every clip of the folders `data` that has a chunk to learn from; one line names those left out,
     UserError when none is left."""
-    folders = [folder for path in data for folder in extract.clips_in(path)]
-    clips = [Clip(folder, config, file, human_weight) for folder in folders]
+    clips = [Clip(folder, config, file, human_weight) for path in data for folder in extract.clips_in(path)]
     good = [clip for clip in clips if len(clip.rows)]
     short = [clip for clip in clips if not len(clip.rows)]
     for clip in good:
-        clip.pictures(0)                                       # a broken first picture is told now
+        clip.pictures(clip.rows[0])                            # a broken first picture is told now
     if short:
         why = (f"{short[0].folder}: {short[0].n} rows, none of its frames may start a chunk "
                "(too short, or all filtered out by keep.npy)")
@@ -332,9 +319,11 @@ def load_clips(data, config, file="actions.npy", human_weight=1.0, say=print):
 
 
 def per_game(clips):
-    """{game: its clips}."""
-    game = operator.attrgetter("game")
-    return {name: list(mine) for name, mine in itertools.groupby(sorted(clips, key=game), game)}
+    """{game: its clips}, by name."""
+    games = {}
+    for clip in sorted(clips, key=lambda clip: clip.game):
+        games.setdefault(clip.game, []).append(clip)
+    return games
 
 
 def mean_actions(clips):
@@ -347,68 +336,62 @@ def mean_actions(clips):
 def run_score(args):
     """Chunks of any checkpoint, one after another through labelled clips, against what was played."""
     policy = policy_of(args)
-    clips = clips_of_game(args, policy, args.data)
+    clips = load_clips(args.data, policy.config)
     starts = [start for mine in per_game(clips).values() for start in one_after_another(mine)[:args.limit]]
-    chunks = M.actions_out(chunks_at(policy, starts, args.seed)[0]).numpy()
+    chunks = M.actions_out(chunks_at(policy, starts, args.seed, args.game)[0]).numpy()
     print_scores(scores(chunks, starts, mean_actions(clips)))
     print("A policy that reacts can play well and yet score below those that do not look: play is the judge.")
     if args.lag:
         print_lags(chunks, starts)
     if args.out:
-        write_film(args.out, starts[0][0].config.hz, film_chunks(chunks, starts))
-
-
-def clips_of_game(args, policy, data, file="actions.npy"):
-    """load_clips(); their game is the one of --game, where that is given."""
-    clips = load_clips(data, policy.config, file)
-    for clip in clips if args.game else ():
-        clip.game_id = policy.game_id(args.game)
-    return clips
+        write_film(args.out, policy.config.hz, film_chunks(chunks, starts))
 
 
 def one_after_another(clips, step=1.0):
-    """[(clip, which of its frames)]: the first in each `step` horizons of each clip."""
+    """[(clip, row of a frame)]: the first in each `step` horizons of each clip."""
     starts = []
     for clip in clips:
         windows = clip.rows // max(step * clip.config.horizon * clip.ratio, 1)
-        starts += [(clip, j) for j in np.unique(windows, return_index=True)[1]]
+        starts += [(clip, row) for row in clip.rows[np.unique(windows, return_index=True)[1]]]
     return starts
 
 
-def chunks_at(policy, starts, seed=0, draws=1, batch=32):
-    """The sampler's chunks, float32 (draws, n, T, A), at [(clip, which frame)] * n; each frame is seen
-    once."""
+def chunks_at(policy, starts, seed=0, game=None, draws=1, batch=32):
+    """The sampler's chunks, float32 (draws, n, T, A), at [(clip, row of a frame)] * n, each seen once; of
+    each clip's own game where none is given."""
     c, g, parts = policy.config, torch.Generator().manual_seed(seed), []
     for i in tqdm(range(0, len(starts), batch), mininterval=1, leave=False):
         some = starts[i:i + batch]
-        frames, keep = map(np.stack, zip(*(clip.pictures(j) for clip, j in some)))
-        seen = policy.see(frames), torch.from_numpy(keep), torch.tensor([clip.game_id for clip, _ in some])
+        frames, keep = map(np.stack, zip(*(clip.pictures(row) for clip, row in some)))
+        games = [policy.game_id(game) if game else clip.game_id for clip, _ in some]
+        seen = policy.see(frames), torch.from_numpy(keep), torch.tensor(games)
         noise = torch.randn(draws, len(some), c.horizon, c.action_dim, generator=g)
         parts.append(torch.stack([policy.chunk(*seen, of_draw) for of_draw in noise]))
     return torch.cat(parts, 1)
 
 
 def scores(chunks, starts, means):
-    """Chunks (n, T, 25) in file convention, predicted at [(clip, which frame)] * n -> {"policies": {policy:
-    [R2, F1, onset F1]}, the means over games, "games": {game: {policy: the same}}, "n": {game: chunks}}.
+    """Chunks (n, T, 25) in file convention, predicted at [(clip, row of a frame)] * n -> {"policies":
+    {policy: [R2, F1, onset F1]}, the means over games, "games": {game: {policy: the same}}, "n": {game:
+    chunks}}.
 
     Beside the model stand three policies that do not look: rest, repeat (the last action before the frame,
     which the model is not told) and mean (means: {game: an action}).
     """
-    truth, mask = map(np.stack, zip(*(clip.chunk(clip.rows[j]) for clip, j in starts)))
-    last = np.stack([clip.before(clip.rows[j]) for clip, j in starts])[:, None]
-    played, rest = np.array([clip.game for clip, _ in starts]), extract.neutral()
-    usual = np.stack([means.get(game, rest) for game in played])[:, None]
-    policies = {"model": chunks, "rest": rest, "repeat": last, "mean": usual}
-    games, count = {}, {}
+    truth, mask = map(np.stack, zip(*(clip.chunk(row) for clip, row in starts)))
+    played, rest = [clip.game for clip, _ in starts], extract.neutral()
+    policies = {"model": chunks, "rest": rest,
+                "repeat": np.stack([clip.before(row) for clip, row in starts])[:, None],
+                "mean": np.stack([means.get(game, rest) for game in played])[:, None]}
+    policies = {name: np.broadcast_to(chunk, truth.shape) for name, chunk in policies.items()}
+    games = {}
     for game in sorted(set(played)):
-        here = played == game
-        count[game] = int(here.sum())
-        games[game] = {name: score_chunks(np.broadcast_to(chunk, truth.shape)[here], truth[here], mask[here])
+        here = np.array(played) == game
+        games[game] = {name: score_chunks(chunk[here], truth[here], mask[here])
                        for name, chunk in policies.items()}
-    mean = lambda x: math.nan if np.isnan(x).all() else float(np.nanmean(x))
-    overall = {name: [*map(mean, zip(*(g[name] for g in games.values())))] for name in policies}
-    return {"policies": overall, "games": games, "n": count}
+    table = np.ma.masked_invalid([[*row.values()] for row in games.values()])      # (games, policies, 3)
+    overall = dict(zip(policies, table.mean(0).filled(math.nan).tolist()))
+    return {"policies": overall, "games": games, "n": {game: played.count(game) for game in games}}
 
 
 def score_chunks(chunks, truth, mask):
@@ -418,9 +401,9 @@ def score_chunks(chunks, truth, mask):
     spread = ((sticks - sticks.mean(0)) ** 2).sum()
     r2 = float(1 - (error ** 2).sum() / spread) if spread > 1e-9 else math.nan
     pressed, true = (mask[..., None] & (x[..., :-4] > 0.5) for x in (chunks, truth))
-    changed, turned = onsets(pressed, mask), onsets(true, mask)
-    caught = min((changed & nearby(turned)).sum(), (turned & nearby(changed)).sum())
-    return r2, f1((pressed & true).sum(), pressed, true), f1(caught, changed, turned)
+    (found, near_found), (turned, near_turned) = onsets(pressed, mask), onsets(true, mask)
+    caught = min((found & near_turned).sum(), (turned & near_found).sum())
+    return r2, f1((pressed & true).sum(), pressed, true), f1(caught, found, turned)
 
 
 NEAR = 2                                   # actions from a press or release to one that is taken for it
@@ -432,32 +415,32 @@ def f1(hits, found, true):
 
 
 def onsets(pressed, mask):
-    """Buttons bool (n, T, 21) -> presses and releases, bool (n, T - 1, 42), where both steps count."""
+    """Buttons bool (n, T, 21) -> presses and releases, bool (n, T - 1, 42), where both steps count, and
+    where one of them lies within NEAR steps."""
     turn = np.diff(pressed.astype(np.int8), axis=1) * (mask[:, 1:] & mask[:, :-1])[..., None]
-    return np.concatenate([turn > 0, turn < 0], 2)
-
-
-def nearby(events):
-    """Where one of bool (n, T - 1, 42) lies within NEAR steps."""
-    padded = np.pad(events, ((0, 0), (NEAR, NEAR), (0, 0)))
-    return np.lib.stride_tricks.sliding_window_view(padded, 2 * NEAR + 1, axis=1).any(-1)
+    turned = np.concatenate([turn > 0, turn < 0], 2)
+    padded = np.pad(turned, ((0, 0), (NEAR, NEAR), (0, 0)))
+    return turned, np.lib.stride_tricks.sliding_window_view(padded, 2 * NEAR + 1, axis=1).any(-1)
 
 
 def print_lags(chunks, starts):
     """For each clip by how many rows, -8 to 8, its labels come later than the chunks say: where these miss
     them least."""
-    for clip in dict.fromkeys(clip for clip, _ in starts):
-        mine, miss = [(clip.rows[j], chunk) for (other, j), chunk in zip(starts, chunks) if other is clip], {}
-        late = copy.copy(clip)
+    for clip, mine in itertools.groupby(zip(starts, chunks), lambda pair: pair[0][0]):
+        rows, said = zip(*((row, chunk) for (_, row), chunk in mine))
+        late, miss = copy.copy(clip), {}
         for lag in range(-8, 9):
             late.lag = clip.lag + lag
-            said = [(chunk - truth)[mask] for row, chunk in mine for truth, mask in [late.chunk(row)]]
-            miss[lag] = (np.concatenate(said) ** 2).mean()
+            truth, mask = map(np.stack, zip(*map(late.chunk, rows)))
+            miss[lag] = ((said - truth)[mask] ** 2).mean()
         best = min(miss, key=miss.get)
         print(f"{clip.folder.name} | lag {best:+} rows: error {miss[best]:.4f}, {miss[0]:.4f} as it is")
 
 
 # ------------------------------------------------------------------------------------------------- the labels
+DRAWS = 4                                  # samples of each chunk that labels are the mean of [O]
+
+
 def run_label(args):
     """Actions for clips that have none, by an inverse model."""
     policy = policy_of(args)
@@ -467,9 +450,9 @@ def run_label(args):
     folders = [folder for data in args.data for folder in extract.clips_in(data)]
     bare = [folder for folder in folders if not (folder / "actions.npy").is_file()]
     print(f"{len(bare)} of {len(folders)} clips have no actions yet")
-    for clip in clips_of_game(args, policy, bare, "") if bare else ():
+    for clip in load_clips(bare, policy.config, "") if bare else ():
         with extract.lock(clip.folder / ".lock"):
-            actions, confidence = label(policy, clip, args.draws, args.seed)
+            actions, confidence = label(policy, clip, args.seed, args.game)
             keep = extract.dense(actions, confidence)
             meta = extract.read_clip(clip.folder) | {"labels": "inverse"}
             extract.write_json(clip.folder / "clip.json", meta)
@@ -479,49 +462,46 @@ def run_label(args):
               f"{keep.mean():.0%} kept")
 
 
-def label(policy, clip, draws, seed=0):
+def label(policy, clip, seed=0, game=None):
     """A clip's actions float32 (n, 25), file convention, and confidence float32 (n,): of each row the mean of
-    `draws` samples of each of the two chunks that hold it. Confidence is 1 - 4 times their variance, of the
+    DRAWS samples of each of the two chunks that hold it. Confidence is 1 - 4 times their variance, of the
     value that varies most: 1 where all agree, 0 where half of them press a button or no chunk holds the
     row."""
-    starts = one_after_another([clip], 0.5)
-    raw = chunks_at(policy, starts, seed, draws).clamp(0, 1).numpy()
-    raw[..., :-4] = raw[..., :-4] > 0.5                                  # each sample's vote
-    votes, sums = np.zeros((clip.n, 1)), np.zeros((2, clip.n, extract.A))          # of values, of squares
-    for (_, j), chunk in zip(starts, raw.swapaxes(0, 1)):                                  # (draws, T, 25)
-        edges = clip.edges(clip.rows[j])
-        rows = np.arange(edges[0], min(edges[-1], clip.end(clip.rows[j])))
-        said = chunk[:, np.searchsorted(edges, rows, "right") - 1]                      # (draws, rows, 25)
-        sums[:, rows] += [said.sum(0), (said ** 2).sum(0)]
-        votes[rows] += draws
-    mean, square = sums / np.maximum(votes, 1)
-    confidence = (1 - 4 * (square - mean ** 2).max(1)).clip(0, 1).astype(np.float32)
-    actions, unheard = M.actions_out(torch.from_numpy(mean).float()).numpy(), votes[:, 0] == 0
-    actions[unheard], confidence[unheard] = extract.neutral(), 0
-    return actions, confidence
+    starts, heard = one_after_another([clip], 0.5), [[] for _ in range(clip.n)]
+    chunks = M.actions_in(M.actions_out(chunks_at(policy, starts, seed, game, DRAWS))).numpy()
+    for (_, row), chunk in zip(starts, chunks.transpose(1, 2, 0, 3)):                      # (T, DRAWS, 25)
+        edges = clip.edges(row).clip(0, clip.end(row))
+        for said, begin, end in zip(chunk, edges, edges[1:]):
+            for samples in heard[begin:end]:
+                samples.append(said)
+    actions = M.actions_in(torch.zeros(clip.n, extract.A)).numpy()
+    confidence = np.zeros(clip.n, np.float32)
+    for row, samples in enumerate(heard):
+        if samples:
+            said = np.concatenate(samples)
+            actions[row], confidence[row] = said.mean(0), 1 - 4 * said.var(0).max()
+    return M.actions_out(torch.from_numpy(actions)).numpy(), confidence.clip(0)
 
 
 # -------------------------------------------------------------------------------------------------- machinery
 
-class Graph:
-    """fn recorded as one CUDA graph: at batch 1 a GPU waits for its ~100 kernel launches a step, and a replay
-    needs one for all steps."""
-    def __init__(self, fn, *args):
-        self.args = [a.clone() for a in args]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):              # a run before recording, as torch's documentation asks
-            fn(*self.args)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):      # others may use the GPU
-            self.out = fn(*self.args)
+def cuda_graph(fn, *args):
+    """fn as one CUDA graph: at batch 1 a GPU waits for its ~100 kernel launches a step, and a replay needs
+    one for all steps. -> a function of tensors like args; its answer holds until it is called again."""
+    args, side, graph = [x.clone() for x in args], torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):                  # a run before recording, as torch's documentation asks
+        fn(*args)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):               # others may use the GPU
+        out = fn(*args)
 
-    def __call__(self, *args):
-        for mine, new in zip(self.args, args):
+    def replay(*news):
+        for mine, new in zip(args, news):
             mine.copy_(new)
-        self.graph.replay()
-        return self.out.clone()
+        graph.replay()
+        return out
+    return replay
 
 
 class Server:
@@ -601,7 +581,7 @@ class Server:
                 if not self.places[s]:
                     say(refusal(f"the server is full: {self.CLIENTS} clients at a time"))
                     break
-                say(self.answer(session, message))
+                say(answer(session, message))
                 wait = self.IDLE
         except (EOFError, OSError, mpc.AuthenticationError, AssertionError, ValueError) as e:
             if "bad message length" in str(e):     # else: gone, cut off or without the key (3.11 asserts)
@@ -611,25 +591,26 @@ class Server:
             with self.lock, s, connection:
                 del self.places[s]
 
-    def answer(self, session, message):
-        """One message -> its reply, both bytes as extract.py describes them; a request that can't be served
-        is answered too."""
-        try:
-            header, frame = extract.unpack_message(message)
-            do, seed = header.get("do"), header.get("seed")
-            if do == "info":
-                return extract.pack_message(session.info())
-            if do == "predict":
-                return extract.pack_message({}, session.predict(frame))
-            if do != "reset" or not isinstance(seed, (int, type(None))):
-                raise UserError("expected do = predict, info or reset (seed: an integer), found another")
-            session.reset(seed=seed, game=header.get("game"))
-            return extract.pack_message({})
-        except ValueError as e:                    # a UserError, say
-            return refusal(str(e))
-        except Exception:                          # our fault: this client hears of it, others play on
-            traceback.print_exc()
-            return refusal("a fault of the server: its terminal shows more")
+
+def answer(session, message):
+    """One message -> its reply, both bytes as extract.py describes them; a request that can't be served
+    is answered too."""
+    try:
+        header, frame = extract.unpack_message(message)
+        do, seed = header.get("do"), header.get("seed")
+        if do == "info":
+            return extract.pack_message(session.info())
+        if do == "predict":
+            return extract.pack_message({}, session.predict(frame))
+        if do != "reset" or not isinstance(seed, (int, type(None))):
+            raise UserError("expected do = predict, info or reset (seed: an integer), found another")
+        session.reset(seed=seed, game=header.get("game"))
+        return extract.pack_message({})
+    except ValueError as e:                    # a UserError, say
+        return refusal(str(e))
+    except Exception:                          # our fault: this client hears of it, others play on
+        traceback.print_exc()
+        return refusal("a fault of the server: its terminal shows more")
 
 
 def refusal(line):
@@ -647,39 +628,24 @@ def policy_of(args):
 
 
 def run_image(args):
-    """One chunk from one or more pictures -> chunk.npy."""
-    frames = [picture(p) for p in args.images]
+    """One chunk from one or more pictures -> chunk.npy. One resize for all, shrink(): the release's image
+    processor resizes with PIL's bilinear filter here, its player with area interpolation; a 256 x 256 image
+    passes both unchanged."""
+    *context, frame = [extract.read_rgba(path)[..., :3] for path in args.images]
     policy = policy_of(args)
-    c = policy.config
-    if len(frames) > c.frames:
-        raise UserError(f"expected at most {c.frames} image(s) for this checkpoint, found {len(frames)}")
-    noise = read_noise(args.noise, (c.horizon, c.action_dim)) if args.noise else None
-    session = Session(policy, args.game, args.seed)
-    for frame in frames[:-1]:
-        session.see(frame[None])
-    raw = session.predict_raw(frames[-1], noise)
+    c, noise, session = policy.config, None, Session(policy, args.game, args.seed)
+    if len(args.images) > c.frames:
+        raise UserError(f"expected at most {c.frames} image(s) for this checkpoint, found {len(args.images)}")
+    if args.noise:
+        shape = c.horizon, c.action_dim
+        with reading(args.noise, f"a .npy of noise, float32 {shape}"):
+            noise = torch.from_numpy(np.load(args.noise, allow_pickle=False)).float().reshape(shape)
+    for seen in context:
+        session.see(seen[None])
+    raw = session.predict_raw(frame, noise)
     chunk = (raw if args.raw else M.actions_out(raw)).numpy()
     extract.write_npy(args.out, chunk)
     print(f"{args.out}: float32 {chunk.shape}")
-
-
-def picture(path):
-    """An image file -> uint8 (h, w, 3). One resize for all, shrink(): the release's image processor resizes
-    with PIL's bilinear filter here, its player with area interpolation; a 256 x 256 image passes both
-    unchanged."""
-    if not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "nothing there"
-        raise UserError(f"{path}: expected an image, found {found}")
-    return extract.read_rgba(path)[..., :3]
-
-
-def read_noise(path, shape):
-    """Noise float32 (T, A) from a .npy; UserError names what is wrong with it."""
-    with reading(path, f"a .npy of noise, float32 {shape}"):
-        noise = np.load(path, allow_pickle=False)
-        if noise.dtype != np.float32 or not np.isfinite(noise).all():
-            raise TypeError(f"{noise.dtype}, or NaN or infinity in it")
-        return noise.reshape(shape)
 
 
 def run_video(args):
@@ -689,34 +655,34 @@ def run_video(args):
     if Path(args.out).resolve() == Path(args.video).resolve():
         raise UserError(f"{args.out}: expected another name than the video's own, which would be lost")
     policy = policy_of(args)
-    c, session, skin = policy.config, Session(policy, args.game, args.seed), extract.our_skins()[0]
+    c, session = policy.config, Session(policy, args.game, args.seed)
     rate = info["fps"] / c.hz                                          # frames of the video for one action
-    shown = (np.arange(max(round(c.horizon * rate), 1)) / rate + 1e-6).astype(int)         # action of each
+    steps = np.arange(max(round(c.horizon * rate), 1)) / rate + 1e-6   # of a chunk, at each of its frames
+    steps = steps.astype(int).clip(max=c.horizon - 1)
     coming = deque([extract.neutral()] * round(c.action_shift * rate))
 
-    def pages():
+    def shots():
         for i, rgb in tqdm(extract.read_video(args.video), total=info["n"], unit=" frames", mininterval=1):
-            if i % len(shown) == 0:
-                coming.extend(session.predict(rgb)[shown.clip(max=c.horizon - 1)])
-            yield beside(rgb, skin, coming.popleft())
-    write_film(args.out, info["fps"], pages())
+            if i % len(steps) == 0:
+                coming.extend(session.predict(rgb)[steps])
+            yield rgb, coming.popleft()
+    write_film(args.out, info["fps"], shots())
     print(args.out)
 
 
 def film_chunks(chunks, starts):
-    """Chunk after chunk, each step of them: the frame, then what was played above what was predicted."""
-    skin = extract.our_skins()[0]
-    for (clip, j), chunk in zip(starts, chunks):
-        row = clip.rows[j]
+    """Chunk after chunk, yields of each step: the frame, what was played, what was predicted."""
+    for (clip, row), chunk in zip(starts, chunks):
         for at, said, true, counts in zip(clip.edges(row), chunk, *clip.chunk(row)):
             if counts:
                 i = np.searchsorted(clip.frames.numbers, at - clip.lag, "right") - 1
-                rgb = cv2.resize(clip.frames[i], (768, 768), interpolation=cv2.INTER_NEAREST)
-                yield beside(rgb, skin, true, said)
+                yield cv2.resize(clip.frames[i], (768, 768), interpolation=cv2.INTER_NEAREST), true, said
 
 
-def write_film(path, fps, pages):
-    """Pictures of one size, one after another, as a video."""
+def write_film(path, fps, shots):
+    """Shots, (frame, action, ...) each, as a video with pads beside each frame."""
+    skin = extract.our_skins()[0]
+    pages = (beside(rgb, skin, *actions) for rgb, *actions in shots)
     first = next(pages, None)
     if first is None:
         raise UserError(f"{path}: expected a picture to begin with, found none: take another video")
@@ -726,34 +692,28 @@ def write_film(path, fps, pages):
 
 
 def beside(rgb, skin, *actions):
-    """A frame with a pad for each action right of it, one under another, yellow dots on its sticks' caps;
-    sides are even, as encoders want."""
+    """A frame with one pad or two right of it, one under another, pressed as the actions say, yellow dots on
+    their sticks' caps; sides are even, as encoders want."""
     h, w = (n // 2 * 2 for n in rgb.shape[:2])
-    room = h // len(actions)
-    scale = min(w / 2 / skin.size[0], room / skin.size[1])             # half as wide at most, and no higher
-    wide = int(skin.size[0] * scale) // 2 * 2
-    high = round(wide * skin.size[1] / skin.size[0])
-    page = np.full((h, w + wide, 3), 24, np.uint8)
-    page[:, :w] = rgb[:h, :w]
-    for i, action in enumerate(actions):
+    pads = []
+    for action in actions:
         pad = extract.over(24, draw(skin, action))
         for side, stick in skin.sticks.items():
             cap = np.add(stick["center"], np.multiply(stick["travel"], action[extract.STICKS[side]]))
             cv2.circle(pad, cap.astype(int).tolist(), 3 + len(pad) // 30, (255, 210, 0), -1)
-        top = i * room + (room - high) // 2
-        page[top:top + high, w:] = cv2.resize(pad, (wide, high), interpolation=cv2.INTER_AREA)
-    return page
+        pads.append(ImageOps.pad(Image.fromarray(pad), (w // 4 * 2, h // len(actions)), color=(24, 24, 24)))
+    return np.hstack([rgb[:h, :w], np.vstack(pads)])
 
 
 def print_scores(result):
     """A line a game: how many chunks, then R2, F1 and onset F1 of each policy."""
-    names = list(result["policies"])
-    width = max([4, *map(len, result["games"])]) + 2
-    print(f"{'game':{width}}{'n':>6}" + "".join(f"{name + ' R2':>10}{'F1':>6}{'onset':>6}" for name in names))
-    for game, policies in [*result["games"].items(), ("all", result["policies"])]:
-        n = result["n"].get(game, sum(result["n"].values()))
-        figures = "".join("{:10.2f}{:6.2f}{:6.2f}".format(*policies[name]) for name in names)
-        print(f"{game:{width}}{n:6}{figures}")
+    games, overall, n = result["games"], result["policies"], result["n"]
+    width = max(map(len, ["game", *games])) + 2
+    head = "".join(f"{name + ' R2':>10}{'F1':>6}{'onset':>6}" for name in overall)
+    print(f"{'game':{width}}{'n':>6}{head}")
+    for game, row, count in zip([*games, "all"], [*games.values(), overall], [*n.values(), sum(n.values())]):
+        figures = "".join("{:10.2f}{:6.2f}{:6.2f}".format(*three) for three in row.values())
+        print(f"{game:{width}}{count:6}{figures}")
 
 
 def run_serve(args):
@@ -777,8 +737,8 @@ def main(argv=None):
                                     description="Sample actions from a policy.")
     sub = parser.add_subparsers(required=True, metavar="image | video | score | label | serve")
 
-    def command(name, run, text):
-        p = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def command(run, text):
+        p = sub.add_parser(run.__name__.removeprefix("run_"), help=text, description=text, allow_abbrev=False)
         p.set_defaults(run=run)
         p.add_argument("--ckpt", required=True, help="a .safetensors, or a run folder of train.py")
         p.add_argument("--euler", type=number(int, 1, 10_000), metavar="K",
@@ -793,23 +753,22 @@ def main(argv=None):
                        help="of weights and activations; bfloat16 is faster on GPUs, and of large models on "
                        "CPUs with AVX-512 (default float32)")
         return p
-    p = command("image", run_image, "predict one chunk from images")
+    p = command(run_image, "predict one chunk from images")
     p.add_argument("images", nargs="+", help="the context, oldest first")
     p.add_argument("--noise", metavar="N.npy", help="float32 (T, A) in place of the seeded noise")
     p.add_argument("--raw", action="store_true", help="write the sampler's tensor (T, A) as it is")
     p.add_argument("--out", required=True, help="the .npy to write")
-    p = command("video", run_video, "draw the predicted pad beside each frame of a video")
+    p = command(run_video, "draw the predicted pad beside each frame of a video")
     p.add_argument("video", help="the video to look at")
     p.add_argument("--out", required=True, help="the .mp4 to write")
-    p = command("score", run_score, "R2 and F1 of chunks on labelled clips, beside policies that do not look")
+    p = command(run_score, "R2 and F1 of chunks on labelled clips, beside policies that do not look")
     p.add_argument("data", nargs="+", help="folders of clips with actions")
     p.add_argument("--limit", type=number(int, 1), default=500, help="most chunks a game (default 500)")
     p.add_argument("--lag", action="store_true", help="also by how many rows each clip's labels are late")
     p.add_argument("--video", dest="out", metavar="OUT.mp4", help="film frame, truth, prediction beside it")
-    p = command("label", run_label, "add actions to clips that have none, by an inverse model")
+    p = command(run_label, "add actions to clips that have none, by an inverse model")
     p.add_argument("data", nargs="+", help="folders of clips, such as extract.py --plain makes")
-    p.add_argument("--draws", type=number(int, 1), default=4, help="samples of each chunk (default 4)")
-    p = command("serve", run_serve, "answer play.py --server and play.Client")
+    p = command(run_serve, "answer play.py --server and play.Client")
     p.set_defaults(euler=extract.PLAY_STEPS)
     p.add_argument("--host", default="127.0.0.1",
                    help="address to listen on; 0.0.0.0 = every network (default 127.0.0.1, this machine)")

@@ -1799,7 +1799,7 @@ def own_folder(tmp_path, monkeypatch):
     """Each test works in an empty folder of its own, in which plain names are paths; what others opened under
     the same names is forgotten."""
     monkeypatch.chdir(tmp_path)
-    for opened in sample.open_frames, sample.open_actions, train.open_tokens:
+    for opened in sample.open_clip, train.open_tokens:
         opened.cache_clear()
 
 
@@ -2060,14 +2060,14 @@ def test_a_killed_save_leaves_the_old_file_and_what_the_next_removes(tmp_path, m
 
 def test_batched_environments_equal_single_sessions(policy):
     first, second = pictures(6).reshape(2, 3, 256, 256, 3)
-    many = sample.Session(policy, game="x", seed=5, envs=3)
+    many = sample.Session(policy, game="1", seed=5, envs=3)        # a game's number, or its name
     ones = [sample.Session(policy, game="x", seed=5 + i) for i in range(3)]
     for batch in first, second, first:
         alone = [session.predict_raw(frame) for session, frame in zip(ones, batch)]
         close(many.predict_raw(batch), torch.stack(alone), 1e-4)
         if batch is second:                                # one begins anew, the others go on
-            many.reset(env=1, game="2")                    # a game's name, or its number
-            ones[1] = sample.Session(policy, game="y", seed=6)
+            many.reset(env=1)
+            ones[1] = sample.Session(policy, game="x", seed=6)
 
 
 @contextlib.contextmanager
@@ -2237,8 +2237,8 @@ def test_pictures_are_of_their_rows_and_cross_no_cut(future):
     clip = a_clip(config, every=2, cuts=rows == 20, keep=rows > 3)
     ends = {row: 20 if row < 20 else 40 for row in range(4, 40, 2)}
     assert clip.rows.tolist() == [row for row in ends if row + 3 * future < ends[row]]
-    for j, row in enumerate(clip.rows):
-        for k, (picture, there) in enumerate(zip(*clip.pictures(j))):
+    for row in clip.rows:
+        for k, (picture, there) in enumerate(zip(*clip.pictures(row))):
             number = (row + 3 * (k - 3 + future)) // 2                       # the last at that row or before
             assert there == (number >= 0 and (number < 10) == (row < 20))
             assert (picture == (clip.frames[number] if there else 0)).all()
@@ -2277,7 +2277,7 @@ def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over():
     [first], [last] = train.split([clip], 0.1)
     assert first.rows.tolist() == [*range(54)] and last.rows.tolist() == [*range(54, 60)]
     assert first.chunk(52)[0][:, 23] * 1000 == pytest.approx([52, 52, 53, 53]) and first.lengths[-1] == 2
-    assert last.pictures(0)[1].tolist() == [False, True]                     # what came before is not shown
+    assert last.pictures(54)[1].tolist() == [False, True]                     # what came before is not shown
     assert sample.mean_actions([last])["squares"][23] == pytest.approx(np.mean(range(54, 60)) / 1000)
 
 
@@ -2436,7 +2436,7 @@ def test_an_inverse_model_labels_plain_clips_and_these_train(idm, capfd):
     for clip in plain, short:
         (clip / "actions.npy").unlink()
     before = (done / "actions.npy").read_bytes()
-    assert run(sample.main, "label", "data", "--ckpt", idm, "--draws", 2) == 0
+    assert run(sample.main, "label", "data", "--ckpt", idm) == 0
     assert "2 of 3 clips have no actions yet\nleft out 1 clip(s)" in capfd.readouterr().out
     assert (done / "actions.npy").read_bytes() == before and not (short / "actions.npy").exists()
     actions, confidence, keep = (np.load(plain / f"{name}.npy") for name in ("actions", "confidence", "keep"))
@@ -2455,7 +2455,7 @@ def test_labels_are_means_of_draws_and_sure_where_these_agree(monkeypatch):
     draws[:3, ..., 18] = 0.9
     draws[..., 21] = torch.tensor([0.65, 0.75, 0.65, 0.75])[:, None, None]
     monkeypatch.setattr(sample, "chunks_at", lambda policy, starts, *_: draws.repeat(1, len(starts), 1, 1))
-    actions, confidence = sample.label(None, clip, 4)
+    actions, confidence = sample.label(None, clip)
     assert set(actions[:36, 18]) == {1} and not actions[:, :18].any()
     assert actions[:36, 21] == pytest.approx(0.4) and confidence[:36] == pytest.approx(1 - 4 * 0.75 * 0.25)
 
@@ -2726,8 +2726,8 @@ sample.py label plain --ckpt idm | none of its frames may start
 sample.py score plain --ckpt good | expected actions, found none: add them
 sample.py image f.png --ckpt idm --out OUT | needs the frames to come
 sample.py image f.png f.png f.png --ckpt good --out OUT | at most 2
-sample.py image . --ckpt good --out OUT | a folder
-sample.py image no.png --ckpt good --out OUT | nothing there
+sample.py image . --ckpt good --out OUT | expected a PNG or JPEG
+sample.py image no.png --ckpt good --out OUT | No such file
 sample.py image n.npy --ckpt good --out OUT | picture
 sample.py image f.png --ckpt good --out OUT --noise n.npy | (8, 25)
 sample.py image f.png --ckpt good --out OUT --noise objects.npy | objects

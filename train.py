@@ -332,7 +332,8 @@ class Sampler:
     def sample(self, number, k, j):
         """Everything of the sample with this global number, kept frame j of clip k."""
         rng, clip, c = stream(self.seed, number), self.clips[k], self.config
-        actions, mask = clip.chunk(int(clip.rows[j]))
+        row = clip.rows[j]
+        actions, mask = clip.chunk(row)
         noise = rng.standard_normal((self.draws, c.horizon, c.action_dim), np.float32)
         t = draw_times(rng, self.draws, c)
         told = rng.random() >= self.drop_games            # without its game now and then: guidance needs both
@@ -340,7 +341,7 @@ class Sampler:
             variants, keep = open_tokens(self.tokens[k]), np.ones(1, bool)
             frames = np.float32(variants[rng.integers(len(variants)), [j]])                    # (1, N, V)
         else:
-            frames, keep = clip.pictures(j)
+            frames, keep = clip.pictures(row)
             if self.augment:
                 frames = augmented(frames, rng)
         return {"frames": frames, "actions": actions, "mask": mask, "games": told * clip.game_id,
@@ -389,8 +390,7 @@ def keep_tokens(model, clips, variants, args, team):
     """Where vision is frozen, a frame's tokens are always the same: encode every kept frame once, in so many
     augmentations -> a file for each clip, float16 (variants, kept frames, N, V), beside it in .tokens under a
     name that tells vision and frames; None where vision trains or sees more than a frame."""
-    c, trains = model.config, any(p.requires_grad for p in model.vision.parameters())
-    if trains or c.frames > 1 or args.dry_run:
+    if any(p.requires_grad for p in model.vision.parameters()) or model.config.frames > 1 or args.dry_run:
         return None
     paths, weights = [], extract.fingerprint(*(p.cpu().numpy() for p in model.vision.parameters()))
     for i, clip in enumerate(clips):
@@ -414,7 +414,7 @@ def write_tokens(model, clip, variants, args, team, path):
         np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
         for variant in range(variants):
             for some in np.array_split(np.arange(m), math.ceil(m / 32)):
-                frames = [clip.pictures(j)[0] for j in some]
+                frames = [clip.pictures(clip.rows[j])[0] for j in some]
                 if variant:
                     frames = [augmented(x, stream(args.seed, j, 1 + variant)) for j, x in zip(some, frames)]
                 with autocast(team.device, args):
@@ -471,7 +471,7 @@ def validate(model, sampler, means, device, args):
             parts.append(sample.euler(model, context, b["noise"][::sampler.draws]).float().cpu())
         counted += count
     training_mode(model)
-    starts = [(sampler.clips[k], j) for k, j in zip(*sampler.picks(0))]
+    starts = [(sampler.clips[k], sampler.clips[k].rows[j]) for k, j in zip(*sampler.picks(0))]
     return {"loss": loss / counted} | sample.scores(M.actions_out(torch.cat(parts)).numpy(), starts, means)
 
 
@@ -516,9 +516,8 @@ def add_games(model, games, seed):
         return
     c.games = c.games + new
     if c.context_tokens:                             # a context that its frames fill has no room for the game
-        c.context_tokens = max(c.context_tokens, c.frames * c.image_tokens + 1)
-    model.game_embedding = torch.nn.Embedding(len(c.games) + 1, c.vision_width, padding_idx=0,
-                                              scale_grad_by_freq=True)
+        c.context_tokens = max(c.context_tokens, c.needed)
+    model.game_embedding = M.table(len(c.games) + 1, c.vision_width, padding_idx=0, scale_grad_by_freq=True)
     with torch.no_grad():
         weight = model.game_embedding.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
         weight[0] = 0                                          # row 0 = no game

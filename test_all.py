@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import io
 import itertools
@@ -142,7 +143,7 @@ def test_a_reader_that_has_read_enough_is_no_fault(command, tmp_path):
 
 
 BUDGET = {"extract": 21530, "parse": 16755, "model": 6125, "train": 8470,         # tokens; they may only fall
-          "sample": 7125, "play": 11490, "bench": 25865, "test_all": 44180}
+          "sample": 7030, "play": 11490, "bench": 25805, "test_all": 42345}
 
 
 def code_lines(name):
@@ -1784,6 +1785,7 @@ def test_a_clip_longer_than_a_piece_reads_as_in_one(tmp_path, monkeypatch, skin,
 
 # --------------------------------------------------------------------------------- model, sample, play.Client
 
+parametrize = pytest.mark.parametrize
 GOLDEN = SHARED / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"needs the golden tensors in {GOLDEN}")
 DEEP = 2e-5      # of values up to 7, after all layers: below 1e-5 on one CPU, 1.2e-5 was seen on another
@@ -1791,17 +1793,32 @@ TOY = M.preset("toy")
 TOY4 = M.preset("toy", horizon=4)
 INVERSE = replace(TOY4, hz=30.0, frames=4, future=2, frame_spacing=3)
 ALONE = train.Team(0, 1, torch.device("cpu"), "")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+on_gpu = functools.partial(pytest.param, "cuda", marks=needs_cuda)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Each test works in an empty folder of its own, in which plain names are paths; what others opened under
+    the same names is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    for opened in sample.open_clip, train.open_tokens:
+        opened.cache_clear()
 
 
 def close(ours, theirs, tolerance=1e-5):
     """Equal shapes, types and, nearly, values."""
-    ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=0, atol=tolerance)
 
 
-def tiny(seed=0, **changes):
+def refused(says, error=UserError):
+    """The block within ends with an error that says this."""
+    return pytest.raises(error, match=says)
+
+
+def tiny(**changes):
     """A small model whose every tensor is random: fresh weights have zeros in places, which hide mistakes."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = M.Config(64, 32, 1, 2, 48, M.Stack(1, 2, 16), M.Stack(3, 2, 16), horizon=8, steps=3)
     model = M.create(replace(config, **changes).check()).eval()
     for p in model.parameters():
@@ -1815,12 +1832,7 @@ def save_model(path, model):
 
 
 def pictures(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, 256, 256, 3), np.uint8)
-
-
-def contexts(n):
-    """Frames of n contexts, (n, 1, 256, 256, 3)."""
-    return torch.from_numpy(pictures(n)[:, None])
+    return RNG(seed).integers(0, 256, (n, 256, 256, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -1850,27 +1862,25 @@ def golden(request, tmp_path_factory):
     return path, z, M.load(path)[0]
 
 
-@pytest.mark.parametrize("suffix", ["", "_uncond"])
 @torch.inference_mode()
-def test_every_stage_equals_the_released_code(golden, suffix):
+def test_every_stage_equals_the_released_code(golden):
+    """With a game and, where the model knows games, without one."""
     _, z, model = golden
-    if "vl_mixed" + suffix not in z:
-        pytest.skip("a model without games")
     noise = torch.from_numpy(z["noise"])
-    seen = model.see(torch.from_numpy(z["images_u8"])[None])
-    assembled = model.assemble(seen, torch.from_numpy(z["game_ids" + suffix]))
-    mixed = []
-    with model.mixing[-1].register_forward_hook(lambda block, args, out: mixed.append(out)):
-        context = model.mix(assembled)
-    early = {"vision": seen, "vl_in": assembled, "vl_mixed": mixed[0]}
-    deep = {"action_tensor": sample.euler(model, context, noise)}
-    for t in 0, 250, 937:
-        times = model.times(torch.tensor([t]))
-        early[f"action_tokens_t{t}"] = model.action_encoder(noise, times[:, 0])
-        deep[f"velocity_t{t}"] = model.step(noise, times, context)
-    for stages, tolerance in (early, 1e-5), (deep, DEEP):
+    for suffix in ["", "_uncond"][:1 + bool(model.config.games)]:
+        seen = model.see(torch.from_numpy(z["images_u8"])[None])
+        assembled, mixed = model.assemble(seen, torch.from_numpy(z["game_ids" + suffix])), []
+        with model.mixing[-1].register_forward_hook(lambda block, args, out: mixed.append(out)):
+            context = model.mix(assembled)
+        stages = {"vision": seen, "vl_in": assembled, "vl_mixed": mixed[0],
+                  "action_tensor": sample.euler(model, context, noise)}
+        for t in 0, 250, 937:
+            times = model.times(torch.tensor([t]))
+            stages[f"action_tokens_t{t}"] = model.action_encoder(noise, times[:, 0])
+            stages[f"velocity_t{t}"] = model.step(noise, times, context)
         for name, tensor in stages.items():
-            close(tensor, z[name + suffix], tolerance)
+            deep = name.startswith(("action_tensor", "velocity"))
+            close(tensor, z[name + suffix], DEEP if deep else 1e-5)
 
 
 def test_loss_and_gradients_equal_the_released_code(golden):
@@ -1887,9 +1897,8 @@ def test_loss_and_gradients_equal_the_released_code(golden):
             assert ours[M.rename(name)].grad.norm().item() == pytest.approx(norm, rel=1e-5, abs=1e-5), name
 
 
-def test_sample_image_reproduces_the_released_tensor(golden, tmp_path, monkeypatch):
+def test_sample_image_reproduces_the_released_tensor(golden):
     path, z, model = golden
-    monkeypatch.chdir(tmp_path)
     np.save("noise.npy", z["noise"][0])
     images = [f"frame ü {i}.png" for i in range(len(z["images_u8"]))]
     for image, rgb in zip(images, z["images_u8"]):
@@ -1906,7 +1915,7 @@ def test_sample_image_reproduces_the_released_tensor(golden, tmp_path, monkeypat
         close(np.load("o.npy"), want[0], DEEP)
 
 
-def test_vision_equals_transformers(tmp_path, monkeypatch):
+def test_vision_equals_transformers(monkeypatch):
     transformers = pytest.importorskip("transformers")
     config = transformers.SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=256,
@@ -1914,23 +1923,24 @@ def test_vision_equals_transformers(tmp_path, monkeypatch):
     theirs = transformers.SiglipVisionModel(config).eval()
     for p in theirs.parameters():
         p.data.normal_(0, 0.2)
-    save_file(theirs.state_dict(), tmp_path / "siglip")
+    save_file(theirs.state_dict(), "siglip")
     monkeypatch.setitem(M.PRESETS, "test", tiny(vision_layers=2).config)
-    assert run(M.main, "convert", tmp_path / "siglip", tmp_path / "o", "--preset", "test") == 0
-    frames = contexts(2)
+    assert run(M.main, "convert", "siglip", "o", "--preset", "test") == 0
+    frames = torch.from_numpy(pictures(2))
     with torch.inference_mode():
-        want = theirs(pixel_values=frames[:, 0].permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
-        close(M.load(tmp_path / "o")[0].see(frames)[:, 0], want)
+        want = theirs(pixel_values=frames.permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
+        close(M.load("o")[0].see(frames[:, None])[:, 0], want)
 
 
 @needs_golden
-def test_siglip_weights_are_taken_by_name(tmp_path, monkeypatch):
+def test_conversion_counts_its_tensors_and_takes_siglips_by_name(monkeypatch):
     file = GOLDEN / "golden_tiny_a.pt"
-    want, config, _ = M.convert_released(file, 4)
+    want, config, account = M.convert_released(file, 4)
+    assert (account["tensors"], account["unused"]) == (315, 11)
     released = torch.load(file, weights_only=True)["model"].items()
-    save_file({name.replace("_encoder", "_model"): t for name, t in released}, tmp_path / "siglip")
+    save_file({name.replace("_encoder", "_model"): t for name, t in released}, "siglip")
     monkeypatch.setitem(M.PRESETS, "test", config)
-    state = M.convert_siglip(tmp_path / "siglip", "test")[0]
+    state = M.convert_siglip("siglip", "test")[0]
     assert all(torch.equal(state[name], t) for name, t in want.items() if name.startswith("vision."))
 
 
@@ -1951,19 +1961,18 @@ def test_actions_survive_the_way_through_the_model():
     close(M.actions_out(inside), actions, 1e-6)
 
 
-@pytest.mark.parametrize("shape, bias", [((2, 75, 96), True), ((150, 96), False)])
+@parametrize("shape, bias", [((2, 75, 96), True), ((150, 96), False)])
 def test_products_through_onednn_are_torchs_own(monkeypatch, shape, bias):
     torch.manual_seed(0)
-    tensors = [torch.randn(n, requires_grad=True) for n in (shape, (100, 96), 100)][:2 + bias]
-    calls, multiply = [], M.Product.multiply
-    monkeypatch.setattr(M.Product, "multiply", lambda *given: calls.append(given) or multiply(*given))
-    monkeypatch.setattr(M, "AVX512", True)
+    tensors = [torch.randn(n, requires_grad=True) for n in (shape, (100, 96), 100)[:2 + bias]]
+    product = mock.Mock(wraps=M.Product.multiply)
+    monkeypatch.setattr(M.Product, "multiply", product)
     answers = []
     for onednn in M.ONEDNN, False:
-        monkeypatch.setattr(M, "ONEDNN", onednn)
-        y = M.linear(*tensors, *[None] * (1 - bias))
-        answers.append([y, *torch.autograd.grad(y.sin().sum(), tensors)])
-    assert len(calls) == 3 or not torch.backends.mkldnn.is_available()
+        with mock.patch.multiple(M, AVX512=True, ONEDNN=onednn):
+            y = M.linear(*tensors, *[None] * (1 - bias))
+            answers.append([y, *torch.autograd.grad(y.sin().sum(), tensors)])
+    assert product.call_count == 3 or not torch.backends.mkldnn.is_available()
     for ours, torchs in zip(*answers):
         close(ours / torchs.abs().max(), torchs / torchs.abs().max(), 2e-6)
 
@@ -1982,22 +1991,22 @@ def test_training_drops_in_four_places_of_a_block(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training: seen.append(p * training) or x)
     model = tiny(mixing=M.Stack(1, 2, 16, 0.3), dit=M.Stack(2, 2, 16, 0.2)).train()
-    model(torch.zeros(1, 8, 25), torch.zeros(1), contexts(1))
+    model(torch.zeros(1, 8, 25), torch.zeros(1), torch.zeros(1, 1, 256, 256, 3))
     assert [p for p in seen if p] == [0.3] * 4 + [0.2] * 8
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-def test_checkpoints_come_back_whole(tmp_path):
-    model, path = tiny(games=["é", "b"]), tmp_path / "run ü" / "model.safetensors"
+def test_checkpoints_come_back_whole():
+    model, path = tiny(games=["é", "b"]), Path("run ü/model.safetensors")
     said = dict(step=7, args={"lr": 1e-4}, data={"hours": 2}, metrics={"loss": 0.5})
     M.save(path, model.state_dict(), model.config, **said)
     back, meta = M.load(path.parent)                       # a run folder, or its file
     half, _ = M.load(path, dtype=torch.bfloat16)
     path.write_bytes(bytes(path.stat().st_size))           # what is loaded does not hang on the file
-    assert meta == {"config": model.config, **said} and all(p.requires_grad for p in back.parameters())
+    assert meta == {"config": model.config, **said}
     for was, now, rough in zip(model.parameters(), back.parameters(), half.parameters()):
-        assert torch.equal(now, was) and torch.equal(rough, was.bfloat16())
+        assert torch.equal(now, was) and torch.equal(rough, was.bfloat16()) and now.requires_grad
 
 
 def test_every_number_of_a_configuration_has_a_range():
@@ -2006,65 +2015,20 @@ def test_every_number_of_a_configuration_has_a_range():
         for name in [name for name, value in vars(part).items() if type(value) in (int, float)]:
             low, high = M.RANGES.get(name, (1, M.MOST))
             for wrong in low - 1, high + 1, math.nan, "1", None:
-                refused = pytest.raises(M.ModelError, match=f"configuration: {name} = {wrong}, ")
-                with mock.patch.object(part, name, wrong), refused:
+                says = f"configuration: {name} = {wrong}, "
+                with mock.patch.object(part, name, wrong), refused(says, M.ModelError):
                     config.check()
 
 
-@pytest.mark.parametrize("wrong, says", [
+@parametrize("wrong, says", [
     ({"frames": 600}, "9600 tokens of frames and game in a context of 8192"),
     ({"context_tokens": 3}, "16 tokens of frames and game in a context of 3"),
     ({"horizon": 65}, "65 actions, 64 positions"),
     ({"games": [1]}, "games = .1"),
     ({"beta": [0.0, 1]}, "beta = .0.0")])
 def test_a_configuration_that_cannot_be_built_is_refused(wrong, says):
-    with pytest.raises(M.ModelError, match=says):
+    with refused(says, M.ModelError):
         tiny(**wrong)
-
-
-MODEL_CFG = "ckpt_config/model_cfg"
-
-
-@needs_golden
-@pytest.mark.parametrize("place, value, says", [
-    ("model/model.proj_out_1.bias", None, "proj_out_1.bias"),
-    ("model/vis_sep_embedding", torch.zeros(2), "vis_sep_embedding"),
-    (f"{MODEL_CFG}/diffusion_model_cfg/activation_fn", "geglu", "activation_fn is 'geglu'"),
-    (f"{MODEL_CFG}/vl_self_attention_cfg/activation_fn", "gelu", "activation_fn is 'gelu'"),
-    ("ckpt_config/tokenizer_cfg/old_layout", True, "old_layout is True"),
-    (f"{MODEL_CFG}/action_horizon", None, "KeyError 'action_horizon'")])
-def test_conversion_accounts_for_everything(tmp_path, capfd, place, value, says):
-    """Of a released checkpoint with one value changed, or taken away (None)."""
-    part = ckpt = torch.load(GOLDEN / "golden_tiny_a.pt", weights_only=True)
-    *way, last = place.split("/")
-    for step in way:
-        part = part[step]
-    part[last] = value
-    if value is None:
-        del part[last]
-    torch.save(ckpt, tmp_path / "ng.pt")
-    line = "convert", tmp_path / "ng.pt", tmp_path / "o", "--vision-heads", 4
-    fails_in_one_line(capfd, M.main, *line, says=says)
-    assert not (tmp_path / "o").exists()
-
-
-@needs_golden
-def test_conversion_counts_its_tensors_and_asks_for_the_vision_heads(tmp_path, capfd):
-    line = "convert", GOLDEN / "golden_tiny_a.pt", tmp_path / "o"
-    fails_in_one_line(capfd, M.main, *line, says="add --vision-heads N")
-    fails_in_one_line(capfd, M.main, *line, "--vision-heads", 5, says="do not divide into 5 heads")
-    assert run(M.main, *line, "--vision-heads", 4) == 0
-    assert "'tensors': 315, 'unused': 11" in capfd.readouterr().out
-
-
-def test_a_save_removes_what_a_killed_one_left_and_has_a_plain_files_rights(tmp_path):
-    left, plain = tmp_path / ".tmp-x", tmp_path / "plain"
-    left.mkdir()
-    for path in left / "half", plain:
-        path.touch()
-    path = save_model(tmp_path / "x", tiny())
-    assert {path.name for path in tmp_path.iterdir()} == {"x", "plain"}
-    assert path.stat().st_mode == plain.stat().st_mode
 
 
 KILL_A_SAVE = """
@@ -2076,36 +2040,30 @@ M.save({path!r}, model.state_dict(), model.config, 9)
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-@pytest.mark.parametrize("moment", ["fsync", "replace"])           # it is on the disk before it has its name
+@parametrize("moment", ["fsync", "replace"])                       # it is on the disk before it has its name
 def test_a_killed_save_leaves_the_old_file_and_what_the_next_removes(tmp_path, moment):
-    path = save_model(tmp_path / "x.safetensors", tiny())
+    """The file has the rights of a plain one."""
+    path, plain = save_model(tmp_path / "x", tiny()), tmp_path / "plain"
+    plain.touch()
     old, code = path.read_bytes(), KILL_A_SAVE.format(path=str(path), moment=moment)
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == -signal.SIGKILL
-    assert path.read_bytes() == old
-    assert len([*tmp_path.iterdir()]) == 2
+    assert path.read_bytes() == old and len(os.listdir()) == 3
     save_model(path, tiny())
-    assert [*tmp_path.iterdir()] == [path]
+    assert {*os.listdir()} == {"x", "plain"} and path.stat().st_mode == plain.stat().st_mode
 
 
 # ---------------------------------------------------------------------------------------- sessions and server
 
 def test_batched_environments_equal_single_sessions(policy):
-    frames = pictures(6).reshape(2, 3, 256, 256, 3)
+    first, second = pictures(6).reshape(2, 3, 256, 256, 3)
     many = sample.Session(policy, game="1", seed=5, envs=3)        # a game's number, or its name
     ones = [sample.Session(policy, game="x", seed=5 + i) for i in range(3)]
-    for batch in *frames, frames[0]:
+    for batch in first, second, first:
         alone = [session.predict_raw(frame) for session, frame in zip(ones, batch)]
         close(many.predict_raw(batch), torch.stack(alone), 1e-4)
-        if batch is frames[1]:                             # one begins anew, the others go on
+        if batch is second:                                # one begins anew, the others go on
             many.reset(env=1)
-            ones[1].reset()
-
-
-def test_bfloat16_stays_near_float32(ckpt, policy):
-    rough = sample.Policy(ckpt, device="cpu", dtype="bfloat16")
-    half, full = (sample.Session(p).predict_raw(pictures(1)[0]) for p in (rough, policy))
-    assert half.dtype == torch.float32 and (half - full).norm() < 0.1 * full.norm()
+            ones[1] = sample.Session(policy, game="x", seed=6)
 
 
 @contextlib.contextmanager
@@ -2130,25 +2088,23 @@ def chunks(player, frames):
     return [player.predict(rgb) for rgb in frames]
 
 
-def test_the_client_is_a_session(policy, served):
-    client, local = play.Client(*served.address), sample.Session(policy)
-    big = np.random.default_rng(0).integers(0, 256, (2, 480, 640, 3), np.uint8)
-    for _ in range(2):
-        assert np.array_equal(chunks(client, big), chunks(local, big))
-        for player in client, local:
-            player.reset(seed=4, game="x")
-            with pytest.raises(UserError, match="its games are x, y"):
-                player.reset(seed=9, game="tetris")
-        assert client.info()["game"] == local.game == "x" and local.seed == 4     # a refusal changes nothing
-
-
-def test_clients_do_not_see_each_others_frames_nor_threads_of_one_each_others_answers(policy, served):
-    frames = pictures(12, seed=1).reshape(3, 4, 256, 256, 3)
-    clients = [play.Client(*served.address) for _ in frames]
-    with ThreadPoolExecutor() as pool:
-        together = pool.map(chunks, clients, frames)
-        assert all("config" in client.info() for client in clients * 20)
-    assert np.array_equal([*together], [chunks(sample.Session(policy), mine) for mine in frames])
+@parametrize("device", ["cpu", on_gpu()])
+def test_a_client_is_a_session_of_its_own(ckpt, device):
+    """No one's frames or answers reach another, nor threads of one client each other's; a GPU's graphs are
+    recorded while others play."""
+    policy, frames = sample.Policy(ckpt, device), noise(3, 2, 480, 640, 3)
+    sessions = [sample.Session(policy) for _ in frames]
+    with serving(policy) as server, ThreadPoolExecutor() as pool:
+        clients = [play.Client(*server.address) for _ in frames]
+        for _ in range(2):
+            together = pool.map(chunks, clients, frames)
+            assert all("config" in client.info() for client in clients * 20)
+            assert np.array_equal([*together], [*map(chunks, sessions, frames)])
+            for player in clients + sessions:
+                player.reset(seed=4, game="x")
+                with refused("its games are x, y"):        # and changes nothing
+                    player.reset(seed=9, game="tetris")
+            assert clients[0].info()["game"] == sessions[0].game == "x"
 
 
 class Bomb:
@@ -2157,33 +2113,32 @@ class Bomb:
         return os.mkdir, ("bombed",)
 
 
-ABUSES = [struct.pack("!i", 1 << 30), struct.pack("!iQ", -1, 1 << 60), struct.pack("!i", -5)]
-ABUSES += [struct.pack("!i", len(message)) + message for message in (
+BAD_MESSAGES = [
     bytes(40),
     b"[" * 3000 + b"\n",
     b'{"do": "fly"}\n',
     b'{"do": "reset", "seed": "x"}\n',
     b'{"do": "predict", "shape": [9, 9, 3], "dtype": "uint8"}\nshort',
     b'{"do": "predict", "shape": [1, 1, -3], "dtype": "object"}\nshort',
-    pickle.dumps(Bomb()))]
+    pickle.dumps(Bomb())]
+ABUSES = [struct.pack("!i", 1 << 30), struct.pack("!iQ", -1, 1 << 60), struct.pack("!i", -5),
+          *(struct.pack("!i", len(message)) + message for message in BAD_MESSAGES)]
 
 
-def test_the_server_outlives_hundreds_of_bad_requests(policy, served, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_server_outlives_hundreds_of_bad_requests(policy, served):
     good, session, frames = play.Client(*served.address), sample.Session(policy), pictures(5)
 
     def abuse(message):
         """Cut short, then whole -> the server's answer."""
-        with socket.create_connection(served.address, 10) as s:
-            s.sendall(message[:-1])
-        with socket.create_connection(served.address, 10) as s:
-            s.sendall(message)
-            return s.recv(1 << 16)
+        for sent in message[:-1], message:
+            with socket.create_connection(served.address, 10) as s:
+                s.sendall(sent)
+                answer = s.recv(1 << 16) if sent is message else b""
+        return answer
     with ThreadPoolExecutor(8) as pool:
         answers = pool.map(abuse, ABUSES * 40)
         assert np.array_equal(chunks(good, frames), chunks(session, frames))   # right in the midst of it
-    assert all(b'"error"' in answer for answer in answers) and not Path("bombed").exists()
-    assert np.array_equal(chunks(good, frames), chunks(session, frames))
+    assert all(b'"error"' in answer for answer in answers) and not os.listdir()
     good.close()
     wait_until(lambda: not served.places)                     # every connection is gone
 
@@ -2206,7 +2161,7 @@ SHORT = [*QUICK, "--val", "0", "--steps", "2"]
 def make_clip(folder, n=40, fps=30, game="squares", every=1, seed=0, lag=0, **files):
     """A clip whose frame fixes its action: a square's place is the left stick, its colour the button; row
     numbers are in the right stick."""
-    rng, actions = np.random.default_rng(seed), np.zeros((n, 25), np.float32)
+    rng, actions, folder = RNG(seed), np.zeros((n, 25), np.float32), Path(folder)
     actions[:, 18], actions[:, 21:23] = rng.integers(2, size=n), rng.uniform(-1, 1, (n, 2))
     actions[:, 23] = np.arange(n) / 1000
     folder.mkdir(parents=True)
@@ -2223,10 +2178,15 @@ def make_clip(folder, n=40, fps=30, game="squares", every=1, seed=0, lag=0, **fi
     return folder
 
 
+def a_clip(config, **what):
+    """make_clip() as training opens it."""
+    return sample.Clip(make_clip("clip", **what), config)
+
+
 def trained(data, out, flags="", *more):
     """The folder of a short run that ends well."""
     assert run(train.main, data, "--out", out, *QUICK, *flags.split(), *more) == 0
-    return out
+    return Path(out)
 
 
 def losses(folder):
@@ -2248,46 +2208,45 @@ def ended(squares, tmp_path_factory):
     return trained(squares, tmp_path_factory.mktemp("ended") / "run", "--steps 1 --val 0 --lr 0.001")
 
 
-@pytest.mark.parametrize("fps, shift, lag", [(24, 0, 0), (30, 3, 0), (60, 3, 2), (120, 0, 2)])
-def test_chunks_are_at_the_models_rate_from_clips_of_any_rate(tmp_path, fps, shift, lag):
+@parametrize("fps, shift, lag", [(24, 0, 0), (30, 3, 0), (60, 3, 2), (120, 0, 2)])
+def test_chunks_are_at_the_models_rate_from_clips_of_any_rate(fps, shift, lag):
     """Action j begins at row floor(row + (j + shift) fps / 60) + lag; a short press is not lost; what is past
     the clip's end or a cut is masked."""
-    actions, config = np.random.default_rng(0).random((40, 25), np.float32), replace(TOY4, action_shift=shift)
-    folder = make_clip(tmp_path / "clip", fps=fps, lag=lag, actions=actions, cuts=np.arange(40) == 20)
-    clip = sample.Clip(folder, config)
+    actions, config = RNG(0).random((40, 25), np.float32), replace(TOY4, action_shift=shift)
+    clip = a_clip(config, fps=fps, lag=lag, actions=actions, cuts=np.arange(40) == 20)
     for row in clip.rows:
         end = 20 if row < 20 else 40
         starts = [lag + math.floor(row + (j + shift) * fps / 60 + 1e-6) for j in range(5)]
         chunk, mask = clip.chunk(row)
         assert mask[0] and mask.tolist() == [start < end for start in starts[:4]]
         for action, start, to in zip(chunk[mask], starts, starts[1:]):
-            assert (action[-4:] == actions[start, -4:]).all()
-            assert (action[:-4] == actions[start:max(min(to, end), start + 1), :-4].max(0)).all()
+            held = actions[start:max(min(to, end), start + 1)]
+            assert (action[-4:] == held[0, -4:]).all() and (action[:-4] == held[:, :-4].max(0)).all()
     sampler = train.Sampler([clip], config, 40, draws=2)
     assert sampler.total(0) == sampler.load(0)["mask"].sum() * 2 * 25
 
 
-@pytest.mark.parametrize("future", [0, 2])
-def test_pictures_are_of_their_rows_and_cross_no_cut(tmp_path, future):
+@parametrize("future", [0, 2])
+def test_pictures_are_of_their_rows_and_cross_no_cut(future):
     """Four, three rows apart, of a clip with every second row; with two to come, these must be there."""
-    folder = make_clip(tmp_path / "clip", every=2, cuts=np.arange(40) == 20, keep=np.arange(40) > 3)
-    clip, stored = sample.Clip(folder, replace(INVERSE, future=future)), extract.Frames(folder)
+    config, rows = replace(INVERSE, future=future), np.arange(40)
+    clip = a_clip(config, every=2, cuts=rows == 20, keep=rows > 3)
     ends = {row: 20 if row < 20 else 40 for row in range(4, 40, 2)}
     assert clip.rows.tolist() == [row for row in ends if row + 3 * future < ends[row]]
     for row in clip.rows:
         for k, (picture, there) in enumerate(zip(*clip.pictures(row))):
             number = (row + 3 * (k - 3 + future)) // 2                       # the last at that row or before
             assert there == (number >= 0 and (number < 10) == (row < 20))
-            assert (picture == (stored[number] if there else 0)).all()
+            assert (picture == (clip.frames[number] if there else 0)).all()
 
 
-def test_sampling_is_uniform_over_kept_frames_or_over_games_and_weighs_people(tmp_path):
+def test_sampling_is_uniform_over_kept_frames_or_over_games_and_weighs_people():
     for i, (n, game) in enumerate([(10, "a"), (30, "a"), (20, "b")]):
-        make_clip(tmp_path / str(i), n, game=game, human=np.arange(n) >= 20)
+        make_clip(str(i), n, game=game, human=np.arange(n) >= 20)
 
     def counts(weight=1.0, **how):
         """Picks of each clip and of each frame of the second, over 50 batches of 60."""
-        sampler = train.Sampler(train.load_clips([tmp_path], TOY, human_weight=weight), TOY, 60, **how)
+        sampler = train.Sampler(train.load_clips(["."], TOY, human_weight=weight), TOY, 60, **how)
         clip, frame = np.concatenate([sampler.picks(step) for step in range(50)], 1)
         return np.bincount(clip), np.bincount(frame[clip == 1])
     clips, inside = counts()
@@ -2299,8 +2258,8 @@ def test_sampling_is_uniform_over_kept_frames_or_over_games_and_weighs_people(tm
     assert inside[20:].sum() / inside.sum() == pytest.approx(30 / 50, abs=0.02)
 
 
-def test_split_is_by_clip_stable_and_leaves_each_game_on_both_sides(tmp_path):
-    clips = [sample.Clip(make_clip(tmp_path / f"{i:02}", 2, game="abc"[i % 3]), TOY) for i in range(30)]
+def test_split_is_by_clip_stable_and_leaves_each_game_on_both_sides():
+    clips = [sample.Clip(make_clip(f"{i:02}", 2, game="abc"[i % 3]), TOY) for i in range(30)]
     some, held = map(set, train.split(clips, 0.2))
     assert some | held == {*clips} and not some & held
     assert {c.game for c in held} == {c.game for c in some} == set("abc")
@@ -2309,24 +2268,8 @@ def test_split_is_by_clip_stable_and_leaves_each_game_on_both_sides(tmp_path):
         assert train.split(few, share) == (few, [])
 
 
-def test_splitting_twice_the_clips_compares_about_twice_as_many_games():
-    class Game(str):
-        compared, __hash__ = 0, str.__hash__
-
-        def __eq__(self, other):
-            Game.compared += 1
-            return str.__eq__(self, other)
-
-    def compared(n):
-        clips = [mock.Mock(game=Game(i // 2), folder=Path(str(i))) for i in range(n)]
-        before = Game.compared
-        assert len(train.split(clips, 0.1)[1]) == n // 2
-        return Game.compared - before
-    assert compared(400) < 3 * compared(200)
-
-
-def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over(tmp_path):
-    clip = sample.Clip(make_clip(tmp_path / "own", 60), replace(TOY4, frames=2, frame_spacing=8))
+def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over():
+    clip = a_clip(replace(TOY4, frames=2, frame_spacing=8), n=60)
     [first], [last] = train.split([clip], 0.1)
     assert first.rows.tolist() == [*range(54)] and last.rows.tolist() == [*range(54, 60)]
     assert first.chunk(52)[0][:, 23] * 1000 == pytest.approx([52, 52, 53, 53]) and first.lengths[-1] == 2
@@ -2337,16 +2280,15 @@ def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over(tmp_p
 def test_augmentation_follows_its_formula():
     """On a ramp, which says where each of its pixels is."""
     x, y = np.meshgrid(np.arange(256), np.arange(256))
-    ramp = np.dstack([x, y, np.full_like(x, 127)])
+    ramp = np.dstack([x, y, np.ones_like(x)])
     for seed in range(4):
-        colour, warp = train.augmentation(np.random.default_rng(seed), 256)
-        places = np.dstack([x, y, np.ones_like(x)]) @ warp.T
-        want = np.dstack([places, ramp[..., 2]]) @ colour[:, :3].T + colour[:, 3]
+        colour, warp = train.augmentation(RNG(seed), 256)
+        want = np.dstack([ramp @ warp.T, ramp[..., 2]]) @ colour[:, :3].T + colour[:, 3]
         off = train.augment(ramp.astype(np.uint8), colour, warp) - want.clip(0, 255)
         assert np.abs(off)[64:192, 64:192].mean() < 0.6    # OpenCV rounds twice; no border is near
-        turn = warp[:, :2].astype(float)
-        size = math.sqrt(np.linalg.det(turn))
-        assert 0.95 <= size <= 1 and abs(math.degrees(math.atan2(turn[1, 0], turn[0, 0]))) <= 5
+        right, down, _ = warp[0] + 1j * warp[1]
+        size = abs(right)
+        assert 0.95 <= size <= 1 and abs(np.angle(right, deg=True)) <= 5 and abs(down - right * 1j) < 1e-6
         moved = warp @ [127.5, 127.5, 1] - 127.5        # the crop lies inside the frame, before it is turned
         assert np.abs(moved).max() <= (1 - size) * 128 + 1e-3
         assert np.ptp(colour @ [127, 127, 127, 1]) <= 1  # saturation and hue leave grey as it is
@@ -2354,15 +2296,10 @@ def test_augmentation_follows_its_formula():
 
 # -------------------------------------------------------------------------------------------- train: the loss
 def known_loss(field, actions, noise, t, mask=None):
-    """cfm_loss of a known velocity at the time t -> the loss, the points at which it was asked."""
-    asked = []
-
-    def model(x, *_):
-        asked.append(x)
-        return field(x)
-    model.config = TOY
+    """cfm_loss of a known velocity at the time t -> the loss, the point at which it was asked."""
+    model = mock.Mock(spec=["config"], side_effect=lambda x, *_: field(x), config=TOY)
     times = torch.full((len(noise),), t)
-    return train.cfm_loss(model, None, actions, mask, noise=noise, t=times), asked[0]
+    return train.cfm_loss(model, None, actions, mask, noise=noise, t=times), model.call_args.args[0]
 
 
 def test_flow_matching_identities():
@@ -2379,7 +2316,7 @@ def test_flow_matching_identities():
 
 
 def test_times_are_the_shifted_beta_of_the_release():
-    t = train.draw_times(np.random.default_rng(0), 200_000, TOY)
+    t = train.draw_times(RNG(0), 200_000, TOY)
     assert 0 <= t.min() and t.max() < 0.9991
     assert t.mean() == pytest.approx((1 - 1.6 / 2.4) * 0.999, abs=2e-3)     # E[1 - Beta(a, b)] = b / (a + b)
     below = (t < 0.1).mean(), (t < 0.5).mean()
@@ -2388,7 +2325,7 @@ def test_times_are_the_shifted_beta_of_the_release():
 
 def test_euler_is_of_first_order_and_exact_on_straight_lines():
     def solved(k, field):
-        model = types.SimpleNamespace(step=lambda x, t, context: torch.full_like(x, field(t.item())))
+        model = mock.Mock(step=lambda x, t, context: torch.full_like(x, field(t.item())))
         return sample.euler(model, None, torch.zeros(1), k, times=torch.arange(k) / k).item()
     for k in 10, 20, 40:                                                 # x' = 2 t, x(0) = 0, x(1) = 1
         assert solved(k, lambda t: 2 * t) == pytest.approx(1 - 1 / k)
@@ -2441,15 +2378,15 @@ def test_scores_are_r2_f1_and_f1_of_onsets():
 
 
 def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
-        squares, ckpt, tmp_path, monkeypatch, capsys):
-    film, shots, real = tmp_path / "film.mp4", [], sample.beside
-    monkeypatch.setattr(sample, "beside", lambda *seen: shots.append(seen) or real(*seen))
-    assert run(sample.main, "score", squares, "--ckpt", ckpt, "--limit", 1, "--video", film) == 0
+        squares, ckpt, monkeypatch, capsys):
+    shown = mock.Mock(wraps=sample.beside)
+    monkeypatch.setattr(sample, "beside", shown)
+    assert run(sample.main, "score", squares, "--ckpt", ckpt, "--limit", 1, "--video", "film.mp4") == 0
     assert re.search(r"\nblue +1 .*\nred +1 .*\nall +2 ", capsys.readouterr().out)
-    assert extract.video_info(film)["n"] == len(shots) == 16
-    clip, (rgb, played, said) = sample.Clip(squares / "clip 1", TOY), shots[0]   # the first blue one
+    assert extract.video_info("film.mp4")["n"] == shown.call_count == 16
+    clip, (rgb, played, said) = sample.Clip(squares / "clip 1", TOY), shown.call_args_list[0].args
     assert (played == clip.chunk(0)[0][0]).all() and (rgb[1::3, 1::3] == clip.pictures(0)[0][0]).all()
-    page, right = (real(rgb, played, below) for below in (said, played))
+    page, right = (sample.beside(rgb, played, below) for below in (said, played))
     assert (page[:, :768] == rgb).all()
     assert (page[:384] == right[:384]).all() and (page[384:] != right[384:]).any()
 
@@ -2462,18 +2399,18 @@ def test_the_shipped_clip_gives_the_figures_of_the_readme(capsys):
     assert figures in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_lag_of_labels_is_found(tmp_path, capsys):
+def test_the_lag_of_labels_is_found(capsys):
     """Of labels that come three rows late; the chunks are the truth."""
-    truth = np.random.default_rng(0).uniform(-1, 1, (60, 25)).astype(np.float32).clip(0)
-    late = sample.Clip(make_clip(tmp_path / "late", 60, actions=np.roll(truth, 3, 0)), replace(TOY4, hz=30.0))
+    truth = RNG(0).uniform(-1, 1, (60, 25)).astype(np.float32).clip(0)
+    late = a_clip(replace(TOY4, hz=30.0), n=60, actions=np.roll(truth, 3, 0))
     starts = sample.one_after_another([late])
     assert [j for _, j in starts] == [*range(0, 60, 4)]
     sample.print_lags(truth.reshape(15, 4, 25), starts)
-    assert "late | lag +3 rows: error 0.0000" in capsys.readouterr().out
+    assert "clip | lag +3 rows: error 0.0000" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ inverse dynamics
-@pytest.mark.parametrize("future, apart", [(0, False), (2, True)])
+@parametrize("future, apart", [(0, False), (2, True)])
 def test_only_an_inverse_model_tells_its_frames_apart(future, apart):
     """Their order; and, without that, what moved between two of them."""
     frames, model = torch.from_numpy(pictures(4)[None]), M.create(replace(INVERSE, future=future), 1)
@@ -2490,12 +2427,12 @@ def idm(tmp_path_factory):
     return save_model(path, tiny(hz=30.0, frames=4, future=2, frame_spacing=6))
 
 
-def test_an_inverse_model_labels_plain_clips_and_these_train(idm, tmp_path, capfd):
-    plain, short, done = (make_clip(tmp_path / "data" / str(n), n) for n in (40, 5, 30))
+def test_an_inverse_model_labels_plain_clips_and_these_train(idm, capfd):
+    plain, short, done = (make_clip(f"data/{n}", n) for n in (40, 5, 30))
     for clip in plain, short:
         (clip / "actions.npy").unlink()
     before = (done / "actions.npy").read_bytes()
-    assert run(sample.main, "label", plain.parent, "--ckpt", idm) == 0
+    assert run(sample.main, "label", "data", "--ckpt", idm) == 0
     assert "2 of 3 clips have no actions yet\nleft out 1 clip(s)" in capfd.readouterr().out
     assert (done / "actions.npy").read_bytes() == before and not (short / "actions.npy").exists()
     actions, confidence, keep = (np.load(plain / f"{name}.npy") for name in ("actions", "confidence", "keep"))
@@ -2503,12 +2440,12 @@ def test_an_inverse_model_labels_plain_clips_and_these_train(idm, tmp_path, capf
     assert not (confidence[-1] or keep[-1] or actions[-1].any())             # its future is not known
     assert extract.read_clip(plain)["labels"] == "inverse"
     extract.write_npy(plain / "keep.npy", np.arange(40) < 30)
-    trained(plain, tmp_path / "run", "--steps 1")
+    trained(plain, "run", "--steps 1")
 
 
-def test_labels_are_means_of_draws_and_sure_where_these_agree(tmp_path, monkeypatch):
+def test_labels_are_means_of_draws_and_sure_where_these_agree(monkeypatch):
     """Draws that say 1, 1, 1, 0 of SOUTH, and tilt x by 0.5 or by 0.3; a row is in two chunks."""
-    clip = sample.Clip(make_clip(tmp_path / "clip"), replace(INVERSE, horizon=8), "")
+    clip = a_clip(replace(INVERSE, horizon=8))
     draws = torch.full((4, 1, 8, 25), 0.5)
     draws[..., :21] = 0.1
     draws[:3, ..., 18] = 0.9
@@ -2520,37 +2457,35 @@ def test_labels_are_means_of_draws_and_sure_where_these_agree(tmp_path, monkeypa
 
 
 # --------------------------------------------------------------------------------------------- train: the run
-def test_dry_run_takes_clips_of_any_rate_says_what_it_found_and_writes_nothing(tmp_path, capfd):
+def test_dry_run_takes_clips_of_any_rate_says_what_it_found_and_writes_nothing(capfd):
     for fps in (24, 30, 60, 144):
-        make_clip(tmp_path / "data" / str(fps), fps=fps)
-    make_clip(tmp_path / "data" / "short", 2, 60)
-    files = {*tmp_path.rglob("*")}
-    assert run(train.main, tmp_path / "data", "--dry-run", "--action-shift", 3, *QUICK) == 0
-    assert {*tmp_path.rglob("*")} == files
+        make_clip(f"data/{fps}", fps=fps)
+    make_clip("data/short", 2, 60)
+    files = {*Path().rglob("*")}
+    assert run(train.main, "data", "--dry-run", "--action-shift", 3, *QUICK) == 0
+    assert {*Path().rglob("*")} == files
     out = capfd.readouterr().out
     for said in "24, 30, 60, 144 frames/s", "left out 1 clip(s)", "short: 2 rows", "most memory held: ":
         assert said in out
 
 
-def test_resume_equals_uninterrupted(squares, tmp_path, monkeypatch):
+def test_resume_equals_uninterrupted(squares, monkeypatch):
     """Equal bytes of every file that holds numbers, whoever loads the frames; the interruption is a real
     SIGTERM in the middle."""
-    whole, cut, real = tmp_path / "whole", tmp_path / "cut", train.rate
     flags = "--steps 7 --draws 2 --game-ids --every 3 --workers"
-    trained(squares, whole, flags, 0)
+    whole, cut, real = trained(squares, "whole", flags, 0), Path("cut"), train.rate
 
     def interrupted(step, args):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(step, args)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "rate", interrupted)
+    with mock.patch.object(train, "rate", interrupted):
         assert run(train.main, squares, "--out", cut, *QUICK, *flags.split(), 1) == 130
     assert M.read_meta(cut)[0]["step"] == 4                                                # saved first
     with open(cut / "log.csv", "ab") as f:                             # lines that a killed process left
         f.write(b"5,9.9,,,,1,1,1\nx,9.9,,,,1,1,1\n2,\xff\xfe,,,,1,1,1\n3,9.9\n")
     assert run(train.main, "--resume", cut, "--device", "cpu", "--workers", 0) == 0
-    for name in ("model.safetensors", "state.safetensors"):
+    for name in "model.safetensors", "state.safetensors":
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
     logs = [re.sub(",[^,]*$", "", (out / "log.csv").read_text(), flags=re.M) for out in (whole, cut)]
     assert logs[0] == logs[1] and len(losses(cut)) == 7                                  # all but the seconds
@@ -2562,84 +2497,68 @@ def two_processes(*words):
     """train.py under torchrun, once it has ended."""
     launch = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
     line = [sys.executable, *launch, HERE / "train.py", *words]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*map(str, line)], capture_output=True, text=True, env=alone)
+    return subprocess.run([*map(str, line)], capture_output=True, text=True)
 
 
-def farthest(a, b):
-    """The largest difference between the weights of two runs."""
-    one, two = (load_file(folder / "model.safetensors") for folder in (a, b))
-    return max((one[name] - two[name]).abs().max() for name in one)
-
-
-def test_micro_batches_and_two_processes_give_the_run_of_the_whole_batch(squares, tmp_path):
+def test_micro_batches_and_two_processes_give_the_run_of_the_whole_batch(squares):
     """Also where activations are computed again in the backward pass."""
-    one, parts, two = (tmp_path / name for name in ("one", "parts", "two"))
     flags = "--dropout 0 --val 0"
-    trained(squares, one, flags)
-    trained(squares, parts, flags, "--micro", 1, "--checkpointing")
-    done = two_processes(squares, "--out", two, *QUICK, *flags.split())
+    done = two_processes(squares, "--out", "two", *QUICK, *flags.split())
     assert done.returncode == 0, done.stderr
-    for other in parts, two:
-        assert losses(other) == pytest.approx(losses(one), abs=1e-5)
-        assert farthest(one, other) < 2e-4              # what AdamW makes of rounding in four steps
+    want = losses(trained(squares, "one", flags))
+    for out in trained(squares, "parts", flags, "--micro", 1, "--checkpointing"), Path("two"):
+        assert losses(out) == pytest.approx(want, abs=1e-5)
 
 
-def test_overfits_eight_clips(tmp_path):
+def test_overfits_eight_clips():
     """A small model, trained through the command line, tells eight pictures apart and gives back their
     actions."""
-    data, start = tmp_path / "data", tmp_path / "start.safetensors"
     for i in range(8):
-        make_clip(data / f"{i}", 2, seed=i)
+        make_clip(f"data/{i}", 2, seed=i)
     small = dict(patch=64, vision_width=64, vision_heads=4, vision_layers=2, vision_ffn=128)
     config = replace(TOY4, mixing=M.Stack(0, 4, 16), dit=M.Stack(2, 4, 16), **small)
     flags = "--batch 8 --steps 400 --lr 5e-3 --val 0 --no-augment --dropout 0 --draws 8 --every 400"
-    save_model(start, M.create(config, 1))
-    model = M.load(trained(data, tmp_path / "run", flags, "--ckpt", start))[0]
-    sampler = train.Sampler(train.load_clips([data], config), config, 8, augment=False)
-    args = argparse.Namespace(micro=8, dtype="float32")
-    result = train.validate(model, sampler, {}, ALONE.device, args)
-    assert result["loss"] < 0.2 and result["policies"]["model"][1] > 0.6, result      # from 1.1 and 0.1
+    start = save_model("start", M.create(config, 1))
+    loss = losses(trained("data", "run", flags, "--ckpt", start))
+    assert loss[-20:].mean() < 0.2 < 1 < loss[0], loss
 
 
-@pytest.mark.parametrize("freeze, still", [
+@parametrize("freeze, still", [
     ("vision", {"vision"}), ("mixing", {"mixing"}),
     ("all-but-head", {"vision", "mixing", "dit", "time", "proj_out_1", "proj_out_2"})])
-def test_fine_tuning_leaves_the_frozen_alone_and_adds_games_and_dropout(squares, tmp_path, freeze, still):
+def test_fine_tuning_leaves_the_frozen_alone_and_adds_games_and_dropout(squares, freeze, still):
     """Also to a context which, as the released one, its image tokens fill."""
     config = replace(TOY, context_tokens=TOY.image_tokens, mixing=M.Stack(1, 6, 16, 0.0))
-    start = save_model(tmp_path / "start.safetensors", M.create(config, 1))
+    start = save_model("start", M.create(config, 1))
     flags = f"--freeze {freeze} --steps 2 --game-ids --hz 30 --dropout 0.3"
-    out = trained(squares, tmp_path / "run", flags, "--ckpt", start)
+    out = trained(squares, "run", flags, "--ckpt", start)
     before, after = load_file(start), M.load(out)[0]
-    changed = after.state_dict()
+    config, changed = after.config, after.state_dict()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], changed[name])}
     assert not moved & still and moved >= {"action_decoder", "vision", "mixing", "dit"} - still
-    assert not after.game_embedding.weight[0].any() and after.config.games == ["blue", "red"]
-    assert after.config.length == TOY.image_tokens + 1
-    assert (after.config.hz, after.config.mixing.dropout) == (30, 0.3)
+    assert not after.game_embedding.weight[0].any() and config.games == ["blue", "red"]
+    assert (config.length, config.hz, config.mixing.dropout) == (TOY.image_tokens + 1, 30, 0.3)
     assert run(train.main, "--resume", out, "--steps", 3) == 0       # frozen weights come from the run itself
 
 
-def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, tmp_path, monkeypatch):
+def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, monkeypatch):
     """Tokens on the disk in place of frames: the same losses up to float16, and no look at a frame again."""
-    data = shutil.copytree(squares, tmp_path / "data", ignore=shutil.ignore_patterns(".tokens"))
-    start = save_model(tmp_path / "start.safetensors", M.create(TOY, 1))
+    data = shutil.copytree(squares, "data", ignore=shutil.ignore_patterns(".tokens"))
+    start = save_model("start", M.create(TOY, 1))
 
     def frozen(name):
         flags = "--freeze vision --no-augment --dropout 0"
-        return losses(trained(data, tmp_path / name, flags, "--ckpt", start))
+        return losses(trained(data, name, flags, "--ckpt", start))
     kept = frozen("kept")
-    assert len([*data.glob(".tokens/*.npy")]) == len(extract.clips_in(data)) == 6
-    with monkeypatch.context() as patch:
-        patch.setattr(M.NitroGen, "see", lambda *_: pytest.fail("looked again"))
+    assert len(os.listdir("data/.tokens")) == len(extract.clips_in(data)) == 6
+    with mock.patch.object(M.NitroGen, "see", lambda *_: pytest.fail("looked again")):
         assert (frozen("again") == kept).all()
     monkeypatch.setattr(train, "keep_tokens", lambda *_, **__: None)
     assert frozen("seen") == pytest.approx(kept, abs=2e-3)
 
 
-def test_kept_tokens_are_of_augmentations_of_a_frame_each_in_turn(tmp_path):
-    model, clip = M.create(TOY), sample.Clip(make_clip(tmp_path / "clip"), TOY)
+def test_kept_tokens_are_of_augmentations_of_a_frame_each_in_turn():
+    model, clip = M.create(TOY), a_clip(TOY)
     model.freeze("vision")
     args = argparse.Namespace(dry_run=False, seed=0, dtype="float32")
     [path] = train.keep_tokens(model, [clip], 3, args, ALONE)
@@ -2649,11 +2568,10 @@ def test_kept_tokens_are_of_augmentations_of_a_frame_each_in_turn(tmp_path):
     assert (drawn.sum(1) == 1).all() and drawn.any(0).all()                    # each of them another picture
 
 
-@pytest.mark.parametrize("full_at, error", [                            # the model is written after the state
+@parametrize("full_at, error", [                                        # the model is written after the state
     ("state", OSError(28, "No space left")), ("model", M.SafetensorError("No space left"))])
-def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(
-        full_at, error, ended, squares, tmp_path, monkeypatch, capfd):
-    old, new, real = shutil.copytree(ended, tmp_path / "old"), tmp_path / "new", M.save_file
+def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(full_at, error, ended, squares, capfd):
+    old, real = shutil.copytree(ended, Path("old")), M.save_file
 
     def full(tensors, path, meta):
         if any(name.startswith("weights.") for name in tensors) != (full_at == "state"):
@@ -2661,53 +2579,47 @@ def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(
         Path(path).write_bytes(b"half a file")
         raise error
     before = {path: path.read_bytes() for path in old.glob("*.safetensors")}
-    with monkeypatch.context() as patch:
-        patch.setattr(M, "save_file", full)
+    with mock.patch.object(M, "save_file", full):
         fails_in_one_line(capfd, train.main, "--resume", old, "--steps", 3, says="No space left")
-        fails_in_one_line(capfd, train.main, squares, "--out", new, *SHORT, says="start again")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
+        fails_in_one_line(capfd, train.main, squares, "--out", "new", *SHORT, says="start again")
+    assert {path: path.read_bytes() for path in Path().rglob("*.safetensors")} == before
     assert run(train.main, "--resume", old, "--steps", 3) == 0
 
 
-def test_a_curve_has_its_points_where_they_belong_and_leaves_out_what_is_no_number(tmp_path):
-    rows = [{"step": x, "loss": "1", "r2": y} for x, y in (("0", "0"), ("5", "nan"), ("10", "2"))]
-    train.draw_curve(tmp_path / "curve.png", rows)
-    page = extract.read_rgba(tmp_path / "curve.png")[:362, 600:, :3]             # the line, without its name
+def test_a_curve_has_its_points_where_they_belong_and_leaves_out_what_is_no_number():
+    rows = [{"step": x, "loss": "1", "r2": y} for x, y in zip("059", ("0", "nan", "2"))]
+    train.draw_curve("curve.png", rows)
+    page = extract.read_rgba("curve.png")[:362, 600:, :3]                        # the line, without its name
     y, x = np.nonzero((page == (0, 128, 0)).all(-1))
-    assert [x.min(), y[x.argmin()], x.max(), y[x.argmax()]] == pytest.approx([50, 360, 580, 30], abs=2)
+    assert [x[0], y[0], x[-1], y[-1]] == pytest.approx([580, 30, 50, 360], abs=2)
 
 
 # ----------------------------------------------------------------------------------- train: mistakes, guards
-def test_a_run_that_another_process_holds_is_left_alone(squares, ended, tmp_path, capfd):
-    out, new = shutil.copytree(ended, tmp_path / "run"), tmp_path / "new"
+def test_a_run_that_another_process_holds_is_left_alone(squares, ended, capfd):
+    """By a team of two processes as by one."""
+    out, new = shutil.copytree(ended, Path("run")), ("--out", "new", *SHORT)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    for held, line in (out, ("--resume", out, "--steps", 3)), (new, (squares, "--out", new, *SHORT)):
+    for held, line in (out, ("--resume", out, "--steps", 3)), (Path("new"), (squares, *new)):
         with extract.lock(held / ".lock"):
             fails_in_one_line(capfd, train.main, *line, says="expected to be the only process")
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
-    assert [path.name for path in new.iterdir()] == [".lock"]
-    trained(squares, new, "--steps 1 --val 0")                                           # who comes later may
-
-
-def test_a_team_follows_its_first_process_where_a_run_is_held(squares, tmp_path):
-    out = tmp_path / "run"
-    with extract.lock(out / ".lock"):
-        done = two_processes(squares, "--out", out, *SHORT)
+    with extract.lock(Path("new/.lock")):
+        done = two_processes(squares, *new)
     assert done.returncode and done.stderr.count("error: ") == 1, done.stderr
     assert "expected to be the only process" in done.stderr
-    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert {path: path.read_bytes() for path in out.iterdir()} == before and os.listdir("new") == [".lock"]
+    trained(squares, "new", "--steps 1 --val 0")                                         # who comes later may
 
 
-def test_a_run_that_began_meanwhile_is_not_written_over(squares, tmp_path, monkeypatch, capfd):
+def test_a_run_that_began_meanwhile_is_not_written_over(squares, monkeypatch, capfd):
     """It has no file yet when the command line is checked, and all of them when the lock is had."""
-    state, real = tmp_path / "run/state.safetensors", extract.lock
+    state, real = Path("run/state.safetensors"), extract.lock
 
     def late(path):
         state.parent.mkdir()
         state.write_bytes(b"of another run")
         return real(path)
     monkeypatch.setattr(extract, "lock", late)
-    fails_in_one_line(capfd, train.main, squares, "--out", state.parent, *SHORT, says="found a run in it")
+    fails_in_one_line(capfd, train.main, squares, "--out", "run", *SHORT, says="found a run in it")
     assert state.read_bytes() == b"of another run"
 
 
@@ -2724,41 +2636,30 @@ def norms(monkeypatch):
     return seen
 
 
-def test_gradients_are_clipped_to_norm_1_however_large_the_loss(squares, tmp_path, monkeypatch, norms):
+def test_gradients_are_clipped_to_norm_1_however_large_the_loss(squares, monkeypatch, norms):
     policy, reader = train.cfm_loss, parse.parser_loss
     monkeypatch.setattr(train, "DIVERGED", math.inf)
-    monkeypatch.setattr(train, "cfm_loss", lambda *args, **more: policy(*args, **more) * 1e4)
-    trained(squares, tmp_path / "run", "--val 0 --steps 2")
+    monkeypatch.setattr(train, "cfm_loss", lambda net, **given: policy(net, **given) * 1e4)
+    trained(squares, "run", "--val 0 --steps 2")
     monkeypatch.setattr(parse, "parser_loss", lambda *args: {k: v * 1e4 for k, v in reader(*args).items()})
-    flags = "--steps 2 --batch 8 --pool 400 --workers 0".split()
-    assert run(parse.main, "train", "--out", tmp_path / "w.safetensors", *flags) == 0
+    flags = "train --out w.safetensors --steps 2 --batch 8 --pool 400 --workers 0"
+    assert run(parse.main, *flags.split()) == 0
     assert norms == pytest.approx([1] * 4, abs=1e-3)
 
 
-def dead_loader(sampler, job):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def no_memory(net, *args, **more):
-    raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
-def no_slope(net, *args, **more):
-    """A loss whose gradient is none: a root at 0."""
-    return (next(net.parameters()).sum() * 0).sqrt()
-
-
-@pytest.mark.parametrize("where, name, fault, says", [
-    (train.Sampler, "__getitem__", dead_loader, "give --workers 0"),
-    (train, "cfm_loss", no_memory, "lower --micro"), (train, "cfm_loss", no_slope, "with a gradient of nan")])
+@parametrize("where, name, fault, says", [
+    (train.Sampler, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL), "give --workers 0"),
+    (train, "cfm_loss", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")), "lower --micro"),
+    (train, "cfm_loss", lambda net, **given: (next(net.parameters()).sum() * 0).sqrt(),        # a root at 0
+     "with a gradient of nan")])
 def test_a_step_that_fails_is_one_line_and_never_reaches_the_weights(
-        where, name, fault, says, squares, tmp_path, monkeypatch, capfd, norms):
+        where, name, fault, says, squares, monkeypatch, capfd, norms):
     monkeypatch.setattr(where, name, fault)
-    fails_in_one_line(capfd, train.main, squares, "--out", tmp_path / "run", *SHORT, says=says)
-    assert not norms and not (tmp_path / "run/state.safetensors").exists()
+    fails_in_one_line(capfd, train.main, squares, "--out", "run", *SHORT, says=says)
+    assert not norms and not Path("run/state.safetensors").exists()
 
 
-# ---------------------------------------------------------------------------- mistakes: model, sample, train
+# ---------------------------------------------------------------------- mistakes: model, sample, train, play
 def actions_with(value, row, column):
     """Forty actions, one value of them wrong."""
     actions = np.zeros((40, 25), np.float32)
@@ -2782,6 +2683,13 @@ BAD_HEADERS = {                                 # of a checkpoint, or of a run's
     "letter": ('"x"', r'"\ud800"'),
     "run-batch": ('"batch": 4', '"batch": "four"'),
     "run-args": ('"args": {', '"args": [], "was": {')}
+BAD_RELEASED = {                                # of a released checkpoint: a value's place; another
+    "bias": ("model/model.proj_out_1.bias", None),
+    "sep": ("model/vis_sep_embedding", torch.zeros(2)),
+    "geglu": ("ckpt_config/model_cfg/diffusion_model_cfg/activation_fn", "geglu"),
+    "gelu": ("ckpt_config/model_cfg/vl_self_attention_cfg/activation_fn", "gelu"),
+    "old": ("ckpt_config/tokenizer_cfg/old_layout", True),
+    "endless": ("ckpt_config/model_cfg/action_horizon", None)}
 MISTAKES = """\
 model.py info cut | cut: expected a .safetensors
 model.py info empty | empty: expected a .safetensors
@@ -2799,6 +2707,14 @@ model.py convert old.pt ./old.pt | a new file
 model.py convert good OUT --preset toy | good: expected a .safetensors
 model.py convert old.pt OUT --games letter.json | expected a JSON list of game names
 model.py convert old.pt OUT --games empty | expected a JSON list of game names
+model.py convert GOLDEN OUT | add --vision-heads N
+model.py convert GOLDEN OUT --vision-heads 5 | do not divide into 5 heads
+model.py convert bias OUT --vision-heads 4 | proj_out_1.bias
+model.py convert sep OUT --vision-heads 4 | vis_sep_embedding
+model.py convert geglu OUT --vision-heads 4 | activation_fn is 'geglu'
+model.py convert gelu OUT --vision-heads 4 | activation_fn is 'gelu'
+model.py convert old OUT --vision-heads 4 | old_layout is True
+model.py convert endless OUT --vision-heads 4 | horizon = None, expected
 sample.py serve --ckpt good --key= | expected a secret
 sample.py serve --ckpt idm | needs the frames to come
 sample.py label plain --ckpt good | found a policy
@@ -2824,7 +2740,7 @@ sample.py image f.png --ckpt missing --out OUT | Missing key(s) in state_dict: "
 sample.py image f.png --ckpt wide --out OUT | size mismatch for vision.blocks.0.ff.up
 sample.py image f.png --ckpt nan --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
 sample.py image f.png --ckpt inf --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
-sample.py image f.png --ckpt minus --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
+sample.py image f.png --ckpt=-inf --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
 train.py nan-clips | clip x/actions.npy: expected buttons in 0..1 and sticks in -1..1, found NaN
 train.py high-clips | found NaN or others in row 3
 train.py narrow-clips | expected 40 x 25, one row a video frame, found (40, 24)
@@ -2849,112 +2765,116 @@ train.py DATA --resume RUN --steps 1 | more --steps
 train.py DATA --resume RUN --batch 2 | --batch 2: expected 4
 train.py DATA --resume RUN --hz 30 | --hz 30.0: expected None
 train.py DATA --resume run-batch | --batch
-train.py DATA --resume run-args | state""".splitlines()
+train.py DATA --resume run-args | state
+play.py | --ckpt --server --human
+play.py --human --ckpt x | not allowed with
+play.py --human --try-map x | not allowed with
+play.py --server here | HOST:PORT
+play.py --server 127.0.0.1:99999 | 65535
+play.py --server a..b:5555 | expected python sample.py serve
+play.py --exe g --ckpt no_such_file | no_such_file
+play.py --human | --exe
+play.py --human --hz 0 | --hz: expected 1 to 1000, found 0""".splitlines()
 
 
 @pytest.fixture(scope="module")
 def wrong(ckpt, ended, idm, tmp_path_factory):
     """A folder with all that the mistakes name."""
     folder, good = tmp_path_factory.mktemp("wrong"), ckpt.read_bytes()
-    for name, data in {"good": good, "cut": good[:-100], "empty": b"", "idm": idm.read_bytes(),
-                       "letter.json": rb'["\ud800"]'}.items():
-        (folder / name).write_bytes(data)
-    name, state, config = "dit.1.attn.q.weight", tiny().state_dict(), tiny().config
-    M.save(folder / "missing", {key: state[key] for key in state if key != name}, config)
-    for file, value in ("nan", math.nan), ("inf", math.inf), ("minus", -math.inf):
-        state[name][-1, -1] = value
-        M.save(folder / file, state, config)
-    for file, (said, says) in BAD_HEADERS.items():
-        source, out = ckpt, folder / file
-        if file.startswith("run"):
-            source, out = ended / "state.safetensors", shutil.copytree(ended, out) / "state.safetensors"
-        with M.safe_open(source, "pt") as f:
-            header = f.metadata()["nitrogen"]
-        assert said in header
-        save_file(load_file(source), out, {"nitrogen": header.replace(said, says, 1)})
-    for file, zipped in ("bomb.pt", True), ("old.pt", False):
-        bomb = {"model": Bomb(), "ckpt_config": {}}
-        torch.save(bomb, folder / file, _use_new_zipfile_serialization=zipped)
-    extract.save_png(folder / "f.png", pictures(1)[0])
-    np.save(folder / "n.npy", np.zeros((4, 25), np.float32))
-    np.save(folder / "nan.npy", np.full((8, 25), np.nan, np.float32))
-    np.save(folder / "objects.npy", [Bomb()])
-    for kind, files in BAD_CLIPS.items():
-        make_clip(folder / f"{kind}-clips" / "clip x", **files)
-    np.load(folder / "broken-clips/clip x/frames.npy", mmap_mode="r+")[9000:] = 0       # all but the first
-    (make_clip(folder / "plain/x", 6) / "actions.npy").unlink()
+    with contextlib.chdir(folder):
+        for file, data in {"good": good, "cut": good[:-100], "empty": b"", "idm": idm.read_bytes(),
+                           "letter.json": rb'["\ud800"]'}.items():
+            Path(file).write_bytes(data)
+        name, state, config = "dit.1.attn.q.weight", tiny().state_dict(), tiny().config
+        for value in math.nan, math.inf, -math.inf:
+            state[name][-1, -1] = value
+            M.save(str(value), state, config)
+        del state[name]
+        M.save("missing", state, config)
+        for file, (said, says) in BAD_HEADERS.items():
+            source, out = ckpt, file
+            if file.startswith("run"):
+                source, out = ended / "state.safetensors", shutil.copytree(ended, file) + "/state.safetensors"
+            with M.safe_open(source, "pt") as f:
+                header = f.metadata()["nitrogen"]
+            assert said in header
+            save_file(load_file(source), out, {"nitrogen": header.replace(said, says, 1)})
+        for file, (place, value) in BAD_RELEASED.items() if GOLDEN.is_dir() else ():
+            part = released = torch.load(GOLDEN / "golden_tiny_a.pt", weights_only=True)
+            *way, last = place.split("/")
+            for step in way:
+                part = part[step]
+            part[last] = value
+            torch.save(released, file)
+        for file, zipped in ("bomb.pt", True), ("old.pt", False):
+            bomb = {"model": Bomb(), "ckpt_config": {}}
+            torch.save(bomb, file, _use_new_zipfile_serialization=zipped)
+        extract.save_png("f.png", pictures(1)[0])
+        np.save("n.npy", np.zeros((4, 25), np.float32))
+        np.save("nan.npy", np.full((8, 25), np.nan, np.float32))
+        np.save("objects.npy", [Bomb()])
+        for kind, files in BAD_CLIPS.items():
+            make_clip(f"{kind}-clips/clip x", **files)
+        np.load("broken-clips/clip x/frames.npy", mmap_mode="r+")[9000:] = 0          # but the first
+        (make_clip("plain/x", 6) / "actions.npy").unlink()
     return folder
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(
         mistake, wrong, squares, ended, tmp_path, monkeypatch, capfd):
+    if "--vision-heads" in mistake and not GOLDEN.is_dir():
+        pytest.skip(f"needs the golden tensors in {GOLDEN}")
     monkeypatch.chdir(wrong)
     command, says = mistake.split(" | ")
     script, *words = command.split()
     if script == "train.py":
         words = ["--out", "OUT", *QUICK, *words]
-    places = {"OUT": tmp_path / "o", "DATA": squares, "RUN": ended}
+    places = {"OUT": tmp_path / "o", "DATA": squares, "RUN": ended, "GOLDEN": GOLDEN / "golden_tiny_a.pt"}
     line = [places.get(word, word) for word in words]
-    fails_in_one_line(capfd, sys.modules[script[:-3]].main, *line, says=says.replace("/", os.sep))
+    fails_in_one_line(capfd, sys.modules[script[:-3]].main, *line, says=says)
     assert not (tmp_path / "o").is_file() and not Path("bombed").exists()
 
 
 # --------------------------------------------------------------------------------------------------- on a GPU
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-
-
-@needs_cuda
-@pytest.mark.parametrize("guidance", [0.0, 1.5])
-def test_a_gpu_samples_what_a_cpu_does(ckpt, guidance):
+@parametrize("guidance", [0.0, 1.5])
+@parametrize("device, dtype, most", [
+    ("cpu", "bfloat16", 0.1), on_gpu("float32", 1e-3), on_gpu("bfloat16", 0.1)])
+def test_a_gpu_and_half_the_bits_sample_what_a_cpu_does(ckpt, device, dtype, most, guidance):
     """Two looks of one player and of three, so that the graph of each batch size is recorded once and
     replayed with other numbers."""
-    def look(device="cuda", **how):
-        policy = sample.Policy(ckpt, device, guidance=guidance, **how)
+    raw = []
+    for how in ("cpu", "float32"), (device, dtype):
+        policy = sample.Policy(ckpt, *how, guidance=guidance)
         sessions = [sample.Session(policy, game="x", seed=5, envs=envs) for envs in (1, 3)]
         looks = pictures(6).reshape(2, 3, 256, 256, 3)
-        raw = [session.predict_raw(frames[:session.envs]) for frames in looks for session in sessions]
-        assert len(policy.graphs) == (2 if device == "cuda" else 0)
-        return torch.cat(raw)
-    want = look("cpu")
-    for how, most in ({}, 1e-3), ({"dtype": "bfloat16"}, 0.1):
-        assert (look(**how) - want).norm() / want.norm() < most
+        raw.append(torch.cat([s.predict_raw(frames[:s.envs]) for frames in looks for s in sessions]))
+    assert len(policy.graphs) == 2 * (device == "cuda")
+    assert (raw[1] - raw[0]).norm() / raw[0].norm() < most
 
 
 @needs_cuda
-def test_players_of_one_gpu_do_not_mix(ckpt):
-    """Four at once, whose graphs are recorded while the others play: each gets what it would get alone."""
-    policy = sample.Policy(ckpt, "cuda")
-
-    def play_for(seed):
-        return chunks(sample.Session(policy, seed=seed), pictures(8, seed))
-    with ThreadPoolExecutor(4) as pool:
-        together = [*pool.map(play_for, range(4))]
-    assert np.array_equal(together, [play_for(seed) for seed in range(4)])
-
-
-@needs_cuda
-def test_a_gpu_trains_as_a_cpu_does(squares, tmp_path):
+def test_a_gpu_trains_as_a_cpu_does(squares):
     def train_on(name, flags):
-        return trained(squares, tmp_path / name, f"--dropout 0 {flags}")
+        return trained(squares, name, f"--dropout 0 {flags}")
     want = losses(train_on("cpu", ""))
     half = "--dtype bfloat16 --checkpointing --ema-device cpu"
     for flags, most in ("", 2e-3), (half, 0.05):
         assert losses(train_on(f"gpu{most}", f"--device cuda {flags}")) == pytest.approx(want, rel=most)
     cut, whole = (train_on(str(steps), f"--device cuda --decay 0 --steps {steps}") for steps in (2, 4))
     assert run(train.main, "--resume", cut, "--device", "cuda", "--steps", 4) == 0
-    assert farthest(cut, whole) < 2e-4
+    assert losses(cut) == pytest.approx(losses(whole), rel=2e-3)
 
 
 @needs_cuda
-def test_a_gpu_reads_pads_as_a_cpu_does(tmp_path, skin):
+def test_a_gpu_reads_pads_as_a_cpu_does(skin):
     read = []
     for device in "cpu", "cuda":
-        drawn_clip(tmp_path / device / "a", skin, n=60)
-        assert run(parse.main, "run", tmp_path / device, "--device", device) == 0
-        read.append(np.load(tmp_path / device / "a" / "actions.npy"))
-    assert np.abs(read[0] - read[1])[:, -4:].max() < 0.05
-    assert (read[0] != read[1])[:, :-4].mean() < 0.001
+        drawn_clip(Path(device) / "a", skin, n=60)
+        assert run(parse.main, "run", device, "--device", device) == 0
+        read.append(np.load(f"{device}/a/actions.npy"))
+    off = np.abs(read[0] - read[1])
+    assert off[:, -4:].max() < 0.05 and (off[:, :-4] != 0).mean() < 0.001
 
 
 # ----------------------------------------------------------------------- play: a small game of our own
@@ -3007,15 +2927,13 @@ MAP = {"left": {"up": "up", "left": "left", "right": "right"}, "SOUTH": "space"}
 @pytest.fixture(scope="module")
 def display():
     """An X server without a screen, for these tests alone."""
-    if sys.platform != "linux" or not shutil.which("Xvfb"):
+    if not shutil.which("Xvfb"):
         pytest.skip("needs Xvfb: apt-get install xvfb libxtst6")
     command = "Xvfb -displayfd 1 -screen 0 640x480x24 -nolisten tcp".split()
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DISPLAY", f":{server.stdout.readline().strip()}")
+    with server, mock.patch.dict(os.environ, DISPLAY=f":{server.stdout.readline().strip()}"):
         yield
-    server.terminate()
-    server.wait(10)
+        server.terminate()
 
 
 def wait_until(condition, seconds=60):
@@ -3027,41 +2945,34 @@ def wait_until(condition, seconds=60):
     return value
 
 
-class SmallGame:
-    """The game above: its script, and what it tells of itself."""
-    def __init__(self, folder):
-        self.script, self.file = folder / "small_game.py", folder / "state"
-        names = f"REPOSITORY, STATE = {str(HERE)!r}, {str(self.file)!r}\n"
-        self.script.write_text(names + textwrap.dedent(GAME))
-
-    def state(self):
-        """The newest, once it runs."""
-        def read():
-            with contextlib.suppress(ValueError, OSError):
-                return json.loads(self.file.read_text())
-        return wait_until(read)
-
-    def runs_on(self):
-        """Waits until it has drawn three more frames and sees no key held."""
-        seen = self.state()["frames"]
-        wait_until(lambda: self.state()["frames"] > seen + 3 and not self.state()["held"])
+def write_game():
+    """The game above and its keys, as files."""
+    Path("small_game.py").write_text(f"REPOSITORY, STATE = {str(HERE)!r}, 'state'\n" + textwrap.dedent(GAME))
+    Path("keys.json").write_text(json.dumps(MAP))
 
 
-@pytest.fixture
-def game(display, tmp_path):
-    g = SmallGame(tmp_path)
-    process = subprocess.Popen([sys.executable, g.script])
-    g.state()
-    yield g
-    process.kill()
-    process.wait(10)
+def state():
+    """What the game tells of itself, once it runs."""
+    def read():
+        with contextlib.suppress(ValueError, OSError):
+            return json.loads(Path("state").read_text())
+    return wait_until(read)
+
+
+def runs_on():
+    """Waits until the game has drawn three more frames and sees no key held."""
+    seen = state()["frames"]
+    wait_until(lambda: state()["frames"] > seen + 3 and not state()["held"])
 
 
 @pytest.fixture
-def keys_file(tmp_path):
-    path = tmp_path / "keys.json"
-    path.write_text(json.dumps(MAP))
-    return path
+def game(display):
+    """It runs."""
+    write_game()
+    with subprocess.Popen([sys.executable, "small_game.py"]) as process:
+        state()
+        yield
+        process.kill()
 
 
 # ------------------------------------------------------------------------------ play: actions and keys
@@ -3073,6 +2984,9 @@ def action(**controls):
     return a
 
 
+JUMP, RIGHT = action(SOUTH=1), action(left=(1, 0))
+
+
 def test_only_what_may_be_pressed_is():
     out = play.playable([7.0] * 22 + [math.nan, -math.inf, 7.0])
     assert out[21:].tolist() == [1, 0, -1, 1]
@@ -3081,7 +2995,7 @@ def test_only_what_may_be_pressed_is():
     assert not play.playable([0.5] * 25)[:21].any()
 
 
-@pytest.mark.parametrize("path", [None, *HERE.glob("weights/maps/*.json")])
+@parametrize("path", [None, *HERE.glob("weights/maps/*.json")])
 def test_a_key_means_the_control_that_presses_it(path):
     keys, _ = play.load_mapping(path)
     for place, sign, key in keys:
@@ -3101,23 +3015,22 @@ def test_sticks_let_keys_go_later_than_they_press_them():
     assert held(0.6) == held(0.45, "d") == {"w", "d"}
 
 
-@pytest.mark.parametrize("control, key", [
+@parametrize("control, key", [
     ("SOUT", "space"), ("SOUTH", "spce"), ("left", {"north": "w"}), ("left", "w"),
     ("right", {"mouse": "fast"}), ("right", {"mouse": math.inf})])
-def test_a_wrong_mapping_names_its_fault(keys_file, control, key):
-    keys_file.write_text(json.dumps({"EAST": "e", control: key}))
-    with pytest.raises(UserError, match=control):
-        play.load_mapping(keys_file)
+def test_a_wrong_mapping_names_its_fault(control, key):
+    Path("keys.json").write_text(json.dumps({"EAST": "e", control: key}))
+    with refused(control):
+        play.load_mapping("keys.json")
 
 
 # ----------------------------------------------------------------------------------------- play: fakes
-class Desktop:
-    """A desktop that remembers: the methods of play.X11 and play.Win32."""
+class Desktop(play.Desktop):
+    """One that remembers what it is told."""
     def __init__(self, *windows):
         self.all, self.log, self.down, self.front, self.hand = list(windows), [], set(), None, (0, 0)
 
-    flush = watch_mouse = lambda self: None
-    prepare_keys = check_input = lambda self, what: None
+    watch_mouse = play.nothing
     problem = lambda self, window: ""
     windows = lambda self: self.all
     held = lambda self: set(self.down)
@@ -3132,10 +3045,10 @@ class Desktop:
 
     def key(self, name, down):
         self.log.append("-+"[down] + name)
-        (self.down.add if down else self.down.discard)(name)
+        self.down ^= {name}
 
-    def move(self, dx, dy):
-        self.log.append((dx, dy))
+    def move(self, *way):
+        self.log.append(way)
 
     def suspend(self, pid):
         self.log.append("stop")
@@ -3148,33 +3061,35 @@ def window(id=7, pid=12345, name="game", title="A game", box=(10, 20, 640, 480))
     return play.Window(id, title, box, pid, play.spellings(name, str(pid)))
 
 
+def plain(shade):
+    """A picture of one grey."""
+    return np.full((256, 256, 3), shade % 256, np.uint8)
+
+
 @pytest.fixture
-def env(monkeypatch):
+def env(monkeypatch, request):
     """Makes a GameEnv over fakes: the keyboard pad, no guard, and pictures of which each differs."""
-    desktop, capture = Desktop(window()), mock.Mock()
-    number = itertools.count(20)
-    capture.look.side_effect = lambda box: np.full((256, 256, 3), next(number) % 256, np.uint8)
+    desktop, number = Desktop(window()), itertools.count(20)
+    capture = mock.Mock(**{"look.side_effect": lambda box: plain(next(number))})
     guard = mock.Mock(dismiss=lambda: desktop.log.append("dismissed"))
     for name, fake in {"Guard": guard, "Capture": capture, "this_desktop": desktop, "real_pads": []}.items():
         monkeypatch.setattr(play, name, lambda fake=fake, **undo: fake)
-    with contextlib.ExitStack() as last:
-        def make(**options):
-            e = play.GameEnv("game", **{"pad": "keyboard", "hz": 1000.0, "wait": 0, **options})
-            last.callback(e.close)
-            return e
-        yield make
+
+    def make(**options):
+        e = play.GameEnv("game", **{"pad": "keyboard", "hz": 1000.0, "wait": 0, **options})
+        request.addfinalizer(e.close)
+        return e
+    return make
 
 
 def fixed_policy(n, before=lambda: None, shift=0):
     """It wants `right` n times; before each answer but the first, the warm-up's, it calls `before`."""
     def predict(rgb):
-        assert rgb.shape == (256, 256, 3) and rgb.dtype == np.uint8
         if policy.predict.call_count > 1:
             before()
         return rows(*[1] * n)
-    policy = mock.Mock()
-    policy.info.return_value = {"config": {"horizon": n, "action_shift": shift}}
-    policy.predict.side_effect = predict
+    config = {"horizon": n, "action_shift": shift}
+    policy = mock.Mock(**{"info.return_value": {"config": config}, "predict.side_effect": predict})
     return policy
 
 
@@ -3184,7 +3099,7 @@ def rows(*values):
 
 
 # ---------------------------------------------------------------------- play: windows, pads and hands
-def test_the_window_is_found_by_its_process_and_not_by_its_title():
+def test_the_window_is_found_by_its_process_and_not_by_its_title_or_those_there_are_listed():
     game, child = window(1, 10, "Game.exe", ""), window(2, 11, "engine", "Level 1")
     child.names += play.spellings("C:\\Games\\launcher.exe")     # which started it
     small = window(3, 10, "game.exe", "A dialog", (0, 0, 50, 50))
@@ -3196,17 +3111,12 @@ def test_the_window_is_found_by_its_process_and_not_by_its_title():
             (child, None, "0x2"), (small, "game.exe", "dialog"), (nobody, "etr"), (None, "b2"),
             (small, None, "3")]:                             # an id goes before a title
         assert play.find_window(desktop, *asked) is found, asked
-
-
-def test_a_missing_window_lists_those_that_exist():
-    secret = play.Window(6, "Secret", (0, 0, 9, 9), 9, ["?"])      # Windows does not tell all
-    says = r"no window of celeste\.exe; windows here: b1 'One' \(id 5\), \? 'Secret' \(id 6\): [^\n]*$"
-    with pytest.raises(UserError, match=says):
-        play.await_window(Desktop(window(5, 1, "b1", "One"), secret), "celeste.exe", seconds=0)
+    with refused(r"no window of b2; windows here: b1.exe 'Chapter 3 .* \(id 4\), .*etr 'Racing' \(id 9\): "):
+        play.await_window(desktop, "b2", seconds=0)
 
 
 def test_capture_is_trainings_shrink_of_the_box(monkeypatch):
-    desk = np.random.default_rng(0).integers(0, 256, (400, 900, 4), np.uint8)  # BGRA, from x = -100 on
+    desk = noise(400, 900, 4)                                # BGRA, from x = -100 on
     screen = mock.Mock(monitors=[{"left": -100, "top": 0, "width": 900, "height": 400}])
     screen.grab = lambda part: desk[part[1]:part[3], 100 + part[0]:100 + part[2]]
     monkeypatch.setattr("mss.MSS", lambda: screen)
@@ -3215,7 +3125,6 @@ def test_capture_is_trainings_shrink_of_the_box(monkeypatch):
     half_off = np.pad(rgb[40:340, :256], ((0, 0), (256, 0), (0, 0)))
     assert np.array_equal(capture.look((-356, 40, 512, 300)), extract.shrink(half_off))
     assert not capture.look((5000, 0, 10, 10)).any()
-    assert capture.look((9, 9, 256, 256)).any()
     assert np.array_equal(same, rgb[:256, 100:356])          # a frame stays what it was
 
 
@@ -3247,37 +3156,37 @@ def test_our_names_are_vgamepads():
 
 def test_a_missing_driver_says_what_to_install_and_the_way_round(vgamepad):
     vgamepad.VX360Gamepad.side_effect = RuntimeError("NO_BUS")
-    with pytest.raises(UserError, match="install vgamepad.*uinput.*ViGEmBus.*--pad keyboard.*NO_BUS"):
+    with refused("install vgamepad.*uinput.*ViGEmBus.*--pad keyboard.*NO_BUS"):
         play.VirtualPad(mock.Mock(real_pads=[]))
 
 
 def test_the_keyboard_pad_presses_each_key_once_and_only_in_the_game(env):
     e = env(hz=10.0)
-    d, both, mouse = e.desktop, action(SOUTH=1, left=(1, 0)), [action(right=(0.015, y)) for y in (-0.5, 0)]
+    d, both, mouse = e.desktop, action(SOUTH=1, left=(1, 0)), [action(right=(0.015, y)) for y in (-0.5, 0, 0)]
 
     def log_of(front, *actions):
         d.front, d.log = front, []
         for a in actions:
             e.pad.press(a)
         return d.log
-    assert log_of(7, action(SOUTH=1), both, action(left=(1, 0))) == ["+space", "+d", "-space"]
+    assert log_of(7, JUMP, both, RIGHT) == ["+space", "+d", "-space"]
     assert log_of(99, both, action(right=(1, 1))) == ["-d"]
     assert e.pad.away                                        # another window is in front
-    assert log_of(7, *mouse) == [(1, -45), (1, 0)]  # 900 pixels a second are 90 a tick; 1.35 + 1.35 add up
+    assert log_of(7, *mouse) == [(1, -45), (1, 0), (2, 0)]      # 900 pixels a second are 90 a tick; 3 x 1.35
     assert not e.pad.away and log_of(7, action(NORTH=1))
     e.pad.close()
     assert not d.down
 
 
-def test_a_joystick_speaks_the_kernels_protocol(tmp_path, monkeypatch):
+def test_a_joystick_speaks_the_kernels_protocol(monkeypatch):
     def ioctl(file, request, answer):                        # what the driver of an Xbox pad says of itself
         told = {64: bytes([0, 1, 2, 3, 4, 5, 16]), 128: b"Microsoft X-Box 360 pad",
                 1024: struct.pack("4H", 0x130, 0x131, 0x133, 0x2C0)}[len(answer)]
         answer[:len(told)] = told
     monkeypatch.setattr("fcntl.ioctl", ioctl)
-    os.mkfifo(tmp_path / "js0")
-    with open(tmp_path / "js0", "r+b", buffering=0) as driver:
-        pad = play.Joystick(tmp_path / "js0")
+    os.mkfifo("js0")
+    with open("js0", "r+b", buffering=0) as driver:
+        pad = play.Joystick("js0")
         assert play.hands_on([pad])[0] is None
         for event in [
                 (1, 0x81, 0),                                # A, at the start (0x80: the state when opened)
@@ -3299,7 +3208,7 @@ def test_xinput_points_up():
     dll = mock.Mock(XInputGetState=get_state)
     wanted = action(SOUTH=1, DPAD_LEFT=1, LEFT_TRIGGER=1, left=(0, -1), right=(-1, 0))
     assert np.array_equal(play.XInput(dll, 0).read(), wanted)
-    with pytest.raises(UserError, match="unplugged"):
+    with refused("unplugged"):
         play.XInput(dll, 1).read()
 
 
@@ -3311,13 +3220,14 @@ def test_what_is_typed_elsewhere_is_no_play_and_the_mouse_is_a_stick(env):
     keys.last -= 0.4                                         # the ticks before this one came too late
     assert 0 < keys.read()[23] < 0.126
     e.pad.moved = True                                       # it was us
-    assert np.array_equal(keys.read(), action(left=(1, 0)))
+    assert np.array_equal(keys.read(), RIGHT)
     e.desktop.front = 99
     assert play.hands_on([keys])[0] is None
 
 
-def test_each_control_of_a_mapping_is_pressed_and_named(env, keys_file, capsys):
-    e = env(mapping=keys_file)
+def test_each_control_of_a_mapping_is_pressed_and_named(env, capsys):
+    write_game()
+    e = env(mapping="keys.json")
     e.hold = e.pad.press                                     # at once
     play.try_map(e)
     assert e.desktop.log == "+up -up +left -left +right -right +space -space".split()
@@ -3326,75 +3236,74 @@ def test_each_control_of_a_mapping_is_pressed_and_named(env, keys_file, capsys):
 
 # ------------------------------------------------------------------------------ play: the Windows half
 @pytest.fixture
-def dlls():
-    """user32, kernel32 and the others in one: window 21 of process 210."""
+def win():
+    """The desktop of a Windows whose user32 and other libraries are one: window 21 of process 210."""
     def fill(**values):
         """A function that writes these into the structure that it is given."""
         return lambda handle, out: [setattr(out._obj, name, value) for name, value in values.items()]
-    return mock.Mock(
+    libraries = mock.Mock(
         EnumWindows=lambda visit, _: visit(21, None), GetAncestor=lambda window, kind: window,
         GetClientRect=fill(right=640, bottom=480), ClientToScreen=fill(x=64, y=63), IsIconic=lambda w: False,
         GetWindowThreadProcessId=fill(value=210), WindowFromPoint=lambda point: 21,
         QueryFullProcessImageNameW=lambda h, _, path, n: setattr(path, "value", f"C:\\Größe {h}.exe"),
         MapVirtualKeyW=lambda code, kind: code + 1, GetAsyncKeyState=lambda code: -32768 * (code == 0x20),
         OpenProcess=lambda access, _, pid: pid % 666)
+    return play.Win32(lambda name: libraries)
 
 
-def test_windows_finds_the_client_area_by_process(dlls):
-    d = play.Win32(lambda name: dlls)
-    w = play.find_window(d, "größe 210.exe")
+def test_windows_finds_the_client_area_by_process(win):
+    w = play.find_window(win, "größe 210.exe")
     assert (w.id, w.pid, w.box, w.title) == (21, 210, (64, 63, 640, 480), "")
-    assert d.problem(21) == ""
-    dlls.WindowFromPoint = lambda point: 22
-    assert d.problem(21).startswith("is covered")
-    dlls.DwmGetWindowAttribute = lambda window, kind, out, size: setattr(out._obj, "value", 2)     # cloaked
-    assert d.problem(21) == "is minimised" and not d.windows()
-    dlls.GetClientRect = lambda window, out: 0
-    assert d.box(21) is None
+    assert win.problem(21) == ""
+    win.user.WindowFromPoint = lambda point: 22
+    assert win.problem(21).startswith("is covered")
+    win.user.DwmGetWindowAttribute = lambda window, kind, out, size: setattr(out._obj, "value", 2)   # cloaked
+    assert win.problem(21) == "is minimised" and not win.windows()
+    win.user.GetClientRect = lambda window, out: 0
+    assert win.box(21) is None
 
 
-def test_windows_sends_scan_codes_and_reads_keys_and_mouse(dlls):
-    d = play.Win32(lambda name: dlls)
-    d.prepare_keys({"space", "left"})
-    d.key("left", 1)
-    d.key("left", 0)
-    d.key("mouse1", 0)
-    d.move(5, -7)
-    scan, prefix, up = 8, 1, 2                               # KEYEVENTF_SCANCODE, EXTENDEDKEY, KEYUP
-    keys = [struct.pack("<IxxxxHHI", 1, 0x25, 0x26, flags) for flags in (scan | prefix, scan | prefix | up)]
-    mouse = [struct.pack("<IxxxxiiII", 0, *told) for told in ((0, 0, 0, 4), (5, -7, 0, 1))]
-    told = [mock.call(1, event.ljust(40, b"\0"), 40) for event in keys + mouse]      # INPUT on 64 bits
-    assert dlls.SendInput.call_args_list == told and d.held() == {"space"}
+def test_windows_sends_scan_codes_and_reads_keys_and_mouse(win):
+    win.key("left", 1)
+    win.key("left", 0)
+    win.key("mouse1", 0)
+    win.move(5, -7)
+    sent = [np.frombuffer(event, np.int32).tolist() for (_, event, _), _ in win.user.SendInput.call_args_list]
+    assert sent == [                                         # INPUT on 64 bits
+        [1, 0, 0x260025, 9, *[0] * 6],                       # key 37, scan code 38, SCANCODE and EXTENDEDKEY
+        [1, 0, 0x260025, 11, *[0] * 6],                      # and KEYUP
+        [0, 0, 0, 0, 0, 4, *[0] * 4],
+        [0, 0, 5, -7, 0, 1, *[0] * 4]]
+    assert win.held() == {"space"}
     moves = [struct.pack("<36xiixxxx", 3, -4)] * 2
-    dlls.GetRawInputBuffer = lambda event, size, head: moves and setattr(event, "raw", moves.pop()) is None
-    assert d.moved().tolist() == [6, -8]
+    win.user.GetRawInputBuffer = lambda event, *_: moves and setattr(event, "raw", moves.pop()) is None
+    assert win.moved().tolist() == [6, -8]
 
 
-def test_windows_stops_processes_and_clocks_and_says_when_it_may_not(dlls, monkeypatch):
-    d, package = play.Win32(lambda name: dlls), mock.Mock()
+def test_windows_stops_processes_and_clocks_and_says_when_it_may_not(win, monkeypatch):
+    package = mock.Mock()
     monkeypatch.setitem(sys.modules, "xspeedhack", package)
-    hack, speed = play.SpeedHack(mock.Mock(desktop=d, pid=77)), package.Client().set_speed
-    d.suspend(210)
-    dlls.NtSuspendProcess.assert_called_once_with(210)
-    d.resume(210)
-    dlls.NtResumeProcess.assert_called_once_with(210)
+    hack, speed = play.SpeedHack(mock.Mock(desktop=win, pid=77)), package.Client().set_speed
+    win.suspend(210)
+    win.user.NtSuspendProcess.assert_called_once_with(210)
+    win.resume(210)
+    win.user.NtResumeProcess.assert_called_once_with(210)
     hack.stop()
     hack.go()
     assert speed.mock_calls == [mock.call(0), mock.call(1)]
     package.Client.side_effect = subprocess.CalledProcessError(5, "injector64.exe")
-    for says, refused in [("error 5.*administrator", lambda: d.suspend(666)),
-                          ("pip install xspeedhack.*administrator.*status 5",
-                           lambda: play.SpeedHack(mock.Mock(desktop=d, pid=77)))]:
-        with pytest.raises(UserError, match=says):
-            refused()
+    with refused("error 5.*administrator"):
+        win.suspend(666)
+    with refused("pip install xspeedhack.*administrator.*status 5"):
+        play.SpeedHack(mock.Mock(desktop=win, pid=77))
 
 
 # ------------------------------------------------------------------------------- play: the environment
 def test_the_environment_lets_the_game_run_for_a_step_and_follows_its_window(env, monkeypatch):
     e, anew = env(pause="suspend"), window(8, box=(0, 0, 100, 100))
     monkeypatch.setattr(e, "PATIENCE", 0)
-    e.reset(options={"actions": [action(SOUTH=1)]})
-    _, *rest = e.step(action(left=(1, 0)))
+    e.reset(options={"actions": [JUMP]})
+    _, *rest = e.step(RIGHT)
     assert rest == [0.0, False, False, {"away": False}]
     assert e.desktop.log == ["+space", "stop", "go", "-space", "stop", "go", "+d", "stop"]
     e.desktop.all = []
@@ -3402,8 +3311,8 @@ def test_the_environment_lets_the_game_run_for_a_step_and_follows_its_window(env
     seen = e.look()
     assert e.window is anew and e.box() == anew.box
     assert not e.desktop.down
-    e.desktop.all, e.desktop.resume = [], lambda pid: None           # and now it has gone
-    last, _, _, truncated, info = e.step(action(left=(1, 0)))
+    e.desktop.all, e.desktop.resume = [], play.nothing               # and now it has gone
+    last, _, _, truncated, info = e.step(RIGHT)
     assert truncated and "has closed" in info["reason"]
     assert np.array_equal(last, seen) and not e.desktop.down
 
@@ -3416,21 +3325,21 @@ def test_gymnasiums_own_checker_is_content(env):
     check_env(made.unwrapped)
 
 
-def test_a_game_runs_on_even_where_its_clock_cannot_be_set(tmp_path):
-    e = mock.Mock(clock=tmp_path / "deleted")
+def test_a_game_runs_on_even_where_its_clock_cannot_be_set():
+    e = mock.Mock(clock="deleted")
     clock = play.FakeTime(e)
     clock.stop()
     with pytest.raises(OSError):
         clock.go()
     e.desktop.resume.assert_called_with(e.pid)
-    with pytest.raises(UserError, match="--launch"):
+    with refused("--launch"):
         play.FakeTime(mock.Mock(clock=None))
 
 
 def test_all_is_put_right_even_where_a_part_fails(env):
     e = env(pause="suspend")
     e.reset()
-    e.pad.press(action(SOUTH=1))
+    e.pad.press(JUMP)
     e.capture.close.side_effect = OSError("the screen is gone")
     with pytest.raises(OSError):
         e.close()
@@ -3442,7 +3351,7 @@ def test_black_frozen_and_covered_pictures_are_told_apart(env, monkeypatch):
     e, now = env(), [100]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for shade, says in (99, ""), (99, "the same for 5 s"), (1, ""), (0, ""), (0, "black for 5 s"):
-        e.capture.look = lambda box: np.full((256, 256, 3), shade, np.uint8)
+        e.capture.look = lambda box: plain(shade)
         said = e.problem()
         assert says in said and bool(says) == bool(said)
         now[0] += 6
@@ -3519,13 +3428,13 @@ def test_a_slow_prediction_never_stalls_the_pad(env):
         wait_until(lambda: e.pad.press.call_count > ends)
         if ends > 100:
             raise play.GameGone("enough")
-    policy = fixed_policy(64, think)
+    policy = fixed_policy(640, think)
     play.play(e, policy)
     assert "+d" in e.desktop.log and not e.desktop.down      # at rest at the end
     assert e.capture.look.call_count < policy.predict.call_count + 5     # no picture that nobody uses
 
 
-@pytest.mark.parametrize("pause, each", [("none", ["think"]), ("suspend", ["stop", "think", "go"])])
+@parametrize("pause, each", [("none", ["think"]), ("suspend", ["stop", "think", "go"])])
 def test_the_game_stands_only_while_the_model_thinks_whose_failure_lets_go_at_once(env, pause, each):
     e = env(pause=pause)
     log = e.desktop.log
@@ -3534,13 +3443,13 @@ def test_the_game_stands_only_while_the_model_thinks_whose_failure_lets_go_at_on
         log.append("think")
         if log.count("think") > 3 and "d" in e.desktop.down:
             raise UserError("no more")
-    with pytest.raises(UserError, match="no more"):
+    with refused("no more"):
         play.play(e, fixed_policy(4, think))
     assert not e.desktop.down                                # at once, not when the environment is closed
     assert [x for x in log if x in each] == each * log.count("think")
 
 
-@pytest.mark.parametrize("forward", [True, False])
+@parametrize("forward", [True, False])
 def test_any_touch_takes_over_and_is_marked(env, monkeypatch, forward):
     monkeypatch.setattr(play, "MARKED", 1e-9)                # the touched ticks alone
     e, log, rest, touch = env(hz=100.0), Log(150), [action()], [action(EAST=1)]
@@ -3579,7 +3488,7 @@ def test_play_presses_row_0_of_a_chunk_action_shift_ticks_after_its_frame(env, m
         self.tick += 1
         return self.tick
     monkeypatch.setattr(play.Beat, "wait", beat)
-    e.capture.look = lambda box: np.full((256, 256, 3), len(log.rows), np.uint8)
+    e.capture.look = lambda box: plain(len(log.rows))
     policy = fixed_policy(16, shift=shift)
     policy.predict = lambda frame: rows(*(frame[0, 0, 0] + np.arange(shift, shift + 16)) / 1000)
     play.play(e, policy, recorder=log)
@@ -3590,11 +3499,11 @@ def test_play_presses_row_0_of_a_chunk_action_shift_ticks_after_its_frame(env, m
 
 # ---------------------------------------------------------------------------------- play: the recorder
 @pytest.fixture
-def recorder(tmp_path):
-    return play.Recorder(tmp_path / "Daten neu", "Größe: 1.exe", 60.0)
+def recorder():
+    return play.Recorder("Daten neu", "Größe: 1.exe", 60.0)
 
 
-PICTURE = extract.backdrop(np.random.default_rng(0), 256, 256)
+PICTURE = extract.backdrop(RNG(0), 256, 256)
 
 
 def record(recorder, ticks):
@@ -3611,30 +3520,26 @@ def check_recorded(data, ticks):
     wanted = {"actions": actions, "truth": actions, "confidence": np.ones(len(ticks), np.float32),
               "keep": extract.dense(actions), "human": np.array([t % 3 == 0 for t in ticks])}
     for name, array in wanted.items():
-        found = np.load(clip / f"{name}.npy")
-        assert found.dtype == array.dtype and np.array_equal(found, array)
-    read = sample.Clip(clip, M.preset("toy"))
-    assert len(read.chunk(0)[0]) == M.preset("toy").horizon
+        close(np.load(clip / f"{name}.npy"), array, 0)
+    read = sample.Clip(clip, TOY)
     assert read.game == "Größe: 1.exe"
-    last = extract.Frames(clip)[len(ticks) - 1].astype(int)
+    last = read.frames[len(ticks) - 1].astype(int)
     assert np.abs(last - np.roll(PICTURE, ticks[-1], 1)).mean() < 4
-    assert sorted(p.stem for p in clip.iterdir()) == sorted({"clip", "frames", "frames_index", *wanted})
+    assert {p.stem for p in clip.iterdir()} == {"clip", "frames", "frames_index", *wanted}
 
 
-@pytest.mark.parametrize("cut", [0, 1, 500, 40_000])
-def test_a_recording_cut_anywhere_is_picked_up_at_the_next_start(recorder, tmp_path, capfd, cut):
+@parametrize("cut", [0, 1, 500, 40_000])
+def test_a_recording_cut_anywhere_is_picked_up_at_the_next_start(recorder, capfd, cut):
     record(recorder, [*range(25), *range(28, 40)])
     held = [*range(25), *[24] * 3, *range(28, 50)]           # ticks that were skipped repeat the row before
-    data = tmp_path / "copy"                                 # as a kill leaves it, or less of it
-    shutil.copytree(recorder.tmp, data / recorder.tmp.name)
-    file = data / recorder.tmp.name / "rows.bin"
+    copy = Path("copy", recorder.tmp.name)                   # as a kill leaves it, or less of it
+    file = shutil.copytree(recorder.tmp, copy) / "rows.bin"
     os.truncate(file, file.stat().st_size - cut)
-    assert run(play.main, "--human", "--exe", "no such game", "--wait", 0, "--record", data) == 2
-    said = capfd.readouterr().out
-    n = int(re.match(rf"picked up {data / recorder.tmp.stem}: (\d+) rows", said)[1])
+    assert run(play.main, *"--human --exe none --wait 0 --record copy".split()) == 2
+    n = int(re.match(rf"picked up {copy.with_suffix('')}: (\d+) rows", capfd.readouterr().out)[1])
     assert 25 <= n <= 40 and (n == 40) == (cut == 0)         # every row is in the file when add() returns
-    check_recorded(data, held[:n])
-    play.pick_up(recorder.tmp.parent)
+    check_recorded(copy.parent, held[:n])
+    play.pick_up("Daten neu")
     assert not capfd.readouterr().out                        # the one that goes on is left alone
     record(recorder, range(40, 50))
     assert "50 rows at 60/s" in recorder.close()
@@ -3642,11 +3547,10 @@ def test_a_recording_cut_anywhere_is_picked_up_at_the_next_start(recorder, tmp_p
 
 
 def test_a_recording_of_nothing_leaves_nothing(recorder):
-    data = recorder.tmp.parent
     assert "nothing" in recorder.close()
-    (data / "a.recording").mkdir()                           # killed at once
-    play.pick_up(data)
-    assert not list(data.iterdir())
+    Path("Daten neu/a.recording").mkdir()                    # killed at once
+    play.pick_up("Daten neu")
+    assert not os.listdir("Daten neu")
 
 
 @contextlib.contextmanager
@@ -3655,7 +3559,7 @@ def full_disk(limit):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(UserError, match="room to write .what is whole is kept.*File too large"):
+        with refused("room to write .what is whole is kept.*File too large"):
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -3673,14 +3577,14 @@ def test_a_full_disk_ends_play_with_the_game_let_go_and_loses_no_row_that_is_who
     check_recorded(recorder.tmp.parent, range(120))
 
 
-def test_the_video_shows_frame_and_pad_and_keeps_time(env, tmp_path):
+def test_the_video_shows_frame_and_pad_and_keeps_time(env):
     e = env(hz=60.0)
     e.frame = np.full((256, 256, 3), (200, 100, 50), np.uint8)
-    view = play.View(e, video=tmp_path / "seen.mp4")
+    view = play.View(e, video="seen.mp4")
     for tick in 0, 18:                                       # those between were skipped
         view.show(tick, e, action(SOUTH=tick > 0), "the model", play.Score(play.Beat(60)))
     view.close()
-    frames = np.stack([rgb for _, rgb in extract.read_video(tmp_path / "seen.mp4")]).astype(int)
+    frames = np.int32([rgb for _, rgb in extract.read_video("seen.mp4")])
     assert frames.shape == (10, 512, 912, 3)
     assert np.abs(frames[0, 250, 250] - e.frame[0, 0]).max() < 12
     assert np.abs(frames[0] - frames[-1])[:, 520:].max() > 50        # what it presses
@@ -3690,7 +3594,7 @@ def test_the_preview_lies_beside_the_game():
     screen = 0, 0, 1920, 1080
     assert play.free_room((0, 0, 900, 720), screen, (912, 512)) == (940, 40, 1)
     assert play.free_room((456, 90, 1464, 900), screen, (912, 512)) == (0, 40, 0.5)
-    with pytest.raises(UserError, match="--show: expected room"):
+    with refused("--show: expected room"):
         play.free_room(screen, screen, (912, 512))
 
 
@@ -3702,25 +3606,25 @@ def start(script, *flags):
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
 
 
-def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game, keys_file):
-    e = play.GameEnv("small_game", pad="keyboard", mapping=keys_file, wait=20, hz=30)
+def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game):
+    e = play.GameEnv("small_game", pad="keyboard", mapping="keys.json", wait=20, hz=30)
     d, x, display, w = e.desktop, e.desktop.x, e.desktop.display, e.window.id
-    assert (e.window.pid, w) == (game.state()["pid"], game.state()["window"])
+    assert (e.window.pid, w) == (state()["pid"], state()["window"])
 
     def shows(*box):
-        corners = [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]]
-        return e.box() == box and e.look()[5::245, 5::245].tolist() == corners
+        corners = bytes.fromhex("FF0000 00FF00 0000FF FFFF00")
+        return e.box() == box and e.look()[5::245, 5::245].tobytes() == corners
     wait_until(lambda: shows(100, 80, 320, 240))
     x.XMoveResizeWindow(display, w, 7, 33, 320, 240)
     wait_until(lambda: shows(7, 33, 320, 240))
-    wait_until(lambda: (e.step(action(SOUTH=1, left=(1, 0))), game.state()["x"] > 10)[1])
-    assert set(game.state()["held"]) == {"right", "space"} == d.held()
+    wait_until(lambda: (e.step(action(SOUTH=1, left=(1, 0))), state()["x"] > 10)[1])
+    assert {*state()["held"]} == {"right", "space"} == d.held()
     assert d.problem(w) == ""
     zero = ctypes.c_ulong(0)
     over = x.XCreateSimpleWindow(display, d.root, 0, 20, 340, 270, 0, zero, zero)
     x.XMapWindow(display, over)
     d.focus(over)                                            # on top, and with the keyboard
-    assert e.step(action(SOUTH=1))[4]["away"]
+    assert e.step(JUMP)[4]["away"]
     assert "covered" in e.problem()
     wait_until(lambda: not d.held())
     x.XUnmapWindow(display, w)
@@ -3729,50 +3633,48 @@ def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game
     x.XCloseDisplay(display)
 
 
-@pytest.mark.parametrize("kind", ["suspend", "clock"])
-def test_a_real_game_stands_still_between_steps_and_runs_on_at_the_end(display, tmp_path, keys_file, kind):
-    g = SmallGame(tmp_path)
+@parametrize("kind", ["suspend", "clock"])
+def test_a_real_game_stands_still_between_steps_and_runs_on_at_the_end(display, kind):
+    write_game()
     try:
-        e = play.GameEnv("small_game", launch=f"{sys.executable} '{g.script}'", pad="keyboard",
-                         mapping=keys_file, pause=kind, hz=30)
+        e = play.GameEnv("small_game", launch=f"{sys.executable} small_game.py", pad="keyboard",
+                         mapping="keys.json", pause=kind, hz=30)
     except UserError as error:
         assert kind == "clock" and "libfaketime" in str(error)
         pytest.skip(str(error))
     try:
-        g.state()
+        state()
         e.reset()
-        before = g.state()
+        before = state()
         time.sleep(2.0)
-        assert g.state() == before
+        assert state() == before
         for _ in range(3):
-            e.step(action(left=(1, 0)))
-        after = g.state()
+            e.step(RIGHT)
+        after = state()
         assert after["frames"] > before["frames"]
         saw_the_pause = after["clock"] - before["clock"] > 1.8
         assert saw_the_pause == (kind == "suspend") and e.desktop.held() == {"right"}
-        assert g.state() == after
+        assert state() == after
         e.close()
-        g.runs_on()
+        runs_on()
     finally:
         e.launched.kill()
         e.launched.wait(10)
 
 
 @contextlib.contextmanager
-def fake_server(answers, hello=()):
-    """A server for one client -> its address. It says all of `hello`, then one of `answers` to each question:
-    bytes, or functions of the connection."""
+def fake_server(script):
+    """A server for one client -> its address. It sends what is bytes in `script` and gives the connection to
+    what is a function."""
     listener, over = mpc.Listener(("127.0.0.1", 0), "AF_INET"), threading.Event()
 
     def run():
         with contextlib.suppress(OSError, EOFError), listener, listener.accept() as connection:
-            for i, answer in enumerate(itertools.chain(hello, answers)):
-                if i >= len(hello):
-                    connection.recv_bytes()
-                if callable(answer):
-                    answer(connection)
+            for part in script:
+                if callable(part):
+                    part(connection)
                 else:
-                    connection.send_bytes(answer)
+                    connection.send_bytes(part)
             over.wait(20)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -3794,13 +3696,14 @@ def kill_the_model(p):
             os.kill(int(child), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victim, pause", [
+@parametrize("victim, pause", [
     *itertools.product(["server", "game", "window", "play", "ctrl-c"], ["none", "suspend"]),
     ("stall", "suspend"), ("model", "none")])
-def test_whatever_dies_the_pad_rests_and_the_game_runs(game, keys_file, tmp_path, victim, pause):
-    ill, data, desktop, state = threading.Event(), tmp_path / "data", play.X11(), game.state()
+def test_whatever_dies_the_pad_rests_and_the_game_runs(game, victim, pause):
+    ill, desktop, began = threading.Event(), play.X11(), state()
 
     def answer(connection):
+        connection.recv_bytes()
         if not ill.is_set():
             connection.send_bytes(GOOD)
         elif victim == "server":
@@ -3811,41 +3714,29 @@ def test_whatever_dies_the_pad_rests_and_the_game_runs(game, keys_file, tmp_path
             mpc.Client(address).close()                      # nobody else will come
             net = tiny(horizon=16)
             net.action_decoder.layer2.b.data[:] = 6.0        # everything pressed, both sticks at their ends
-            player = ["--ckpt", save_model(tmp_path / "m.safetensors", net), "--hz", 20, "--euler", 1]
-        p = start("play.py", *player, "--exe", "small_game.py", "--pad", "keyboard", "--map", keys_file,
-                  "--pause", pause, "--record", data, "--hotkey", "none")
-        wait_until(lambda: game.state()["x"] > 5)
-        die, status, word = {
-            "server": (ill.set, 2, "connection broke"), "stall": (ill.set, 2, "the game runs on"),
-            "game": (lambda: os.kill(state["pid"], signal.SIGKILL), 0, "has closed"),
-            "window": (lambda: desktop.x.XDestroyWindow(desktop.display, state["window"]), 0, "has closed"),
-            "model": (lambda: kill_the_model(p), 2, "the model: expected an answer"),
-            "play": (p.kill, -9, "released"),
-            "ctrl-c": (lambda: p.send_signal(signal.SIGINT), 130, "stopped")}[victim]
-        die()
+            player = ["--ckpt", save_model("m", net), "--hz", 20, "--euler", 1]
+        flags = f"--exe small_game.py --pad keyboard --map keys.json --pause {pause} --record data"
+        p = start("play.py", *player, *flags.split(), "--hotkey", "none")
+        wait_until(lambda: state()["x"] > 5)
+        status, word, die, *whom = {
+            "server": (2, "connection broke", ill.set),
+            "stall": (2, "the game runs on", ill.set),
+            "game": (0, "has closed", os.kill, began["pid"], signal.SIGKILL),
+            "window": (0, "has closed", desktop.x.XDestroyWindow, desktop.display, began["window"]),
+            "model": (2, "the model: expected an answer", kill_the_model, p),
+            "play": (-9, "released", p.kill),
+            "ctrl-c": (130, "stopped", p.send_signal, signal.SIGINT)}[victim]
+        die(*whom)
         desktop.prepare_keys(["up", "left", "right", "space"])
         _, err = p.communicate(timeout=120)
     wait_until(lambda: not desktop.held())
     said = [line for line in err.splitlines() if word in line]       # and remarks on a loaded machine's pace
     assert p.returncode == status and len(said) == 1 and "Traceback" not in err, err
-    play.pick_up(data)                                       # what the kill left
-    assert len(extract.clips_in(data)) == 1
+    play.pick_up("data")                                     # what the kill left
+    assert len(extract.clips_in("data")) == 1
     if victim not in ("game", "window"):
-        game.runs_on()
+        runs_on()
     desktop.x.XCloseDisplay(desktop.display)
-
-
-PLAY_MISTAKES = {
-    "": "--ckpt --server --human", "--human --ckpt x": "not allowed with",
-    "--human --try-map x": "not allowed with", "--server here": "HOST:PORT",
-    "--server 127.0.0.1:99999": "65535", "--server a..b:5555": "expected python sample.py serve",
-    "--exe g --ckpt no_such_file": "no_such_file", "--human": "--exe",
-    "--human --hz 0": "--hz: expected 1 to 1000, found 0"}
-
-
-@pytest.mark.parametrize("flags", PLAY_MISTAKES)
-def test_play_says_what_is_wrong_in_one_line(capfd, flags):
-    fails_in_one_line(capfd, play.main, *flags.split(), says=PLAY_MISTAKES[flags])
 
 
 # ---------------------------------------------------------------------- play: servers that do us wrong
@@ -3880,24 +3771,25 @@ ODD_INFOS = [
 ODD_CHUNKS = [b"{}\n", chunk()[:-3], chunk(steps=15), chunk(math.nan), chunk(-1, place=3), falter]
 
 
-@pytest.mark.parametrize("answers", [*([odd] for odd in ODD_INFOS), *([GOOD, odd] for odd in ODD_CHUNKS)])
+@parametrize("answers", [*([odd] for odd in ODD_INFOS), *([GOOD, odd] for odd in ODD_CHUNKS)])
 def test_an_odd_reply_or_none_in_time_is_one_line(answers):
-    with fake_server([*answers, GOOD]) as address, pytest.raises(UserError) as error:
+    script = [part for answer in (*answers, GOOD) for part in (mpc.Connection.recv_bytes, answer)]
+    with fake_server(script) as address, pytest.raises(UserError) as error:
         play.Client(*address, timeout=2.0).predict(pictures(1)[0])
     said = str(error.value)
     assert said.startswith("server 127.0.0.1:") and said.isprintable() and len(said) < 600
 
 
-def test_a_videos_pad_waits_for_the_action_shift(tmp_path, monkeypatch):
+def test_a_videos_pad_waits_for_the_action_shift(monkeypatch):
     draw = mock.Mock(wraps=sample.draw)
     monkeypatch.setattr(sample, "draw", draw)
     monkeypatch.setattr(sample.Session, "predict", lambda self, rgb: rows(*np.arange(1, 9) / 10))
-    with extract.VideoWriter(tmp_path / "in.mp4", 30, (192, 108)) as out:
+    with extract.VideoWriter("in.mp4", 30, (192, 108)) as out:
         for f in pictures(20):
             out.add(f[:108, :192])
-    model = save_model(tmp_path / "m.safetensors", tiny(action_shift=6))
-    assert run(sample.main, "video", tmp_path / "in.mp4", "--ckpt", model, "--out", tmp_path / "o.mp4") == 0
-    drawn = [call.args[1][21] for call in draw.call_args_list if len(call.args) > 1]
+    save_model("m", tiny(action_shift=6))
+    assert run(sample.main, *"video in.mp4 --ckpt m --out o.mp4".split()) == 0
+    drawn = [call.args[1][21] for call in draw.call_args_list]
     assert np.allclose(drawn[:11], [0, 0, 0, 0.1, 0.3, 0.5, 0.7, 0.1, 0.3, 0.5, 0.7])  # 6 at 60 Hz: 3 frames
 
 
@@ -3918,7 +3810,7 @@ def hear(connection):
         return b""
 
 
-@pytest.mark.parametrize("answer", [
+@parametrize("answer", [
     b"x" * 16, b"{sha256}" + b"x" * 32, b"", b"#WELCOME#", b'{"do": "info"}\n'])
 def test_the_server_lets_no_wrong_key_in(locked, answer):
     with mpc.Client(locked.address) as connection:
@@ -3931,21 +3823,21 @@ def test_the_server_lets_no_wrong_key_in(locked, answer):
             assert hear(connection) == b""
 
 
-@pytest.mark.parametrize("answer", [b"x" * 16, b"", b"#WELCOME#"])
+@parametrize("answer", [b"x" * 16, b"", b"#WELCOME#"])
 def test_the_client_shows_no_frame_to_a_server_without_the_key(answer):
-    heard, asked = [], []
+    heard = []
 
     def listen(connection):
         heard.append(connection.recv_bytes())
-    hello = [b"#CHALLENGE#" + b"z" * 20, listen, b"#WELCOME#", listen, answer, listen]
-    with fake_server([asked.append], hello) as address, pytest.raises(UserError, match="wrong.*--key"):
+    script = b"#CHALLENGE#" + b"z" * 20, listen, b"#WELCOME#", listen, answer, listen, listen
+    with fake_server(script) as address, refused("wrong.*--key"):
         play.Client(*address, key="secret", timeout=10).predict(pictures(1)[0])
-    assert heard[1].startswith(b"#CHALLENGE#") and heard[2:] in ([b"#FAILURE#"], []) and not asked
+    assert heard[1].startswith(b"#CHALLENGE#") and heard[2:] in ([b"#FAILURE#"], [])
 
 
 def test_a_key_that_nobody_asks_for_is_said(served, monkeypatch):
     monkeypatch.setattr(served, "PATIENCE", 0.2)             # after which a silent client is let go
-    with pytest.raises(UserError, match="with the same --key"):
+    with refused("with the same --key"):
         play.Client(*served.address, key="secret")
 
 
@@ -3970,7 +3862,7 @@ def test_a_full_server_says_so_to_who_has_the_key_and_to_nobody_else(locked, mon
     monkeypatch.setattr(locked, "CLIENTS", 1)
     client = play.Client(*locked.address, key="secret")
     for key, says in ("secret", "full: 1 clients"), ("guess", "same --key"), (None, "asks for a key"):
-        with pytest.raises(UserError, match=says):
+        with refused(says):
             play.Client(*locked.address, key=key)
     client.close()
     wait_until(lambda: not locked.places)
@@ -3981,7 +3873,7 @@ def test_a_model_that_gives_nan_is_an_error_and_no_pad_at_rest(policy, served, m
     client = play.Client(*served.address)
     monkeypatch.setattr(sample.Policy, "chunk", lambda *_: torch.full((1, 8, 25), math.nan))
     for session in sample.Session(policy), client:
-        with pytest.raises(UserError, match="the model gives NaN or infinity"):
+        with refused("the model gives NaN or infinity"):
             session.predict(pictures(1)[0])
     assert "config" in client.info()                         # the server lives
 

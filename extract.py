@@ -3,7 +3,7 @@
     python extract.py VIDEO|DIR... --out DATA [--templates DIR] [--every K] [--matcher sift] [--sheet PNG]
     python extract.py VIDEO|DIR... --out DATA --labels DIR   NVIDIA's released labels instead of localisation
     python extract.py VIDEO|DIR... --out DATA --plain        frames alone, where there is no overlay
-    python extract.py templates --out DIR                    our 181 templates as PNG + JSON, to look at
+    python extract.py templates --out DIR                    our 173 templates as PNG + JSON, to look at
 
 In: videos (anything OpenCV's FFmpeg reads). Out: one folder per video under DATA (NAME_place2, NAME_place3
 where the overlay moves; one per chunk with --labels), written whole or not at all:
@@ -2279,7 +2279,7 @@ def main(argv=None):
                         "or the word templates")
     parser.add_argument("--out", required=True, help="the data folder: a folder a video, and extract.jsonl")
     parser.add_argument("--templates", default=OUR_PADS, help="folder of NAME.png (+ NAME.json) or of OBS "
-                        "presets (default: our own, 181)")
+                        "presets (default: our own, 173)")
     parser.add_argument("--every", type=number(int, 1), default=1,
                         help="keep each Kth policy frame; actions stay at full rate (default 1)")
     parser.add_argument("--matcher", choices=("xfeat", "sift"), default="xfeat",

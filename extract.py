@@ -1713,7 +1713,8 @@ def ink_box(part):
     changes when it is pressed (one arm of a d-pad), it is that part."""
     seen = [s for s in part.sprites if s is not None]
     h, w = np.max([s.shape[:2] for s in seen], 0)
-    seen = np.stack([np.pad(s, ((0, h - s.shape[0]), (0, w - s.shape[1]), (0, 0))) for s in seen])
+    seen = np.stack([cv2.copyMakeBorder(s, 0, h - s.shape[0], 0, w - s.shape[1], cv2.BORDER_CONSTANT)
+                     for s in seen])
     box, change = corners_of(seen[..., 3].max(0) > 24), corners_of(np.ptp(seen, 0).max(2) > 24)
     if part.control not in (*STICKS, "DPAD") and 0.05 < area(change) / max(area(box), 1) < 0.5:
         box = change

@@ -190,7 +190,7 @@ def record_video(path, tasks, seed, n, size=(640, 360)):
     if path.with_suffix(".json").is_file():
         return f"{path.name}: recorded already"
     rng = random.Random(f"overlay {path.name} {seed}")
-    skin = rng.choice(skins())
+    skin = rng.choice(extract.our_pads())
     wide, opacity = round(size[0] * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
     scale = wide / skin.size[0]
     high = round(skin.size[1] * scale)
@@ -1124,12 +1124,6 @@ def machine():
     """What the numbers were taken on."""
     versions = f"torch {torch.__version__}, opencv {cv2.__version__}"
     return f"{platform.machine()}, {cores()} cores, {versions}"
-
-
-@functools.lru_cache(1)
-def skins():
-    """Our own pads; reading them all takes a second."""
-    return extract.load_skins(extract.OUR_PADS)
 
 
 def paste_pad(ground, skin, action, opacity=1.0):

@@ -1574,6 +1574,12 @@ def load_skins(path, width=None):
 
 
 @functools.lru_cache(1)
+def our_pads():
+    """Our own pads; reading them takes two seconds."""
+    return load_skins(OUR_PADS)
+
+
+@functools.lru_cache(1)
 def shown_pad():
     """The pad of ours that pictures of actions are drawn with: its caps are bright."""
     return load_preset(OUR_PADS / "xbox_360_yellow_caps" / "pad.json")
@@ -2031,7 +2037,7 @@ def contact_sheet(path, videos, out):
 
 def run_templates(out):
     """Write our templates as NAME.png + NAME.json."""
-    skins = load_skins(OUR_PADS)
+    skins = our_pads()
     out.mkdir(parents=True, exist_ok=True)
     for skin in skins:
         save_png(out / f"{skin.name}.png", draw(skin))

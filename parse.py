@@ -923,7 +923,7 @@ class Teacher(torch.utils.data.IterableDataset):
     def __iter__(self):
         cv2.setNumThreads(1)
         rng = np.random.default_rng([self.seed, 7])
-        ours = extract.load_skins(extract.OUR_PADS)
+        ours = extract.our_pads()
         backdrops = [extract.backdrop(rng, 400, 600) for _ in range(24)]
         while True:
             if rng.random() < 0.25:

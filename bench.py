@@ -460,7 +460,7 @@ def story(out, video, tasks, rows, finding, reading):
     show(20, 50, 640, frame, f"1  a video with one of our pads; extract.py finds it among them: {finding}")
     write(page, 700, 40, f"2  the crop; upper pad: pressed, lower: read by parse.py; {reading}", 16)
     for k, i in enumerate(moments):
-        crop = cv2.resize(extract.Frames(clip, "pads")[i], (290, 210))
+        crop = extract.Frames(clip, "pads")[i]
         show(700 + 440 * (k % 2), 60 + 225 * (k // 2), 430, sample.beside(crop, truth[i], actions[i]))
     write(page, 20, 560, "3  the model plays", 16)
     for k, task in enumerate(tasks[:3]):
@@ -590,9 +590,8 @@ def inverse(args):
             learns = {"few": [few], "labelled": [few, bare], "true": [few, more]}
             train_runs(args.steps, {data / who: [*clips, *words] for who, clips in learns.items()})
             rates = {who: average(completed(data / who, game, args.n, seed)) for who in learns}
-            read = [sample.score_chunks(*(rows[None] for rows in actions_and_truth(clip)),
-                                        np.ones((1, len(np.load(clip / "truth.npy"))), bool))
-                    for clip in extract.clips_in(bare)]
+            read = [sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
+                    for actions, truth in map(actions_and_truth, extract.clips_in(bare))]
             results.append({"minutes": minutes, "labels": np.mean(read, 0).tolist(), **rates})
             say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}; ".format(*results[-1]["labels"]) +
                 ", ".join(f"{who} {rate:.0%}" for who, rate in rates.items()))

@@ -1419,7 +1419,7 @@ def unpack_message(message):
 # presets, our own pads among them, and plain PNG templates become this one form, so there is one draw() for
 # templates, parser training and pictures of predictions.
 PRESETS = json.loads((WEIGHTS / "presets.json").read_text(encoding="utf-8"))       # codes, families' names
-ARROWS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
+ARROWS = {"DPAD_UP": (0, -1), "DPAD_DOWN": (0, 1), "DPAD_LEFT": (-1, 0), "DPAD_RIGHT": (1, 0)}
 
 
 @dataclass
@@ -1573,13 +1573,13 @@ def load_skins(path, width=None):
     return skins
 
 
-@functools.lru_cache(1)
+@functools.cache
 def our_pads():
     """Our own pads; reading them takes two seconds."""
     return load_skins(OUR_PADS)
 
 
-@functools.lru_cache(1)
+@functools.cache
 def shown_pad():
     """The pad of ours that pictures of actions are drawn with: its caps are bright."""
     return load_preset(OUR_PADS / "xbox_360_yellow_caps" / "pad.json")
@@ -1706,9 +1706,9 @@ def measured(name, family, size, parts, width=None):
             if not np.array_equal(*part.sprites[:2]):
                 skin.buttons.setdefault(THUMB[part.control], box)
         elif part.control == "DPAD":
-            for direction, (dx, dy) in ARROWS.items():
+            for arrow, (dx, dy) in ARROWS.items():
                 left, top = x + (2 * dx - 1) * w / 6, y + (2 * dy - 1) * h / 6
-                skin.buttons["DPAD_" + direction.upper()] = [left, top, left + w / 3, top + h / 3]
+                skin.buttons[arrow] = [left, top, left + w / 3, top + h / 3]
         else:
             skin.buttons[part.control] = box
     return skin
@@ -1938,6 +1938,7 @@ def in_a_child(jobs, args):
     """Yields what do_job() says of each job and how long it took, in a child process, since a decoder is
     foreign code on foreign data: where it ends its process, that is an error of the job's video, and a new
     child goes on. The child ends with us."""
+    others = multiprocessing.active_children()
     try:
         pool = new_child(args)
         for video, name in jobs:
@@ -1951,7 +1952,7 @@ def in_a_child(jobs, args):
                 pool = new_child(args)
             yield answer, time.time() - start
     finally:
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - set(others):
             child.kill()
             child.join()
         sweep(args.out)
@@ -1965,8 +1966,8 @@ def new_child(args):
     signal.signal(signal.SIGINT, heed)
     try:
         ready.result()
-    except BrokenProcessPool as e:
-        raise UserError(f"the process for videos ended at its start: {e}") from None
+    except BrokenProcessPool:
+        raise UserError("the process for videos ended at its start: make room in memory") from None
     return pool
 
 

@@ -1431,7 +1431,6 @@ class Part:
     sprites: list                          # uint8 (h, w, 4) premultiplied or None: [at rest, pressed]; sticks
                                                    # [.., .., moved]; DPAD: presets.json's dpad_states
     travel: tuple = (0.0, 0.0)                     # sticks: displacement in pixels at full deflection
-    grow: str = ""                               # analog triggers: uncovered towards up / down / left / right
     tilt: float = 0.0                              # sticks: how much flatter the cap looks at full deflection
 
 
@@ -1460,7 +1459,7 @@ class Skin:
 def draw(skin, action=None):
     """The skin with `action` float (25,) pressed, None = at rest -> uint8 (h, w, 4) RGBA, straight alpha.
 
-    Buttons show pressed from 0.5 on; analog triggers show their value; sticks are in [-1, 1], y down.
+    Buttons and triggers show pressed from 0.5 on; sticks are in [-1, 1], y down.
     """
     action = neutral() if action is None else action
     base, parts = skin.base
@@ -1497,10 +1496,6 @@ def draw_part(canvas, part, action):
     elif part.control == "DPAD":
         state = [pressed("DPAD_RIGHT") - pressed("DPAD_LEFT"), pressed("DPAD_DOWN") - pressed("DPAD_UP")]
         sprite = part.sprites[PRESETS["dpad_states"].index(state)]
-    elif part.grow:
-        blend(canvas, part.sprites[0], x, y)
-        value = np.clip(action[BUTTON[part.control]], 0, 1)
-        sprite, x, y = uncover(part.sprites[1], float(value), part.grow, x, y)
     else:
         sprite = part.sprites[pressed(part.control) if part.control else 0]
     if sprite is not None:
@@ -1513,14 +1508,6 @@ def tilted(sprite, dx, dy, tilt):
     flat = np.eye(2) - tilt * way.T @ way / max(np.hypot(dx, dy), 1e-6)
     to_flat = np.c_[flat, middle - flat @ middle]
     return cv2.warpAffine(sprite, to_flat, sprite.shape[1::-1], flags=cv2.INTER_LINEAR)
-
-
-def uncover(sprite, value, grow, x, y):
-    """The share `value` of a trigger's sprite, growing towards `grow`, and where it goes."""
-    h, w = sprite.shape[:2]
-    top, left = h - round(h * value), w - round(w * value)               # what stays covered
-    return {"up": (sprite[top:], x, y + top), "down": (sprite[:h - top], x, y),
-            "left": (sprite[:, left:], x + left, y), "right": (sprite[:, :w - left], x, y)}[grow]
 
 
 def blend(canvas, sprite, x, y):
@@ -1667,12 +1654,12 @@ def preset_part(element, atlas):
         return Part([*STICKS][side], at, [rest, rest if pressed is None else pressed], (radius, radius))
     if kind == 6:
         control = ("LEFT_TRIGGER", "RIGHT_TRIGGER")[side]
-        grow = ("", "up", "down", "left", "right")[element.get("direction", 1)]
-        if element.get("trigger_mode") or pressed is None:               # a plain button; nothing to uncover
-            grow = ""
-        elif not pressed.any():                                  # an empty picture: this pad shows no trigger
-            control = grow = ""
-        return Part(control, at, [rest, pressed], grow=grow)
+        if pressed is not None and not element.get("trigger_mode"):      # analog: grows over it at rest
+            pressed = rest.copy()
+            blend(pressed, sprite(0, 1), 0, 0)
+            if np.array_equal(rest, pressed):                    # an empty picture: this pad shows no trigger
+                control = ""
+        return Part(control, at, [rest, pressed])
     if kind == 7:
         return Part("GUIDE", at, [rest, sprite(4)])
     return Part("DPAD", at, [sprite(column) for column in range(9)])

@@ -2,6 +2,7 @@
 
     python extract.py VIDEO|DIR... --out DATA [--templates DIR] [--every K] [--matcher sift] [--sheet PNG]
     python extract.py VIDEO|DIR... --out DATA --labels DIR   NVIDIA's released labels instead of localisation
+    python extract.py --labels DIR                           what they label, by game
     python extract.py VIDEO|DIR... --out DATA --plain        frames alone, where there is no overlay
     python extract.py templates --out DIR                    our 173 templates as PNG + JSON, to look at
 
@@ -90,6 +91,10 @@ AHEAD = 8                                   # frames decoded ahead of the thread
 
 def run_extract(args):
     """The main command: localise and cut every video, or cut along released labels."""
+    if args.labels and not args.videos:
+        return list_labels(args.labels)
+    if not args.videos or not args.out:
+        raise UserError("expected videos and --out DATA, or --labels DIR alone: extract.py --help tells more")
     if args.videos == ["templates"]:
         return run_templates(Path(args.out))
     videos, out = find_videos(args.videos)[:args.limit], Path(args.out)
@@ -816,6 +821,26 @@ def label_jobs(videos, labels):
                         f"videos, found {len(files)} metadata.json, none of them: unpack the SHARD_*.tar.gz "
                         "there and name the videos <video_id>.mp4")
     return jobs
+
+
+def list_labels(labels):
+    """Print a line a video: its id and game, where it is, how much of it is labelled and acts; the games with
+    most hours first."""
+    videos, hours = {}, Counter()
+    for path in sorted(Path(labels).rglob("metadata.json")):
+        with reading(path, "original_video with video_id, url, start_time and end_time"):
+            meta = read_json(path, dict)
+            source, game = meta["original_video"], str(meta.get("game") or "other")
+            about = game, str(source["video_id"]), str(source.get("url"))
+            time, keep = source["end_time"] - source["start_time"], dense(label_actions(path.parent))
+            videos.setdefault(about, []).append((time / 3600, keep.mean()))
+            hours[game] += time / 3600
+    if not videos:
+        raise UserError(f"{labels}: found no metadata.json of the released labels: unpack the SHARD_*.tar.gz")
+    for about, chunks in sorted(videos.items(), key=lambda video: (-hours[video[0][0]], video[0])):
+        length, kept = np.array(chunks).T
+        print(*about, f"{len(chunks)} chunks, {length.sum():.2f} h, {kept.mean():.0%} kept", sep=" | ")
+    print(f"{len(videos)} videos, {hours.total():.1f} h: name the fetched ones <video_id>.mp4, and give them")
 
 
 def label_one(video, folder, args):
@@ -2270,9 +2295,9 @@ def main(argv=None):
     """Parse and run the command line."""
     parser = ArgumentParser(prog="extract.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", nargs="+", help="video files, or folders that are searched for them; "
+    parser.add_argument("videos", nargs="*", help="video files, or folders that are searched for them; "
                         "or the word templates")
-    parser.add_argument("--out", required=True, help="the data folder: a folder a video, and extract.jsonl")
+    parser.add_argument("--out", help="the data folder: a folder a video, and extract.jsonl")
     parser.add_argument("--templates", default=OUR_PADS, help="folder of NAME.png (+ NAME.json) or of OBS "
                         "presets (default: our own, 173)")
     parser.add_argument("--every", type=number(int, 1), default=1,
@@ -2282,7 +2307,7 @@ def main(argv=None):
     parser.add_argument("--xfeat", help="matching weights: a .safetensors of ours or the official xfeat.pt "
                         "(default weights/xfeat.safetensors)")
     parser.add_argument("--labels", help="NVIDIA's released labels, unpacked: cut their chunks from videos "
-                        "instead of localising")
+                        "instead of localising; without videos: list what is labelled")
     parser.add_argument("--game", help="the game's name (default: the name of the video's folder)")
     parser.add_argument("--plain", action="store_true", help="clips of frames alone, of videos without an "
                         "overlay: sample.py label adds actions")

@@ -96,8 +96,7 @@ def settle(pad, reads):
         logits = reads.buttons.copy()
         for i, j in closeups.clicks.items():                   # the stick's net follows the moving cap
             logits[:, j] = (logits[:, j] + reads.clicks[:, i]) / 2
-        fixed = [j not in closeups.clicks.values() for j in range(len(closeups.buttons))]
-        logits = level(logits, fixed)
+        logits = level(logits)
         p = [smooth_buttons(logits[low:high])[inner] for low, high, inner in pieces(len(logits))]
         actions[:, [BUTTON[b] for b in closeups.buttons]] = np.concatenate(p) > 0.5
         sure.append(1.1 * np.abs(np.tanh(reads.buttons / 2)).mean(1))
@@ -466,29 +465,17 @@ def smooth_buttons(logits, press=0.2, release=0.4, trust=0.8):
     return smooth(e, transition, prior, trust, 1.0)[..., 1]
 
 
-def level(logits, fixed):
+def level(logits):
     """Logits (n, m) -> the same with each button's own threshold at 0: where a video's logits fall into two
-    groups, pressed and not, their middle is a better threshold than the net's. fixed bool (m,): the button
-    has its place, it does not lie on a moving cap.
-
-    Two groups are pressed and not where the net calls the upper one pressed and they are apart; or, whatever
-    the net calls it, where they are tight, nothing lies between them and they come and go, as no scene behind
-    a see-through pad does. Else a button stays as it is."""
+    groups far apart, the upper of which the net half takes for pressed, their middle is a better one than the
+    net's."""
     out = logits.copy()
     for j, x in enumerate(logits.T if len(logits) >= 8 else ()):           # fewer are no two groups of four
         low, high = two_groups(x)
-        middle = (low.mean() + high.mean()) / 2
         apart = high.mean() - low.mean()
         spread = math.sqrt((low.var() * len(low) + high.var() * len(high)) / len(x))
-        fewer = min(len(low), len(high))
-        between = (np.abs(x - middle) < apart / 6).sum()
-        switches = np.count_nonzero(np.diff(x > middle))
-        pressed = apart >= 2 and apart > 3.5 * spread and high.mean() > 1
-        taps = (fixed[j] and apart > max(7 * spread, 0.8) and high.mean() > -2
-                and between <= fewer / 20 and switches >= 8)
-        if fewer >= 4 and (pressed or taps):
-            shift = np.clip(middle, -2, 2) if pressed else middle
-            out[:, j] = (x - shift) * max(1, 6 / apart)
+        if apart > 6 * spread and high.mean() > -2 and min(len(low), len(high)) >= 4:
+            out[:, j] -= (low.mean() + high.mean()) / 2
     return out
 
 

@@ -13,6 +13,7 @@ In: DATA/CLIP/ with clip.json, frames.npy, frames_index.npy, actions.npy float32
     truth.npy              for --truth
 Out, under RUN:
     model.safetensors      the average of the weights (EMA) and what is frozen: for sample.py, play.py, --ckpt
+    best.safetensors       the same at the step whose loss on the held-out clips is least, if any are held out
     state.safetensors      raw weights, average, AdamW's moments, step: what --resume needs beside it
     log.csv, curve.png     a line a step; the curves drawn
 
@@ -28,6 +29,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -157,6 +159,10 @@ def train(args, state, team):
                 rows.append(write_row(out / "log.csv", row))
                 if step % args.every == 0 or step == last or stop:
                     save_run(out, model, average, optimizer, step, args, data, metrics)
+                    losses = [float(row["val"]) for row in rows if row.get("val")]
+                    if rows[-1].get("val") and losses[-1] == min(losses):
+                        copy = functools.partial(shutil.copyfile, out / "model.safetensors")
+                        extract.write_atomic(out / "best.safetensors", copy)
                     draw_curve(out / "curve.png", rows)
             if stop:
                 break

@@ -1772,13 +1772,13 @@ def inset(box, dx, dy):
 
 # ---- backdrops: pictures that could be any game
 def backdrop(rng, h, w):
-    """A random picture that could be a game's, uint8 (h, w, 3): one of three scenes, marks on it, then
+    """A random picture that could be a game's, uint8 (h, w, 3): one of two scenes, marks on it, then
     blur and light."""
     hue = rng.uniform(0, 180) + rng.normal(0, rng.uniform(2, 60), 6)     # colours that go together
     saturation, value = (255 * rng.beta(*rng.uniform(0.6, 4, 2), 6) for _ in range(2))
     hsv = np.stack([hue % 180, saturation, value], 1).astype(np.uint8)
     colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
-    image = (tiles, corridor, terrain)[rng.integers(3)](rng, h, w, colours)
+    image = (tiles, terrain)[rng.integers(2)](rng, h, w, colours)
     marks(rng, image, np.vstack([colours, rng.integers(0, 256, (4, 3)), [[255] * 3, [0] * 3]]))
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 2.5))
@@ -1816,20 +1816,6 @@ def tiles(rng, h, w, colours):
     region = clouds(rng, rows, columns) + rng.normal(0, 0.1, (rows, columns))
     chosen = kit[np.clip(region * 6, 0, 5).astype(int)]                  # (rows, columns, s, s, 3)
     return chosen.swapaxes(1, 2).reshape(s * rows, s * columns, 3)[:h, :w].copy()
-
-
-def corridor(rng, h, w, colours):
-    """First person: textured floor, ceiling and walls in perspective, dark with distance."""
-    texture = np.stack([tile(rng, 64, colours) for _ in range(3)])
-    x = np.linspace(-1, 1, w)
-    y = np.linspace(-0.6, 0.6, h)[:, None] - rng.uniform(-0.1, 0.1)
-    depth = np.interp(x, np.sort(rng.uniform(-1, 1, 6)), rng.uniform(0.7, 6, 6))   # of the wall, by column
-    flat = 0.5 / np.maximum(abs(y), 1e-3)                               # where the ray meets floor or ceiling
-    wall, distance = depth < flat, np.minimum(depth, flat)
-    u = np.where(wall, x * 3 + depth, x * distance) * 48
-    v = np.where(wall, y * depth + 0.5, distance) * 63
-    shown = texture[np.where(wall, 0, 1 + (y < 0)), v.astype(int) % 64, u.astype(int) % 64]
-    return np.clip(shown / (0.4 + 0.5 * distance)[..., None], 0, 255).astype(np.uint8)
 
 
 def terrain(rng, h, w, colours):

@@ -367,24 +367,32 @@ def named_spots(found, geometry):
         x0, y0, x1, y1 = box
         return math.sqrt((x1 - x0) * (y1 - y0))
 
+    def away(a, b):                                            # in widths of the pad
+        return (np.subtract(a, b)).reshape(2, 2).mean(0) / geometry["size"][0]
+
     boxes = geometry["buttons"]
     pairs = []
     for button, box in boxes.items():
         for i, spot in enumerate(found):
-            x, y = (spot.box - box).reshape(2, 2).mean(0)
-            away = np.hypot(x, y) / geometry["size"][0]
+            distance = np.hypot(*away(spot.box, box))
             larger = abs(math.log(side(spot.box) / side(box)))
-            if away < 0.2 and larger < 1.25:
-                pairs.append((away + 0.03 * larger, away, button, i))
+            if distance < 0.2 and larger < 1.25:
+                pairs.append((distance + 0.03 * larger, distance, button, i))
     named = {}
-    for _, away, button, i in sorted(pairs):
+    for _, distance, button, i in sorted(pairs):
         part_of_another = any(together(found[i].lit, spot.lit) for spot in named.values())
         if button in named or part_of_another:
             continue
         shows_another = any(overlap(boxes[button], spot.box) for spot in named.values())
         swapped = shows_another and button.endswith(("SHOULDER", "TRIGGER"))
-        if away < 0.08 or swapped:
+        if distance < 0.08 or swapped:
             named[button] = found[i]
+    for out, *pair in (-1, "LEFT_SHOULDER", "LEFT_TRIGGER"), (1, "RIGHT_SHOULDER", "RIGHT_TRIGGER"):
+        if named.keys() >= {*pair}:                            # a trigger is mostly further out and up
+            shoulder, trigger = (named[button] for button in pair)
+            way = away(boxes[pair[1]], boxes[pair[0]]) + (0.05 * out, -0.05)
+            if away(trigger.box, shoulder.box) @ way < 0:
+                named |= zip(pair, (trigger, shoulder))
     return named
 
 

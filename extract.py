@@ -196,7 +196,7 @@ class Find:
     """One template at one pose."""
     skin: "Skin"
     affine: np.ndarray                         # (2, 3) template pixels -> video pixels, between pixel centres
-    inliers: int                          # distinct matches that agree on the pose; of the locator: controls
+    inliers: int                          # matches that agree on the pose; of the locator: controls
     edges: float = 0.0                             # edge_agreement() in the picture it was found in
     there: np.ndarray = None                       # bool (n,): the sampled frames in which it stands
     by: str = "locator"                            # or what matched: xfeat, sift
@@ -307,16 +307,14 @@ class Matcher:
         return np.argsort(scores, kind="stable")[::-1][:FINALISTS]
 
     def pose(self, shape, points, descriptors, i):
-        """RANSAC over template i's matches -> Find, or None where no plausible pose has 4 distinct
-        inliers."""
+        """RANSAC over template i's matches -> Find, or None where there is no plausible pose."""
         ours, theirs = mutual(self.features[i][1], descriptors)
         ours, theirs = self.features[i][0][ours], points[theirs]
         tolerance, size = PIXELS * shape[1] / VIEWS[1][0], self.skins[i].size
         affine, inside = consensus(ours, theirs, 3000, tolerance)
-        if affine is None or not plausible(affine, size, shape) or spread(ours[inside], size) < 4:
+        if affine is None or not plausible(affine, size, shape):
             return None
-        inliers = distinct(ours[inside], theirs[inside], tolerance)
-        return Find(self.skins[i], affine, inliers, by=self.kind)
+        return Find(self.skins[i], affine, int(inside.sum()), by=self.kind)
 
 
 @functools.lru_cache(64)
@@ -362,19 +360,6 @@ def plausible(affine, size, shape):
     w, h = size[0] * sx, size[1] * sy
     shown = area([max(x, 0), max(y, 0), min(x + w, shape[1]), min(y + h, shape[0])])
     return 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and 0.6 <= sx / sy <= 1.7 and shown >= 0.6 * w * h
-
-
-def distinct(ours, theirs, tolerance):
-    """How many matches are different points on both sides: many template points on one frame point are a
-    collapsed fit."""
-    return min(len(np.unique((p / max(tolerance / 2, 1)).round(), axis=0)) for p in (ours / 2, theirs))
-
-
-def spread(points, size):
-    """How many cells of a 4 x 3 grid over the template hold inliers: a logo or one letter fills one or
-    two."""
-    cells = np.clip((points / np.float32(size) * (4, 3)).astype(int), 0, (3, 2))
-    return len(np.unique(cells, axis=0))
 
 
 def refine(gray, find):

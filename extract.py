@@ -417,8 +417,8 @@ def recolour(find, pictures, width, skins):
     all that share the found one's geometry, whose colours explain the median picture best.
 
     pictures: where it stands, small, uint8 (h, w, 3) RGB; width of the video. A pixel is taken for a mix of
-    template and background: the same share of the template, the overlay's opacity, wherever the template is
-    opaque, and for background the mean colour of a frame around the box.
+    template and background, of whatever opacity the overlay has: what it differs by from the mean colour
+    around the box points the way of the template's.
     """
     shape = lambda s: (s.size, s.buttons, s.sticks)
     siblings = [s for s in skins if s.family == find.skin.family and shape(s) == shape(find.skin)]
@@ -431,12 +431,11 @@ def recolour(find, pictures, width, skins):
     ground = picture[around].mean(0) if around.any() else np.full(3, 127.0)
     seen = inside(picture, box) - ground
 
-    def unlike(skin):
+    def alike(skin):
         rgba = cv2.resize(draw(skin), seen.shape[1::-1], interpolation=cv2.INTER_AREA).astype(np.float32)
-        full = (rgba[..., :3] - ground) * rgba[..., 3:] / 255  # at full opacity, less the background
-        share = np.clip((seen * full).sum() / max((full * full).sum(), 1), 0.3, 1)
-        return ((seen - share * full) ** 2).mean()
-    return min(siblings, key=unlike)
+        full = (rgba[..., :3] - ground) * rgba[..., 3:]        # at full opacity, less the background
+        return (seen * full).sum() / max(np.linalg.norm(full), 1)
+    return max(siblings, key=alike)
 
 
 # ---- the locator: where a pad that no template knows has its controls [ours]

@@ -475,15 +475,17 @@ def smooth_buttons(logits, press=0.2, release=0.4, trust=0.8):
 
 def level(logits):
     """Logits (n, m) -> the same with each button's own threshold at 0: where a video's logits fall into two
-    groups far apart, the upper of which the net half takes for pressed, their middle is a better one than the
-    net's."""
+    groups far apart, the upper of which the net half takes for pressed and which comes more than once, as a
+    bright scene behind a see-through pad does not, their middle is a better one than the net's."""
     out = logits.copy()
-    for j, x in enumerate(logits.T if len(logits) >= 8 else ()):           # fewer are no two groups of four
+    for j, x in enumerate(logits.T if len(logits) >= 8 else ()):           # fewer hold no two presses
         low, high = two_groups(x)
+        middle = (low.mean() + high.mean()) / 2
         apart = high.mean() - low.mean()
         spread = math.sqrt((low.var() * len(low) + high.var() * len(high)) / len(x))
-        if apart > 6 * spread and high.mean() > -2 and min(len(low), len(high)) >= 4:
-            out[:, j] -= (low.mean() + high.mean()) / 2
+        switches = np.count_nonzero(np.diff(x > middle))
+        if apart > 6 * spread and high.mean() > -2 and switches >= 4:
+            out[:, j] -= middle
     return out
 
 

@@ -473,8 +473,7 @@ def located_skin(picture, places, sure, scale):
     video's size, its corner (x, y) in video pixels. Around the controls a margin is left for the reader."""
     boxes = np.hstack([places[:, :2] - places[:, 2:] / 2, places[:, :2] + places[:, 2:] / 2])
     bounds = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]          # what shows a control is part of it
-    margin = 0.06 * places[-1, 2]
-    x0, y0, x1, y1 = whole_pixels(inset(bounds, -margin, -margin), picture.shape, 0)
+    x0, y0, x1, y1 = whole_pixels(bounds, picture.shape, round(0.06 * places[-1, 2]))
     size = round((x1 - x0) * scale), round((y1 - y0) * scale)
     rgb = cv2.resize(inside(picture, (x0, y0, x1, y1)), size, interpolation=cv2.INTER_LINEAR)
     part = Part("", (0, 0), [cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA)])
@@ -673,7 +672,7 @@ def cut_clip(video, folder, find, places, args, key):
         skin, (x0, y0, x1, y1) = find.skin, visible_box(find.skin)
         affine = np.c_[find.affine[:, :2], find.affine @ (-0.5, -0.5, 1) + 0.5]      # between pixels' corners
         (ax, ay), (bx, by) = affine @ (x0, y0, 1), affine @ (x1, y1, 1)
-        cutter = Cutter(film.size, args.every, inset((ax, ay, bx, by), -1, -1), skin, find.affine)
+        cutter = Cutter(film.size, args.every, [ax - 1, ay - 1, bx + 1, by + 1], skin, find.affine)
         clip |= {"box": rounded([ax, ay, bx - ax, by - ay], 2), "template": skin.name,
                  "controller": skin.family, "affine": rounded(affine, 6), "inliers": find.inliers,
                  "edges": round(find.edges, 3), "matcher": find.by, "hole": cutter.hole, "pad": cutter.pad}
@@ -1746,12 +1745,6 @@ def scaled(part, scale):
     sprites = [s if s is None else resize(s) for s in part.sprites]
     travel = tuple(v * scale for v in part.travel)
     return replace(part, at=(int(left), int(top)), sprites=sprites, travel=travel)
-
-
-def inset(box, dx, dy):
-    """The box less dx at its left and right, dy at its top and bottom."""
-    x0, y0, x1, y1 = box
-    return x0 + dx, y0 + dy, x1 - dx, y1 - dy
 
 
 # ---- backdrops: pictures that could be any game

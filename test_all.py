@@ -1398,24 +1398,6 @@ def test_reads_a_pad_it_never_saw(capfd, ours):
     assert not actions[:, [BUTTON[b] for b in extract.LEGACY]].any()
 
 
-@pytest.fixture(scope="module")
-def hard(tmp_path_factory, ours):
-    """A clip whose median picture shows a trigger pressed and a stick pushed, and whose overlay goes after
-    120 of its 160 frames, read by the shipped weights -> truth, actions, confidence."""
-    truth = np.zeros((160, 25), np.float32)
-    truth[:, BUTTON["RIGHT_TRIGGER"]] = np.arange(160) % 50 >= 5
-    truth[:, 21] = RNG(5).choice([0.6, 0.8], 160)
-    truth[::8, 21] = 0
-    clip = drawn_clip(tmp_path_factory.mktemp("hard") / "a", ours["xbox_one_light_flat"], truth=truth)
-    pads = extract.Frames(clip, "pads")
-    writer = extract.FramesWriter(clip, "pads")
-    for i, pad in enumerate(pads):
-        writer.add(i, pad if i < 120 else extract.backdrop(RNG(i), *pad.shape[:2]))
-    writer.close(160)
-    parse.run_clip(parse.load_parser(parse.CKPT), clip)
-    return parse.read_rows(clip, 160, "truth", "actions", "confidence")
-
-
 def test_a_window_beyond_the_picture_shows_its_edge():
     picture = np.zeros((9, 16, 5), np.uint8)
     picture[-1, -1] = 9
@@ -1447,22 +1429,38 @@ def test_what_blinks_near_a_located_button_is_that_button():
         assert np.array_equal(spot.lit, held[button])
 
 
-def test_a_button_held_most_of_the_time_is_not_taken_for_one_at_rest(hard):
-    """Only the template knows better."""
-    truth, actions, _ = hard
-    assert (actions == truth)[:120, BUTTON["RIGHT_TRIGGER"]].mean() > 0.95
+def test_a_button_that_is_mostly_held_is_read_and_confidence_falls_where_the_overlay_is_gone(ours):
+    """The median picture shows a trigger pressed; only the template knows better. This pad has no sticks."""
+    truth = np.zeros((120, 25), np.float32)
+    held = BUTTON["RIGHT_TRIGGER"]
+    truth[:, held] = np.arange(120) % 50 >= 5
+    clip = drawn_clip("clip", replace(ours["ps4_blue_flat"], sticks={}), truth=truth)
+    pads = extract.Frames(clip, "pads")
+    writer = extract.FramesWriter(clip, "pads")
+    for i, pad in enumerate(pads):
+        writer.add(i, pad if i < 100 else extract.backdrop(RNG(i), *pad.shape[:2]))
+    writer.close(120)
+    parse.run_clip(parse.load_parser(parse.CKPT), clip)
+    actions, confidence = parse.read_rows(clip, 120, "actions", "confidence")
+    assert (actions == truth)[:100, held].mean() > 0.95
+    assert np.median(confidence[:100]) > 0.6, confidence
+    assert confidence[100:].max() < 0.3, confidence
 
 
-def test_a_stick_that_seldom_rests_is_read_beside_the_template(hard):
-    """A plane that climbs for a minute: again the template shows it at rest."""
-    truth, actions, _ = hard
-    assert np.abs(actions - truth)[:120, 21:23].mean() < 0.12
-
-
-def test_confidence_falls_where_the_overlay_is_gone(hard):
-    *_, confidence = hard
-    assert np.median(confidence[:120]) > 0.6, confidence
-    assert confidence[120:].max() < 0.3, confidence
+def test_a_stick_that_seldom_rests_is_read_beside_the_template(ours):
+    """A plane that climbs for a minute: the video's median picture shows its stick pushed, the template shows
+    it at rest."""
+    skin = ours["xbox_one_light_flat"]
+    actions = np.zeros((80, 25), np.float32)
+    actions[:, 21] = RNG(5).choice([0.6, 0.8], 80)
+    actions[::8] = 0
+    pads = [frame[:232, :320].copy() for frame in scenery(80)]
+    for pad, action in zip(pads, actions):
+        bench.paste_pad(pad, skin, action, 0.8)
+    template = cv2.resize(extract.draw(skin), (320, 232), interpolation=cv2.INTER_AREA)
+    pad = parse.Pad(parse.load_parser(parse.CKPT), geometry_of(skin), pads, [template])
+    places = parse.decode(np.exp(pad.read(pads, 0, 80)[0][:, 0]))
+    assert np.abs(places - actions[:, 21:23]).mean() < 0.12              # 0.21 without it
 
 
 def test_run_resumes_and_redoes_what_is_broken(clip, capfd):

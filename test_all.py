@@ -1498,7 +1498,7 @@ def test_a_misread_button_is_red(skin):
                          for name in ("EAST", "START", "BACK"))
     assert east > 0.9 and 0.9 > start > back == 0                        # filled, outlined, neither
     x, y = skin.sticks["left"]["center"]
-    assert pad.getpixel((x + skin.size[0] // 11, y)) == (255, 215, 0)
+    assert pad.getpixel((x + skin.size[0] // 22, y)) == (255, 215, 0)    # on its pin, inside the ring
 
 
 BAD_JSON = """crops of [100, 80]: {"pad": [100, 80]}

@@ -507,13 +507,6 @@ def test_a_video_of_256_pixels_keeps_its_overlay_in_the_crop(skin):
 
 
 # ------------------------------------------------------------------------------------- extract: localisation
-def test_a_collapsed_fit_or_a_single_letter_is_no_pad():
-    points = RNG(0).uniform(0, 400, (50, 2)).astype(np.float32)
-    assert extract.distinct(points, np.full_like(points, 7), 3) == 1     # many points onto one
-    assert extract.spread(points * 0.1 + 5, (400, 290)) <= 2
-    assert extract.spread(points * (1, 0.7), (400, 290)) == 12
-
-
 @parametrize("pose, good", {
     "0.4 0 900 500": True,
     "0.4 0 1240 500": False,                                             # outside
@@ -808,6 +801,7 @@ def test_the_journal_outlives_a_kill_and_odd_names(tmp_path):
 EXTRACT_MISTAKES = {                               # flags, in a folder with v.mp4 -> a word of the line
     "nowhere.mp4": "nowhere.mp4",
     "none": "found none",
+    "--labels none": "no metadata.json",
     "v.mp4 --out v.mp4": "v.mp4",
     "v.mp4 --templates none": "--templates",
     "v.mp4 --labels none": "metadata.json",
@@ -1139,13 +1133,15 @@ def released(columns, n=30, box=(400, 200, 200, 120)):
     return chunk, film("abc123.mp4", GREY * 60)
 
 
-def test_released_labels_become_clips():
+def test_released_labels_become_clips(capfd):
     """60 rows of labels for 30 frames, and an overlay that is partly outside."""
     columns = {"south": [i >= 30 for i in range(60)], "j_left": [[0.5, -1.0]] * 60}
     chunk, video = released(columns, 60, (500, 200, 200, 120))
     for _ in range(2):                                                # the second time there is nothing to do
         assert run(extract.main, video, "--out", ".", "--labels", "labels") == 0
     assert len(Path("extract.jsonl").read_text().splitlines()) == 1
+    assert run(extract.main, "--labels", "labels") == 0                # without videos: what there is
+    assert "other | abc123 | None | 1 chunks, 0.00 h, 75% kept" in capfd.readouterr().out
     clip = Path(chunk.name)
     actions = np.load(clip / "actions.npy")
     assert actions[:, BUTTON["SOUTH"]].tolist() == [0] * 15 + [1] * 15
@@ -1267,21 +1263,15 @@ def test_decoding_is_finer_than_the_grid():
 
 def test_level_moves_the_threshold_between_two_groups_but_not_within_one():
     """A trigger that barely lights is told from rest by its own two groups, also where the net calls both not
-    pressed; a bright scene behind a see-through button, which comes once and stays, and a cap that moves to
-    and fro are no press."""
+    pressed; a bright scene behind a see-through button, which comes once and stays, is no press."""
     rng = RNG(0)
     t = np.arange(400)
     taps = t % 4 == 0
-    groups = [
-        (-4, -1.5, t >= 300),                                            # a bright scene
-        (0.6, 5, taps),
-        (-3, 2, taps),
-        (-4, -1.5, taps),
-        (-4, -1.5, taps)]                                                # a cap
+    groups = (-4, -1.5, t >= 300), (0.6, 5, taps), (-3, 2, taps), (-4, -1.5, taps)
     columns = [np.where(when, high, low) + rng.normal(0, 0.2, 400) for low, high, when in groups]
     one = rng.normal(-2, 1, 400)
-    pressed = parse.level(np.stack([*columns, one], 1), np.arange(6) != 4) > 0
-    assert np.array_equal(pressed.T, [taps * 0, taps, taps, taps, taps * 0, one > 0])
+    pressed = parse.level(np.stack([*columns, one], 1)) > 0
+    assert np.array_equal(pressed.T, [taps * 0, taps, taps, taps, one > 0])
 
 
 def test_smoothing_buttons_equals_enumeration():
@@ -1408,6 +1398,15 @@ def test_what_blinks_near_a_located_button_is_that_button():
     for button, spot in named.items():
         assert np.array_equal(spot.box, seen[button])
         assert np.array_equal(spot.lit, held[button])
+
+
+def test_a_triggers_spot_is_the_one_further_out_and_up():
+    """Both boxes were located where the shoulder is; by the nearest alone the names would be exchanged."""
+    boxes = {"LEFT_SHOULDER": [20, 12, 36, 16], "LEFT_TRIGGER": [21, 9, 35, 13]}
+    lit = np.arange(64) % 8 < 2
+    found = [parse.Spot(np.array([20, 9, 36, 13]), lit), parse.Spot(np.array([4, 4, 16, 12]), np.roll(lit, 4))]
+    named = parse.named_spots(found, {"size": [120, 80], "buttons": boxes})
+    assert named["LEFT_SHOULDER"] is found[0] and named["LEFT_TRIGGER"] is found[1]
 
 
 def test_a_button_that_is_mostly_held_is_read_and_confidence_falls_where_the_overlay_is_gone(ours):
@@ -2365,8 +2364,8 @@ def test_resume_equals_uninterrupted(squares, monkeypatch):
     with mock.patch.object(train, "rate", interrupted):
         assert run(train.main, squares, "--out", cut, *QUICK, *flags.split(), 1) == 130
     assert M.read_meta(cut)[0]["step"] == 4                                                # saved first
-    with open(cut / "log.csv", "ab") as f:                             # lines that a killed process left
-        f.write(b"5,9.9,,,,1,1,1\nx,9.9,,,,1,1,1\n2,\xff\xfe,,,,1,1,1\n3,9.9\n")
+    with open(cut / "log.csv", "a") as f:                              # of a save that was killed half-way
+        f.write("5,9.9,,,,1,1,1\n")
     assert run(train.main, "--resume", cut, "--device", "cpu", "--workers", 0) == 0
     for name in "model.safetensors", "state.safetensors":
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
@@ -2374,6 +2373,13 @@ def test_resume_equals_uninterrupted(squares, monkeypatch):
     assert logs[0] == logs[1] and len(losses(cut)) == 7                                  # all but the seconds
     meta = M.read_meta(cut)[0]
     assert set(meta["metrics"]["games"]) == {"blue", "red"} and len(meta["data"]["held"]) == 2
+
+
+def test_the_best_of_a_run_is_kept_beside_the_newest(squares):
+    found, real = iter([1.0, 0.5, 2.0]), train.validate
+    with mock.patch.object(train, "validate", lambda *args: real(*args) | {"loss": next(found)}):
+        out = trained(squares, "run", "--steps 3 --every 1")
+    assert [M.read_meta(path)[0]["step"] for path in (out / "best.safetensors", out)] == [2, 3]
 
 
 def two_processes(*words):

@@ -15,7 +15,7 @@ Out, under RUN:
     model.safetensors      the average of the weights (EMA) and what is frozen: for sample.py, play.py, --ckpt
     best.safetensors       the same at the step whose loss on the held-out clips is least, if any are held out
     state.safetensors      raw weights, average, AdamW's moments, step: what --resume needs beside it
-    log.csv, curve.png     a line a step; the curves drawn
+    log.csv, curve.png     a line a step, written at each save; the curves drawn
 
 Every random number is a function of the seed and of the sample's or the step's global number, so a resumed
 run, another number of processes or another size of micro-batch draws the same frames, noises, times and
@@ -156,8 +156,9 @@ def train(args, state, team):
                 bar.write(f"step {step}/{last} | loss {loss:.4f} | val {row['val']:.4f} | R2 {r2:.3f} "
                           f"| F1 {f1:.3f} | lr {lr:.1e}", file=sys.stdout)
             if out:
-                rows.append(write_row(out / "log.csv", row))
+                rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
                 if step % args.every == 0 or step == last or stop:
+                    write_log(out / "log.csv", rows)           # before the state that needs it
                     save_run(out, model, average, optimizer, step, args, data, metrics)
                     losses = [float(row["val"]) for row in rows if row.get("val")]
                     if rows[-1].get("val") and losses[-1] == min(losses):
@@ -614,33 +615,22 @@ COLUMNS = ["step", "loss", "val", "r2", "f1", "lr", "norm", "seconds"]
 
 
 def read_log(path, step):
-    """The rows of log.csv up to `step`, texts by column; the file is left with these alone, as a killed run
-    may have written lines that its state does not know, or half a line."""
-    rows = []
-    if step and path.is_file():
-        with extract.reading(path, "a log"), open(path, newline="", encoding="utf-8", errors="replace") as f:
-            for row in csv.DictReader(f):
-                with contextlib.suppress(TypeError, ValueError, KeyError):     # half a row, or none of ours
-                    numbers = {name: float(row[name]) for name in COLUMNS if row[name] or name == "seconds"}
-                    if numbers["step"] <= step:
-                        rows.append({name: row[name] for name in numbers})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The rows of log.csv up to `step`, texts by column."""
+    if not step or not path.is_file():
+        return []
+    with extract.reading(path, "a log"), open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+        return [row for row in rows if float(row["step"]) <= step and float(row["seconds"]) >= 0]
 
+
+def write_log(path, rows):
+    """All rows as log.csv; what was not measured is left empty."""
     def write(tmp):
         with open(tmp, "w", newline="", encoding="utf-8") as f:
-            table = csv.DictWriter(f, COLUMNS, restval="", lineterminator="\n")
+            table = csv.DictWriter(f, COLUMNS, "", "ignore", lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
     extract.write_atomic(path, write)
-    return rows
-
-
-def write_row(path, row):
-    """Append a step's row to log.csv, what was not measured left empty -> the row as texts."""
-    row = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
-    with open(path, "a", newline="", encoding="utf-8") as f:
-        csv.DictWriter(f, COLUMNS, restval="", lineterminator="\n").writerow(row)
-    return row
 
 
 def draw_curve(path, rows):

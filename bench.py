@@ -57,7 +57,7 @@ ICONS, ROWS_OF_GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
                                 for name in ("icons", "games", "others"))
 FPS = 30                                           # steps a second of game time
 PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
-DEMO = "crypt/exit", "swarm/brute", "glider/rings"  # tasks that a small model begins to master within minutes
+DEMO = ["crypt/exit", "swarm/brute", "glider/rings"]   # tasks that a small model begins to master within minutes
 MASHING = "right left up down right+attack left+attack up+attack down+attack spin+attack mash".split()
 
 
@@ -79,7 +79,7 @@ PLAYABLE = {}              # the class of each task's game, and of the games by 
 
 def pick_tasks(names):
     """Names of tasks and games -> names of tasks; none = all."""
-    for name in names or ():
+    for name in names:
         if name not in TASKS and name not in GAMES:
             raise UserError(f"expected games or tasks ({', '.join(GAMES)}, {min(TASKS)}, ...), found "
                             f"{name!r}: give others")
@@ -88,7 +88,7 @@ def pick_tasks(names):
 
 def by_game(tasks):
     """Names of tasks, game after game -> {game: its tasks among them}."""
-    return {game: [*group] for game, group in itertools.groupby(tasks, lambda task: task.split("/")[0])}
+    return {game: [*group] for game, group in itertools.groupby(tasks, lambda task: PLAYABLE[task].name)}
 
 
 def chosen(args, names):
@@ -121,9 +121,8 @@ def recordings(out, tasks, minutes, seed, clip=30.0):
     """Jobs for record_folder or record_video: so many minutes of each game, in clips of so many seconds at
     most."""
     seconds, game = min(clip, minutes * 60), PLAYABLE[tasks[0]]
-    return [(folder(out) / f"{PLAYABLE[group[0]].name}-{i:03}", group, f"{seed} {i}",
-             round(seconds * game.fps))
-            for group in by_game(tasks).values() for i in range(round(minutes * 60 / seconds))]
+    return [(folder(out) / f"{name}-{i:03}", group, f"{seed} {i}", round(seconds * game.fps))
+            for name, group in by_game(tasks).items() for i in range(round(minutes * 60 / seconds))]
 
 
 def film(tasks, seed, n, policy=None):
@@ -316,13 +315,11 @@ def replay(task, seed, actions):
 
 def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
-    tasks = next(iter(table.values()))
-    groups = {task: [task] for task in tasks}
-    ours = [task for task in tasks if task in TASKS]
-    for label, of in ("type", lambda task: TASKS[task].kind), ("family", lambda task: PLAYABLE[task].family):
-        for task in ours:
-            groups.setdefault(f"{label}: {of(task)}", []).append(task)
-    groups["all"] = tasks
+    tasks, groups = next(iter(table.values())), {}
+    kinds = lambda task: (f"type: {TASKS[task].kind}", f"family: {PLAYABLE[task].family}")
+    for column in zip(*((task, *(kinds(task) if task in TASKS else ()), "all") for task in tasks)):
+        for task, group in zip(tasks, column):
+            groups.setdefault(group, []).append(task)
     return {name: {who: share(np.concatenate([ended[task] for task in group]))
                    for who, ended in table.items()} for name, group in groups.items()}
 
@@ -351,6 +348,11 @@ def show_rows(rows):
         print(f"{name:24}{cells}  n {row['random']['n']}")
 
 
+def in_words(rows):
+    """The shares completed of all tasks."""
+    return ", ".join(f"{who} {row['rate']:.0%}" for who, row in rows["all"].items())
+
+
 def in_brackets(r):
     """A share() in words."""
     return "{rate:.0%} [{low:4.0%},{high:5.0%}]".format(**r)
@@ -361,7 +363,7 @@ def in_brackets(r):
 def demo(args):
     """Play -> videos -> overlays found -> actions read -> two models trained -> they play, beside random,
     scripted."""
-    out, began, tasks = folder(args.out), time.monotonic(), pick_tasks(args.tasks or DEMO)
+    out, began, tasks = folder(args.out), time.monotonic(), pick_tasks(args.tasks)
     asked = vars(args) | {"run": "demo", "out": "", "n": 0}            # --out may be moved, -n differ
     before = out / "arguments.json"
     if before.is_file() and read_json(before, dict) != asked:
@@ -407,7 +409,7 @@ def demo(args):
             films = out if who == "model" else None
             table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, seed=args.seed, films=films)
         rows = rows_of(table)
-        say(", ".join(f"{who} {row['rate']:.0%}" for who, row in rows["all"].items()))
+        say(in_words(rows))
 
     story(out, videos / f"{max(ious, key=ious.get)}.mp4", tasks, rows, finding, reading)
     show_rows(rows)
@@ -479,7 +481,6 @@ def frame_of(video, i):
 
 # ---- transfer: what pre-training on other games is worth
 
-BOTH = "post-trained", "scratch"
 OTHERS_MINUTES, PRETRAINING, SEEDS = 5, 1500, (0, 1, 2)    # of each other game; steps; of data and noise
 
 
@@ -490,13 +491,12 @@ def transfer(args):
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
-    trials = [*itertools.product(games, args.minutes, SEEDS)]
-    few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials}
+    few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials(args)}
     with stage(out, "record") as say:
-        wanted = [(out / "data" / game, game, OTHERS_MINUTES, 0) for game in GAMES]
-        wanted += [(path, game, minutes, 1000 + seed) for (game, minutes, seed), path in few.items()]
-        jobs = [job for path, game, *more in wanted for job in recordings(path, pick_tasks([game]), *more)]
-        print(*in_processes(record_folder, jobs, args.workers), sep="\n")
+        for game in GAMES:
+            record_here(out / "data" / game, game, OTHERS_MINUTES, 0, args.workers)
+        for (game, minutes, seed), path in few.items():
+            record_here(path, game, minutes, 1000 + seed, args.workers)
         say(f"{OTHERS_MINUTES} minutes of each game, {len(few)} small recordings of held-out ones")
 
     for game in games:
@@ -504,66 +504,77 @@ def transfer(args):
         with stage(out, f"{game}: pre-train on the others") as say:
             others = [out / "data" / name for name in GAMES if name != game]
             train_runs(PRETRAINING, {first: [*others, "--preset", "toy", "--balance"]})
-            say(f"without any of its own data {average(completed(first, game, args.n)):.0%}")
-    for (game, minutes, seed), data in few.items():
-        with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
-            runs = {who: out / f"{who}-{data.name}" for who in BOTH}
-            starts = ["--ckpt", out / f"pre-{game}"], ["--preset", "toy"]
-            train_runs(args.steps, {run: [data, "--seed", seed, *start]
-                                    for run, start in zip(runs.values(), starts)})
-            rates = {who: completed(run, game, args.n, seed) for who, run in runs.items()}
-            results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
-            say(", ".join(f"{who} {average(rate):.0%}" for who, rate in rates.items()))
+            say(in_words(play_runs(args, game, 0, {"without any of its own data": first})))
+    for trial, data in few.items():
+        with stage(out, "{}: {:g} minutes, seed {}".format(*trial)) as say:
+            starts = {"post-trained": ["--ckpt", out / f"pre-{trial[0]}"], "scratch": ["--preset", "toy"]}
+            runs = {who: (out / f"{who}-{data.name}", data, *start) for who, start in starts.items()}
+            results.append(train_and_play(args, trial, runs, say))
+    compare(args, began, results)
 
+
+def trials(args):
+    """(game, minutes, seed) of each trial."""
+    return itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS)
+
+
+def record_here(path, game, minutes, seed, workers):
+    """So many minutes of a game as clip folders in a folder."""
+    jobs = recordings(path, pick_tasks([game]), minutes, seed)
+    print(*in_processes(record_folder, jobs, workers), sep="\n")
+
+
+def train_and_play(args, trial, runs, say, **more):
+    """Train models {name: (run, data and flags)} on the data of a trial -> its result: what they complete."""
+    game, minutes, seed = trial
+    train_runs(args.steps, {run: [*words, "--seed", seed] for run, *words in runs.values()})
+    rows = play_runs(args, game, seed, {who: run for who, (run, *_) in runs.items()})
+    say(in_words(rows))
+    return {"game": game, "minutes": minutes, "seed": seed, "rows": rows, **more}
+
+
+def play_runs(args, game, seed, runs):
+    """A game played by the models of runs {name: run} -> rows_of()."""
+    return rows_of({who: play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
+                    for who, run in runs.items()})
+
+
+def compare(args, began, results):
+    """Print and write what each kind of model completes, and what the first gains over the second."""
+    first, second, *_ = names = [*results[0]["rows"]["all"]]
     gains = gains_of(results)
     for name, row in gains.items():
-        gained = with_interval(row["gain"]) if row["gain"] else "none: scratch completes nothing"
-        print(f"{name:26} " + " | ".join(f"{who} {row[who]:.1%}" for who in BOTH) +
-              f" | {with_interval(row['points'])} points | gain {gained} | n {row['n']}")
-    write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
-
-
-def completed(run, game, n, seed=0):
-    """{task: share completed} of a game by a run's model."""
-    ended = play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), n, seed=seed)
-    return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
-
-
-def average(rates, kind=""):
-    """The mean of {task: share completed} over the tasks of one kind, or all; None where there are none."""
-    rates = [rate for task, rate in rates.items() if kind in ("", TASKS[task].kind)]
-    return float(np.mean(rates)) if rates else None
-
-
-def with_interval(figure):
-    """A figure of gain() in words."""
-    return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*figure)
+        points, gained = ("{:+.1%} [{:+.1%}, {:+.1%}]".format(*row[key]) if row[key] else
+                          f"none: {second} completes nothing" for key in ("points", "gain"))
+        rates = " | ".join(f"{who} {rate:.1%}" for who, rate in zip(names, row["rates"]))
+        print(f"{name:26} {rates} | {first} over {second} {points} points | gain {gained} | n {row['n']}")
+    write_json(folder(args.out) / f"{args.run.__name__}.json",
+               facts(args, began) | {"results": results, "gains": gains})
 
 
 def gains_of(results):
-    """Results of trials -> gain() of each size of data, over all tasks and by type."""
-    pairs = {}
+    """Results of trials -> gain() of each size of data and each row of rows_of()."""
+    rates = {}
     for result in results:
-        for kind in ("", "combat", "navigation", "specific"):
-            pair = [average(result["tasks"][who], kind) for who in BOTH]
-            if None not in pair:
-                pairs.setdefault(f"{result['minutes']:g} min, {kind or 'all'}", []).append(pair)
-    return {name: gain(np.array(rows)) for name, rows in pairs.items()}
+        for name, row in result["rows"].items():
+            cells = [cell["rate"] for cell in row.values()]
+            rates.setdefault(f"{result['minutes']:g} min, {name}", []).append(cells)
+    return {name: gain(np.array(rows)) for name, rows in rates.items()}
 
 
-def gain(pairs, rounds=4000):
-    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> their means and what
-    pre-training gains: the difference ("points") and the relative "gain", each [value, low, high] with the
-    interval of resampled pairs. The gain is None where scratch completes nothing, its interval is of the
-    draws in which scratch completes something.
+def gain(rates, rounds=4000):
+    """Completion by two or more kinds of models, a row each trial, float (n, k) -> the means ("rates"), and
+    of the first over the second the difference ("points") and the relative "gain", each [value, low, high]
+    with the interval of resampled rows. The gain is None where the second completes nothing, its interval is
+    of the draws in which it completes something.
     """
-    picks = np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))
-    drawn, means = pairs[picks].mean(1), pairs.mean(0)                                   # (rounds, 2), (2,)
+    picks = np.random.default_rng(0).integers(len(rates), size=(rounds, len(rates)))
+    drawn, means = rates[picks].mean(1), rates.mean(0)                                   # (rounds, k), (k,)
 
     def figure(measure, draws):
-        return [float(measure(*means)), *np.quantile(measure(*draws.T), (0.025, 0.975)).tolist()]
-    relative = lambda post, scratch: post / scratch - 1
-    return {"n": len(pairs), **dict(zip(BOTH, means.tolist())), "points": figure(np.subtract, drawn),
+        return [float(measure(*means[:2])), *np.quantile(measure(*draws.T[:2]), (0.025, 0.975)).tolist()]
+    relative = lambda first, second: first / second - 1
+    return {"n": len(rates), "rates": means.tolist(), "points": figure(np.subtract, drawn),
             "gain": figure(relative, drawn[drawn[:, 1] > 0]) if means[1] else None}
 
 
@@ -574,33 +585,24 @@ def inverse(args):
     many that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick
     R2, button F1 and onset F1."""
     out, began, results = folder(args.out), time.monotonic(), []
-    for game, minutes, seed in itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS):
+    for game, minutes, seed in trials(args):
         data = out / f"{game}-{minutes:g}-{seed}"
         few, more, bare, model = (data / name for name in ("few", "more", "bare", "inverse"))
-        words = ["--preset", "toy", "--seed", seed]
         with stage(out, data.name) as say:
             for path, many in (few, minutes), (more, 10 * minutes):
-                jobs = recordings(path, pick_tasks([game]), many, f"{2000 + seed} {path.name}")
-                print(*in_processes(record_folder, jobs, args.workers), sep="\n")
+                record_here(path, game, many, f"{2000 + seed} {path.name}", args.workers)
             if not bare.is_dir():
                 labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
                 shutil.copytree(more, bare, ignore=labels)
-            train_runs(args.steps, {model: [few, "--inverse", *words]})
+            train_runs(args.steps, {model: [few, "--inverse", "--preset", "toy", "--seed", seed]})
             run_scripts(["sample.py", "label", bare, "--ckpt", model])
-            learns = {"few": [few], "labelled": [few, bare], "true": [few, more]}
-            train_runs(args.steps, {data / who: [*clips, *words] for who, clips in learns.items()})
-            rates = {who: average(completed(data / who, game, args.n, seed)) for who in learns}
-            read = [sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
-                    for actions, truth in map(actions_and_truth, extract.clips_in(bare))]
-            results.append({"minutes": minutes, "labels": np.mean(read, 0).tolist(), **rates})
-            say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}; ".format(*results[-1]["labels"]) +
-                ", ".join(f"{who} {rate:.0%}" for who, rate in rates.items()))
-    for minutes in args.minutes:
-        rows = [[r["labelled"], r["few"], r["true"]] for r in results if r["minutes"] == minutes]
-        points = gain(np.array(rows)[:, :2])["points"]
-        print(f"{minutes:g} min | " + "labelled {:.1%}, few {:.1%}, true {:.1%}".format(*np.mean(rows, 0)) +
-              f" | labelled over few {with_interval(points)} points | n {len(rows)}")
-    write_json(out / "inverse.json", facts(args, began) | {"results": results})
+            read = np.mean([sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
+                            for actions, truth in map(actions_and_truth, extract.clips_in(bare))], 0)
+            say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}".format(*read))
+            learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
+            runs = {who: (data / who, *clips, "--preset", "toy") for who, clips in learns.items()}
+            results.append(train_and_play(args, (game, minutes, seed), runs, say, labels=read.tolist()))
+    compare(args, began, results)
 
 
 # ---- speed
@@ -693,14 +695,10 @@ class Scripted:
         self.late.append(self.game.wish())
         *wanted, keys = self.late.popleft()
         wanted, keys = self.slipped(wanted, keys.split())
-        action = neutral()
-        for i, (name, want) in enumerate(zip(STICKS, wanted)):
+        for i, want in enumerate(wanted):
             trembling = complex(self.rng.gauss(0, 0.03), self.rng.gauss(0, 0.03)) if want else 0
             self.sticks[i] += (want * rect(self.reach, self.askew) + trembling - self.sticks[i]) * self.quick
-            s = capped(self.sticks[i])
-            action[STICKS[name]] = s.real, s.imag
-        action[[BUTTON[k] for k in keys]] = 1
-        return action
+        return pad_action(map(capped, self.sticks), keys)
 
     def slipped(self, wanted, keys):
         """The sticks and buttons wanted, or, now and then for some steps, others."""
@@ -708,7 +706,7 @@ class Scripted:
         if self.slip == 0 and rng.random() < self.careless:
             self.slip, self.how = rng.randint(5, 11), rng.choice(("veer", "veer", "rest", "button"))
             self.veer = rect(1, rng.choice((-1, 1)) * rng.uniform(0.6, 2))
-            self.extra = rng.choice(sorted(k for k in self.game.keys if k.isupper()))
+            self.extra = rng.choice(sorted(self.game.keys))
         if self.slip == 0:
             return wanted, keys
         self.slip -= 1
@@ -726,24 +724,32 @@ class Blind:
         self.rng, self.t, self.again = random.Random(f"{how} {seed}"), 0, 0
         self.way, _, attack = how.partition("+")
         self.draws = how in ("random", "mash")
-        keys = [k for k in game.keys if k.isupper()] if self.draws else game.attack if attack else []
-        self.keys = [BUTTON[k] for k in keys]
+        self.keys = game.keys if self.draws else game.attack if attack else ()
 
     def act(self):
         """float (25,), the action of this step."""
         self.t += 1
-        if self.t <= self.again:
-            return self.last
-        action = self.last = neutral()
+        if self.t > self.again:
+            self.last = self.drawn(self.rng)
+        return self.last
+
+    def drawn(self, rng):
+        """A new action, and until when a random one holds."""
         if self.way == "random":
-            self.again = self.t + self.rng.randint(3, 15)
-            action[21:] = [self.rng.uniform(-1, 1) for _ in range(4)]
+            self.again = self.t + rng.randint(3, 15)
+            sticks = [complex(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in STICKS]
         else:
-            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j,
-                    "spin": rect(1, self.t / 6)}[self.way]
-            action[21:] = [push.real, push.imag] * 2
-        action[[k for k in self.keys if not self.draws or self.rng.random() < 0.5]] = 1
-        return action
+            ways = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j, "spin": rect(1, self.t / 6)}
+            sticks = [ways[self.way]] * 2
+        return pad_action(sticks, [k for k in self.keys if not self.draws or rng.random() < 0.5])
+
+
+def pad_action(sticks, keys):
+    """float32 (25,) from the left and the right stick (complex, y down) and names of buttons."""
+    action = neutral()
+    action[21:] = [v for s in sticks for v in (s.real, s.imag)]
+    action[[BUTTON[k] for k in keys]] = 1
+    return action
 
 
 class Learned:
@@ -1346,8 +1352,8 @@ def ahead_and_right(v, way):
 
 
 def walled(w, h):
-    """An empty map with a wall around it: grid[y][x], True = wall."""
-    return [[x in (0, w - 1) or y in (0, h - 1) for x in range(w)] for y in range(h)]
+    """An empty map with a wall around it, bool (h, w)."""
+    return np.pad(np.zeros((h - 2, w - 2), bool), 1, constant_values=True)
 
 
 MIDDLE = 0.5 + 0.5j                                # of a cell, from its corner
@@ -1359,19 +1365,14 @@ def cell_of(p):
     return complex(int(p.real), int(p.imag))
 
 
-def inner_cells(grid):
-    """(x, y) of all cells inside the wall around."""
-    return [(x, y) for x in range(1, len(grid[0]) - 1) for y in range(1, len(grid) - 1)]
-
-
 def free_cells(grid):
-    """All cells without a wall, row by row."""
-    return [complex(x, y) for y, row in enumerate(grid) for x, wall in enumerate(row) if not wall]
+    """The corners of all cells without a wall, row by row."""
+    return [complex(x, y) for y, x in np.argwhere(~grid)]
 
 
 def solid(grid, p):
     """Is there a wall at a place?"""
-    return grid[int(p.imag)][int(p.real)]
+    return grid[int(p.imag), int(p.real)]
 
 
 def distances(grid, goal):
@@ -1460,20 +1461,16 @@ class FirstPerson(Walled):
         return np.uint8(shades).reshape(-1, 3), np.repeat(np.uint8(ground)[:, None], 128, 1)
 
     def begin(self):
-        self.build()
-        self.bring()
-
-    def build(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
-        self.grid = walled(self.size, self.size)
-        inner = inner_cells(self.grid)
+        self.grid, self.known = walled(self.size, self.size), {}
+        inner = [*itertools.product(range(1, self.size - 1), repeat=2)]
         for x, y in self.plan.sample(inner, int(self.density * len(inner))):
-            self.grid[y][x] = True
+            self.grid[y, x] = True
             free = free_cells(self.grid)
-            self.grid[y][x] = len(distances(self.grid, free[0])) == len(free)
-        self.walls, self.known = np.array(self.grid), {}
+            self.grid[y, x] = len(distances(self.grid, free[0])) == len(free)
         self.free = [cell + MIDDLE for cell in free_cells(self.grid)]
         self.pos, self.face = self.rng.choice(self.free), self.rng.uniform(0, tau)
+        self.bring()
 
     def place(self, low, high):
         """A free cell so many steps of walking away."""
@@ -1481,9 +1478,15 @@ class FirstPerson(Walled):
         cells = [p for p in self.free if low <= far[p - MIDDLE] <= high]
         return self.rng.choice(cells or self.free)
 
-    def walk(self, speed=0.08):
+    def play(self):
         self.face = wrap(self.face + self.right.real * 0.085)
-        self.pos = self.move(self.pos, self.left * 1j * speed * rect(1, self.face), 0.22)
+        self.pos = self.move(self.pos, self.left * 1j * self.speed * rect(1, self.face), 0.22)
+        goal = self.goal
+        if not goal.near:
+            self.fight(goal, self.distance(goal))
+        if goal.hp <= 0 or self.reached(goal):
+            self.score += 1
+            self.bring()
 
     def bring(self):
         """The next goal to fight, take or reach, if the task has one."""
@@ -1492,12 +1495,6 @@ class FirstPerson(Walled):
             look = self.kinds[kind]
             self.goal = Thing(kind, self.place(*look["away"]), hp=2, **look)
             self.things, self.goes_to = [self.goal], self.goal.at
-
-    def check(self):
-        """A point for a goal that is beaten, or reached with its button held; then comes the next one."""
-        if self.goal.hp <= 0 or self.reached(self.goal):
-            self.score += 1
-            self.bring()
 
     def draw(self):
         p, n, rays = self.pos, self.size, rect(1, self.face) * (1 + 1j * LENS)          # (128,)
@@ -1510,8 +1507,8 @@ class FirstPerson(Walled):
             t = (lines - at) / way
             other = np.clip(along + t * goes, 0, n - 1).astype(int)
             return np.where((t > 0) & walls[lines - (way < 0), other], t, 99)
-        t = np.concatenate([crossings(p.real, rx, p.imag, ry, self.walls.T),
-                            crossings(p.imag, ry, p.real, rx, self.walls)])
+        t = np.concatenate([crossings(p.real, rx, p.imag, ry, self.grid.T),
+                            crossings(p.imag, ry, p.real, rx, self.grid)])
         depth, across = t.min(0), t.argmin(0) >= n - 1         # the nearest wall, and whether it lies across
         self.depth = depth
         u = (np.where(across, p.real + depth * rx, p.imag + depth * ry) % 1 * 32).astype(int)
@@ -1543,17 +1540,18 @@ class FirstPerson(Walled):
         clear = all(self.sees(self.pos + s, self.goal.at + s) for s in (side, -side))
         return self.goal.at if clear else self.on_the_way(self.goes_to, self.pos)
 
-    def steer(self, target, near=0.0):
+    def steer(self, target, near):
         """Both sticks of a walk: turn to the target, walk once it is about ahead, stop when nearer than
         `near`."""
         angle = self.angle(target)
         ahead = max(math.cos(angle), 0) ** 3 if abs(target - self.pos) > near else 0.0
         return complex(0, -ahead), span(1.5 * angle)
 
-    def fetch(self):
-        """A walk to the goal, its button held near it."""
-        button = self.goal.button if self.distance(self.goal) < 1 else ""
-        return *self.steer(self.target(), self.stop), button
+    def wish(self):
+        goal, reach = self.goal, self.distance(self.goal)
+        if not goal.near:
+            return self.wish_to_fight(goal, reach)
+        return *self.steer(self.target(), self.stop), goal.button if reach < 1 else ""
 
 
 class Crypt(FirstPerson):
@@ -1561,15 +1559,12 @@ class Crypt(FirstPerson):
     when they are green."""
 
     def play(self):
-        shield, goal = "LEFT_TRIGGER" in self.held, self.goal
-        self.walk(0.05 if shield else 0.09)
-        if not goal.near:
-            self.fight(goal, self.distance(goal), shield)
-        self.check()
+        self.speed = 0.05 if "LEFT_TRIGGER" in self.held else 0.09
+        super().play()
 
-    def fight(self, ghoul, reach, shield):
+    def fight(self, ghoul, reach):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
-        off = lambda: abs(self.angle(ghoul.at))
+        off, shield = lambda: abs(self.angle(ghoul.at)), "LEFT_TRIGGER" in self.held
         self.goes_to = ghoul.at
         if reach > 0.8:
             to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
@@ -1595,14 +1590,12 @@ class Crypt(FirstPerson):
         line(frame, 214 + 256j, tip, "787882" if resting else "f0f0fa", 12)
         return frame
 
-    def wish(self):
-        goal, reach, plain = self.goal, self.distance(self.goal), self.fetch()
-        if goal.near or reach >= 1.6:
-            return plain
-        left, right = self.steer(goal.at, 0.95) if self.sees(self.pos, goal.at) else plain[:2]
-        if goal.wind:
+    def wish_to_fight(self, ghoul, reach):
+        close = reach < 1.6 and self.sees(self.pos, ghoul.at)
+        left, right = self.steer(ghoul.at, 0.95) if close else self.steer(self.target(), self.stop)
+        if ghoul.wind and reach < 1.6:
             return 0j, right, "LEFT_TRIGGER"
-        return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(goal.at)) < 0.35 else ""
+        return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(ghoul.at)) < 0.35 else ""
 
 
 class Siege(FirstPerson):
@@ -1613,11 +1606,8 @@ class Siege(FirstPerson):
         self.drift = self.around(0.02, 0.035)
 
     def play(self):
-        self.walk()
         goal = self.goal
-        if not goal.near:
-            self.fight(goal, self.distance(goal))
-        self.check()
+        super().play()
         self.things = [goal, *self.shots]
 
     def fight(self, drone, reach):
@@ -1644,16 +1634,13 @@ class Siege(FirstPerson):
                 bar(frame, 4 + 6 * i + 222j, 7 + 6 * i + 232j, "ffe65a")
         return frame
 
-    def wish(self):
-        goal, reach = self.goal, self.distance(self.goal)
-        if goal.near:
-            return self.fetch()
-        clear = self.sees(self.pos, goal.at)
+    def wish_to_fight(self, drone, reach):
+        clear = self.sees(self.pos, drone.at)
         left, right = self.steer(self.target(), 2.5 if clear else self.stop)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
             left -= copysign(1, self.angle(shot.at))                       # step out of its way
-        aimed = abs(self.angle(goal.at)) < 0.26 / reach
+        aimed = abs(self.angle(drone.at)) < 0.26 / reach
         return left, right, "RIGHT_TRIGGER" if clear and aimed else ""
 
 
@@ -1948,20 +1935,15 @@ class Vault(TopDown):
         here, far = cell_of(self.pos / 32), {}
         while len(far) < 24 or sum(steps > 4 for steps in far.values()) < 2:   # two things have to be far off
             grid = walled(8, 8)
-            for x, y in self.plan.sample(inner_cells(grid), self.blocks):
-                grid[y][x] = complex(x, y) != here
+            for x, y in self.plan.sample([*itertools.product(range(1, 7), repeat=2)], self.blocks):
+                grid[y, x] = complex(x, y) != here
             far = distances(grid, here)
         self.lay(grid)
         self.pos = (here + MIDDLE) * 32
         cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
         places = [(c + MIDDLE) * 32 for c in cells]
         self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
-        self.foes = [Thing("slime", at, hp=2) for at in places[:self.slimes]]
-        self.aim()
-
-    def aim(self):
-        """To what comes next, or for slimes to the player."""
-        self.goes_to = self.things[0].at if self.things else self.pos
+        self.foes, self.goes_to = [Thing("slime", at, hp=2) for at in places[:self.slimes]], self.pos
 
     def done(self):
         """One more point; the next room, if there is one to come and nothing left here to fight."""
@@ -1977,14 +1959,13 @@ class Vault(TopDown):
         for thing in filter(self.reached, self.things[:1]):
             if thing.kind == "key":
                 self.things.remove(thing)
-                self.aim()
             else:
                 self.done()
 
     def fight(self, strike):
         """Slimes come on around the blocks; a strike and a bite push them back."""
-        if self.foes and self.t % 4 == 0:
-            self.aim()
+        if self.t % 4 == 0:
+            self.goes_to = self.pos
         for s in list(self.foes):
             d, far = s.at - self.pos, self.distance(s)
             struck = strike and far < 50 and between(d, self.face) < 0.7
@@ -2002,7 +1983,7 @@ class Vault(TopDown):
         frame = self.ground[128:384, 128:384].copy()
         way, p = [], self.pos
         while self.things and len(way) < 12 and abs(p - self.things[0].at) > 20:
-            p = self.on_the_way(self.goes_to, (cell_of(p / 32) + MIDDLE) * 32)
+            p = self.on_the_way(self.things[0].at, (cell_of(p / 32) + MIDDLE) * 32)
             way.append(p)
         self.trail(frame, way, self.pos, "4682ff")
         sprites(frame, self.things + self.foes, 36)
@@ -2036,7 +2017,7 @@ class Shade(TopDown):
     def begin(self):
         self.alarm, grid = 0.0, walled(13, 11)
         for y, x in itertools.product((2, 6), (2, 6, 10)):
-            grid[y][x] = self.plan.random() < 0.8                          # most of the pillars
+            grid[y, x] = self.plan.random() < 0.8                          # most of the pillars
         self.lay(grid)
         rows, columns = [1, 3, 5, 7, 9], (3, 4, 5, 7, 8, 9)
         spot = lambda column: (complex(column, self.rng.choice(rows)) + MIDDLE) * 48
@@ -2045,11 +2026,11 @@ class Shade(TopDown):
         self.foes = [Thing("guard", complex((column + 0.5) * 48, self.rng.uniform(100, 420)),
                            way=self.rng.choice((-1j, 1j)))
                      for column in self.plan.sample(columns, self.guards)]
+        where = self.rng.sample(columns, self.gems)
         if self.want == "exit":
             rows.remove(self.pos.imag // 48)                               # not straight across
-            self.things = [Thing("exit", spot(end), near=30)]
-        if self.want == "gem":
-            self.things = [Thing("gem", spot(column), near=30) for column in self.rng.sample(columns, 3)]
+            where = [end]
+        self.things = [Thing(self.want, spot(column), near=30) for column in where]
 
     def light(self):
         """How far the guards' lights reach, in pixels."""
@@ -2157,18 +2138,17 @@ class Cliffs(Side):
     sprints."""
 
     def begin(self):
-        s, x, y = self.either_way(), 0, 0
-        self.islands = [Thing("island", 0j, half=90)] if self.tower else []
+        s, at, uniform, choice = self.either_way(), 0j, self.plan.uniform, self.plan.choice
+        islands = [(0j, 90)] if self.tower else []
         for _ in range(7 + self.tower):
             if self.tower:
-                x += self.plan.choice((-1, 1)) * s * self.plan.uniform(60, 88)
-                y -= 58
-                self.islands.append(Thing("island", complex(x, y), half=34))
+                at += choice((-1, 1)) * s * uniform(60, 88) - 58j
+                islands.append((at, 34))
             else:
-                half = self.plan.uniform(80, 150) / 2
-                self.islands.append(Thing("island", complex(s * (x + half), y), half=half))
-                x += 2 * half + self.plan.uniform(50, 68)
-                y += self.plan.choice((-20, 0, 20))
+                half = uniform(80, 150) / 2
+                islands.append((at + s * half, half))
+                at += complex(s * (2 * half + uniform(50, 68)), choice((-20, 0, 20)))
+        self.islands = [Thing("island", at, half=half) for at, half in islands]
         self.on = 3 if self.coins else 0               # the island stood on, and to come back to
         self.stand(self.islands[self.on].at)
         for island in self.islands[1:3] + self.islands[4:6] if self.coins else ():
@@ -2572,27 +2552,27 @@ if play.gymnasium:
 # ---- command line
 
 MANY, SEED, TIME = extract.number(int, 1), extract.number(int, 0), extract.number(float, 1 / 30)
-FLAGS = {
-    "--out": dict(help="folder to write to; what is whole there stays"),
-    "--games": dict(nargs="+", help="games or tasks (default: record all, transfer three)"),
-    "--tasks": dict(nargs="+", help="tasks or games (default: suite all, demo three)"),
-    "--env": dict(help="a game by others instead: its Gymnasium id"),
-    "--table": dict(help="JSON file: how a pad plays --env (default: as weights/others.json says)"),
-    "--ckpt": dict(help="a .safetensors or a run folder (record: it plays in turns with the script)"),
-    "--euler": dict(type=MANY, help="its Euler steps (default: suite 2, record its own)"),
-    "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
-    "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),
-    "--clip": dict(type=extract.number(float, 1.1), default=30, help="seconds of a clip (default 30)"),
-    "--videos": dict(type=MANY, default=4, help="files of these minutes, each with another pad (default 4)"),
-    "-n": dict(type=MANY, help="rollouts of each task (default %(default)s)"),
-    "--actions-per-chunk": dict(type=MANY, default=8, help="steps to play before looking again (default 8)"),
-    "--delay": dict(type=SEED, default=0, help="steps by which each chunk comes late, as on a slow machine"),
-    "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
-    "--preset": dict(choices=M.PRESETS, help="size of a fresh model (default %(default)s)"),
-    "--steps": dict(type=MANY, help="training steps (default %(default)s)"),
-    "--device": dict(default="auto", help="auto, cpu, cuda, mps (default auto)"),
-    "--seed": dict(type=SEED, default=0, help="of everything drawn (default 0)"),
-    "--workers": dict(type=MANY, default=cores(), help="processes (default: one a core)")}
+FLAGS = {                            # type or choices (bool: a switch), default (a list: several), help
+    "--out": (str, None, "folder to write to; what is whole there stays"),
+    "--games": (str, [], "games or tasks (default: record all, transfer three)"),
+    "--tasks": (str, [], "tasks or games (default: suite all, demo three)"),
+    "--env": (str, None, "a game by others instead: its Gymnasium id"),
+    "--table": (str, None, "JSON file: how a pad plays --env (default: as weights/others.json says)"),
+    "--ckpt": (str, None, "a .safetensors or a run folder (record: it plays in turns with the script)"),
+    "--euler": (MANY, None, "its Euler steps (default: suite 2, record its own)"),
+    "--video": (bool, False, "record: mp4 with a pad over it; suite: a film of each task"),
+    "--minutes": (TIME, None, "game time of each game, the held-out or labelled one (default %(default)s)"),
+    "--clip": (extract.number(float, 1.1), 30, "seconds of a clip (default 30)"),
+    "--videos": (MANY, 4, "files of these minutes, each with another pad (default 4)"),
+    "-n": (MANY, None, "rollouts of each task (default %(default)s)"),
+    "--actions-per-chunk": (MANY, 8, "steps to play before looking again (default 8)"),
+    "--delay": (SEED, 0, "steps by which each chunk comes late, as on a slow machine"),
+    "--mashing": (bool, False, "also the best of ten constant and mashing players"),
+    "--preset": (M.PRESETS, "nitrogen", "size of a fresh model (default %(default)s)"),
+    "--steps": (MANY, None, "training steps; latency: of Euler (default %(default)s)"),
+    "--device": (str, "auto", "auto, cpu, cuda, mps (default auto)"),
+    "--seed": (SEED, 0, "of everything drawn (default 0)"),
+    "--workers": (MANY, cores(), "processes (default: one a core)")}
 
 
 def main(argv=None):
@@ -2604,27 +2584,28 @@ def main(argv=None):
 
     def command(run, text, flags, **defaults):
         p = sub.add_parser(run.__name__, help=text, allow_abbrev=False)
-        for name in flags.split():
-            p.add_argument(name, required=name == "--out" and run != suite, **FLAGS[name])
-        p.set_defaults(run=run, **defaults)
-        return p
+        for flag in flags.split():
+            kind, default, what = FLAGS[flag]
+            default = defaults.get(flag.strip("-"), default)
+            how = {"nargs": "+"} if isinstance(default, list) else {}
+            how |= {"action": "store_true"} if kind is bool else {"type": kind} if callable(kind) else {
+                "choices": kind}
+            p.add_argument(flag, required=flag == "--out" and run != suite, default=default, help=what, **how)
+        p.set_defaults(run=run)
     command(record, "scripted play -> clip folders, or videos with an overlay",
             "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers", minutes=5)
     command(suite, "completion of tasks, beside random and scripted players",
             "--ckpt --tasks --env --table -n --actions-per-chunk --delay --mashing --out --video --euler "
             "--device --seed --workers", n=50, euler=extract.PLAY_STEPS)
     command(demo, "the whole chain on embedded games",
-            "--out --tasks --minutes --videos --steps -n --seed", minutes=2, steps=1200, n=100)
-    p = command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",
-                "--out --games --steps -n --workers",
-                games=["crypt", "swarm", "glider"], steps=480, n=20)
-    p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
-    p = command(inverse, "labels by an inverse model against few true ones and as many true ones",
-                "--out --games --steps -n --workers", games=["crypt", "swarm", "glider"], steps=480, n=20)
-    p.add_argument("--minutes", type=TIME, nargs="+", default=[1, 4], help="with labels (default 1 4)")
-    p = command(latency, "seconds for one chunk, against the released way of sampling",
-                "--preset --device", preset="nitrogen")
-    p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")
+            "--out --tasks --minutes --videos --steps -n --seed", minutes=2, steps=1200, n=100, tasks=DEMO)
+    held_out = {"games": ["crypt", "swarm", "glider"], "steps": 480, "n": 20}
+    command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",
+            "--out --games --minutes --steps -n --workers", minutes=[1], **held_out)
+    command(inverse, "labels by an inverse model against few true ones and as many true ones",
+            "--out --games --minutes --steps -n --workers", minutes=[1, 4], **held_out)
+    command(latency, "seconds for one chunk, against the released way of sampling",
+            "--preset --steps --device", steps=[16, 4])
     command(throughput, "a step of each game, and of each stage of the chain", "")
     command(games, "a picture of the ten games", "--out --seed")
     return extract.cli(parser, argv, M.ModelError)

@@ -4188,13 +4188,15 @@ def test_gains_are_of_whole_pairs_and_none_where_scratch_completes_nothing():
     assert row["gain"] is None and row["n"] == 3
 
 
-def test_gains_by_size_and_type():
-    """Two trials of a game, tasks of two types: each type's pairs are of its own tasks."""
-    trials = [{"minutes": 1, "tasks": {"post-trained": {"crypt/ghouls": combat, "crypt/exit": 0.5},
-                                       "scratch": {"crypt/ghouls": 0.5, "crypt/exit": 0.25}}}
-              for combat in (1.0, 0.5)]
+def test_gains_by_size_and_row():
+    """Trials with 1 and 4 minutes: each size and row of the table has pairs of its own."""
+    rates = lambda **row: {who: {"rate": rate} for who, rate in row.items()}
+    trials = [{"minutes": minutes, "rows": {"type: combat": rates(post=post, scratch=0.5),
+                                            "all": rates(post=0.5, scratch=0.25)}}
+              for minutes, post in ((1, 1.0), (1, 0.5), (4, 0.75))]
     points = {name: row["points"][0] for name, row in bench.gains_of(trials).items()}
-    assert points == pytest.approx({"1 min, all": 0.25, "1 min, combat": 0.25, "1 min, navigation": 0.25})
+    assert points == pytest.approx({f"{minutes} min, {name}": 0.25 for minutes in (1, 4)
+                                    for name in ("type: combat", "all")})
 
 
 def test_the_demo_goes_from_videos_to_a_page(tmp_path, capfd):
@@ -4215,8 +4217,8 @@ def test_transfer_compares_post_trained_with_scratch(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SEEDS", [0])
     flags = "--games dojo --minutes 0.04 --steps 2 -n 1"
     assert run(bench.main, "transfer", "--out", tmp_path, *flags.split()) == 0
-    tasks = json.loads((tmp_path / "transfer.json").read_text())["results"][0]["tasks"]
-    assert tasks["post-trained"].keys() == tasks["scratch"].keys() == set(bench.pick_tasks(["dojo"]))
+    rows = json.loads((tmp_path / "transfer.json").read_text())["results"][0]["rows"]
+    assert rows.keys() > set(bench.pick_tasks(["dojo"])) and rows["all"].keys() == {"post-trained", "scratch"}
     assert (tmp_path / "post-trained-dojo-0.04-0" / "model.safetensors").is_file()
 
 
@@ -4233,11 +4235,12 @@ def test_inverse_labels_what_has_none_and_compares_three_models(tmp_path, monkey
     monkeypatch.setattr(bench, "SEEDS", [0])
     monkeypatch.setattr(bench, "train_runs", lambda steps, runs: learnt.update(runs))
     monkeypatch.setattr(bench, "run_scripts", label)
-    monkeypatch.setattr(bench, "completed", lambda run, *_: {"dojo/boards": len(run.name) / 10})
+    rows = lambda args, game, seed, runs: {"all": {who: {"rate": len(who) / 10} for who in runs}}
+    monkeypatch.setattr(bench, "play_runs", rows)
     flags = "--games dojo --minutes 0.04 -n 1"
     assert run(bench.main, "inverse", "--out", tmp_path, *flags.split()) == 0
     said = capsys.readouterr().out
-    assert "labels: R2 1.00, F1 1.00, onset F1 1.00; few 30%, labelled 80%, true 40%" in said
+    assert "onset F1 1.00 | labelled 80%, few 30%, true 40%" in said
     assert "labelled over few +50.0%" in said
     assert {run.name: [Path(data).name for data in words if isinstance(data, Path)]
             for run, words in learnt.items()} == {

@@ -36,13 +36,12 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from math import copysign, pi, sqrt, tau
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import extract                       # before torch, whose threads it keeps from spinning
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 import model as M
@@ -61,19 +60,11 @@ DEMO = ["crypt/exit", "swarm/brute", "glider/rings"]   # tasks that a small mode
 MASHING = "right left up down right+attack left+attack up+attack down+attack spin+attack mash".split()
 
 
-class Task(NamedTuple):
-    """Reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty of
-    them."""
-    game: type
-    kind: str                                      # combat, navigation, specific
-    goal: int
-    seconds: int
-    start: dict                                    # attributes that the game has in this task
-    fixed: bool                                    # the level is the same for all seeds, the start is not
-    text: str
-
-
-TASKS = {}                                         # filled at the end of this file, after the games
+# A task: reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty:
+#   kind      combat, navigation, specific
+#   start     attributes that its game has in this task
+#   fixed     the level is the same for all seeds, the start is not
+TASKS = {}                 # name -> its row and its game, a class; filled at the end of this file, after the games
 PLAYABLE = {}              # the class of each task's game, and of the games by others that were asked for
 
 
@@ -183,21 +174,21 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
     return f"{path.name}: {n} frames, {begins.sum()} episodes"
 
 
-def record_video(path, tasks, seed, n, size=(640, 360)):
+def record_video(path, tasks, seed, n):
     """PATH.mp4 with one of our pads over a corner, PATH.truth.npy float32 (n, 25), PATH.json: where the pad
     is -> a line. The pad, its corner, size and opacity are drawn at random."""
     if path.with_suffix(".json").is_file():
         return f"{path.name}: recorded already"
     rng = random.Random(f"overlay {path.name} {seed}")
     skin = rng.choice(extract.our_pads())
-    wide, opacity = round(size[0] * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
+    wide, opacity = round(640 * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
     scale = wide / skin.size[0]
     high = round(skin.size[1] * scale)
-    x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
+    x, y = rng.choice((8, 632 - wide)), rng.choice((8, 352 - high))
     truth = []
-    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].fps, size) as video:
+    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].fps, (640, 360)) as video:
         for frame, action, *_ in film(tasks, seed, n):
-            picture = cv2.resize(frame, size)
+            picture = cv2.resize(frame, (640, 360))
             paste_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
             video.add(picture)
             truth.append(action)
@@ -211,8 +202,10 @@ def record_video(path, tasks, seed, n, size=(640, 360)):
 # ---- the suite: what is completed
 
 def suite(args):
-    """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P
-    3.2]."""
+    """Completion of tasks by a checkpoint, beside random and scripted players [P 3.2].
+
+    --mashing: also beside the best of constant and mashing ones.
+    """
     tasks, began, table = chosen(args, args.tasks), time.monotonic(), {}
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
@@ -361,8 +354,7 @@ def in_brackets(r):
 # ---- the demo: the whole chain
 
 def demo(args):
-    """Play -> videos -> overlays found -> actions read -> two models trained -> they play, beside random,
-    scripted."""
+    """Videos of play -> overlays found -> actions read -> two models trained -> they play."""
     out, began, tasks = folder(args.out), time.monotonic(), pick_tasks(args.tasks)
     asked = vars(args) | {"run": "demo", "out": "", "n": 0}            # --out may be moved, -n differ
     before = out / "arguments.json"
@@ -380,21 +372,18 @@ def demo(args):
     with stage(out, "find the overlays (extract.py)") as say:
         run_scripts(*[["extract.py", videos, "--out", clips]] * min(cores(), len(jobs)))
         ious = {}
-        for path in sorted(videos.glob("*.json")):
-            clip = clips / path.stem
-            if (clip / "clip.json").is_file():
-                shutil.copy(path.with_suffix(".truth.npy"), clip / "truth.npy")
-                known, found = read_json(path, dict), read_clip(clip)
-                ious[path.stem] = extract.overlap(box_corners(known["box"]), box_corners(found["box"]))
-        if not ious:
-            raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
+        for clip in extract.clips_in(clips):
+            shutil.copy(videos / f"{clip.name}.truth.npy", clip / "truth.npy")
+            known, found = (box_corners(said["box"]) for said in (
+                read_json(videos / f"{clip.name}.json", dict), read_clip(clip)))
+            ious[clip.name] = extract.overlap(known, found)
         finding = f"{len(ious)} of {len(jobs)}, IoU {np.mean([*ious.values()]):.3f}"
         say(finding)
 
     with stage(out, "read the actions (parse.py)") as say:
         run_scripts(*[["parse.py", "run", clips]] * min(cores(), len(ious)))
-        scores = parse.mean_of([parse.score(*actions_and_truth(clips / name),
-                                            read_clip(clips / name)["geometry"]) for name in ious])
+        scores = parse.mean_of([parse.score(*actions_and_truth(clip), read_clip(clip)["geometry"])
+                                for clip in extract.clips_in(clips)])
         reading = "stick R2 {left R2:.2f} left, {right R2:.2f} right, button F1 {F1:.2f}".format(**scores)
         say(reading)
 
@@ -454,8 +443,7 @@ def story(out, video, tasks, rows, finding, reading):
     def show(x, y, w, rgb, text=""):
         write(page, x, y - 10, text, 16)
         page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
-    busy = np.abs(truth[:, 21:]).sum(1)                        # the widest tilts of each quarter
-    moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 4)]
+    moments = [meta["n"] * k // 5 for k in (1, 2, 3, 4)]
 
     frame = frame_of(video, moments[1])
     cv2.rectangle(frame, [round(v) for v in meta["box"]], (0, 255, 0), 2)
@@ -485,8 +473,11 @@ OTHERS_MINUTES, PRETRAINING, SEEDS = 5, 1500, (0, 1, 2)    # of each other game;
 
 
 def transfer(args):
-    """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on
-    so many minutes of it, against a fresh model with the same minutes and steps."""
+    """Pre-training on the nine other games against training from scratch [P Fig. 7].
+
+    For each held-out game: post-train on so many minutes of it, against a fresh model with the same minutes
+    and steps.
+    """
     games, began = list(by_game(pick_tasks(args.games))), time.monotonic()
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
@@ -500,11 +491,9 @@ def transfer(args):
         say(f"{OTHERS_MINUTES} minutes of each game, {len(few)} small recordings of held-out ones")
 
     for game in games:
-        first = out / f"pre-{game}"
-        with stage(out, f"{game}: pre-train on the others") as say:
+        with stage(out, f"{game}: pre-train on the others"):
             others = [out / "data" / name for name in GAMES if name != game]
-            train_runs(PRETRAINING, {first: [*others, "--preset", "toy", "--balance"]})
-            say(in_words(play_runs(args, game, 0, {"without any of its own data": first})))
+            train_runs(PRETRAINING, {out / f"pre-{game}": [*others, "--preset", "toy", "--balance"]})
     for trial, data in few.items():
         with stage(out, "{}: {:g} minutes, seed {}".format(*trial)) as say:
             starts = {"post-trained": ["--ckpt", out / f"pre-{trial[0]}"], "scratch": ["--preset", "toy"]}
@@ -581,9 +570,12 @@ def gain(rates, rounds=4000):
 # ---- inverse: what labels are worth that a model gives
 
 def inverse(args):
-    """Completion of a game by models of so many minutes with true labels ("few"), of these and ten times as
-    many that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick
-    R2, button F1 and onset F1."""
+    """Labels by an inverse model against few true ones and as many true ones.
+
+    Completion of a game by models of so many minutes with true labels ("few"), of these and ten times as many
+    that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick R2,
+    button F1 and onset F1.
+    """
     out, began, results = folder(args.out), time.monotonic(), []
     for game, minutes, seed in trials(args):
         data = out / f"{game}-{minutes:g}-{seed}"
@@ -608,9 +600,11 @@ def inverse(args):
 # ---- speed
 
 def latency(args):
-    """Seconds for one chunk, against the same model sampled as the release does; in turn, so that a busy
-    machine slows both. The release computes mixing, keys and values, time codes and AdaLN anew at each
-    step."""
+    """Seconds for one chunk, against the same model sampled as the release does.
+
+    In turn, so that a busy machine slows both. The release computes mixing, keys and values, time codes and
+    AdaLN anew at each step.
+    """
     device, reason = M.pick_device(args.device)
     model = M.create(M.preset(args.preset), device=device).eval()
     with torch.no_grad():
@@ -634,47 +628,39 @@ def latency(args):
     for k in args.steps:
         with torch.inference_mode():
             apart = float((ours(k) - released(k)).abs().max())
-            fast, slow = best_of(3, device, lambda: ours(k), lambda: released(k))
+            fast, slow = best_of_three(lambda: ours(k), lambda: released(k))
         print(f"{k:3} steps | ours {fast:.3f} s | released {slow:.3f} s | {slow / fast:.2f} x faster | "
               f"largest difference {apart:.1e}")
 
 
-def best_of(repeats, device, *works):
-    """Seconds of each of some functions, the best of so many, in turn."""
+def best_of_three(*works):
+    """Seconds of each of some functions, the best of three, in turn."""
     best = [math.inf] * len(works)
-    for _ in range(repeats):
+    for _ in range(3):
         for i, work in enumerate(works):
             began = time.perf_counter()
             work()
-            if device.type == "cuda":
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             best[i] = min(best[i], time.perf_counter() - began)
     return best
 
 
 def throughput(args):
-    """Microseconds of a step of each game; frames a second of each stage of the chain, on recordings of its
-    own."""
-    for name, tasks in by_game(TASKS).items():
-        steps, began = 0, time.perf_counter()
-        for task in tasks:
-            game = PLAYABLE[task](task)
-            player = Blind(game)
-            while not game.over:
-                game.step(player.act())
-            steps += game.t
-        print(f"{name:12} {1e6 * (time.perf_counter() - began) / steps:8.0f} us a step with its picture")
+    """Frames a second of each game under scripted play, and of each stage of the chain."""
+    n, number, count = 20 * FPS, itertools.count(), lambda frames: sum(1 for _ in frames)
+    stages = {name: functools.partial(lambda tasks: count(film(tasks, "0 0", n)), tasks)
+              for name, tasks in by_game(TASKS).items()}
     with tempfile.TemporaryDirectory() as tmp:
-        n, number = 20 * FPS, itertools.count()
         latest = lambda: max(Path(tmp).glob("*.mp4"))
-        stages = {"record": lambda: record_video(Path(tmp) / f"{next(number)}", ["swarm/bugs"], "0 0", n),
-                  "decode": lambda: sum(1 for _ in read_video(latest())),
-                  "extract.py": lambda: extract.main([str(latest()), "--out", f"{tmp}/clips"]),
-                  "parse.py": lambda: parse.main(["run", f"{tmp}/clips"])}
-        with contextlib.redirect_stdout(io.StringIO()):   # the second time the templates are drawn, described
-            took = best_of(2, torch.device("cpu"), *stages.values())
-        for name, seconds in zip(stages, took):
-            print(f"{name:12} {n / seconds:8.0f} frames/s of a video of 20 s")
+        stages |= {"record": lambda: record_video(Path(tmp) / f"{next(number)}", ["swarm/bugs"], "0 0", n),
+                   "decode": lambda: count(read_video(latest())),
+                   "extract.py": lambda: extract.main([str(latest()), "--out", f"{tmp}/clips"]),
+                   "parse.py": lambda: parse.main(["run", f"{tmp}/clips"])}
+        with contextlib.redirect_stdout(io.StringIO()):   # later times the templates are drawn, described
+            took = best_of_three(*stages.values())
+    for name, seconds in zip(stages, took):
+        print(f"{name:12} {n / seconds:8.0f} frames/s")
 
 
 # ---- players
@@ -703,12 +689,12 @@ class Scripted:
     def slipped(self, wanted, keys):
         """The sticks and buttons wanted, or, now and then for some steps, others."""
         rng = self.rng
-        if self.slip == 0 and rng.random() < self.careless:
+        if not self.slip:
+            if rng.random() >= self.careless:
+                return wanted, keys
             self.slip, self.how = rng.randint(5, 11), rng.choice(("veer", "veer", "rest", "button"))
             self.veer = rect(1, rng.choice((-1, 1)) * rng.uniform(0.6, 2))
             self.extra = rng.choice(sorted(self.game.keys))
-        if self.slip == 0:
-            return wanted, keys
         self.slip -= 1
         if self.how == "veer":
             return [w * self.veer for w in wanted], keys
@@ -811,17 +797,17 @@ def foreign_task(args):
             table |= row
     if args.table:
         table |= read_json(args.table, dict)
-    known = ", ".join(OTHERS)
-    with extract.reading(f"--env {args.env}", f"fps, seconds, frame, controls, success in --table ({known})"):
+    fields = "fps, seconds, frame, controls, success"
+    with extract.reading(f"--env {args.env}", f"{fields} in --table ({', '.join(OTHERS)} are known)"):
         words = {word for rule in table["controls"].values() for word in rule}
         if min(table["fps"], table["seconds"]) <= 0 or not {"return", "info"} & table["success"].keys():
             raise ValueError("fps or seconds of 0, or a success by neither return nor info")
-        name = re.sub(r"\W+", "_", args.env)
-        fields = {"name": name.lower(), "fps": table["fps"], "table": table, "idle": [],
-                  "part": table["frame"], "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
+        game = type(args.env, (Foreign,), {"fps": table["fps"], "table": table, "idle": []})
+        game.name = re.sub(r"\W+", "_", args.env).lower()
+        game.keys = sorted(words & BUTTON.keys()) or ["SOUTH"]
         if "script" in table:
-            fields["wish"] = SCRIPTS[table["script"]]
-        PLAYABLE[args.env] = type(name, (Foreign,), fields)
+            game.wish = SCRIPTS[table["script"]]
+        PLAYABLE[args.env] = game
     return args.env
 
 
@@ -832,27 +818,27 @@ class Foreign:
 
     def __init__(self, task, seed=0):
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here, contextlib.chdir(here):
+        packages = f"gymnasium {self.table.get('pip', '')}".strip()
+        with (extract.reading(f"--env {task}", f"a game that can be made (pip install {packages}), whose "
+                              "pictures, uint8 (h, w, 3), and actions are as the table says"),
+              tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here, contextlib.chdir(here)):
             # ViZDoom leaves files there
             self.env = self.idle.pop() if self.idle else open_env(task, self.table)
-            seen = self.env.reset(seed=number)[0]
-        self.inside = self.env.unwrapped
-        buttons = getattr(getattr(self.inside, "game", None), "get_available_buttons", list)      # of ViZDoom
-        with extract.reading(f"--env {task}", "controls of the table that fit the game's actions"):
-            names = [button.name for button in buttons()]
+            self.inside = self.env.unwrapped
+            buttons = getattr(getattr(self.inside, "game", None), "get_available_buttons", list)
+            names = [button.name for button in buttons()]                  # of ViZDoom
             self.choose = pad_to_action(self.env.action_space, self.table["controls"], names)
             self.choose(neutral())
+            self.look(self.env.reset(seed=number)[0])
         self.t, self.score, self.won, self.over = 0, 0.0, False, False
-        self.look(seen)
 
     def look(self, seen):
         """The picture after a step -> self.frame uint8 (256, 256, 3)."""
-        part = self.part
-        with extract.reading(f"\"frame\": {part!r} in the table", "the name of a picture uint8 (h, w, 3)"):
-            rgb = self.env.render() if part == "render" else seen[part] if part else seen
-            if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
-                raise ValueError(f"{rgb.dtype} {rgb.shape}")
-            self.frame = extract.shrink(np.ascontiguousarray(rgb))
+        part = self.table["frame"]
+        rgb = self.env.render() if part == "render" else seen[part] if part else seen
+        if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
+            raise ValueError(f"{part!r}: {rgb.dtype} {rgb.shape}")
+        self.frame = extract.shrink(np.ascontiguousarray(rgb))
 
     def render(self):
         """uint8 (256, 256, 3)."""
@@ -874,12 +860,10 @@ class Foreign:
 
 def open_env(env_id, table):
     """An environment that gives pictures; only here the packages are needed."""
-    packages = f"gymnasium {table.get('pip', '')}".strip()
-    with extract.reading(f"--env {env_id}", f"an environment that can be made (pip install {packages})"):
-        import gymnasium
-        if "module" in table:
-            importlib.import_module(table["module"])                       # its import registers the ids
-        return gymnasium.make(env_id, render_mode="rgb_array", **table.get("make", {}))
+    import gymnasium
+    if "module" in table:
+        importlib.import_module(table["module"])                           # its import registers the ids
+    return gymnasium.make(env_id, render_mode="rgb_array", **table.get("make", {}))
 
 
 def pad_to_action(space, controls, names=()):
@@ -947,6 +931,7 @@ class Game:
         self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
         # A fixed level is the same for all seeds, its start is not.
         self.plan = random.Random(task) if self.task.fixed else self.rng
+        self.uniform, self.choice = self.rng.uniform, self.rng.choice
         self.t = self.score = 0
         self.health, self.due = self.lives, {}
         self.won = self.over = False
@@ -978,8 +963,7 @@ class Game:
         for i in range(self.health):
             disc(frame, complex(14 + 16 * i, y + 8), 6, health)
         for i in range(self.task.goal if self.task.goal <= 12 else 0):
-            corner = complex(244 - 11 * i, y + 3)
-            bar(frame, corner, corner + 7 + 10j, score, -1 if i < self.score else 1)
+            bar(frame, complex(244 - 11 * i, y + 3), 7 + 10j, score, -1 if i < self.score else 1)
         return frame
 
     def ready(self, what, steps):
@@ -997,18 +981,18 @@ class Game:
         """Steps until `what` is ready."""
         return max(self.due.get(what, 0) - self.t, 0)
 
-    def hurt(self):
-        """Lose one health, at most once in 25 steps."""
-        if self.ready("hurt", 25):
+    def hurt(self, rest=25):
+        """Lose one health, at most once in so many steps."""
+        if self.ready("hurt", rest):
             self.health -= 1
 
     def either_way(self):
         """-1 or 1, at random."""
-        return self.rng.choice((-1, 1))
+        return self.choice((-1, 1))
 
     def around(self, low, high):
         """A vector of random length and direction."""
-        return rect(self.rng.uniform(low, high), self.rng.uniform(0, tau))
+        return rect(self.uniform(low, high), self.uniform(0, tau))
 
     def distance(self, thing):
         """How far a thing is from the player."""
@@ -1044,10 +1028,6 @@ class Game:
         for shot in shots:
             shot.at += shot.v
         shots[:] = [shot for shot in shots if not hits(shot) and abs(shot.at - self.pos) < reach]
-
-    def shoot(self, start, ahead, speed):
-        """A bolt of the player's flies off, from so far ahead of a place, the way of self.aim."""
-        self.bolts.append(Thing("bolt", start + rect(ahead, self.aim), v=rect(speed, self.aim)))
 
     def take(self, things, thing):
         """It is gone: a point."""
@@ -1139,7 +1119,7 @@ def paste_pad(ground, skin, action, opacity=1.0):
 
 def write(page, x, y, text, size=13, ink="#14141e"):
     """A line of text on a picture, from its lower left corner."""
-    ImageDraw.Draw(page).text((x, y), text, ink, ImageFont.load_default(size), "ls")
+    ImageDraw.Draw(page).text((x, y), text, ink, anchor="ls", font_size=size)
 
 
 def chart(page, left, y, rows, wide=330):
@@ -1157,16 +1137,12 @@ def chart(page, left, y, rows, wide=330):
 
 
 def games(args):
-    """OUT/games.png: two games a row, the three tasks of each side by side, after two seconds of scripted
-    play."""
+    """A picture of the thirty tasks after two seconds of scripted play, OUT/games.png."""
     page = Image.new("RGB", (1560, 1400), "#181818")
     for i, (name, task) in enumerate(TASKS.items()):
-        game = task.game(name, args.seed)
-        player = Scripted(game, args.seed)
-        while not game.over and game.t < 60:
-            game.advance(player.act())
+        *_, (frame, *_) = film([name], args.seed, 2 * FPS)
         x, y = i % 6 * 260 + 2, i // 6 * 280 + 2
-        page.paste(Image.fromarray(game.render()), (x, y))
+        page.paste(Image.fromarray(frame), (x, y))
         write(page, x, y + 272, f"{name}: {task.text}", 10, "white")
     path = folder(args.out) / "games.png"
     page.save(path)
@@ -1249,9 +1225,9 @@ def disc(frame, at, radius, ink, thick=-1):
     cv2.circle(frame, dot(at), radius, colour(ink), thick)
 
 
-def bar(frame, corner, opposite, ink, thick=-1):
-    """A rectangle between two corners: filled, or a border."""
-    cv2.rectangle(frame, dot(corner), dot(opposite), colour(ink), thick)
+def bar(frame, corner, size, ink, thick=-1):
+    """A rectangle of a size from its top left corner on: filled, or a border."""
+    cv2.rectangle(frame, dot(corner), dot(corner + size), colour(ink), thick)
 
 
 def line(frame, start, end, ink, thick):
@@ -1411,6 +1387,10 @@ class Walled(Game):
     """A map of square cells with walls; cell: the side of one in the game's units."""
     cell = 1
 
+    def enter(self, grid):
+        """Take a map; the distances to a cell of it are found once."""
+        self.grid, self.ways_to = grid, functools.cache(functools.partial(distances, grid))
+
     def move(self, p, d, r=12):
         """From p by d, a disc of radius r: one axis at a time, so that it glides along walls."""
         for step in (d.real, 1j * d.imag):
@@ -1432,16 +1412,9 @@ class Walled(Game):
         n = int(abs(q - p) / self.cell * 4) + 1
         return not any(self.blocked(p + (q - p) * i / n) for i in range(n + 1))
 
-    def ways_to(self, goal):
-        """distances() of a place; each is found once a map, as actors stay in a cell for many steps."""
-        cell = cell_of(goal / self.cell)
-        if cell not in self.known:
-            self.known[cell] = distances(self.grid, cell)
-        return self.known[cell]
-
     def on_the_way(self, goal, p):
         """Where to walk next from p to get to the goal."""
-        return waypoint(self.ways_to(goal), p / self.cell) * self.cell
+        return waypoint(self.ways_to(cell_of(goal / self.cell)), p / self.cell) * self.cell
 
 
 class FirstPerson(Walled):
@@ -1462,21 +1435,14 @@ class FirstPerson(Walled):
 
     def begin(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
-        self.grid, self.known = walled(self.size, self.size), {}
-        inner = [*itertools.product(range(1, self.size - 1), repeat=2)]
+        grid, inner = walled(self.size, self.size), [*itertools.product(range(1, self.size - 1), repeat=2)]
         for x, y in self.plan.sample(inner, int(self.density * len(inner))):
-            self.grid[y, x] = True
-            free = free_cells(self.grid)
-            self.grid[y, x] = len(distances(self.grid, free[0])) == len(free)
-        self.free = [cell + MIDDLE for cell in free_cells(self.grid)]
-        self.pos, self.face = self.rng.choice(self.free), self.rng.uniform(0, tau)
+            grid[y, x] = True
+            free = free_cells(grid)
+            grid[y, x] = len(distances(grid, free[0])) == len(free)
+        self.enter(grid)
+        self.pos, self.face = self.choice(free_cells(grid)) + MIDDLE, self.uniform(0, tau)
         self.bring()
-
-    def place(self, low, high):
-        """A free cell so many steps of walking away."""
-        far = self.ways_to(self.pos)
-        cells = [p for p in self.free if low <= far[p - MIDDLE] <= high]
-        return self.rng.choice(cells or self.free)
 
     def play(self):
         self.face = wrap(self.face + self.right.real * 0.085)
@@ -1492,8 +1458,11 @@ class FirstPerson(Walled):
         """The next goal to fight, take or reach, if the task has one."""
         self.things = []
         for kind in self.steps[self.score:self.score + 1]:
-            look = self.kinds[kind]
-            self.goal = Thing(kind, self.place(*look["away"]), hp=2, **look)
+            look, far = self.kinds[kind], self.ways_to(cell_of(self.pos))
+            low, high = look["away"]                                   # so many steps of walking
+            cells = free_cells(self.grid)
+            cell = self.choice([c for c in cells if low <= far[c] <= high] or cells)
+            self.goal = Thing(kind, cell + MIDDLE, hp=2, **look)
             self.things, self.goes_to = [self.goal], self.goal.at
 
     def draw(self):
@@ -1627,11 +1596,11 @@ class Siege(FirstPerson):
 
     def draw(self):
         frame = super().draw()
-        bar(frame, 112 + 206j, 144 + 256j, "32363e" if self.rests("RIGHT_TRIGGER") < 8 else "ffbe3c")
+        bar(frame, 112 + 206j, 32 + 50j, "32363e" if self.rests("RIGHT_TRIGGER") < 8 else "ffbe3c")
         if not self.goal.near:
             disc(frame, 128 + 128j, 10, "ffffff", 2)
             for i in range(self.ammo):
-                bar(frame, 4 + 6 * i + 222j, 7 + 6 * i + 232j, "ffe65a")
+                bar(frame, 4 + 6 * i + 222j, 3 + 10j, "ffe65a")
         return frame
 
     def wish_to_fight(self, drone, reach):
@@ -1660,7 +1629,7 @@ class Rally(Game):
         self.path = path if self.rng.random() < 0.5 else path[::-1]
         self.ground = pattern(*self.paving, 1024, 1024).copy()
         if self.park:
-            self.pos, self.face = 512 + 512j, self.rng.uniform(0, tau)
+            self.pos, self.face = 512 + 512j, self.uniform(0, tau)
             self.spawn()
         else:
             self.build(path)
@@ -1674,7 +1643,7 @@ class Rally(Game):
         pairs = lambda kind, first, step, aside: [
             Thing(kind, self.beside(i, side)) for i in range(first, 255, step) for side in (-aside, aside)]
         self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
-        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=self.rng.choice((-22, 22)), passed=False)
+        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.either_way(), passed=False)
                      for i in range(self.cars)]
         self.ahead()
 
@@ -1685,8 +1654,8 @@ class Rally(Game):
 
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
-        turn = self.either_way() * self.rng.uniform(0.2, 0.9)
-        self.bay = fence(self.pos + rect(self.rng.uniform(170, 260), self.face + turn), 90, 934)
+        turn = self.either_way() * self.uniform(0.2, 0.9)
+        self.bay = fence(self.pos + rect(self.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
         self.things = [Thing("bay", self.bay)]
@@ -1706,19 +1675,18 @@ class Rally(Game):
         self.speed *= 1 if gas or brake else 0.97
         self.face = wrap(self.face + self.left.real * 0.05 * span(self.speed / 2))
         self.pos = fence(self.pos + self.speed * rect(1, self.face), 40, 984)
-        if self.park:
-            if abs(self.bay - self.pos) < 34 and abs(self.speed) < 0.7:
-                self.score += 1
-                disc(self.ground, self.bay, 38, "50545a")
-                self.spawn()
-            return
         self.ahead()
         for rival in self.foes:
             rival.passed |= rival.along < self.index - 1
             if self.distance(rival) < 24 and not rival.passed:
                 self.speed *= 0.3
                 self.hurt()
-        self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
+        if not self.park:
+            self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
+        elif abs(self.bay - self.pos) < 34 and abs(self.speed) < 0.7:
+            self.score += 1
+            disc(self.ground, self.bay, 38, "50545a")
+            self.spawn()
 
     def draw(self):
         way = rect(1, self.face)
@@ -1728,8 +1696,9 @@ class Rally(Game):
                                      cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
         frame = np.concatenate([self.back((self.face + pi) / tau * 1024, 0, HORIZON), ground])
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
-        rows = [(self.relative(thing.at) + 44, thing) for thing in self.things + self.foes + gates]
-        for rel, thing in sorted(rows, key=lambda row: -row[0].real):
+        depth = lambda thing: self.relative(thing.at).real
+        for thing in sorted(self.things + self.foes + gates, key=depth, reverse=True):
+            rel = self.relative(thing.at) + 44
             size = LENGTH * self.sizes[thing.kind] / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
                 x, y = LENGTH * rel.imag / rel.real, HORIZON + LENGTH * HIGH / rel.real
@@ -1737,7 +1706,7 @@ class Rally(Game):
         if self.park:
             self.compass(frame, self.bay, "ffe63c")
         sprite(frame, "car", 128 + 214j, 76)
-        bar(frame, 8 + 240j, 8 + int(18 * max(self.speed, 0)) + 250j, "50ff78")
+        bar(frame, 8 + 240j, int(18 * max(self.speed, 0)) + 10j, "50ff78")
         line(frame, 128 + 186j, int(128 + 26 * self.left.real) + 186j, "ffffff", 4)
         return frame
 
@@ -1771,7 +1740,7 @@ class TopDown(Walled):
 
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
-        self.grid, self.known = grid, {}
+        self.enter(grid)
         wall = np.kron(grid, np.ones((self.cell, self.cell), bool))
         block, floor = (pattern(*look, *wall.shape) for look in (self.block, self.floor))
         dark = [value // 2 for value in colour(self.block[1])]
@@ -1810,7 +1779,7 @@ class Swarm(TopDown):
 
     def begin(self):
         self.lay(walled(12, 12))
-        self.pos, self.aim = 384 + 384j + self.around(0, 90), self.rng.uniform(0, tau)
+        self.pos, self.aim = 384 + 384j + self.around(0, 90), self.uniform(0, tau)
         if not self.count:
             self.lay_gem()
         self.gather()
@@ -1828,7 +1797,7 @@ class Swarm(TopDown):
         if abs(at - self.pos) < 90:
             at = fence(2 * self.pos - at, *COURT)
         self.gem = Thing("gem", at, near=28)
-        halfway = lambda: self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7)
+        halfway = lambda: self.pos + (at - self.pos) * self.uniform(0.4, 0.7)
         mines = [Thing("mine", self.spot(halfway(), 0, 40), near=26) for _ in range(2)]
         self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine.at - at) > 45]
 
@@ -1842,18 +1811,17 @@ class Swarm(TopDown):
             self.pressed("LEFT_TRIGGER", 50)
         self.pos = self.move(self.pos, self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
         if self.count and self.pressed("RIGHT_TRIGGER", 7):
-            self.shoot(self.pos, 22, 9)
+            self.bolts.append(Thing("bolt", self.pos + rect(22, self.aim), v=rect(9, self.aim)))
         self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, self.width), 180)
         for f in list(self.foes):
-            if f.kind != "bug":
-                self.score = self.hp - f.hp
             if f.hp <= 0:
-                self.foes.remove(f)
-                self.score += f.kind == "bug"
+                self.take(self.foes, f)
             elif self.distance(f) < self.reach:
                 self.hurt()
                 self.send(f, self.pos, -70)
             self.chase(f)
+            if self.foe == "brute":
+                self.score = self.hp - f.hp
         for mine in filter(self.reached, self.things):
             self.hurt()
             self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
@@ -1893,7 +1861,7 @@ class Swarm(TopDown):
             self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
             sprite(frame, "gem", self.gem.at - corner, 52)
         if self.foe == "brute":
-            bar(frame, 60 + 240j, 60 + 10 * self.foes[0].hp + 250j, "ff7800")
+            bar(frame, 60 + 240j, 10 * self.foes[0].hp + 10j, "ff7800")
         sprite(frame, "hero", 128 + 128j, 48, self.aim)
         disc(frame, 128 + 128j, 26, "46465a" if self.rests("LEFT_TRIGGER") else "00ffff", 2)
         return frame
@@ -1927,7 +1895,7 @@ class Vault(TopDown):
 
     def begin(self):
         self.face = 0.0
-        self.pos = self.rng.choice((1 + 1j, 6 + 1j, 1 + 6j, 6 + 6j)) * 32
+        self.pos = self.choice((1 + 1j, 6 + 1j, 1 + 6j, 6 + 6j)) * 32
         self.room()
 
     def room(self):
@@ -2020,11 +1988,11 @@ class Shade(TopDown):
             grid[y, x] = self.plan.random() < 0.8                          # most of the pillars
         self.lay(grid)
         rows, columns = [1, 3, 5, 7, 9], (3, 4, 5, 7, 8, 9)
-        spot = lambda column: (complex(column, self.rng.choice(rows)) + MIDDLE) * 48
-        start, end = self.rng.choice(((1, 11), (11, 1)))
+        spot = lambda column: (complex(column, self.choice(rows)) + MIDDLE) * 48
+        start, end = self.choice(((1, 11), (11, 1)))
         self.pos = spot(start)
-        self.foes = [Thing("guard", complex((column + 0.5) * 48, self.rng.uniform(100, 420)),
-                           way=self.rng.choice((-1j, 1j)))
+        self.foes = [Thing("guard", complex((column + 0.5) * 48, self.uniform(100, 420)),
+                           way=self.choice((-1j, 1j)))
                      for column in self.plan.sample(columns, self.guards)]
         where = self.rng.sample(columns, self.gems)
         if self.want == "exit":
@@ -2068,8 +2036,8 @@ class Shade(TopDown):
         if self.goal():
             self.pointer(frame, self.goal().at, "5affa0")
         sprite(frame, "thief", 128 + 128j, 32 if "LEFT_TRIGGER" in self.held else 40, phase(self.left))
-        bar(frame, 60 + 240j, 60 + round(136 * self.alarm) + 251j, "ff2828")
-        bar(frame, 60 + 240j, 196 + 251j, "ffffff", 1)
+        bar(frame, 60 + 240j, round(136 * self.alarm) + 11j, "ff2828")
+        bar(frame, 60 + 240j, 136 + 11j, "ffffff", 1)
         return frame
 
     def goal(self):
@@ -2078,7 +2046,7 @@ class Shade(TopDown):
     def wish(self):
         """Of 16 ways and standing still: the one that gets on best and stays out of the light."""
         goal = self.goal()
-        target = goal.at - 38 * goal.way if self.knife else goal.at
+        target = goal.at - self.behind * goal.way
         if self.blocked(target):
             target = goal.at
         way = target - self.pos
@@ -2087,10 +2055,10 @@ class Shade(TopDown):
         if self.knife and self.distance(goal) < 110 and self.lit(self.pos, goal, 60, 0.9):
             side = 1j * goal.way                                         # around the light, on our side of it
             way = target + copysign(70, ahead_and_right(self.pos - goal.at, side).real) * side - self.pos
-        best, most, margin = 0j, -99.0, (14, 0.2) if self.knife else (30, 0.35)
+        best, most = 0j, -99.0
         for d in (0j, *(rect(1, k * tau / 16) for k in range(16))):
             q = self.move(self.pos, 24 * d)
-            danger = sum(abs(q - g.at) < margin[0] + 14 or self.lit(q + step * d, g, *margin)
+            danger = sum(abs(q - g.at) < self.margin[0] + 14 or self.lit(q + step * d, g, *self.margin)
                          for g in self.foes for step in (0, 12))
             gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
@@ -2125,13 +2093,6 @@ class Side(Game):
                 self.pos, self.v = complex(self.pos.real, island.at.imag), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
 
-    def land(self, frame, corner):
-        """The islands in sight of a camera whose top left corner is there."""
-        for island in self.islands:
-            top = island.at - corner
-            bar(frame, top - island.half, top + island.half + 26j, "96643c")
-            bar(frame, top - island.half, top + island.half + 8j, "50c846")
-
 
 class Cliffs(Side):
     """Floating islands: to a flag along them, up a tower of them, or after coins. The right trigger
@@ -2152,8 +2113,8 @@ class Cliffs(Side):
         self.on = 3 if self.coins else 0               # the island stood on, and to come back to
         self.stand(self.islands[self.on].at)
         for island in self.islands[1:3] + self.islands[4:6] if self.coins else ():
-            aside = self.rng.uniform(15 - island.half, island.half - 15)
-            self.things.append(Thing("coin", island.at + aside - self.rng.choice((16j, 70j))))
+            aside = self.uniform(15 - island.half, island.half - 15)
+            self.things.append(Thing("coin", island.at + aside - self.choice((16j, 70j))))
         self.things = self.things or [Thing("flag", self.islands[-1].at - 20j)]
 
     def play(self):
@@ -2170,7 +2131,9 @@ class Cliffs(Side):
     def draw(self):
         corner = self.pos - 128 - 160j
         frame = self.back(self.pos.real / 3)               # moving at a third of the speed
-        self.land(frame, corner)
+        for island in self.islands:
+            for thick, ink in (26j, "96643c"), (8j, "50c846"):
+                bar(frame, island.at - corner - island.half, 2 * island.half + thick, ink)
         sprites(frame, self.things, self.size, corner + 1j * self.lift)
         goal = self.nearest(self.things)
         if goal and self.distance(goal) > 120:
@@ -2215,20 +2178,19 @@ class Commando(Side):
     def begin(self):
         self.islands = [Thing("island", 200j, half=2000)]
         self.stand(200j)
-        self.aim = self.rng.choice((0, pi))
+        self.aim = self.choice((0, pi))
         if not self.foe:
-            s, x = self.either_way(), 60.0
-            for _ in range(7):
-                x += self.plan.uniform(90, 150)
-                self.things.append(Thing("wire", s * x + 186j))
-            self.copter = s * (x + 110) + 160j
+            s = self.either_way()
+            steps = itertools.accumulate((self.plan.uniform(90, 150) for _ in range(7)), initial=60.0)
+            self.things = [Thing("wire", s * x + 186j) for x in steps][1:]
+            self.copter = self.things[-1].at + 110 * s - 26j
         self.recruit()
 
     def recruit(self):
         """Soldiers to both sides, on the ground or on ledges; turrets in the air."""
         for side in (-1, 1) if self.foe and not self.foes else ():
-            x = self.pos.real + side * self.rng.uniform(80, 112)
-            at = complex(x, 200 - self.rng.choice(self.heights))
+            x = self.pos.real + side * self.uniform(80, 112)
+            at = complex(x, 200 - self.choice(self.heights))
             self.foes.append(Thing(self.foe, at, hp=self.hp, wait=self.rng.randint(40, 90)))
 
     def play(self):
@@ -2236,14 +2198,14 @@ class Commando(Side):
         self.aim = pointed(self.right, self.aim)
         heart = self.pos - 22j
         if self.pressed("RIGHT_TRIGGER", 10):
-            self.shoot(heart, 16, 10)
+            self.bolts.append(Thing("bolt", heart + rect(16, self.aim), v=rect(10, self.aim)))
         self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, 23) or bolt.at.imag > 200, 170)
         self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
         for f in list(self.foes):
             self.skirmish(f, heart)
         torn = any(abs(wire.at.real - self.pos.real) < 20 for wire in self.things)
-        if torn and self.pos.imag > 178 and self.ready("wire", 20):
-            self.health -= 1
+        if torn and self.pos.imag > 178:
+            self.hurt(20)
         if not self.foe and abs(self.copter.real - self.pos.real) < 24:
             self.score = 1
         self.recruit()
@@ -2257,10 +2219,9 @@ class Commando(Side):
         if f.hp <= 0:
             self.take(self.foes, f)
         elif f.wait <= 0:
-            f.wait = 75
+            f.wait, d = 75, heart - f.at
             flat = self.foe == "soldier" and f.at.imag >= 170
-            way = copysign(1, heart.real - f.at.real) if flat else unit(heart - f.at)
-            self.shots.append(Thing("mine", f.at, v=2.6 * way))
+            self.shots.append(Thing("mine", f.at, v=2.6 * (copysign(1, d.real) if flat else unit(d))))
 
     def draw(self):
         corner = self.pos.real - 128
@@ -2274,7 +2235,7 @@ class Commando(Side):
         for f in self.foes:
             at = f.at - corner
             if f.kind == "soldier" and at.imag < 170:
-                bar(frame, at - 24 + 18j, at + 24 + 28j, "5a3c32")
+                bar(frame, at - 24 + 18j, 48 + 10j, "5a3c32")
             sprite(frame, f.kind, at - 4j, 52, flip=f.at.real > self.pos.real)
         gun = complex(128, self.pos.imag - 22)
         sprite(frame, "trooper", gun, 52, flip=self.way < 0)
@@ -2313,7 +2274,7 @@ class Glider(Side):
 
     def begin(self):
         self.gap = 70.0
-        self.pos = complex(0, self.rng.uniform(70, 180))
+        self.pos = complex(0, self.uniform(70, 180))
 
     def speed(self):
         """Pixels a step."""
@@ -2324,18 +2285,21 @@ class Glider(Side):
         self.pos = complex(self.pos.real + self.speed(), height)
         self.gap -= self.speed()
         if self.gap <= 0:
-            self.gap = self.apart * self.rng.uniform(0.85, 1.25)
-            y = 226 if self.tank else self.rng.uniform(50, 195)
+            self.gap = self.apart * self.uniform(0.85, 1.25)
+            y = 226 if self.tank else self.uniform(50, 195)
             self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y,
-                                     wave=self.rng.uniform(0, 6)))
+                                     wave=self.uniform(0, 6)))
         if self.ammo and self.pressed(self.trigger, self.rest):
             self.ammo -= 1
-            bomb = Thing("bomb", self.pos + 10j, v=complex(self.speed(), 1.0))
-            self.bolts.append(bomb if self.tank else Thing("bolt", self.pos + 26, v=10))
-        hits = self.falls if self.tank else lambda bolt: self.strikes(bolt, self.things, 20)
-        self.fly(self.bolts, hits, 999 if self.tank else 200)
+            start, v = (10j, self.speed() + 1j) if self.tank else (26, 10)
+            self.bolts.append(Thing("bomb", self.pos + start, v=v))
+        self.fly(self.bolts, self.falls if self.tank else self.pierces, self.range)
         for thing in list(self.things):
             self.meet(thing)
+
+    def pierces(self, bolt):
+        """hits() for fly(): a bolt hits what is near."""
+        return self.strikes(bolt, self.things, 20)
 
     def falls(self, bomb):
         """hits() for fly(): a bomb falls faster and faster, and hits the tanks near where it ends."""
@@ -2366,7 +2330,7 @@ class Glider(Side):
         return self.speed() * (sqrt(1 + 0.5 * drop) - 1) / 0.25
 
     def draw(self):
-        corner = self.pos - 70 - (60j if self.tank else 128j)
+        corner = self.pos - 70 - 1j * self.above
         x, ground = int(self.pos.real), round(232 - corner.imag)
         frame = self.back(x, min(round(corner.imag) + 96, 432 - 256), 432)
         fields = pattern("checker", "313", "636", 256, 512)
@@ -2374,9 +2338,9 @@ class Glider(Side):
         if self.tank:
             spot = 70 + self.mark() + (212 - corner.imag) * 1j
             line(frame, 70 + 60j, spot, "ffffff", 3)
-            bar(frame, spot - 16 - 16j, spot + 16 + 16j, "787878" if self.rests("SOUTH") else "ff3c3c", 5)
+            bar(frame, spot - 16 - 16j, 32 + 32j, "787878" if self.rests("SOUTH") else "ff3c3c", 5)
         for i in range(self.ammo):
-            bar(frame, 8 + 12 * i + 236j, 15 + 12 * i + 252j, "ffc83c")
+            bar(frame, 8 + 12 * i + 236j, 7 + 16j, "ffc83c")
         if self.want != "ring":
             sprites(frame, self.things, 52, corner)
         for ring in self.things if self.want == "ring" else ():
@@ -2387,7 +2351,7 @@ class Glider(Side):
             if self.tank:
                 sprite(frame, "bomb", at, 28, pi / 2)
             else:
-                bar(frame, at - 9 - 3j, at + 9 + 3j, "78ffff")
+                bar(frame, at - 9 - 3j, 18 + 6j, "78ffff")
         sprite(frame, "plane", self.pos - corner, 56, round(2 * self.left.imag) * tau / 32)
         return frame
 
@@ -2395,7 +2359,7 @@ class Glider(Side):
         rise = lambda height: span((height - self.pos.imag) / 60)
         ahead = [thing.at - self.pos for thing in self.things if thing.at.real > self.pos.real]
         if not ahead:
-            return complex(0.3, rise(80 if self.tank else 125)), 0j, ""
+            return complex(0.3, rise(self.cruise)), 0j, ""
         d = ahead[0]
         if self.tank:
             gap = d.real - self.mark()
@@ -2449,7 +2413,7 @@ class Dojo(Game):
         if f.wait <= 0:
             if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
                 self.hurt()
-            f.kind = self.rng.choice(("open", "shut", "wind")) if idle and free else "idle"
+            f.kind = self.choice(("open", "shut", "wind")) if idle and free else "idle"
             f.wait = self.waits.get(f.kind, self.rng.randint(8, 16))
 
     def blow(self, f, move):
@@ -2470,7 +2434,7 @@ class Dojo(Game):
     def chop(self, move):
         """Boards fly in from all sides: point the left stick at one and punch when it is in the ring."""
         self.aim = pointed(self.left, self.aim)
-        b = self.board = self.board or types.SimpleNamespace(angle=self.rng.uniform(0, tau), far=112.0)
+        b = self.board = self.board or types.SimpleNamespace(angle=self.uniform(0, tau), far=112.0)
         b.far -= 2.6
         if move == "WEST" and self.ready("blow", 8):
             if 26 < b.far < 60 and abs(wrap(self.aim - b.angle)) < 0.6:
@@ -2488,8 +2452,7 @@ class Dojo(Game):
                 sprite(frame, f.kind, f.at + 190j, 84, flip=f.at > self.pos)
             sprite(frame, "monk", self.pos + 190j, 84, flip=self.way < 0)
             if "LEFT_TRIGGER" in self.held:
-                x = round(self.pos + 22 * self.way)
-                bar(frame, x - 4 + 150j, x + 4 + 220j, "78c8ff")
+                bar(frame, round(self.pos + 22 * self.way) - 4 + 150j, 8 + 70j, "78c8ff")
         else:
             disc(frame, middle, 60, "28c8ff", 4)
             if self.board:
@@ -2518,7 +2481,8 @@ for game, kind in GAMES.items():
     for name, value in {"name": game, **row, **row["look"]}.items():
         setattr(kind, name, value)                     # family, keys, attack and all of "look"
     for task, fields in row["tasks"].items():
-        TASKS[f"{game}/{task}"], PLAYABLE[f"{game}/{task}"] = Task(kind, **fields), kind
+        PLAYABLE[f"{game}/{task}"] = kind
+        TASKS[f"{game}/{task}"] = types.SimpleNamespace(game=kind, **fields)
 
 
 if play.gymnasium:
@@ -2582,8 +2546,8 @@ def main(argv=None):
     sub = parser.add_subparsers(required=True, metavar="COMMAND")
     cv2.setNumThreads(1)
 
-    def command(run, text, flags, **defaults):
-        p = sub.add_parser(run.__name__, help=text, allow_abbrev=False)
+    def command(run, flags, **defaults):
+        p = sub.add_parser(run.__name__, help=run.__doc__.split("\n")[0], allow_abbrev=False)
         for flag in flags.split():
             kind, default, what = FLAGS[flag]
             default = defaults.get(flag.strip("-"), default)
@@ -2592,22 +2556,18 @@ def main(argv=None):
                 "choices": kind}
             p.add_argument(flag, required=flag == "--out" and run != suite, default=default, help=what, **how)
         p.set_defaults(run=run)
-    command(record, "scripted play -> clip folders, or videos with an overlay",
-            "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers", minutes=5)
-    command(suite, "completion of tasks, beside random and scripted players",
-            "--ckpt --tasks --env --table -n --actions-per-chunk --delay --mashing --out --video --euler "
-            "--device --seed --workers", n=50, euler=extract.PLAY_STEPS)
-    command(demo, "the whole chain on embedded games",
-            "--out --tasks --minutes --videos --steps -n --seed", minutes=2, steps=1200, n=100, tasks=DEMO)
+    command(record, "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers",
+            minutes=5)
+    command(suite, "--ckpt --tasks --env --table -n --actions-per-chunk --delay --mashing --out --video "
+            "--euler --device --seed --workers", n=50, euler=extract.PLAY_STEPS)
+    command(demo, "--out --tasks --minutes --videos --steps -n --seed",
+            minutes=2, steps=1200, n=100, tasks=DEMO)
     held_out = {"games": ["crypt", "swarm", "glider"], "steps": 480, "n": 20}
-    command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",
-            "--out --games --minutes --steps -n --workers", minutes=[1], **held_out)
-    command(inverse, "labels by an inverse model against few true ones and as many true ones",
-            "--out --games --minutes --steps -n --workers", minutes=[1, 4], **held_out)
-    command(latency, "seconds for one chunk, against the released way of sampling",
-            "--preset --steps --device", steps=[16, 4])
-    command(throughput, "a step of each game, and of each stage of the chain", "")
-    command(games, "a picture of the ten games", "--out --seed")
+    command(transfer, "--out --games --minutes --steps -n --workers", minutes=[1], **held_out)
+    command(inverse, "--out --games --minutes --steps -n --workers", minutes=[1, 4], **held_out)
+    command(latency, "--preset --steps --device", steps=[16, 4])
+    command(throughput, "")
+    command(games, "--out --seed")
     return extract.cli(parser, argv, M.ModelError)
 
 

@@ -54,17 +54,18 @@ from extract import (BUTTON, BUTTONS, STICKS, UserError, VideoWriter, cores, neu
 HERE = Path(__file__).parent
 ICONS, ROWS_OF_GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
                                 for name in ("icons", "games", "others"))
-FPS = 30                                           # steps a second of game time
+PATTERNS = ROWS_OF_GAMES.pop("patterns")
+FPS, BEGAN = 30, time.monotonic()                  # steps a second of game time; when this process began
 PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
-DEMO = ["crypt/exit", "swarm/brute", "glider/rings"]   # tasks that a small model begins to master within minutes
-MASHING = "right left up down right+attack left+attack up+attack down+attack spin+attack mash".split()
+DEMO = ["crypt/exit", "swarm/brute", "glider/rings"]  # what a small model begins to master within minutes
+MASHING = "best of mashing"
 
 
 # A task: reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty:
 #   kind      combat, navigation, specific
 #   start     attributes that its game has in this task
 #   fixed     the level is the same for all seeds, the start is not
-TASKS = {}                 # name -> its row and its game, a class; filled at the end of this file, after the games
+TASKS = {}                 # name -> its row and its game, a class; filled at the end of this file
 PLAYABLE = {}              # the class of each task's game, and of the games by others that were asked for
 
 
@@ -206,7 +207,7 @@ def suite(args):
 
     --mashing: also beside the best of constant and mashing ones.
     """
-    tasks, began, table = chosen(args, args.tasks), time.monotonic(), {}
+    tasks, table = chosen(args, args.tasks), {}
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
@@ -214,25 +215,22 @@ def suite(args):
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
                                     8 if args.env else 64, folder(args.out) if args.video else None)
-    players = ["random", "scripted"] if hasattr(PLAYABLE[tasks[0]], "wish") else ["random"]
-    rest = args.n, args.seed, 1 if args.env else args.workers
-    table = completion(tasks, players, *rest) | table
-    if args.mashing:
-        mashed, wins = completion(tasks, MASHING, *rest).values(), lambda ended: ended[:, 0].sum()
-        table["best of mashing"] = {task: max((ended[task] for ended in mashed), key=wins) for task in tasks}
-    rows = rows_of(table)
+    players = {"random": True, "scripted": hasattr(PLAYABLE[tasks[0]], "wish"), MASHING: args.mashing}
+    players = [who for who, plays in players.items() if plays]
+    rows = rows_of(completion(tasks, players, args.n, args.seed, 1 if args.env else args.workers) | table)
     show_rows(rows)
     if args.env:
         for who, row in rows["all"].items():
             print(f"{who}: return {row['score']:.2f} +- {row['deviation']:.2f}")
     if args.out:
-        write_json(folder(args.out) / "suite.json", facts(args, began) | {"rows": rows})
+        write_results(args, rows=rows)
 
 
-def facts(args, began):
-    """What was asked for, on what machine it ran, and for how long."""
-    return vars(args) | {"run": args.run.__name__, "machine": machine(),
-                         "seconds": round(time.monotonic() - began)}
+def write_results(args, **results):
+    """OUT/COMMAND.json: what was asked for, on what machine it ran, for how long, and what came of it."""
+    command = args.run.__name__
+    said = {"run": command, "machine": machine(), "seconds": round(time.monotonic() - BEGAN)}
+    write_json(folder(args.out) / f"{command}.json", vars(args) | said | results)
 
 
 def completion(tasks, players, n, seed, workers):
@@ -244,7 +242,11 @@ def completion(tasks, players, n, seed, workers):
 
 
 def rollouts(task, who, n, seed):
-    """n rollouts by "scripted", "random" or one of MASHING -> float (n, 2): won, score."""
+    """n rollouts by "scripted", "random", one way of mashing or the best of them -> float (n, 2): won,
+    score."""
+    if who == MASHING:
+        ways = "right left up down right+attack left+attack up+attack down+attack spin+attack mash".split()
+        return max((rollouts(task, way, n, seed) for way in ways), key=lambda ended: ended[:, 0].sum())
     ended = []
     for i in range(n):
         game = PLAYABLE[task](task, PLAYED + seed + i)
@@ -355,7 +357,7 @@ def in_brackets(r):
 
 def demo(args):
     """Videos of play -> overlays found -> actions read -> two models trained -> they play."""
-    out, began, tasks = folder(args.out), time.monotonic(), pick_tasks(args.tasks)
+    out, tasks = folder(args.out), pick_tasks(args.tasks)
     asked = vars(args) | {"run": "demo", "out": "", "n": 0}            # --out may be moved, -n differ
     before = out / "arguments.json"
     if before.is_file() and read_json(before, dict) != asked:
@@ -403,10 +405,9 @@ def demo(args):
     story(out, videos / f"{max(ious, key=ious.get)}.mp4", tasks, rows, finding, reading)
     show_rows(rows)
     better = sum(rows[task]["model"]["low"] > rows[task]["random"]["high"] for task in tasks)
-    said = facts(args, began)
-    print(f"above random by an interval: {better} of {len(tasks)} tasks | {said['seconds']} s | "
+    print(f"above random by an interval: {better} of {len(tasks)} tasks | {time.monotonic() - BEGAN:.0f} s | "
           f"{out / 'demo.png'}")
-    write_json(out / "demo.json", said | {"iou": ious, "parser": scores, "rows": rows})
+    write_results(args, iou=ious, parser=scores, rows=rows)
 
 
 def train_runs(steps, runs):
@@ -478,7 +479,7 @@ def transfer(args):
     For each held-out game: post-train on so many minutes of it, against a fresh model with the same minutes
     and steps.
     """
-    games, began = list(by_game(pick_tasks(args.games))), time.monotonic()
+    games = list(by_game(pick_tasks(args.games)))
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
@@ -499,7 +500,7 @@ def transfer(args):
             starts = {"post-trained": ["--ckpt", out / f"pre-{trial[0]}"], "scratch": ["--preset", "toy"]}
             runs = {who: (out / f"{who}-{data.name}", data, *start) for who, start in starts.items()}
             results.append(train_and_play(args, trial, runs, say))
-    compare(args, began, results)
+    compare(args, results)
 
 
 def trials(args):
@@ -528,7 +529,7 @@ def play_runs(args, game, seed, runs):
                     for who, run in runs.items()})
 
 
-def compare(args, began, results):
+def compare(args, results):
     """Print and write what each kind of model completes, and what the first gains over the second."""
     first, second, *_ = names = [*results[0]["rows"]["all"]]
     gains = gains_of(results)
@@ -537,8 +538,7 @@ def compare(args, began, results):
                           f"none: {second} completes nothing" for key in ("points", "gain"))
         rates = " | ".join(f"{who} {rate:.1%}" for who, rate in zip(names, row["rates"]))
         print(f"{name:26} {rates} | {first} over {second} {points} points | gain {gained} | n {row['n']}")
-    write_json(folder(args.out) / f"{args.run.__name__}.json",
-               facts(args, began) | {"results": results, "gains": gains})
+    write_results(args, results=results, gains=gains)
 
 
 def gains_of(results):
@@ -576,7 +576,7 @@ def inverse(args):
     that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick R2,
     button F1 and onset F1.
     """
-    out, began, results = folder(args.out), time.monotonic(), []
+    out, results = folder(args.out), []
     for game, minutes, seed in trials(args):
         data = out / f"{game}-{minutes:g}-{seed}"
         few, more, bare, model = (data / name for name in ("few", "more", "bare", "inverse"))
@@ -594,7 +594,7 @@ def inverse(args):
             learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
             runs = {who: (data / who, *clips, "--preset", "toy") for who, clips in learns.items()}
             results.append(train_and_play(args, (game, minutes, seed), runs, say, labels=read.tolist()))
-    compare(args, began, results)
+    compare(args, results)
 
 
 # ---- speed
@@ -611,10 +611,9 @@ def latency(args):
         for p in model.parameters():
             if not p.any():                            # or all velocities are 0, and agree
                 p.normal_(0, 0.02)
-    c, g = model.config, torch.Generator().manual_seed(0)
-    shape = 1, c.frames, c.image, c.image, 3
-    frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).to(device)
-    noise = torch.randn(1, c.horizon, c.action_dim, generator=g).to(device)
+    c = model.config
+    frames = torch.randint(256, (1, c.frames, c.image, c.image, 3), device=device).byte()
+    noise = torch.randn(1, c.horizon, c.action_dim, device=device)
     print(f"{args.preset}: {M.count(model)[0]:,} parameters, float32, "
           f"batch 1, {device} ({reason}), {machine()}, best of 3")
 
@@ -703,7 +702,7 @@ class Scripted:
 
 class Blind:
     """Plays without looking. how = "random": sticks anywhere and each of the game's buttons down or up, drawn
-    anew every 4 to 16 steps; or one of MASHING: both sticks held in a direction or turning, with or without
+    anew every 4 to 16 steps; or mashing: both sticks held in a direction or turning, with or without
     the game's attack, or sticks at rest and all buttons hammered."""
 
     def __init__(self, game, seed=0, how="random"):
@@ -1256,17 +1255,12 @@ def whole(places):
 def pattern(kind, dark, light, h, w):
     """A texture of two colours with some noise, uint8 (h, w, 3)."""
     y, x = np.mgrid[:h, :w]
-    joints = lambda high, wide, shift: (y % high < 2) | ((x + y // high * shift) % wide < 2)
+    (high, wide, shift), *shares = PATTERNS[kind]              # of the joints; of each layer
+    joints = (y % high < 2) | ((x + y // high * shift) % wide < 2)
     odd = (y // 32 + x // 32) % 2
-    level = {
-        "checker": odd,
-        "grid": 1 * joints(32, 32, 0),
-        "bricks": 1 - joints(16, 24, 12),
-        "planks": 1 - 0.8 * joints(12, 90, 12),
-        "sand": 0.5 + 0 * x,
-        "waves": 0.5 + 0.5 * np.sin(x / 9 + 2 * np.sin(y / 13)),
-        "tiles": (1 - joints(32, 32, 0)) * (0.7 + 0.3 * odd),
-        "dots": 1 * ((y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10)}[kind]
+    waves, dots = np.sin(x / 9 + 2 * np.sin(y / 13)), (y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10
+    layers = 1, joints, odd, joints * odd, waves, dots
+    level = sum(share * layer for share, layer in zip(shares, layers))
     grain = np.random.default_rng(0).random((h // 4 + 1, w // 4 + 1), np.float32)
     grain = cv2.resize(grain, (w, h), interpolation=cv2.INTER_NEAREST)
     mixed = (0.75 * level + 0.25 * grain)[..., None]
@@ -1399,6 +1393,10 @@ class Walled(Game):
                 p += step
         return p
 
+    def go(self, d, r=12):
+        """The player moves by d, along walls."""
+        self.pos = self.move(self.pos, d, r)
+
     def blocked(self, p):
         """Is there a wall at a place?"""
         return solid(self.grid, p / self.cell)
@@ -1446,7 +1444,7 @@ class FirstPerson(Walled):
 
     def play(self):
         self.face = wrap(self.face + self.right.real * 0.085)
-        self.pos = self.move(self.pos, self.left * 1j * self.speed * rect(1, self.face), 0.22)
+        self.go(self.left * 1j * self.speed * rect(1, self.face), 0.22)
         goal = self.goal
         if not goal.near:
             self.fight(goal, self.distance(goal))
@@ -1645,7 +1643,7 @@ class Rally(Game):
         self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
         self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.either_way(), passed=False)
                      for i in range(self.cars)]
-        self.ahead()
+        self.race()
 
     def beside(self, place, far):
         """So many pixels to the right of a place on the path, in points of it from its start."""
@@ -1660,12 +1658,18 @@ class Rally(Game):
         disc(self.ground, self.bay, 30, "1e6ee6")
         self.things = [Thing("bay", self.bay)]
 
-    def ahead(self):
-        """Where on the path the car is: the nearest of the next few points; rivals drive on."""
+    def race(self):
+        """Where on the path the car is: the nearest of the next few points. Rivals drive on; those that are
+        passed do not count as hit."""
         self.index = min(range(self.index, self.index + 6), key=lambda i: abs(self.path[i] - self.pos))
         for rival in self.foes:
             rival.along += 0.22
             rival.at = self.beside(rival.along, rival.side)
+            rival.passed |= rival.along < self.index - 1
+            if self.distance(rival) < 24 and not rival.passed:
+                self.speed *= 0.3
+                self.hurt()
+        self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
 
     def play(self):
         on_road = self.park or abs(self.path[self.index] - self.pos) < 58
@@ -1675,14 +1679,8 @@ class Rally(Game):
         self.speed *= 1 if gas or brake else 0.97
         self.face = wrap(self.face + self.left.real * 0.05 * span(self.speed / 2))
         self.pos = fence(self.pos + self.speed * rect(1, self.face), 40, 984)
-        self.ahead()
-        for rival in self.foes:
-            rival.passed |= rival.along < self.index - 1
-            if self.distance(rival) < 24 and not rival.passed:
-                self.speed *= 0.3
-                self.hurt()
         if not self.park:
-            self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
+            self.race()
         elif abs(self.bay - self.pos) < 34 and abs(self.speed) < 0.7:
             self.score += 1
             disc(self.ground, self.bay, 38, "50545a")
@@ -1809,7 +1807,7 @@ class Swarm(TopDown):
         self.aim = pointed(self.right, pointed(self.left, self.aim))
         if abs(self.left) > 0.3:
             self.pressed("LEFT_TRIGGER", 50)
-        self.pos = self.move(self.pos, self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
+        self.go(self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
         if self.count and self.pressed("RIGHT_TRIGGER", 7):
             self.bolts.append(Thing("bolt", self.pos + rect(22, self.aim), v=rect(9, self.aim)))
         self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, self.width), 180)
@@ -1824,7 +1822,7 @@ class Swarm(TopDown):
                 self.score = self.hp - f.hp
         for mine in filter(self.reached, self.things):
             self.hurt()
-            self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
+            self.go(36 * unit(self.pos - mine.at))
         self.gather()
         if not self.count and self.reached(self.gem):
             self.score += 1
@@ -1922,7 +1920,7 @@ class Vault(TopDown):
     def play(self):
         self.face = pointed(self.left, self.face)
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
-        self.pos = self.move(self.pos, self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
+        self.go(self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
         self.fight(self.pressed("WEST", 24))
         for thing in filter(self.reached, self.things[:1]):
             if thing.kind == "key":
@@ -2011,7 +2009,7 @@ class Shade(TopDown):
         return inside and self.sees(guard.at, p)
 
     def play(self):
-        self.pos = self.move(self.pos, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
+        self.go(self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
         for g in list(self.foes):
             if self.blocked(g.at + 26 * g.way):
                 g.way = -g.way

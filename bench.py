@@ -300,11 +300,10 @@ def film_name(task):
 
 
 def replay(task, seed, actions):
-    """A rollout once more: yields its frames, uint8 (512, 512, 3), each with its action."""
+    """A rollout once more: yields its frames, each with its action."""
     game = PLAYABLE[task](task, seed)
     for action in actions:
-        frame = cv2.resize(game.render(), (512, 512), interpolation=cv2.INTER_NEAREST)
-        yield frame, action
+        yield game.render(), action
         game.advance(action)
 
 
@@ -785,7 +784,7 @@ def learned(path, steps):
 #   controls       the game's name of an action, or its number -> what the pad does for it: readings and their
 #                  factors, {"left.up": 1, "SOUTH": 1}. Of a Discrete space the first is taken that has all of
 #                  its readings beyond play.TILT ({} always has), of MultiBinary all. A Box takes the sums.
-#   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
+#   success        {"return": at least this}, or {"info": key of the last info, at least 1}
 #   script         the scripted player (of SCRIPTS)
 
 def foreign_task(args):
@@ -819,7 +818,7 @@ class Foreign:
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
         packages = f"gymnasium {self.table.get('pip', '')}".strip()
         with (extract.reading(f"--env {task}", f"a game that can be made (pip install {packages}), whose "
-                              "pictures, uint8 (h, w, 3), and actions are as the table says"),
+                              f"{self.table['frame']!r}, uint8 (h, w, 3), and actions the table knows"),
               tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here, contextlib.chdir(here)):
             # ViZDoom leaves files there
             self.env = self.idle.pop() if self.idle else open_env(task, self.table)
@@ -851,7 +850,7 @@ class Foreign:
         if self.over:
             rule = self.table["success"]
             value = self.score if "return" in rule else info.get(rule["info"], 0)
-            self.won = bool(value >= rule.get("return", rule.get("least", 1)))
+            self.won = bool(value >= rule.get("return", 1))
             self.idle.append(self.env)
         else:
             self.look(seen)
@@ -1033,12 +1032,20 @@ class Game:
         things.remove(thing)
         self.score += 1
 
-    def strikes(self, shot, foes, width):
-        """Does a shot hit a foe? The first one so near loses a point of hp."""
-        near = [foe for foe in foes if abs(foe.at - shot.at) < width]
-        for foe in near[:1]:
-            foe.hp -= 1
-        return near
+    def fire(self, at, foes):
+        """The right trigger sends bolts along self.aim; they fly on until they are near a foe, which loses a
+        point of hp, below the ground or far away."""
+        rest, ahead, speed, near, ground, reach = self.gun
+        if self.ammo and self.pressed("RIGHT_TRIGGER", rest):
+            self.ammo -= 1
+            self.bolts.append(Thing("bolt", at + rect(ahead, self.aim), v=rect(speed, self.aim)))
+
+        def hits(bolt):
+            struck = [foe for foe in foes if abs(foe.at - bolt.at) < near]
+            for foe in struck[:1]:
+                foe.hp -= 1
+            return struck or bolt.at.imag > ground
+        self.fly(self.bolts, hits, reach)
 
     def wounds(self, shot, at, width):
         """Does a shot hit the player, who is at `at`? That hurts."""
@@ -1100,8 +1107,7 @@ def run_scripts(*commands):
         for p in running:
             p.wait()                                   # interrupted ones were so too, and end cleanly
     if failed:
-        last = Path(sys.stdout.name).read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
-        raise UserError(f"{failed[0]} failed: {' '.join(last)} (see {sys.stdout.name})")
+        raise UserError(f"{failed[0]} failed: see the end of {sys.stdout.name}")
 
 
 def machine():
@@ -1184,9 +1190,8 @@ def icon(name, size, turn=0, flip=False):
             cv2.circle(big, v[:2], v[2], rgba, -1)
         else:
             cv2.fillPoly(big, [np.reshape(v, (-1, 2))], rgba)
-    if turn:
-        rotation = cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1)
-        big = cv2.warpAffine(big, rotation, (256, 256), flags=cv2.INTER_NEAREST)
+    rotation = cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1)
+    big = cv2.warpAffine(big, rotation, (256, 256), flags=cv2.INTER_NEAREST)
     if flip:
         big = cv2.flip(big, 1)
     big[..., 3] = cv2.dilate(big[..., 3], np.ones((17, 17), np.uint8))
@@ -1464,21 +1469,22 @@ class FirstPerson(Walled):
             self.things, self.goes_to = [self.goal], self.goal.at
 
     def draw(self):
-        p, n, rays = self.pos, self.size, rect(1, self.face) * (1 + 1j * LENS)          # (128,)
-        rx, ry = rays.real + 1e-9, rays.imag + 1e-9
+        p, n = self.pos, self.size
+        rays = rect(1, self.face) * (1 + 1j * LENS) + (1e-9 + 1e-9j)                    # (128,)
         lines = np.arange(1, n)[:, None]                                                # (n - 1, 1)
 
-        def crossings(at, way, along, goes, walls):
-            """How far along each ray its crossings with the lines across one axis are, (n - 1, 128): 99 where
-            no wall begins; at, way: of the rays on this axis; along, goes: on the other one."""
-            t = (lines - at) / way
-            other = np.clip(along + t * goes, 0, n - 1).astype(int)
-            return np.where((t > 0) & walls[lines - (way < 0), other], t, 99)
-        t = np.concatenate([crossings(p.real, rx, p.imag, ry, self.grid.T),
-                            crossings(p.imag, ry, p.real, rx, self.grid)])
+        def crossings(p, rays, walls):
+            """How far along each ray from p its crossings with the lines across x are, (n - 1, 128): 99 where
+            no wall begins."""
+            t = (lines - p.real) / rays.real
+            y = np.clip(p.imag + t * rays.imag, 0, n - 1).astype(int)
+            return np.where((t > 0) & walls[lines - (rays.real < 0), y], t, 99)
+        mirror = lambda v: 1j * v.conjugate()                                           # x and y change places
+        t = np.concatenate([crossings(p, rays, self.grid.T), crossings(mirror(p), mirror(rays), self.grid)])
         depth, across = t.min(0), t.argmin(0) >= n - 1         # the nearest wall, and whether it lies across
         self.depth = depth
-        u = (np.where(across, p.real + depth * rx, p.imag + depth * ry) % 1 * 32).astype(int)
+        ends = p + depth * rays
+        u = (np.where(across, ends.real, ends.imag) % 1 * 32).astype(int)
         shade = np.minimum(depth * 2, 15).astype(int) + 16 * across
         v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(int)                    # (128, 128)
         texture, ground = self.paint()
@@ -1808,9 +1814,7 @@ class Swarm(TopDown):
         if abs(self.left) > 0.3:
             self.pressed("LEFT_TRIGGER", 50)
         self.go(self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
-        if self.count and self.pressed("RIGHT_TRIGGER", 7):
-            self.bolts.append(Thing("bolt", self.pos + rect(22, self.aim), v=rect(9, self.aim)))
-        self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, self.width), 180)
+        self.fire(self.pos, self.foes)
         for f in list(self.foes):
             if f.hp <= 0:
                 self.take(self.foes, f)
@@ -2195,9 +2199,7 @@ class Commando(Side):
         self.bodily()
         self.aim = pointed(self.right, self.aim)
         heart = self.pos - 22j
-        if self.pressed("RIGHT_TRIGGER", 10):
-            self.bolts.append(Thing("bolt", heart + rect(16, self.aim), v=rect(10, self.aim)))
-        self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, 23) or bolt.at.imag > 200, 170)
+        self.fire(heart, self.foes)
         self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
         for f in list(self.foes):
             self.skirmish(f, heart)
@@ -2271,7 +2273,7 @@ class Glider(Side):
     mark on the ground shows."""
 
     def begin(self):
-        self.gap = 70.0
+        self.gap, self.aim = 70.0, 0.0
         self.pos = complex(0, self.uniform(70, 180))
 
     def speed(self):
@@ -2287,17 +2289,15 @@ class Glider(Side):
             y = 226 if self.tank else self.uniform(50, 195)
             self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y,
                                      wave=self.uniform(0, 6)))
-        if self.ammo and self.pressed(self.trigger, self.rest):
+        if not self.tank:
+            self.fire(self.pos, self.things)
+        elif self.ammo and self.pressed("SOUTH", 20):
             self.ammo -= 1
-            start, v = (10j, self.speed() + 1j) if self.tank else (26, 10)
-            self.bolts.append(Thing("bomb", self.pos + start, v=v))
-        self.fly(self.bolts, self.falls if self.tank else self.pierces, self.range)
+            self.bolts.append(Thing("bomb", self.pos + 10j, v=self.speed() + 1j))
+        if self.tank:
+            self.fly(self.bolts, self.falls, 999)
         for thing in list(self.things):
             self.meet(thing)
-
-    def pierces(self, bolt):
-        """hits() for fly(): a bolt hits what is near."""
-        return self.strikes(bolt, self.things, 20)
 
     def falls(self, bomb):
         """hits() for fly(): a bomb falls faster and faster, and hits the tanks near where it ends."""

@@ -923,7 +923,7 @@ class Game:
     the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
     control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
     What "look" holds are attributes of all its tasks, what a task's "start" holds is of this one."""
-    fps = FPS
+    fps, at = FPS, property(lambda self: self.pos)
 
     def __init__(self, task, seed=0):
         self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
@@ -994,7 +994,7 @@ class Game:
 
     def distance(self, thing):
         """How far a thing is from the player."""
-        return abs(thing.at - self.pos)
+        return abs(thing - self)
 
     def nearest(self, things):
         """The thing nearest to the player, None of none."""
@@ -1025,7 +1025,7 @@ class Game:
         further away than `reach`."""
         for shot in shots:
             shot.at += shot.v
-        shots[:] = [shot for shot in shots if not hits(shot) and abs(shot.at - self.pos) < reach]
+        shots[:] = [shot for shot in shots if not hits(shot) and abs(shot - self) < reach]
 
     def take(self, things, thing):
         """It is gone: a point."""
@@ -1041,7 +1041,7 @@ class Game:
             self.bolts.append(Thing("bolt", at + rect(ahead, self.aim), v=rect(speed, self.aim)))
 
         def hits(bolt):
-            struck = [foe for foe in foes if abs(foe.at - bolt.at) < near]
+            struck = [foe for foe in foes if abs(foe - bolt) < near]
             for foe in struck[:1]:
                 foe.hp -= 1
             return struck or bolt.at.imag > ground
@@ -1049,7 +1049,7 @@ class Game:
 
     def wounds(self, shot, at, width):
         """Does a shot hit the player, who is at `at`? That hurts."""
-        near = abs(shot.at - at) < width
+        near = abs(shot - at) < width
         if near:
             self.hurt()
         return near
@@ -1169,6 +1169,13 @@ class Thing(types.SimpleNamespace):
     def __init__(self, kind, at, **more):
         super().__init__(kind=kind, at=at, **more)
 
+    def __sub__(self, other):
+        """The way to this thing from another one, the player (a Game) or a place."""
+        return self.at - getattr(other, "at", other)
+
+    def __rsub__(self, other):
+        return getattr(other, "at", other) - self.at
+
 
 @functools.lru_cache(512)
 def colour(code):
@@ -1216,7 +1223,7 @@ def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
 def sprites(frame, things, size, corner=0j):
     """Draw things as they are; corner: where the camera's top left corner is."""
     for thing in things:
-        sprite(frame, thing.kind, thing.at - corner, size)
+        sprite(frame, thing.kind, thing - corner, size)
 
 
 def dot(p):
@@ -1331,6 +1338,7 @@ def walled(w, h):
     return np.pad(np.zeros((h - 2, w - 2), bool), 1, constant_values=True)
 
 
+CENTRE = 128 + 128j                                # of the frame
 MIDDLE = 0.5 + 0.5j                                # of a cell, from its corner
 WAYS = 1, -1, 1j, -1j                              # from a cell to the next ones
 
@@ -1408,7 +1416,7 @@ class Walled(Game):
 
     def send(self, thing, place, far, r=12):
         """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
-        thing.at = self.move(thing.at, far * unit(place - thing.at), r)
+        thing.at = self.move(thing.at, far * unit(place - thing), r)
 
     def sees(self, p, q):
         """Is the straight line between two places free of walls?"""
@@ -1499,7 +1507,7 @@ class FirstPerson(Walled):
 
     def billboard(self, frame, thing):
         """A flat picture that always faces the player, behind what is nearer."""
-        rel = self.relative(thing.at)
+        rel = self.relative(thing)
         if rel.real > 0.15:
             scale = 230 / max(rel.real, 0.4)
             x = 128 + rel.imag / rel.real / 0.7 * 128
@@ -1509,7 +1517,7 @@ class FirstPerson(Walled):
 
     def target(self):
         """Where to go now: the goal itself where the way there is wide enough."""
-        side = 0.2j * unit(self.goal.at - self.pos)
+        side = 0.2j * unit(self.goal - self)
         clear = all(self.sees(self.pos + s, self.goal.at + s) for s in (side, -side))
         return self.goal.at if clear else self.on_the_way(self.goes_to, self.pos)
 
@@ -1537,7 +1545,7 @@ class Crypt(FirstPerson):
 
     def fight(self, ghoul, reach):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
-        off, shield = lambda: abs(self.angle(ghoul.at)), "LEFT_TRIGGER" in self.held
+        off, shield = lambda: abs(self.angle(ghoul)), "LEFT_TRIGGER" in self.held
         self.goes_to = ghoul.at
         if reach > 0.8:
             to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
@@ -1552,7 +1560,7 @@ class Crypt(FirstPerson):
         if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
             if reach < 1.25 and off() < 0.45:
                 ghoul.hp -= 1
-                self.send(ghoul, self.pos, -0.3, 0.2)
+                self.send(ghoul, self, -0.3, 0.2)
 
     def draw(self):
         frame = super().draw()
@@ -1568,7 +1576,7 @@ class Crypt(FirstPerson):
         left, right = self.steer(ghoul.at, 0.95) if close else self.steer(self.target(), self.stop)
         if ghoul.wind and reach < 1.6:
             return 0j, right, "LEFT_TRIGGER"
-        return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(ghoul.at)) < 0.35 else ""
+        return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(ghoul)) < 0.35 else ""
 
 
 class Siege(FirstPerson):
@@ -1591,10 +1599,10 @@ class Siege(FirstPerson):
         drone.at = moved
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
-            aimed = abs(self.angle(drone.at)) < 0.3 / reach
+            aimed = abs(self.angle(drone)) < 0.3 / reach
             drone.hp -= aimed and self.sees(self.pos, drone.at)
         if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
-            speed = 0.07 * unit(self.pos - drone.at)
+            speed = 0.07 * unit(self - drone)
             self.shots.append(Thing("mine", drone.at, v=speed, lift=0.35, size=0.2))
         self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or self.blocked(shot.at))
 
@@ -1602,7 +1610,7 @@ class Siege(FirstPerson):
         frame = super().draw()
         bar(frame, 112 + 206j, 32 + 50j, "32363e" if self.rests("RIGHT_TRIGGER") < 8 else "ffbe3c")
         if not self.goal.near:
-            disc(frame, 128 + 128j, 10, "ffffff", 2)
+            disc(frame, CENTRE, 10, "ffffff", 2)
             for i in range(self.ammo):
                 bar(frame, 4 + 6 * i + 222j, 3 + 10j, "ffe65a")
         return frame
@@ -1612,8 +1620,8 @@ class Siege(FirstPerson):
         left, right = self.steer(self.target(), 2.5 if clear else self.stop)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
-            left -= copysign(1, self.angle(shot.at))                       # step out of its way
-        aimed = abs(self.angle(drone.at)) < 0.26 / reach
+            left -= copysign(1, self.angle(shot))                       # step out of its way
+        aimed = abs(self.angle(drone)) < 0.26 / reach
         return left, right, "RIGHT_TRIGGER" if clear and aimed else ""
 
 
@@ -1700,9 +1708,9 @@ class Rally(Game):
                                      cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
         frame = np.concatenate([self.back((self.face + pi) / tau * 1024, 0, HORIZON), ground])
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
-        depth = lambda thing: self.relative(thing.at).real
+        depth = lambda thing: self.relative(thing).real
         for thing in sorted(self.things + self.foes + gates, key=depth, reverse=True):
-            rel = self.relative(thing.at) + 44
+            rel = self.relative(thing) + 44
             size = LENGTH * self.sizes[thing.kind] / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
                 x, y = LENGTH * rel.imag / rel.real, HORIZON + LENGTH * HIGH / rel.real
@@ -1753,7 +1761,7 @@ class TopDown(Walled):
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
-        corner = self.pos - 128 * (1 + 1j)
+        corner = self.pos - CENTRE
         x, y = dot(corner)
         return self.ground[y + 128:y + 384, x + 128:x + 384].copy(), corner
 
@@ -1771,7 +1779,7 @@ class TopDown(Walled):
         far = max(abs(d.real), abs(d.imag))
         if far > 116:
             d *= 102 / far
-            arrow(frame, 128 + 128j + d, phase(d), 22, ink)
+            arrow(frame, CENTRE + d, phase(d), 22, ink)
 
 
 COURT = 90, 678                                    # where things are put in Swarm
@@ -1803,7 +1811,7 @@ class Swarm(TopDown):
         self.gem = Thing("gem", at, near=28)
         halfway = lambda: self.pos + (at - self.pos) * self.uniform(0.4, 0.7)
         mines = [Thing("mine", self.spot(halfway(), 0, 40), near=26) for _ in range(2)]
-        self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine.at - at) > 45]
+        self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine - at) > 45]
 
     def spot(self, p, low, high):
         """A place in the court around p."""
@@ -1820,13 +1828,13 @@ class Swarm(TopDown):
                 self.take(self.foes, f)
             elif self.distance(f) < self.reach:
                 self.hurt()
-                self.send(f, self.pos, -70)
+                self.send(f, self, -70)
             self.chase(f)
             if self.foe == "brute":
                 self.score = self.hp - f.hp
         for mine in filter(self.reached, self.things):
             self.hurt()
-            self.go(36 * unit(self.pos - mine.at))
+            self.go(36 * unit(self - mine))
         self.gather()
         if not self.count and self.reached(self.gem):
             self.score += 1
@@ -1834,9 +1842,9 @@ class Swarm(TopDown):
 
     def chase(self, f):
         """A bug comes straight; the brute in a spiral, then it winds up and charges."""
-        way = unit(self.pos - f.at)
+        way = unit(self - f)
         if f.kind == "bug":
-            self.send(f, self.pos, 1.7)
+            self.send(f, self, 1.7)
         elif f.dash:
             f.dash -= 1
             f.at = self.move(f.at, 7 * f.way, 20)
@@ -1853,26 +1861,27 @@ class Swarm(TopDown):
         frame, corner = self.view()
         for f in self.foes:
             if f.wind or f.dash:
-                line(frame, f.at - corner, f.at + 160 * f.way - corner, "ff2828", 6)
-            sprite(frame, f.kind, f.at - corner, self.size, phase(self.pos - f.at))
+                line(frame, f - corner, f.at + 160 * f.way - corner, "ff2828", 6)
+            sprite(frame, f.kind, f - corner, self.size, phase(self - f))
             self.pointer(frame, f.at, "ff3ca0")
         sprites(frame, self.things, 44, corner)
         for bolt in self.bolts:
-            disc(frame, bolt.at - corner, 5, "ffff78")
+            disc(frame, bolt - corner, 5, "ffff78")
         if not self.count:
-            self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
-            sprite(frame, "gem", self.gem.at - corner, 52)
+            self.trail(frame, [self.gem - corner], CENTRE, "3cffc8")
+            sprite(frame, "gem", self.gem - corner, 52)
         if self.foe == "brute":
             bar(frame, 60 + 240j, 10 * self.foes[0].hp + 10j, "ff7800")
-        sprite(frame, "hero", 128 + 128j, 48, self.aim)
-        disc(frame, 128 + 128j, 26, "46465a" if self.rests("LEFT_TRIGGER") else "00ffff", 2)
+        sprite(frame, "hero", CENTRE, 48, self.aim)
+        disc(frame, CENTRE, 26, "46465a" if self.rests("LEFT_TRIGGER") else "00ffff", 2)
         return frame
 
     def wish(self):
         if not self.count:
             return self.wish_for_gems()
         foe, middle = self.nearest(self.foes), 384 + 384j - self.pos
-        d, far = foe.at - self.pos, self.distance(foe)
+        d = foe - self
+        far = abs(d)
         push = 1.0 if far < 80 else 0.3 if far < 100 else -0.3             # nearer where it is too far to hit
         away = -unit(d) * push + middle / 500
         if foe.wind or foe.dash:                                       # step off the line of its charge
@@ -1882,9 +1891,9 @@ class Swarm(TopDown):
 
     def wish_for_gems(self):
         """Straight to the gem, bent away from mines; a dash where nothing is near."""
-        way = unit(self.gem.at - self.pos)
+        way = unit(self.gem - self)
         for mine in self.things:
-            d = ahead_and_right(mine.at - self.pos, way)
+            d = ahead_and_right(mine - self, way)
             if -10 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
         clear = self.distance(self.nearest([*self.things, self.gem])) > 110
@@ -1937,11 +1946,12 @@ class Vault(TopDown):
         if self.t % 4 == 0:
             self.goes_to = self.pos
         for s in list(self.foes):
-            d, far = s.at - self.pos, self.distance(s)
+            d = s - self
+            far = abs(d)
             struck = strike and far < 50 and between(d, self.face) < 0.7
             s.hp -= struck
             if struck or far < 22:
-                self.send(s, self.pos, -30, 11)
+                self.send(s, self, -30, 11)
                 if not struck:
                     self.hurt()
             self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos, 1.1, 11)
@@ -1952,7 +1962,7 @@ class Vault(TopDown):
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
         way, p = [], self.pos
-        while self.things and len(way) < 12 and abs(p - self.things[0].at) > 20:
+        while self.things and len(way) < 12 and abs(p - self.things[0]) > 20:
             p = self.on_the_way(self.things[0].at, (cell_of(p / 32) + MIDDLE) * 32)
             way.append(p)
         self.trail(frame, way, self.pos, "4682ff")
@@ -1969,7 +1979,8 @@ class Vault(TopDown):
 
     def wish(self):
         goal = self.nearest(self.foes or self.things[:1])
-        d, far = goal.at - self.pos, self.distance(goal)
+        d = goal - self
+        far = abs(d)
         to = self.on_the_way(goal.at, self.pos) if far > (60 if self.foes else 32) else goal.at
         way = unit(to - self.pos)
         if not self.foes:
@@ -2008,7 +2019,7 @@ class Shade(TopDown):
 
     def lit(self, p, guard, more=0.0, wide=0.0):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
-        d = p - guard.at
+        d = p - guard
         inside = abs(d) < self.light() + more and between(d, phase(guard.way)) < 0.55 + wide
         return inside and self.sees(guard.at, p)
 
@@ -2030,14 +2041,14 @@ class Shade(TopDown):
     def draw(self):
         frame, corner = self.view()
         for g in self.foes:
-            p, angle = g.at - corner, phase(g.way)
+            p, angle = g - corner, phase(g.way)
             fan = [p + rect(self.light(), angle + a) for a in (-0.55, -0.28, 0, 0.28, 0.55)]
             polygon(frame, [p, *fan], "f0dc5a")
             sprite(frame, g.kind, p, 40, angle)
         sprites(frame, self.things, 40, corner)
         if self.goal():
             self.pointer(frame, self.goal().at, "5affa0")
-        sprite(frame, "thief", 128 + 128j, 32 if "LEFT_TRIGGER" in self.held else 40, phase(self.left))
+        sprite(frame, "thief", CENTRE, 32 if "LEFT_TRIGGER" in self.held else 40, phase(self.left))
         bar(frame, 60 + 240j, round(136 * self.alarm) + 11j, "ff2828")
         bar(frame, 60 + 240j, 136 + 11j, "ffffff", 1)
         return frame
@@ -2056,11 +2067,11 @@ class Shade(TopDown):
             way = self.on_the_way(target, self.pos) - self.pos
         if self.knife and self.distance(goal) < 110 and self.lit(self.pos, goal, 60, 0.9):
             side = 1j * goal.way                                         # around the light, on our side of it
-            way = target + copysign(70, ahead_and_right(self.pos - goal.at, side).real) * side - self.pos
+            way = target + copysign(70, ahead_and_right(self - goal, side).real) * side - self.pos
         best, most = 0j, -99.0
         for d in (0j, *(rect(1, k * tau / 16) for k in range(16))):
             q = self.move(self.pos, 24 * d)
-            danger = sum(abs(q - g.at) < self.margin[0] + 14 or self.lit(q + step * d, g, *self.margin)
+            danger = sum(abs(q - g) < self.margin[0] + 14 or self.lit(q + step * d, g, *self.margin)
                          for g in self.foes for step in (0, 12))
             gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
@@ -2090,7 +2101,7 @@ class Side(Game):
         self.pos += complex(self.left.real * speed, self.v)
         self.ground = False
         for i, island in enumerate(self.islands):
-            over = abs((self.pos - island.at).real) < island.half + 8
+            over = abs((self - island).real) < island.half + 8
             if over and before <= island.at.imag <= self.pos.imag and self.v >= 0:
                 self.pos, self.v = complex(self.pos.real, island.at.imag), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
@@ -2126,7 +2137,7 @@ class Cliffs(Side):
             self.health -= 1
             self.stand(last)
         for thing in list(self.things):
-            d = thing.at - self.pos
+            d = thing - self
             if abs(d.real) < 26 and abs(d.imag + 16) < 30:
                 self.take(self.things, thing)
 
@@ -2135,11 +2146,11 @@ class Cliffs(Side):
         frame = self.back(self.pos.real / 3)               # moving at a third of the speed
         for island in self.islands:
             for thick, ink in (26j, "96643c"), (8j, "50c846"):
-                bar(frame, island.at - corner - island.half, 2 * island.half + thick, ink)
+                bar(frame, island - corner - island.half, 2 * island.half + thick, ink)
         sprites(frame, self.things, self.size, corner + 1j * self.lift)
         goal = self.nearest(self.things)
         if goal and self.distance(goal) > 120:
-            arrow(frame, 128 + 40j, phase(goal.at - self.pos), 28, "fff03c")
+            arrow(frame, 128 + 40j, phase(goal - self), 28, "fff03c")
         sprite(frame, "runner", 128 + 140j, 40, flip=self.way < 0)
         if not self.ground:
             arrow(frame, 128 + 176j, copysign(pi / 2, self.v), 10, "ffffff")
@@ -2149,7 +2160,7 @@ class Cliffs(Side):
         goal = self.nearest(self.things)
         to = min(range(len(self.islands)), key=lambda i: abs(goal.at - self.islands[i].at))
         if to == self.on:
-            d = goal.at - self.pos
+            d = goal - self
             leap = goal.at.imag < self.islands[to].at.imag - 40 and abs(d.real) < 30 and self.ground
             return span(d.real / 20), 0j, "SOUTH" if leap else ""
         x, run = self.cross(self.on + (1 if to > self.on else -1))
@@ -2159,8 +2170,8 @@ class Cliffs(Side):
         """The stick's x and the buttons that bring the runner to the next island on the way; distances count
         along the way, whichever side it goes to."""
         here, there, up = self.islands[self.on], self.islands[to], "SOUTH" if self.v < 0 else ""
-        d, s = there.at - self.pos, copysign(1, (there.at - here.at).real)
-        gap, ahead = here.half + s * (here.at - self.pos).real, s * d.real - there.half        # to the edges
+        d, s = there - self, copysign(1, (there - here).real)
+        gap, ahead = here.half + s * (here - self).real, s * d.real - there.half        # to the edges
         if self.tower and self.ground:
             return s * span((gap - 6) / 16), "SOUTH" if gap < 30 else ""
         if self.tower:
@@ -2203,7 +2214,7 @@ class Commando(Side):
         self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
         for f in list(self.foes):
             self.skirmish(f, heart)
-        torn = any(abs(wire.at.real - self.pos.real) < 20 for wire in self.things)
+        torn = any(abs((wire - self).real) < 20 for wire in self.things)
         if torn and self.pos.imag > 178:
             self.hurt(20)
         if not self.foe and abs(self.copter.real - self.pos.real) < 24:
@@ -2213,13 +2224,13 @@ class Commando(Side):
     def skirmish(self, f, heart):
         """A foe keeps near and shoots now and then, a soldier on the ground straight along it."""
         f.wait -= 1
-        d = heart - f.at
+        d = heart - f
         if abs(d.real) > 112:
             f.at += copysign(2.6, d.real)
         if f.hp <= 0:
             self.take(self.foes, f)
         elif f.wait <= 0:
-            f.wait, d = 75, heart - f.at
+            f.wait, d = 75, heart - f
             flat = self.foe == "soldier" and f.at.imag >= 170
             self.shots.append(Thing("mine", f.at, v=2.6 * (copysign(1, d.real) if flat else unit(d))))
 
@@ -2233,35 +2244,35 @@ class Commando(Side):
             sprite(frame, "copter", self.copter - corner, 92)
             arrow(frame, 128 + 40j, phase((self.copter - self.pos).real), 32, "ffff3c")
         for f in self.foes:
-            at = f.at - corner
+            at = f - corner
             if f.kind == "soldier" and at.imag < 170:
                 bar(frame, at - 24 + 18j, 48 + 10j, "5a3c32")
-            sprite(frame, f.kind, at - 4j, 52, flip=f.at.real > self.pos.real)
+            sprite(frame, f.kind, at - 4j, 52, flip=(f - self).real > 0)
         gun = complex(128, self.pos.imag - 22)
         sprite(frame, "trooper", gun, 52, flip=self.way < 0)
         line(frame, gun, gun + rect(30, self.aim), "141414", 8)
         for bolt in self.bolts:
-            disc(frame, bolt.at - corner, 5, "ffffa0")
+            disc(frame, bolt - corner, 5, "ffffa0")
         for shot in self.shots:
-            disc(frame, shot.at - corner, 9, "0a0a0a")
-            disc(frame, shot.at - corner, 7, "ff28dc")
+            disc(frame, shot - corner, 9, "0a0a0a")
+            disc(frame, shot - corner, 7, "ff28dc")
         return frame
 
     def wish(self):
         if not self.foe:
             s = copysign(1, (self.copter - self.pos).real)
-            ahead = [(wire.at.real - self.pos.real) * s for wire in self.things]
+            ahead = [(wire - self).real * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
         heart, leap, run = self.pos - 22j, "", 0.0
-        foe = min(self.foes, key=lambda f: between(f.at - heart, self.aim))    # whom the gun points at most
-        d = foe.at - heart
+        foe = min(self.foes, key=lambda f: between(f - heart, self.aim))    # whom the gun points at most
+        d = foe - heart
         coming = [s for s in self.shots
-                  if abs(s.at - heart) < 80 and ahead_and_right(heart - s.at, s.v).real > 0]
+                  if abs(s - heart) < 80 and ahead_and_right(heart - s, s.v).real > 0]
         for s in coming[:1]:
             if abs(s.v.imag) >= 0.6:
                 run = -copysign(1, s.v.real)                            # run under it, to where it comes from
-            elif abs(s.at.real - heart.real) < 58:
+            elif abs((s - heart).real) < 58:
                 leap = " SOUTH"
         if not coming and not 70 < abs(d.real) < 115:
             run = copysign(1, d.real) * (0.8 if abs(d.real) > 115 else -0.6)
@@ -2304,12 +2315,12 @@ class Glider(Side):
         bomb.v += 0.25j
         ends = bomb.at.imag > 222
         for tank in self.things if ends else ():
-            tank.hp -= abs(tank.at.real - bomb.at.real) < 22
+            tank.hp -= abs((tank - bomb).real) < 22
         return ends
 
     def meet(self, thing):
         """A ring is flown through or missed, a foe shot, touched or let through, a tank bombed or passed."""
-        d = thing.at - self.pos
+        d = thing - self
         if self.want == "foe":
             y = thing.base + 14 * math.sin(thing.wave + self.t / 18)
             thing.at = complex(thing.at.real - 0.4, y)
@@ -2343,9 +2354,9 @@ class Glider(Side):
             sprites(frame, self.things, 52, corner)
         for ring in self.things if self.want == "ring" else ():
             for ink, thick in ("5a3200", 14), ("ffd200", 9):
-                cv2.ellipse(frame, dot(ring.at - corner), (16, 36), 0, 0, 360, colour(ink), thick)
+                cv2.ellipse(frame, dot(ring - corner), (16, 36), 0, 0, 360, colour(ink), thick)
         for bolt in self.bolts:
-            at = bolt.at - corner
+            at = bolt - corner
             if self.tank:
                 sprite(frame, "bomb", at, 28, pi / 2)
             else:
@@ -2355,10 +2366,9 @@ class Glider(Side):
 
     def wish(self):
         rise = lambda height: span((height - self.pos.imag) / 60)
-        ahead = [thing.at - self.pos for thing in self.things if thing.at.real > self.pos.real]
-        if not ahead:
+        d = next((thing - self for thing in self.things if (thing - self).real > 0), None)
+        if d is None:
             return complex(0.3, rise(self.cruise)), 0j, ""
-        d = ahead[0]
         if self.tank:
             gap = d.real - self.mark()
             stick, aimed = complex(span(gap / 60), rise(80)), abs(gap) < 16
@@ -2396,12 +2406,12 @@ class Dojo(Game):
             self.rival(f, move)
         if move in ("WEST", "SOUTH") and self.ready("blow", 12):
             f = self.nearest(self.foes)
-            if 0 < (f.at - self.pos) * self.way < 58:
+            if 0 < (f - self) * self.way < 58:
                 self.blow(f, move)
 
     def rival(self, f, move):
         """A rival keeps its distance, and now and then it opens, guards or winds up and strikes."""
-        d, idle = f.at - self.pos, f.kind == "idle"
+        d, idle = f - self, f.kind == "idle"
         free = all(g is f or g.kind == "idle" for g in self.foes)
         f.wait -= 1
         if abs(d) > 44:
@@ -2421,7 +2431,7 @@ class Dojo(Game):
             f.kind, f.wait = "idle", 12
             f.at = span(f.at + 26 * self.way, 16, 240)
             if self.rivals == 1 and self.rng.random() < 0.5:
-                f.at = span(2 * self.pos - f.at, 16, 240)                       # leaps over to the other side
+                f.at = span(2 * self.pos - f, 16, 240)                       # leaps over to the other side
         elif f.kind != "idle":
             self.fumble()
 
@@ -2467,7 +2477,7 @@ class Dojo(Game):
         if not self.rivals:
             return (rect(0.9, b.angle), 0j, "WEST" if 28 < b.far < 54 else "") if b else (0j, 0j, "")
         f = self.nearest([f for f in self.foes if f.kind != "idle"] or self.foes)
-        d = f.at - self.pos
+        d = f - self
         near = abs(d) < 54
         return copysign(0.35 if near else 1, d), 0j, self.answers[f.kind] if near and d * self.way > 0 else ""
 

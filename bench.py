@@ -458,7 +458,7 @@ def story(out, video, tasks, rows, finding, reading):
         show(20 + 290 * k, 590, 280, frame_of(film, extract.video_info(film)["n"] // 2), task)
     n = rows[tasks[0]]["model"]["n"]
     write(page, 890, 560, f"4  tasks completed, n {n} each; thin lines: 95 % intervals", 16)
-    chart(page, 1010, 575, {name: row for name, row in rows.items() if ":" not in name})
+    chart(page, 575, {name: row for name, row in rows.items() if ":" not in name})
     page.save(out / "demo.png")
 
 
@@ -1058,9 +1058,6 @@ class Game:
 # ---- machinery
 # ---- processes, pictures
 
-INKS = {"random": "#a0a0aa", "scripted": "#5aa05a", "model": "#dc3c28", "true labels": "#3c6edc"}
-
-
 def folder(path):
     """--out, made where it is missing."""
     Path(path).mkdir(parents=True, exist_ok=True)
@@ -1127,16 +1124,16 @@ def write(page, x, y, text, size=13, ink="#14141e"):
     ImageDraw.Draw(page).text((x, y), text, ink, anchor="ls", font_size=size)
 
 
-def chart(page, left, y, rows, wide=330):
+def chart(page, y, rows):
     """A table {row: {player: share()}} as groups of bars on a picture; a thin line is the interval."""
     pen = ImageDraw.Draw(page)
     for name, row in rows.items():
-        write(page, left - 120, y + 28, name)
+        write(page, 890, y + 28, name)
         for who, r in row.items():
-            rate, low, high = (left + wide * r[key] for key in ("rate", "low", "high"))
-            pen.rectangle((left, y, rate, y + 10), INKS[who])
+            rate, low, high = (1010 + 330 * r[key] for key in ("rate", "low", "high"))
+            pen.rectangle((1010, y, rate, y + 10), "#dc3c28" if who == "model" else "#a0a0aa")
             pen.line((low, y + 5, high, y + 5), "#14141e")
-            write(page, left + wide + 10, y + 10, f"{who} {in_brackets(r)}", 11)
+            write(page, 1350, y + 10, f"{who} {in_brackets(r)}", 11)
             y += 13
         y += 8
 
@@ -1962,9 +1959,10 @@ class Vault(TopDown):
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
         way, p = [], self.pos
-        while self.things and len(way) < 12 and abs(p - self.things[0]) > 20:
-            p = self.on_the_way(self.things[0].at, (cell_of(p / 32) + MIDDLE) * 32)
-            way.append(p)
+        for goal in self.things[:1] * 12:
+            if abs(p - goal) > 20:
+                p = self.on_the_way(goal.at, (cell_of(p / 32) + MIDDLE) * 32)
+                way.append(p)
         self.trail(frame, way, self.pos, "4682ff")
         sprites(frame, self.things + self.foes, 36)
         resting = self.rests("WEST")
@@ -1973,7 +1971,7 @@ class Vault(TopDown):
         sprite(frame, "knight", self.pos, 36, self.face)
         if resting:
             disc(frame, self.pos, 20, "787882", 3)
-        if self.things and self.things[0].kind == "chest":
+        if [thing.kind for thing in self.things] == ["chest"]:
             sprite(frame, "key", 128 + 16j, 32)
         return frame
 
@@ -2058,22 +2056,22 @@ class Shade(TopDown):
 
     def wish(self):
         """Of 16 ways and standing still: the one that gets on best and stays out of the light."""
-        goal = self.goal()
+        goal, pos = self.goal(), self.pos
         target = goal.at - self.behind * goal.way
         if self.blocked(target):
             target = goal.at
-        way = target - self.pos
-        if abs(way) >= 60 or not self.sees(self.pos, target):
-            way = self.on_the_way(target, self.pos) - self.pos
-        if self.knife and self.distance(goal) < 110 and self.lit(self.pos, goal, 60, 0.9):
+        way = target - pos
+        if abs(way) >= 60 or not self.sees(pos, target):
+            way = self.on_the_way(target, pos) - pos
+        if self.knife and self.distance(goal) < 110 and self.lit(pos, goal, 60, 0.9):
             side = 1j * goal.way                                         # around the light, on our side of it
-            way = target + copysign(70, ahead_and_right(self - goal, side).real) * side - self.pos
+            way = target + copysign(70, ahead_and_right(pos - goal, side).real) * side - pos
         best, most = 0j, -99.0
         for d in (0j, *(rect(1, k * tau / 16) for k in range(16))):
-            q = self.move(self.pos, 24 * d)
+            q = self.move(pos, 24 * d)
             danger = sum(abs(q - g) < self.margin[0] + 14 or self.lit(q + step * d, g, *self.margin)
                          for g in self.foes for step in (0, 12))
-            gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
+            gain = ahead_and_right(q - pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
                 best, most = d, gain
         near = min(map(self.distance, self.foes))
@@ -2196,7 +2194,7 @@ class Commando(Side):
             s = self.either_way()
             steps = itertools.accumulate((self.plan.uniform(90, 150) for _ in range(7)), initial=60.0)
             self.things = [Thing("wire", s * x + 186j) for x in steps][1:]
-            self.copter = self.things[-1].at + 110 * s - 26j
+            self.copter = Thing("copter", self.things[-1].at + 110 * s - 26j)
         self.recruit()
 
     def recruit(self):
@@ -2217,7 +2215,7 @@ class Commando(Side):
         torn = any(abs((wire - self).real) < 20 for wire in self.things)
         if torn and self.pos.imag > 178:
             self.hurt(20)
-        if not self.foe and abs(self.copter.real - self.pos.real) < 24:
+        if not self.foe and abs((self.copter - self).real) < 24:
             self.score = 1
         self.recruit()
 
@@ -2241,8 +2239,8 @@ class Commando(Side):
         frame[200:] = pattern("sand", "541", "874", 56, 512)[:, x:x + 256]
         sprites(frame, self.things, 40, corner)
         if not self.foe:
-            sprite(frame, "copter", self.copter - corner, 92)
-            arrow(frame, 128 + 40j, phase((self.copter - self.pos).real), 32, "ffff3c")
+            sprites(frame, [self.copter], 92, corner)
+            arrow(frame, 128 + 40j, phase((self.copter - self).real), 32, "ffff3c")
         for f in self.foes:
             at = f - corner
             if f.kind == "soldier" and at.imag < 170:
@@ -2260,7 +2258,7 @@ class Commando(Side):
 
     def wish(self):
         if not self.foe:
-            s = copysign(1, (self.copter - self.pos).real)
+            s = copysign(1, (self.copter - self).real)
             ahead = [(wire - self).real * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
@@ -2300,13 +2298,13 @@ class Glider(Side):
             y = 226 if self.tank else self.uniform(50, 195)
             self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y,
                                      wave=self.uniform(0, 6)))
-        if not self.tank:
-            self.fire(self.pos, self.things)
-        elif self.ammo and self.pressed("SOUTH", 20):
-            self.ammo -= 1
-            self.bolts.append(Thing("bomb", self.pos + 10j, v=self.speed() + 1j))
         if self.tank:
+            if self.ammo and self.pressed("SOUTH", 20):
+                self.ammo -= 1
+                self.bolts.append(Thing("bomb", self.pos + 10j, v=self.speed() + 1j))
             self.fly(self.bolts, self.falls, 999)
+        else:
+            self.fire(self.pos, self.things)
         for thing in list(self.things):
             self.meet(thing)
 
@@ -2350,17 +2348,17 @@ class Glider(Side):
             bar(frame, spot - 16 - 16j, 32 + 32j, "787878" if self.rests("SOUTH") else "ff3c3c", 5)
         for i in range(self.ammo):
             bar(frame, 8 + 12 * i + 236j, 7 + 16j, "ffc83c")
-        if self.want != "ring":
-            sprites(frame, self.things, 52, corner)
-        for ring in self.things if self.want == "ring" else ():
+        for thing in self.things:
+            if thing.kind != "ring":
+                sprites(frame, [thing], 52, corner)
+                continue
             for ink, thick in ("5a3200", 14), ("ffd200", 9):
-                cv2.ellipse(frame, dot(ring - corner), (16, 36), 0, 0, 360, colour(ink), thick)
+                cv2.ellipse(frame, dot(thing - corner), (16, 36), 0, 0, 360, colour(ink), thick)
         for bolt in self.bolts:
-            at = bolt - corner
             if self.tank:
-                sprite(frame, "bomb", at, 28, pi / 2)
+                sprite(frame, "bomb", bolt - corner, 28, pi / 2)
             else:
-                bar(frame, at - 9 - 3j, 18 + 6j, "78ffff")
+                bar(frame, bolt - corner - 9 - 3j, 18 + 6j, "78ffff")
         sprite(frame, "plane", self.pos - corner, 56, round(2 * self.left.imag) * tau / 32)
         return frame
 
@@ -2442,7 +2440,7 @@ class Dojo(Game):
     def chop(self, move):
         """Boards fly in from all sides: point the left stick at one and punch when it is in the ring."""
         self.aim = pointed(self.left, self.aim)
-        b = self.board = self.board or types.SimpleNamespace(angle=self.uniform(0, tau), far=112.0)
+        b = self.board = self.board or Thing("board", 0j, angle=self.uniform(0, tau), far=112.0)
         b.far -= 2.6
         if move == "WEST" and self.ready("blow", 8):
             if 26 < b.far < 60 and abs(wrap(self.aim - b.angle)) < 0.6:

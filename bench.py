@@ -156,7 +156,10 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
         if read_clip(path) != clip:
             raise UserError(f"{path}: expected what these flags record, found another: give another --out")
         return f"{path.name}: recorded already"
-    policy = learned(ckpt, euler) if ckpt else None
+    policy = None
+    if ckpt:
+        torch.set_num_threads(1)
+        policy = sample.Policy(ckpt, "cpu", steps=euler)
     with extract.new_folder(path) as tmp:
         writer, rows = extract.FramesWriter(tmp, "frames"), []
         for i, (frame, *row) in enumerate(film(tasks, seed, n, policy)):
@@ -766,13 +769,6 @@ class Learned:
         return self.coming.popleft()
 
 
-@functools.lru_cache(1)
-def learned(path, steps):
-    """The policy of --ckpt, once a process."""
-    torch.set_num_threads(1)
-    return sample.Policy(path, "cpu", steps=steps)
-
-
 # ---- games by others
 
 # weights/others.json says how a pad plays them: what holds for the Gymnasium ids that begin so; all that fit
@@ -818,7 +814,7 @@ class Foreign:
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
         packages = f"gymnasium {self.table.get('pip', '')}".strip()
         with (extract.reading(f"--env {task}", f"a game that can be made (pip install {packages}), whose "
-                              f"{self.table['frame']!r}, uint8 (h, w, 3), and actions the table knows"),
+                              f"frame {self.table['frame']!r} is uint8 (h, w, 3), and controls for its actions"),
               tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here, contextlib.chdir(here)):
             # ViZDoom leaves files there
             self.env = self.idle.pop() if self.idle else open_env(task, self.table)
@@ -902,8 +898,8 @@ def aims(game):
     is in four steps."""
     doom = game.inside.game
     middle, state = doom.get_screen_width() / 2, doom.get_state()
-    monsters = [label for label in (state.labels if state else ()) if label.object_category == "Monster"]
-    foes = [(label.x + label.width / 2 - middle, label.width / 2) for label in monsters]
+    foes = [(label.x + label.width / 2 - middle, label.width / 2)
+            for label in (state.labels if state else ()) if label.object_category == "Monster"]
     off, half = min(foes, key=lambda f: abs(f[0]) - 4 * f[1], default=(middle, 0.0))  # none in sight: turn on
     moved, game.off = off - getattr(game, "off", off), off
     soon = off + 4 * moved if abs(moved) < 60 else off                     # else it is another monster
@@ -1011,10 +1007,6 @@ class Game:
     def angle(self, p):
         """Where p is from straight ahead, in radians, right positive."""
         return phase(self.relative(p))
-
-    def compass(self, frame, target, ink):
-        """An arrow at the top to where to go now: up = ahead."""
-        arrow(frame, 128 + 40j, self.angle(target) - pi / 2, 32, ink)
 
     def back(self, x, y=0, h=256):
         """The scenery behind, from its column x and row y on; it is h pixels high."""
@@ -1350,21 +1342,16 @@ def free_cells(grid):
     return [complex(x, y) for y, x in np.argwhere(~grid)]
 
 
-def solid(grid, p):
-    """Is there a wall at a place?"""
-    return grid[int(p.imag), int(p.real)]
-
-
 def distances(grid, goal):
     """Steps to the cell of `goal` from every cell from which it can be reached: {cell: n}; cells are whole
     numbers."""
-    queue = [cell_of(goal)]
+    queue, free = [cell_of(goal)], {*free_cells(grid)}
     far = {queue[0]: 0}
     for here in queue:
-        for way in WAYS:
-            if here + way not in far and not solid(grid, here + way):
-                far[here + way] = far[here] + 1
-                queue.append(here + way)
+        for cell in (here + way for way in WAYS):
+            if cell in free and cell not in far:
+                far[cell] = far[here] + 1
+                queue.append(cell)
     return far
 
 
@@ -1409,7 +1396,8 @@ class Walled(Game):
 
     def blocked(self, p):
         """Is there a wall at a place?"""
-        return solid(self.grid, p / self.cell)
+        p /= self.cell
+        return self.grid[int(p.imag), int(p.real)]
 
     def send(self, thing, place, far, r=12):
         """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
@@ -1499,7 +1487,7 @@ class FirstPerson(Walled):
         for thing in sorted(self.things, key=self.distance, reverse=True):
             self.billboard(frame, thing)
         if self.things:
-            self.compass(frame, self.target(), self.goal.ink)
+            arrow(frame, 128 + 40j, self.angle(self.target()) - pi / 2, 32, self.goal.ink)
         return frame
 
     def billboard(self, frame, thing):
@@ -1713,7 +1701,7 @@ class Rally(Game):
                 x, y = LENGTH * rel.imag / rel.real, HORIZON + LENGTH * HIGH / rel.real
                 sprite(frame, thing.kind, complex(128 + x, y - size / 2), size)
         if self.park:
-            self.compass(frame, self.bay, "ffe63c")
+            arrow(frame, 128 + 40j, self.angle(self.bay) - pi / 2, 32, "ffe63c")
         sprite(frame, "car", 128 + 214j, 76)
         bar(frame, 8 + 240j, int(18 * max(self.speed, 0)) + 10j, "50ff78")
         line(frame, 128 + 186j, int(128 + 26 * self.left.real) + 186j, "ffffff", 4)
@@ -2156,10 +2144,10 @@ class Cliffs(Side):
 
     def wish(self):
         goal = self.nearest(self.things)
-        to = min(range(len(self.islands)), key=lambda i: abs(goal.at - self.islands[i].at))
+        to = min(range(len(self.islands)), key=lambda i: abs(goal - self.islands[i]))
         if to == self.on:
             d = goal - self
-            leap = goal.at.imag < self.islands[to].at.imag - 40 and abs(d.real) < 30 and self.ground
+            leap = (goal - self.islands[to]).imag < -40 and abs(d.real) < 30 and self.ground
             return span(d.real / 20), 0j, "SOUTH" if leap else ""
         x, run = self.cross(self.on + (1 if to > self.on else -1))
         return x, 0j, run

@@ -485,35 +485,34 @@ def transfer(args):
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
-    few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials(args)}
-    with stage(out, "record") as say:
+    with stage(out, "record the games to pre-train on"):
         for game in GAMES:
-            record_here(out / "data" / game, game, OTHERS_MINUTES, 0, args.workers)
-        for (game, minutes, seed), path in few.items():
-            record_here(path, game, minutes, 1000 + seed, args.workers)
-        say(f"{OTHERS_MINUTES} minutes of each game, {len(few)} small recordings of held-out ones")
-
+            record_here(args, out / "data" / game, game, OTHERS_MINUTES, 0)
     for game in games:
         with stage(out, f"{game}: pre-train on the others"):
             others = [out / "data" / name for name in GAMES if name != game]
             train_runs(PRETRAINING, {out / f"pre-{game}": [*others, "--preset", "toy", "--balance"]})
-    for trial, data in few.items():
-        with stage(out, "{}: {:g} minutes, seed {}".format(*trial)) as say:
-            starts = {"post-trained": ["--ckpt", out / f"pre-{trial[0]}"], "scratch": ["--preset", "toy"]}
-            runs = {who: (out / f"{who}-{data.name}", data, *start) for who, start in starts.items()}
+    for name, trial in trials(args).items():
+        game, minutes, seed = trial
+        with stage(out, name) as say:
+            data = out / "few" / name
+            record_here(args, data, game, minutes, 1000 + seed)
+            starts = {"post-trained": ["--ckpt", out / f"pre-{game}"], "scratch": ["--preset", "toy"]}
+            runs = {who: (out / f"{who}-{name}", data, *start) for who, start in starts.items()}
             results.append(train_and_play(args, trial, runs, say))
     compare(args, results)
 
 
 def trials(args):
-    """(game, minutes, seed) of each trial."""
-    return itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS)
+    """{name: (game, minutes, seed)} of all trials."""
+    every = itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS)
+    return {"{}-{:g}-{}".format(*trial): trial for trial in every}
 
 
-def record_here(path, game, minutes, seed, workers):
+def record_here(args, path, game, minutes, seed):
     """So many minutes of a game as clip folders in a folder."""
     jobs = recordings(path, pick_tasks([game]), minutes, seed)
-    print(*in_processes(record_folder, jobs, workers), sep="\n")
+    print(*in_processes(record_folder, jobs, args.workers), sep="\n")
 
 
 def train_and_play(args, trial, runs, say, **more):
@@ -579,12 +578,12 @@ def inverse(args):
     button F1 and onset F1.
     """
     out, results = folder(args.out), []
-    for game, minutes, seed in trials(args):
-        data = out / f"{game}-{minutes:g}-{seed}"
-        few, more, bare, model = (data / name for name in ("few", "more", "bare", "inverse"))
-        with stage(out, data.name) as say:
+    for name, trial in trials(args).items():
+        data, (game, minutes, seed) = out / name, trial
+        few, more, bare, model = (data / part for part in ("few", "more", "bare", "inverse"))
+        with stage(out, name) as say:
             for path, many in (few, minutes), (more, 10 * minutes):
-                record_here(path, game, many, f"{2000 + seed} {path.name}", args.workers)
+                record_here(args, path, game, many, f"{2000 + seed} {path.name}")
             if not bare.is_dir():
                 labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
                 shutil.copytree(more, bare, ignore=labels)
@@ -595,7 +594,7 @@ def inverse(args):
             say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}".format(*read))
             learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
             runs = {who: (data / who, *clips, "--preset", "toy") for who, clips in learns.items()}
-            results.append(train_and_play(args, (game, minutes, seed), runs, say, labels=read.tolist()))
+            results.append(train_and_play(args, trial, runs, say, labels=read.tolist()))
     compare(args, results)
 
 
@@ -650,7 +649,7 @@ def best_of_three(*works):
 def throughput(args):
     """Frames a second of each game under scripted play, and of each stage of the chain."""
     n, number, count = 20 * FPS, itertools.count(), lambda frames: sum(1 for _ in frames)
-    stages = {name: functools.partial(lambda tasks: count(film(tasks, "0 0", n)), tasks)
+    stages = {name: lambda tasks=tasks: count(film(tasks, "0 0", n))
               for name, tasks in by_game(TASKS).items()}
     with tempfile.TemporaryDirectory() as tmp:
         latest = lambda: max(Path(tmp).glob("*.mp4"))
@@ -669,13 +668,14 @@ def throughput(args):
 class Scripted:
     """Plays a task as a person does: knows the game's wish, but sees it late, moves sticks gradually and
     askew, and slips now and then."""
+    slip = 0
 
     def __init__(self, game, seed=0):
         self.game, self.rng = game, random.Random(f"player {seed}")
         self.late = deque([(0j, 0j, "")] * self.rng.randint(2, 4))
         self.askew, self.reach = self.rng.gauss(0, 0.05), self.rng.uniform(0.93, 1.0)
         self.quick, self.careless = self.rng.uniform(0.4, 0.7), self.rng.uniform(0.002, 0.007)
-        self.sticks, self.slip = [0j, 0j], 0
+        self.sticks = [0j, 0j]
 
     def act(self):
         """float (25,), the action of this step."""
@@ -707,8 +707,10 @@ class Blind:
     anew every 4 to 16 steps; or mashing: both sticks held in a direction or turning, with or without
     the game's attack, or sticks at rest and all buttons hammered."""
 
+    t = again = 0
+
     def __init__(self, game, seed=0, how="random"):
-        self.rng, self.t, self.again = random.Random(f"{how} {seed}"), 0, 0
+        self.rng = random.Random(f"{how} {seed}")
         self.way, _, attack = how.partition("+")
         self.draws = how in ("random", "mash")
         self.keys = game.keys if self.draws else game.attack if attack else ()
@@ -791,8 +793,8 @@ def foreign_task(args):
             table |= row
     if args.table:
         table |= read_json(args.table, dict)
-    fields = "fps, seconds, frame, controls, success"
-    with extract.reading(f"--env {args.env}", f"{fields} in --table ({', '.join(OTHERS)} are known)"):
+    with extract.reading(f"--env {args.env}", "fps, seconds, frame, controls, success in --table "
+                         f"({', '.join(OTHERS)} are known)"):
         words = {word for rule in table["controls"].values() for word in rule}
         if min(table["fps"], table["seconds"]) <= 0 or not {"return", "info"} & table["success"].keys():
             raise ValueError("fps or seconds of 0, or a success by neither return nor info")
@@ -808,13 +810,13 @@ def foreign_task(args):
 class Foreign:
     """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its
     table, environments at rest, and wish() where there is a scripted player."""
-    attack = ()
+    attack, t, score, won, over = (), 0, 0.0, False, False
 
     def __init__(self, task, seed=0):
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
-        packages = f"gymnasium {self.table.get('pip', '')}".strip()
-        with (extract.reading(f"--env {task}", f"a game that can be made (pip install {packages}), whose "
-                              f"frame {self.table['frame']!r} is uint8 (h, w, 3), and controls for its actions"),
+        with (extract.reading(f"--env {task}", "a game that can be made (pip install gymnasium "
+                              f"{self.table.get('pip', 'and its package')}), whose {self.table['frame']!r} "
+                              "is a frame uint8 (h, w, 3), and controls that fit its actions"),
               tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here, contextlib.chdir(here)):
             # ViZDoom leaves files there
             self.env = self.idle.pop() if self.idle else open_env(task, self.table)
@@ -824,7 +826,6 @@ class Foreign:
             self.choose = pad_to_action(self.env.action_space, self.table["controls"], names)
             self.choose(neutral())
             self.look(self.env.reset(seed=number)[0])
-        self.t, self.score, self.won, self.over = 0, 0.0, False, False
 
     def look(self, seen):
         """The picture after a step -> self.frame uint8 (256, 256, 3)."""
@@ -920,17 +921,17 @@ class Game:
     control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
     What "look" holds are attributes of all its tasks, what a task's "start" holds is of this one."""
     fps, at = FPS, property(lambda self: self.pos)
+    t = score = 0
+    won = over = False
+    left = right = 0j
+    held = frozenset()
 
     def __init__(self, task, seed=0):
         self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
         # A fixed level is the same for all seeds, its start is not.
         self.plan = random.Random(task) if self.task.fixed else self.rng
         self.uniform, self.choice = self.rng.uniform, self.rng.choice
-        self.t = self.score = 0
         self.health, self.due = self.lives, {}
-        self.won = self.over = False
-        self.left = self.right = 0j
-        self.held = frozenset()
         vars(self).update(self.task.start)
         self.things, self.foes, self.bolts, self.shots = [], [], [], []
         self.begin()
@@ -1472,7 +1473,7 @@ class FirstPerson(Walled):
             t = (lines - p.real) / rays.real
             y = np.clip(p.imag + t * rays.imag, 0, n - 1).astype(int)
             return np.where((t > 0) & walls[lines - (rays.real < 0), y], t, 99)
-        mirror = lambda v: 1j * v.conjugate()                                           # x and y change places
+        mirror = lambda v: 1j * v.conjugate()                                           # swaps x and y
         t = np.concatenate([crossings(p, rays, self.grid.T), crossings(mirror(p), mirror(rays), self.grid)])
         depth, across = t.min(0), t.argmin(0) >= n - 1         # the nearest wall, and whether it lies across
         self.depth = depth
@@ -1618,7 +1619,6 @@ class Rally(Game):
     """Driving behind a car: the ground is one big picture seen in perspective, a homography of it."""
 
     def begin(self):
-        self.speed, self.index, self.gates = 0.0, 0, []
         k, bend, start = self.plan.randint(2, 4), self.plan.uniform(0.16, 0.24), self.plan.uniform(0, tau)
         ways = np.arange(256) / 256 * tau
         path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + start)) * np.exp(1j * ways)
@@ -1890,7 +1890,6 @@ class Vault(TopDown):
     right trigger runs."""
 
     def begin(self):
-        self.face = 0.0
         self.pos = self.choice((1 + 1j, 6 + 1j, 1 + 6j, 6 + 6j)) * 32
         self.room()
 
@@ -1909,13 +1908,8 @@ class Vault(TopDown):
         self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
         self.foes, self.goes_to = [Thing("slime", at, hp=2) for at in places[:self.slimes]], self.pos
 
-    def done(self):
-        """One more point; the next room, if there is one to come and nothing left here to fight."""
-        self.score += 1
-        if not self.foes and self.score < self.task.goal:
-            self.room()
-
     def play(self):
+        done = self.score
         self.face = pointed(self.left, self.face)
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
         self.go(self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
@@ -1924,7 +1918,9 @@ class Vault(TopDown):
             if thing.kind == "key":
                 self.things.remove(thing)
             else:
-                self.done()
+                self.score += 1
+        if done < self.score < self.task.goal and not self.foes:
+            self.room()
 
     def fight(self, strike):
         """Slimes come on around the blocks; a strike and a bite push them back."""
@@ -1941,8 +1937,7 @@ class Vault(TopDown):
                     self.hurt()
             self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos, 1.1, 11)
             if s.hp <= 0:
-                self.foes.remove(s)
-                self.done()
+                self.take(self.foes, s)
 
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
@@ -1982,7 +1977,7 @@ class Shade(TopDown):
     which shortens the lights; EAST strikes from behind."""
 
     def begin(self):
-        self.alarm, grid = 0.0, walled(13, 11)
+        grid = walled(13, 11)
         for y, x in itertools.product((2, 6), (2, 6, 10)):
             grid[y, x] = self.plan.random() < 0.8                          # most of the pillars
         self.lay(grid)
@@ -2109,9 +2104,8 @@ class Cliffs(Side):
                 islands.append((at + s * half, half))
                 at += complex(s * (2 * half + uniform(50, 68)), choice((-20, 0, 20)))
         self.islands = [Thing("island", at, half=half) for at, half in islands]
-        self.on = 3 if self.coins else 0               # the island stood on, and to come back to
         self.stand(self.islands[self.on].at)
-        for island in self.islands[1:3] + self.islands[4:6] if self.coins else ():
+        for island in (self.islands[i] for i in self.coins):
             aside = self.uniform(15 - island.half, island.half - 15)
             self.things.append(Thing("coin", island.at + aside - self.choice((16j, 70j))))
         self.things = self.things or [Thing("flag", self.islands[-1].at - 20j)]
@@ -2270,7 +2264,6 @@ class Glider(Side):
     mark on the ground shows."""
 
     def begin(self):
-        self.gap, self.aim = 70.0, 0.0
         self.pos = complex(0, self.uniform(70, 180))
 
     def speed(self):
@@ -2371,7 +2364,7 @@ class Dojo(Game):
     guard high (kick low); boards to break. Who fights stands on a line: places are numbers."""
 
     def begin(self):
-        self.board, self.pos, self.way, self.aim = None, 128.0, self.either_way(), 0.0
+        self.way = self.either_way()
         self.floor = pattern("planks", "630", "a62", 256, 256).copy()
         self.floor[:170] = pattern("grid", "fec", "c96", 170, 256)
         disc(self.floor, 128 + 70j, 40, "e63c32")

@@ -1421,14 +1421,12 @@ class FirstPerson(Walled):
     @classmethod
     @functools.lru_cache(8)
     def paint(cls):
-        """Wall texture (32 shades x 32 x 32, 3) and ceiling and floor (128, 128, 3), uint8."""
-        texture = np.float32(pattern(*cls.wall, 32, 32))
-        shades = [texture * (1 - i / 18) * side for side in (1, 0.75) for i in range(16)]
+        """Wall texture float32 (32, 32, 3), and ceiling and floor uint8 (128, 128, 3)."""
         y = np.linspace(-1, 1, 128)[:, None]
         inks = zip(cls.ceiling, cls.floor)
         far, near = (np.where(y < 0, colour(above), colour(below)) for above, below in inks)
         ground = (1 - abs(y)) * far + abs(y) * near
-        return np.uint8(shades).reshape(-1, 3), np.repeat(np.uint8(ground)[:, None], 128, 1)
+        return np.float32(pattern(*cls.wall, 32, 32)), np.repeat(np.uint8(ground)[:, None], 128, 1)
 
     def begin(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
@@ -1479,10 +1477,11 @@ class FirstPerson(Walled):
         self.depth = depth
         ends = p + depth * rays
         u = (np.where(across, ends.real, ends.imag) % 1 * 32).astype(int)
-        shade = np.minimum(depth * 2, 15).astype(int) + 16 * across
+        light = np.float32(1 - np.minimum(depth * 2, 15).astype(int) / 18)[:, None]
+        side = np.float32(np.where(across, 0.75, 1))[:, None]
         v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(int)                    # (128, 128)
         texture, ground = self.paint()
-        walls = texture.take(shade * 1024 + u + v * 32, 0, mode="clip")
+        walls = np.uint8(texture[v % 32, u] * light * side)
         pixels = cv2.copyTo(walls, np.uint8(v == v % 32), ground.copy())
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
         for thing in sorted(self.things, key=self.distance, reverse=True):
@@ -1707,26 +1706,23 @@ class Rally(Game):
         line(frame, 128 + 186j, int(128 + 26 * self.left.real) + 186j, "ffffff", 4)
         return frame
 
-    def pedal(self, fast, over):
-        """The trigger that brings the speed to `fast`; the brake only from `over` above it."""
-        if self.speed < fast:
-            return "RIGHT_TRIGGER"
-        return "LEFT_TRIGGER" if self.speed > fast + over else ""
-
     def wish(self):
         if self.park:
             rel = self.relative(self.bay)
             angle, far = phase(rel), abs(rel)
             if abs(angle) > 1.9 and far < 130:
                 return -copysign(1, rel.imag), 0j, "LEFT_TRIGGER"
+            turn, over = 2.5 * angle, 0.4
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
-            return span(2.5 * angle), 0j, self.pedal(fast, 0.4)
-        target = self.path[self.index + 9]
-        close = [r for r in self.foes if 0 < r.along - self.index < 13]
-        if close:                                                          # pass the first on its other side
-            target = self.beside(self.index + 7, -close[0].side)
-        angle = self.angle(target)
-        return span(2.6 * angle), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
+        else:
+            target = self.path[self.index + 9]
+            close = [r for r in self.foes if 0 < r.along - self.index < 13]
+            if close:                                                      # pass the first on its other side
+                target = self.beside(self.index + 7, -close[0].side)
+            turn, over = 2.6 * self.angle(target), 1
+            fast = 3 if abs(turn) > 1.56 else 4.4
+        brake = "LEFT_TRIGGER" if self.speed > fast + over else ""
+        return span(turn), 0j, "RIGHT_TRIGGER" if self.speed < fast else brake
 
 
 # ---- top-down
@@ -2095,7 +2091,7 @@ class Cliffs(Side):
     def begin(self):
         s, at, uniform, choice = self.either_way(), 0j, self.plan.uniform, self.plan.choice
         islands = [(0j, 90)] if self.tower else []
-        for _ in range(7 + self.tower):
+        for _ in range(self.steps):
             if self.tower:
                 at += choice((-1, 1)) * s * uniform(60, 88) - 58j
                 islands.append((at, 34))
@@ -2181,7 +2177,7 @@ class Commando(Side):
 
     def recruit(self):
         """Soldiers to both sides, on the ground or on ledges; turrets in the air."""
-        for side in (-1, 1) if self.foe and not self.foes else ():
+        for side in () if self.foes else self.sides:
             x = self.pos.real + side * self.uniform(80, 112)
             at = complex(x, 200 - self.choice(self.heights))
             self.foes.append(Thing(self.foe, at, hp=self.hp, wait=self.rng.randint(40, 90)))
@@ -2211,8 +2207,8 @@ class Commando(Side):
             self.take(self.foes, f)
         elif f.wait <= 0:
             f.wait, d = 75, heart - f
-            flat = self.foe == "soldier" and f.at.imag >= 170
-            self.shots.append(Thing("mine", f.at, v=2.6 * (copysign(1, d.real) if flat else unit(d))))
+            way = copysign(1, d.real) if f.at.imag >= 170 else unit(d)
+            self.shots.append(Thing("mine", f.at, v=2.6 * way))
 
     def draw(self):
         corner = self.pos.real - 128

@@ -1011,7 +1011,8 @@ class Game:
 
     def back(self, x, y=0, h=256):
         """The scenery behind, from its column x and row y on; it is h pixels high."""
-        return sky(*self.scenery, h)[y:y + 256, int(x) % 512:int(x) % 512 + 256].copy()
+        x = int(x) % 512
+        return sky(*self.scenery, h)[y:y + 256, x:x + 256].copy()
 
     def fly(self, shots, hits, reach=200):
         """Move shots (at, v); gone are those that hit something (hits(shot) sees to what follows) or are
@@ -1530,20 +1531,20 @@ class Crypt(FirstPerson):
 
     def fight(self, ghoul, reach):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
-        off, shield = lambda: abs(self.angle(ghoul)), "LEFT_TRIGGER" in self.held
         self.goes_to = ghoul.at
         if reach > 0.8:
             to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
             self.send(ghoul, to, 0.025, 0.2)
+        off, shield = abs(self.angle(ghoul)), "LEFT_TRIGGER" in self.held
         if ghoul.wind:
             ghoul.wind -= 1
-            if not ghoul.wind and reach < 1.3 and not (shield and off() < 0.7):
+            if not ghoul.wind and reach < 1.3 and not (shield and off < 0.7):
                 self.hurt()
         elif reach < 1.2 and self.ready("wind", 45):
             ghoul.wind = 15
         ghoul.kind = "ghoul!" if ghoul.wind else "ghoul"
         if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
-            if reach < 1.25 and off() < 0.45:
+            if reach < 1.25 and off < 0.45:
                 ghoul.hp -= 1
                 self.send(ghoul, self, -0.3, 0.2)
 
@@ -1742,9 +1743,8 @@ class TopDown(Walled):
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
-        corner = self.pos - CENTRE
-        x, y = dot(corner)
-        return self.ground[y + 128:y + 384, x + 128:x + 384].copy(), corner
+        x, y = dot(self.pos)                                               # of the corner, with the margin
+        return self.ground[y:y + 256, x:x + 256].copy(), self.pos - CENTRE
 
     def trail(self, frame, places, start, ink):
         """Dots on the floor along the way to go, from place to place on the screen."""
@@ -1909,7 +1909,21 @@ class Vault(TopDown):
         self.face = pointed(self.left, self.face)
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
         self.go(self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
-        self.fight(self.pressed("WEST", 24))
+        strike = self.pressed("WEST", 24)
+        if self.t % 4 == 0:
+            self.goes_to = self.pos
+        for s in list(self.foes):                                          # they come on around the blocks
+            d = s - self
+            far = abs(d)
+            struck = strike and far < 50 and between(d, self.face) < 0.7
+            s.hp -= struck
+            if struck or far < 22:                                         # both push it back
+                self.send(s, self, -30, 11)
+                if not struck:
+                    self.hurt()
+            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self, 1.1, 11)
+            if s.hp <= 0:
+                self.take(self.foes, s)
         for thing in filter(self.reached, self.things[:1]):
             if thing.kind == "key":
                 self.things.remove(thing)
@@ -1917,23 +1931,6 @@ class Vault(TopDown):
                 self.score += 1
         if done < self.score < self.task.goal and not self.foes:
             self.room()
-
-    def fight(self, strike):
-        """Slimes come on around the blocks; a strike and a bite push them back."""
-        if self.t % 4 == 0:
-            self.goes_to = self.pos
-        for s in list(self.foes):
-            d = s - self
-            far = abs(d)
-            struck = strike and far < 50 and between(d, self.face) < 0.7
-            s.hp -= struck
-            if struck or far < 22:
-                self.send(s, self, -30, 11)
-                if not struck:
-                    self.hurt()
-            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos, 1.1, 11)
-            if s.hp <= 0:
-                self.take(self.foes, s)
 
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
@@ -1958,7 +1955,7 @@ class Vault(TopDown):
         goal = self.nearest(self.foes or self.things[:1])
         d = goal - self
         far = abs(d)
-        to = self.on_the_way(goal.at, self.pos) if far > (60 if self.foes else 32) else goal.at
+        to = self.on_the_way(goal.at, self.pos) if far > self.close else goal.at
         way = unit(to - self.pos)
         if not self.foes:
             return way, 0j, goal.button if far < 40 else "RIGHT_TRIGGER" if far > 80 else ""
@@ -2006,7 +2003,7 @@ class Shade(TopDown):
             if self.blocked(g.at + 26 * g.way):
                 g.way = -g.way
             g.at += 1.3 * g.way
-            strikes = self.knife and self.distance(g) < 52 and "EAST" in self.held
+            strikes = self.distance(g) < self.blade and "EAST" in self.held
             if strikes and not self.lit(self.pos, g) and self.ready("EAST", 12):
                 self.take(self.foes, g)
         seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.foes)
@@ -2054,7 +2051,7 @@ class Shade(TopDown):
             if gain > most + 0.01:
                 best, most = d, gain
         near = min(map(self.distance, self.foes))
-        strike = "EAST" if self.knife and near < 50 else ""
+        strike = "EAST" if near < self.blade - 2 else ""
         return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
 
 
@@ -2188,27 +2185,23 @@ class Commando(Side):
         heart = self.pos - 22j
         self.fire(heart, self.foes)
         self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
-        for f in list(self.foes):
-            self.skirmish(f, heart)
+        for f in list(self.foes):                          # they keep near and shoot now and then
+            f.wait -= 1
+            d = heart - f
+            if abs(d.real) > 112:
+                f.at += copysign(2.6, d.real)
+            if f.hp <= 0:
+                self.take(self.foes, f)
+            elif f.wait <= 0:
+                f.wait, d = 75, heart - f
+                way = copysign(1, d.real) if f.at.imag >= 170 else unit(d)          # on the ground along it
+                self.shots.append(Thing("mine", f.at, v=2.6 * way))
         torn = any(abs((wire - self).real) < 20 for wire in self.things)
         if torn and self.pos.imag > 178:
             self.hurt(20)
         if not self.foe and abs((self.copter - self).real) < 24:
             self.score = 1
         self.recruit()
-
-    def skirmish(self, f, heart):
-        """A foe keeps near and shoots now and then, a soldier on the ground straight along it."""
-        f.wait -= 1
-        d = heart - f
-        if abs(d.real) > 112:
-            f.at += copysign(2.6, d.real)
-        if f.hp <= 0:
-            self.take(self.foes, f)
-        elif f.wait <= 0:
-            f.wait, d = 75, heart - f
-            way = copysign(1, d.real) if f.at.imag >= 170 else unit(d)
-            self.shots.append(Thing("mine", f.at, v=2.6 * way))
 
     def draw(self):
         corner = self.pos.real - 128

@@ -313,8 +313,8 @@ def replay(task, seed, actions):
 def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
     tasks, groups = next(iter(table.values())), {}
-    kinds = lambda task: (f"type: {TASKS[task].kind}", f"family: {PLAYABLE[task].family}")
-    for column in zip(*((task, *(kinds(task) if task in TASKS else ()), "all") for task in tasks)):
+    kinds = {task: (f"type: {row.kind}", f"family: {row.game.family}") for task, row in TASKS.items()}
+    for column in zip(*((task, *kinds.get(task, ()), "all") for task in tasks)):
         for task, group in zip(tasks, column):
             groups.setdefault(group, []).append(task)
     return {name: {who: share(np.concatenate([ended[task] for task in group]))
@@ -671,10 +671,10 @@ class Scripted:
     slip = 0
 
     def __init__(self, game, seed=0):
-        self.game, self.rng = game, random.Random(f"player {seed}")
-        self.late = deque([(0j, 0j, "")] * self.rng.randint(2, 4))
-        self.askew, self.reach = self.rng.gauss(0, 0.05), self.rng.uniform(0.93, 1.0)
-        self.quick, self.careless = self.rng.uniform(0.4, 0.7), self.rng.uniform(0.002, 0.007)
+        self.game, rng = game, random.Random(f"player {seed}")
+        self.late = deque([(0j, 0j, "")] * rng.randint(2, 4))
+        self.askew, self.reach = rng.gauss(0, 0.05), rng.uniform(0.93, 1.0)
+        self.quick, self.careless, self.rng = rng.uniform(0.4, 0.7), rng.uniform(0.002, 0.007), rng
         self.sticks = [0j, 0j]
 
     def act(self):
@@ -1737,9 +1737,8 @@ class TopDown(Walled):
         self.enter(grid)
         wall = np.kron(grid, np.ones((self.cell, self.cell), bool))
         block, floor = (pattern(*look, *wall.shape) for look in (self.block, self.floor))
-        dark = [value // 2 for value in colour(self.block[1])]
         self.ground = cv2.copyMakeBorder(np.where(wall[..., None], block, floor), *[128] * 4,
-                                         cv2.BORDER_CONSTANT, value=dark)
+                                         cv2.BORDER_CONSTANT, value=colour(self.dark))
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
@@ -1761,9 +1760,6 @@ class TopDown(Walled):
         if far > 116:
             d *= 102 / far
             arrow(frame, CENTRE + d, phase(d), 22, ink)
-
-
-COURT = 90, 678                                    # where things are put in Swarm
 
 
 class Swarm(TopDown):
@@ -1788,7 +1784,7 @@ class Swarm(TopDown):
         """The next gem, and mines on the way to it."""
         at = self.spot(self.pos, 130, 200)
         if abs(at - self.pos) < 90:
-            at = fence(2 * self.pos - at, *COURT)
+            at = fence(2 * self.pos - at, 90, 678)
         self.gem = Thing("gem", at, near=28)
         halfway = lambda: self.pos + (at - self.pos) * self.uniform(0.4, 0.7)
         mines = [Thing("mine", self.spot(halfway(), 0, 40), near=26) for _ in range(2)]
@@ -1796,7 +1792,7 @@ class Swarm(TopDown):
 
     def spot(self, p, low, high):
         """A place in the court around p."""
-        return fence(p + self.around(low, high), *COURT)
+        return fence(p + self.around(low, high), 90, 678)
 
     def play(self):
         self.aim = pointed(self.right, pointed(self.left, self.aim))
@@ -2276,7 +2272,18 @@ class Glider(Side):
         else:
             self.fire(self.pos, self.things)
         for thing in list(self.things):
-            self.meet(thing)
+            d = thing - self
+            if self.want == "foe":
+                y = thing.base + 14 * math.sin(thing.wave + self.t / 18)
+                thing.at = complex(thing.at.real - 0.4, y)
+                if abs(d.real) < 30 and abs(d.imag) < 26:
+                    self.hurt()
+            passed = self.want == "ring" and abs(d.real) < self.speed()
+            if thing.hp <= 0 or (passed and abs(d.imag) < 25):
+                self.take(self.things, thing)
+            elif passed or d.real < -90:                       # a ring or foe missed; tanks may be passed
+                self.things.remove(thing)
+                self.health -= not self.tank
 
     def falls(self, bomb):
         """hits() for fly(): a bomb falls faster and faster, and hits the tanks near where it ends."""
@@ -2285,21 +2292,6 @@ class Glider(Side):
         for tank in self.things if ends else ():
             tank.hp -= abs((tank - bomb).real) < 22
         return ends
-
-    def meet(self, thing):
-        """A ring is flown through or missed, a foe shot, touched or let through, a tank bombed or passed."""
-        d = thing - self
-        if self.want == "foe":
-            y = thing.base + 14 * math.sin(thing.wave + self.t / 18)
-            thing.at = complex(thing.at.real - 0.4, y)
-            if abs(d.real) < 30 and abs(d.imag) < 26:
-                self.hurt()
-        through = self.want == "ring" and abs(d.real) < self.speed()
-        if thing.hp <= 0 or (through and abs(d.imag) < 25):
-            self.take(self.things, thing)
-        elif through or d.real < -90:
-            self.things.remove(thing)
-            self.health -= not self.tank
 
     def mark(self):
         """How far ahead a bomb dropped now would fall: dy = v t + g t^2 / 2."""

@@ -97,8 +97,7 @@ def chosen(args, names):
 def record(args):
     """Scripted play of games -> clip folders with the true actions, or videos with a pad drawn over them."""
     tasks = chosen(args, args.games)
-    game = PLAYABLE[tasks[0]]
-    if not hasattr(game, "wish"):
+    if not hasattr(PLAYABLE[tasks[0]], "wish"):
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
     if args.ckpt and args.video:
@@ -112,8 +111,8 @@ def record(args):
 def recordings(out, tasks, minutes, seed, clip=30.0):
     """Jobs for record_folder or record_video: so many minutes of each game, in clips of so many seconds at
     most."""
-    seconds, game = min(clip, minutes * 60), PLAYABLE[tasks[0]]
-    return [(folder(out) / f"{name}-{i:03}", group, f"{seed} {i}", round(seconds * game.fps))
+    seconds = min(clip, minutes * 60)
+    return [(folder(out) / f"{name}-{i:03}", group, f"{seed} {i}", round(seconds * PLAYABLE[tasks[0]].fps))
             for name, group in by_game(tasks).items() for i in range(round(minutes * 60 / seconds))]
 
 
@@ -365,7 +364,7 @@ def demo(args):
     if before.is_file() and read_json(before, dict) != asked:
         raise UserError(f"{before}: expected the flags of this run, found others: give a new --out")
     write_json(before, asked)
-    videos, clips = folder(out / "videos"), out / "clips"
+    videos, clips = out / "videos", out / "clips"
     runs = {"model": out / "model", "true labels": out / "model-truth"}
 
     with stage(out, "play on video") as say:
@@ -519,15 +518,10 @@ def train_and_play(args, trial, runs, say, **more):
     """Train models {name: (run, data and flags)} on the data of a trial -> its result: what they complete."""
     game, minutes, seed = trial
     train_runs(args.steps, {run: [*words, "--seed", seed] for run, *words in runs.values()})
-    rows = play_runs(args, game, seed, {who: run for who, (run, *_) in runs.items()})
+    rows = rows_of({who: play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
+                    for who, (run, *_) in runs.items()})
     say(in_words(rows))
     return {"game": game, "minutes": minutes, "seed": seed, "rows": rows, **more}
-
-
-def play_runs(args, game, seed, runs):
-    """A game played by the models of runs {name: run} -> rows_of()."""
-    return rows_of({who: play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
-                    for who, run in runs.items()})
 
 
 def compare(args, results):
@@ -628,18 +622,18 @@ def latency(args):
     for k in args.steps:
         with torch.inference_mode():
             apart = float((ours(k) - released(k)).abs().max())
-            fast, slow = best_of_three(lambda: ours(k), lambda: released(k))
+            fast, slow = best_of_three(lambda n: ours(k), lambda n: released(k))
         print(f"{k:3} steps | ours {fast:.3f} s | released {slow:.3f} s | {slow / fast:.2f} x faster | "
               f"largest difference {apart:.1e}")
 
 
 def best_of_three(*works):
-    """Seconds of each of some functions, the best of three, in turn."""
+    """Seconds of each of some functions of the round's number, the best of three rounds."""
     best = [math.inf] * len(works)
-    for _ in range(3):
+    for n in range(3):
         for i, work in enumerate(works):
             began = time.perf_counter()
-            work()
+            work(n)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             best[i] = min(best[i], time.perf_counter() - began)
@@ -648,19 +642,18 @@ def best_of_three(*works):
 
 def throughput(args):
     """Frames a second of each game under scripted play, and of each stage of the chain."""
-    n, number, count = 20 * FPS, itertools.count(), lambda frames: sum(1 for _ in frames)
-    stages = {name: lambda tasks=tasks: count(film(tasks, "0 0", n))
+    steps, count = 20 * FPS, lambda frames: sum(1 for _ in frames)
+    stages = {name: lambda n, tasks=tasks: count(film(tasks, "0 0", steps))
               for name, tasks in by_game(TASKS).items()}
     with tempfile.TemporaryDirectory() as tmp:
-        latest = lambda: max(Path(tmp).glob("*.mp4"))
-        stages |= {"record": lambda: record_video(Path(tmp) / f"{next(number)}", ["swarm/bugs"], "0 0", n),
-                   "decode": lambda: count(read_video(latest())),
-                   "extract.py": lambda: extract.main([str(latest()), "--out", f"{tmp}/clips"]),
-                   "parse.py": lambda: parse.main(["run", f"{tmp}/clips"])}
-        with contextlib.redirect_stdout(io.StringIO()):   # later times the templates are drawn, described
+        stages |= {"record": lambda n: record_video(Path(tmp) / f"{n}", ["swarm/bugs"], "0 0", steps),
+                   "decode": lambda n: count(read_video(f"{tmp}/{n}.mp4")),
+                   "extract.py": lambda n: extract.main([f"{tmp}/{n}.mp4", "--out", f"{tmp}/clips"]),
+                   "parse.py": lambda n: parse.main(["run", f"{tmp}/clips"])}
+        with contextlib.redirect_stdout(io.StringIO()):    # after one round the templates are drawn, described
             took = best_of_three(*stages.values())
     for name, seconds in zip(stages, took):
-        print(f"{name:12} {n / seconds:8.0f} frames/s")
+        print(f"{name:12} {steps / seconds:8.0f} frames/s")
 
 
 # ---- players
@@ -1103,8 +1096,8 @@ def run_scripts(*commands):
 
 def machine():
     """What the numbers were taken on."""
-    versions = f"torch {torch.__version__}, opencv {cv2.__version__}"
-    return f"{platform.machine()}, {cores()} cores, {versions}"
+    return (f"{platform.machine()}, {cores()} cores, torch {torch.__version__}, "
+            f"opencv {cv2.__version__}")
 
 
 def paste_pad(ground, skin, action, opacity=1.0):
@@ -1168,7 +1161,7 @@ class Thing(types.SimpleNamespace):
         return getattr(other, "at", other) - self.at
 
 
-@functools.lru_cache(512)
+@functools.cache
 def colour(code):
     """'f80' or 'ff8800' -> (255, 136, 0)."""
     return ImageColor.getrgb(f"#{code}")
@@ -1206,8 +1199,8 @@ def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
     x, y = round(at.real) - size // 2, round(at.imag) - size // 2
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + size, 256), min(y + size, 256)
     if x0 < x1 and y0 < y1:
-        layers = icon(name, size, round(turn / tau * 32) % 32, flip)
-        picture, mask = (layer[y0 - y:y1 - y, x0 - x:x1 - x] for layer in layers)
+        picture, mask = (layer[y0 - y:y1 - y, x0 - x:x1 - x]
+                         for layer in icon(name, size, round(turn / tau * 32) % 32, flip))
         cv2.copyTo(picture, mask if seen is None else mask * seen[x0:x1], frame[y0:y1, x0:x1])
 
 
@@ -1254,7 +1247,7 @@ def whole(places):
     return np.int32([(p.real, p.imag) for p in places])
 
 
-@functools.lru_cache(64)
+@functools.cache
 def pattern(kind, dark, light, h, w):
     """A texture of two colours with some noise, uint8 (h, w, 3)."""
     y, x = np.mgrid[:h, :w]
@@ -1270,7 +1263,7 @@ def pattern(kind, dark, light, h, w):
     return np.uint8(colour(dark) * (1 - mixed) + colour(light) * mixed)
 
 
-@functools.lru_cache(16)
+@functools.cache
 def sky(top, low, far, near, h):
     """Hills under a sky, uint8 (h, 768, 3), the same every 512 columns."""
     shade = np.linspace(0, 1, h)[:, None, None]
@@ -1420,7 +1413,7 @@ class FirstPerson(Walled):
     at once. The left stick walks, the right one turns."""
 
     @classmethod
-    @functools.lru_cache(8)
+    @functools.cache
     def paint(cls):
         """Wall texture float32 (32, 32, 3), and ceiling and floor uint8 (128, 128, 3)."""
         y = np.linspace(-1, 1, 128)[:, None]
@@ -2162,10 +2155,11 @@ class Commando(Side):
         self.stand(200j)
         self.aim = self.choice((0, pi))
         if not self.foe:
-            s = self.either_way()
-            steps = itertools.accumulate((self.plan.uniform(90, 150) for _ in range(7)), initial=60.0)
-            self.things = [Thing("wire", s * x + 186j) for x in steps][1:]
-            self.copter = Thing("copter", self.things[-1].at + 110 * s - 26j)
+            s, x = self.either_way(), 60.0
+            for _ in range(7):
+                x += self.plan.uniform(90, 150)
+                self.things.append(Thing("wire", s * x + 186j))
+            self.copter = Thing("copter", s * (x + 110) + 160j)
         self.recruit()
 
     def recruit(self):
@@ -2366,13 +2360,19 @@ class Dojo(Game):
             self.rival(f, move)
         if move in ("WEST", "SOUTH") and self.ready("blow", 12):
             f = self.nearest(self.foes)
-            if 0 < (f - self) * self.way < 58:
-                self.blow(f, move)
+            if 0 < (f - self) * self.way < 58:             # near, and in front
+                if self.answers[f.kind] == move:
+                    self.score += 1
+                    f.kind, f.wait = "idle", 12
+                    f.at = span(f.at + 26 * self.way, 16, 240)
+                    if self.rivals == 1 and self.rng.random() < 0.5:
+                        f.at = span(2 * self.pos - f, 16, 240)               # leaps over to the other side
+                elif f.kind != "idle":
+                    self.fumble()
 
     def rival(self, f, move):
         """A rival keeps its distance, and now and then it opens, guards or winds up and strikes."""
         d, idle = f - self, f.kind == "idle"
-        free = all(g is f or g.kind == "idle" for g in self.foes)
         f.wait -= 1
         if abs(d) > 44:
             f.at -= copysign(1.2, d) if self.rivals == 1 or not idle else 0
@@ -2381,21 +2381,12 @@ class Dojo(Game):
         if f.wait <= 0:
             if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
                 self.hurt()
-            f.kind = self.choice(("open", "shut", "wind")) if idle and free else "idle"
+            idle = all(g.kind == "idle" for g in self.foes)
+            f.kind = self.choice(("open", "shut", "wind")) if idle else "idle"
             f.wait = self.waits.get(f.kind, self.rng.randint(8, 16))
 
-    def blow(self, f, move):
-        """A blow lands where it is the answer, and stuns the player where it is not."""
-        if self.answers[f.kind] == move:
-            self.score += 1
-            f.kind, f.wait = "idle", 12
-            f.at = span(f.at + 26 * self.way, 16, 240)
-            if self.rivals == 1 and self.rng.random() < 0.5:
-                f.at = span(2 * self.pos - f, 16, 240)                       # leaps over to the other side
-        elif f.kind != "idle":
-            self.fumble()
-
     def fumble(self):
+        """A wrong move hurts and stuns."""
         self.ready("stun", 12)
         self.hurt()
 

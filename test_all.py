@@ -4234,8 +4234,9 @@ def test_inverse_labels_what_has_none_and_compares_three_models(tmp_path, monkey
     monkeypatch.setattr(bench, "SEEDS", [0])
     monkeypatch.setattr(bench, "train_runs", lambda steps, runs: learnt.update(runs))
     monkeypatch.setattr(bench, "run_scripts", label)
-    rows = lambda args, game, seed, runs: {"all": {who: {"rate": len(who) / 10} for who in runs}}
-    monkeypatch.setattr(bench, "play_runs", rows)
+    monkeypatch.setattr(sample, "Policy", lambda run, *_, **__: run.name)
+    monkeypatch.setattr(bench, "play_model", lambda who, *_, **__: {
+        "dojo/boards": np.tile(np.arange(10)[:, None] < len(who), 2)})
     flags = "--games dojo --minutes 0.04 -n 1"
     assert run(bench.main, "inverse", "--out", tmp_path, *flags.split()) == 0
     said = capsys.readouterr().out

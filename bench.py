@@ -217,8 +217,8 @@ def suite(args):
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
                                     8 if args.env else 64, folder(args.out) if args.video else None)
-    players = {"random": True, "scripted": hasattr(PLAYABLE[tasks[0]], "wish"), MASHING: args.mashing}
-    players = [who for who, plays in players.items() if plays]
+    plays = {"random": True, "scripted": hasattr(PLAYABLE[tasks[0]], "wish"), MASHING: args.mashing}
+    players = [who for who in plays if plays[who]]
     rows = rows_of(completion(tasks, players, args.n, args.seed, 1 if args.env else args.workers) | table)
     show_rows(rows)
     if args.env:
@@ -458,8 +458,8 @@ def story(out, video, tasks, rows, finding, reading):
     for k, task in enumerate(tasks[:3]):
         film = out / film_name(task)
         show(20 + 290 * k, 590, 280, frame_of(film, extract.video_info(film)["n"] // 2), task)
-    n = rows[tasks[0]]["model"]["n"]
-    write(page, 890, 560, f"4  tasks completed, n {n} each; thin lines: 95 % intervals", 16)
+    write(page, 890, 560, f"4  tasks completed, n {rows[tasks[0]]['model']['n']} each; thin lines: 95 % "
+          "intervals", 16)
     chart(page, 575, {name: row for name, row in rows.items() if ":" not in name})
     page.save(out / "demo.png")
 
@@ -496,8 +496,8 @@ def transfer(args):
         with stage(out, name) as say:
             data = out / "few" / name
             record_here(args, data, game, minutes, 1000 + seed)
-            starts = {"post-trained": ["--ckpt", out / f"pre-{game}"], "scratch": ["--preset", "toy"]}
-            runs = {who: (out / f"{who}-{name}", data, *start) for who, start in starts.items()}
+            runs = {"post-trained": (out / f"post-trained-{name}", data, "--ckpt", out / f"pre-{game}"),
+                    "scratch": (out / f"scratch-{name}", data, "--preset", "toy")}
             results.append(train_and_play(args, trial, runs, say))
     compare(args, results)
 
@@ -546,14 +546,14 @@ def gains_of(results):
     return {name: gain(np.array(rows)) for name, rows in rates.items()}
 
 
-def gain(rates, rounds=4000):
+def gain(rates):
     """Completion by two or more kinds of models, a row each trial, float (n, k) -> the means ("rates"), and
     of the first over the second the difference ("points") and the relative "gain", each [value, low, high]
     with the interval of resampled rows. The gain is None where the second completes nothing, its interval is
     of the draws in which it completes something.
     """
-    picks = np.random.default_rng(0).integers(len(rates), size=(rounds, len(rates)))
-    drawn, means = rates[picks].mean(1), rates.mean(0)                                   # (rounds, k), (k,)
+    picks = np.random.default_rng(0).integers(len(rates), size=(4000, len(rates)))
+    drawn, means = rates[picks].mean(1), rates.mean(0)                                     # (4000, k), (k,)
 
     def figure(measure, draws):
         return [float(measure(*means[:2])), *np.quantile(measure(*draws.T[:2]), (0.025, 0.975)).tolist()]
@@ -650,7 +650,7 @@ def throughput(args):
                    "decode": lambda n: count(read_video(f"{tmp}/{n}.mp4")),
                    "extract.py": lambda n: extract.main([f"{tmp}/{n}.mp4", "--out", f"{tmp}/clips"]),
                    "parse.py": lambda n: parse.main(["run", f"{tmp}/clips"])}
-        with contextlib.redirect_stdout(io.StringIO()):    # after one round the templates are drawn, described
+        with contextlib.redirect_stdout(io.StringIO()):    # after a round the templates are drawn, described
             took = best_of_three(*stages.values())
     for name, seconds in zip(stages, took):
         print(f"{name:12} {steps / seconds:8.0f} frames/s")
@@ -1581,8 +1581,7 @@ class Siege(FirstPerson):
             aimed = abs(self.angle(drone)) < 0.3 / reach
             drone.hp -= aimed and self.sees(self.pos, drone.at)
         if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
-            speed = 0.07 * unit(self - drone)
-            self.shots.append(Thing("mine", drone.at, v=speed, lift=0.35, size=0.2))
+            self.shots.append(Thing("mine", drone.at, v=0.07 * unit(self - drone), lift=0.35, size=0.2))
         self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or self.blocked(shot.at))
 
     def draw(self):
@@ -1799,7 +1798,20 @@ class Swarm(TopDown):
             elif self.distance(f) < self.reach:
                 self.hurt()
                 self.send(f, self, -70)
-            self.chase(f)
+            way = unit(self - f)
+            if f.kind == "bug":                            # comes straight
+                self.send(f, self, 1.7)
+            elif f.dash:                                   # the brute comes in a spiral, winds up and charges
+                f.dash -= 1
+                f.at = self.move(f.at, 7 * f.way, 20)
+            elif f.wind:
+                f.wind, f.kind = f.wind - 1, "brute!"
+                f.dash = 0 if f.wind else 22
+            elif self.ready("charge", 75) and self.t > 20:
+                f.wind, f.way = 18, way
+            else:
+                f.kind = "brute"
+                f.at = self.move(f.at, 1.6 * way * rect(1, 0.8), 20)
             if self.foe == "brute":
                 self.score = self.hp - f.hp
         for mine in filter(self.reached, self.things):
@@ -1809,23 +1821,6 @@ class Swarm(TopDown):
         if not self.count and self.reached(self.gem):
             self.score += 1
             self.lay_gem()
-
-    def chase(self, f):
-        """A bug comes straight; the brute in a spiral, then it winds up and charges."""
-        way = unit(self - f)
-        if f.kind == "bug":
-            self.send(f, self, 1.7)
-        elif f.dash:
-            f.dash -= 1
-            f.at = self.move(f.at, 7 * f.way, 20)
-        elif f.wind:
-            f.wind, f.kind = f.wind - 1, "brute!"
-            f.dash = 0 if f.wind else 22
-        elif self.ready("charge", 75) and self.t > 20:
-            f.wind, f.way = 18, way
-        else:
-            f.kind = "brute"
-            f.at = self.move(f.at, 1.6 * way * rect(1, 0.8), 20)
 
     def draw(self):
         frame, corner = self.view()
@@ -1888,8 +1883,8 @@ class Vault(TopDown):
             far = distances(grid, here)
         self.lay(grid)
         self.pos = (here + MIDDLE) * 32
-        cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
-        places = [(c + MIDDLE) * 32 for c in cells]
+        cells = [cell for cell in far if far[cell] > 4]
+        places = [(cell + MIDDLE) * 32 for cell in sorted(cells, key=lambda cell: self.rng.random())]
         self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
         self.foes, self.goes_to = [Thing("slime", at, hp=2) for at in places[:self.slimes]], self.pos
 
@@ -2474,7 +2469,7 @@ if play.gymnasium:
 
 # ---- command line
 
-MANY, SEED, TIME = extract.number(int, 1), extract.number(int, 0), extract.number(float, 1 / 30)
+MANY, SEED = extract.number(int, 1), extract.number(int, 0)
 FLAGS = {                            # type or choices (bool: a switch), default (a list: several), help
     "--out": (str, None, "folder to write to; what is whole there stays"),
     "--games": (str, [], "games or tasks (default: record all, transfer three)"),
@@ -2484,7 +2479,8 @@ FLAGS = {                            # type or choices (bool: a switch), default
     "--ckpt": (str, None, "a .safetensors or a run folder (record: it plays in turns with the script)"),
     "--euler": (MANY, None, "its Euler steps (default: suite 2, record its own)"),
     "--video": (bool, False, "record: mp4 with a pad over it; suite: a film of each task"),
-    "--minutes": (TIME, None, "game time of each game, the held-out or labelled one (default %(default)s)"),
+    "--minutes": (extract.number(float, 1 / 30), None, 
+                  "game time of each game, the held-out or labelled one (default %(default)s)"),
     "--clip": (extract.number(float, 1.1), 30, "seconds of a clip (default 30)"),
     "--videos": (MANY, 4, "files of these minutes, each with another pad (default 4)"),
     "-n": (MANY, None, "rollouts of each task (default %(default)s)"),

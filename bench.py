@@ -247,8 +247,9 @@ def rollouts(task, who, n, seed):
     """n rollouts by "scripted", "random", one way of mashing or the best of them -> float (n, 2): won,
     score."""
     if who == MASHING:
-        ways = "right left up down right+attack left+attack up+attack down+attack spin+attack mash".split()
-        return max((rollouts(task, way, n, seed) for way in ways), key=lambda ended: ended[:, 0].sum())
+        tried = (rollouts(task, way, n, seed) for way in "right left up down right+attack left+attack "
+                 "up+attack down+attack spin+attack mash".split())
+        return max(tried, key=lambda ended: ended[:, 0].sum())
     ended = []
     for i in range(n):
         game = PLAYABLE[task](task, PLAYED + seed + i)
@@ -398,8 +399,8 @@ def demo(args):
     with stage(out, "play the tasks") as say:
         table = completion(tasks, ["random", "scripted"], args.n, args.seed, cores())
         for who, run in runs.items():
-            films = out if who == "model" else None
-            table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, seed=args.seed, films=films)
+            table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, seed=args.seed,
+                                    films=out if who == "model" else None)
         rows = rows_of(table)
         say(in_words(rows))
 
@@ -420,7 +421,7 @@ def train_runs(steps, runs):
     for run, words in runs.items():
         if not (run / "model.safetensors").is_file() or M.read_meta(run)[0]["step"] < steps:
             begun = (run / "state.safetensors").is_file()
-            commands.append(["train.py", *(["--resume", run] if begun else [*words, *quick, "--out", run])])
+            commands.append(["train.py", *(("--resume", run) if begun else (*words, *quick, "--out", run))])
     run_scripts(*commands)
 
 
@@ -510,8 +511,8 @@ def trials(args):
 
 def record_here(args, path, game, minutes, seed):
     """So many minutes of a game as clip folders in a folder."""
-    jobs = recordings(path, pick_tasks([game]), minutes, seed)
-    print(*in_processes(record_folder, jobs, args.workers), sep="\n")
+    print(*in_processes(record_folder, recordings(path, pick_tasks([game]), minutes, seed), args.workers),
+          sep="\n")
 
 
 def train_and_play(args, trial, runs, say, **more):
@@ -541,8 +542,8 @@ def gains_of(results):
     rates = {}
     for result in results:
         for name, row in result["rows"].items():
-            cells = [cell["rate"] for cell in row.values()]
-            rates.setdefault(f"{result['minutes']:g} min, {name}", []).append(cells)
+            trials_of = rates.setdefault(f"{result['minutes']:g} min, {name}", [])
+            trials_of.append([cell["rate"] for cell in row.values()])
     return {name: gain(np.array(rows)) for name, rows in rates.items()}
 
 
@@ -899,8 +900,9 @@ def aims(game):
     soon = off + 4 * moved if abs(moved) < 60 else off                     # else it is another monster
     stick = complex(copysign(1, soon)) if abs(soon) > max(half / 2, 4) else 0j
     shoots = "RIGHT_TRIGGER" if max(abs(off), abs(soon)) < 0.7 * half + 2 else ""
-    turns = any(b.name == "TURN_LEFT" for b in doom.get_available_buttons())
-    return (0j, stick, shoots) if turns else (stick, 0j, shoots)
+    if any(button.name == "TURN_LEFT" for button in doom.get_available_buttons()):
+        return 0j, stick, shoots
+    return stick, 0j, shoots
 
 
 SCRIPTS = {"aims": aims}
@@ -1081,10 +1083,11 @@ def run_scripts(*commands):
     sys.stdout.flush()
     running = []
     for rank, (script, *words) in enumerate(commands):
-        share = {"OMP_NUM_THREADS": f"{max(cores() // len(commands), 1)}", "RANK": f"{rank}",
-                 "WORLD_SIZE": f"{len(commands)}"}
-        running.append(subprocess.Popen([sys.executable, str(HERE / script), *map(str, words)],
-                                        stdout=sys.stdout, stderr=subprocess.STDOUT, env=os.environ | share))
+        running.append(subprocess.Popen(
+            [sys.executable, str(HERE / script), *map(str, words)], stdout=sys.stdout,
+            stderr=subprocess.STDOUT, env=os.environ | {
+                "OMP_NUM_THREADS": f"{max(cores() // len(commands), 1)}", "RANK": f"{rank}",
+                "WORLD_SIZE": f"{len(commands)}"}))
     try:
         failed = [p.args[1] for p in running if p.wait()]
     finally:
@@ -1181,8 +1184,8 @@ def icon(name, size, turn=0, flip=False):
             cv2.circle(big, v[:2], v[2], rgba, -1)
         else:
             cv2.fillPoly(big, [np.reshape(v, (-1, 2))], rgba)
-    rotation = cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1)
-    big = cv2.warpAffine(big, rotation, (256, 256), flags=cv2.INTER_NEAREST)
+    big = cv2.warpAffine(big, cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1), (256, 256),
+                         flags=cv2.INTER_NEAREST)
     if flip:
         big = cv2.flip(big, 1)
     big[..., 3] = cv2.dilate(big[..., 3], np.ones((17, 17), np.uint8))
@@ -1417,8 +1420,8 @@ class FirstPerson(Walled):
     def paint(cls):
         """Wall texture float32 (32, 32, 3), and ceiling and floor uint8 (128, 128, 3)."""
         y = np.linspace(-1, 1, 128)[:, None]
-        inks = zip(cls.ceiling, cls.floor)
-        far, near = (np.where(y < 0, colour(above), colour(below)) for above, below in inks)
+        far, near = (np.where(y < 0, colour(above), colour(below))
+                     for above, below in zip(cls.ceiling, cls.floor))
         ground = (1 - abs(y)) * far + abs(y) * near
         return np.float32(pattern(*cls.wall, 32, 32)), np.repeat(np.uint8(ground)[:, None], 128, 1)
 
@@ -1546,8 +1549,8 @@ class Crypt(FirstPerson):
         if "LEFT_TRIGGER" in self.held:
             disc(frame, 80 + 246j, 54, "5a6ec8")
         resting = self.rests("RIGHT_TRIGGER")
-        tip = 210 + 170j + (3j - 4) * max(resting - 14, 0)
-        line(frame, 214 + 256j, tip, "787882" if resting else "f0f0fa", 12)
+        swing = (3j - 4) * max(resting - 14, 0)
+        line(frame, 214 + 256j, 210 + 170j + swing, "787882" if resting else "f0f0fa", 12)
         return frame
 
     def wish_to_fight(self, ghoul, reach):
@@ -1625,8 +1628,8 @@ class Rally(Game):
 
     def build(self, path):
         """The road, the trees beside it, its gates and the other cars."""
-        dashes = [(path[i:i + 2], "fadc5a", 5) for i in range(0, 256, 4)]
-        for places, ink, thick in [(path, "ebebeb", 112), (path, "54545c", 100), *dashes]:
+        for places, ink, thick in ((path, "ebebeb", 112), (path, "54545c", 100),
+                                   *((path[i:i + 2], "fadc5a", 5) for i in range(0, 256, 4))):
             cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
         self.pos, self.face = self.path[0], phase(self.path[2] - self.path[0])
         pairs = lambda kind, first, step, aside: [
@@ -1960,7 +1963,7 @@ class Shade(TopDown):
         self.lay(grid)
         rows, columns = [1, 3, 5, 7, 9], (3, 4, 5, 7, 8, 9)
         spot = lambda column: (complex(column, self.choice(rows)) + MIDDLE) * 48
-        start, end = self.choice(((1, 11), (11, 1)))
+        start = self.choice((1, 11))
         self.pos = spot(start)
         self.foes = [Thing("guard", complex((column + 0.5) * 48, self.uniform(100, 420)),
                            way=self.choice((-1j, 1j)))
@@ -1968,7 +1971,7 @@ class Shade(TopDown):
         where = self.rng.sample(columns, self.gems)
         if self.want == "exit":
             rows.remove(self.pos.imag // 48)                               # not straight across
-            where = [end]
+            where = [12 - start]
         self.things = [Thing(self.want, spot(column), near=30) for column in where]
 
     def light(self):
@@ -2463,8 +2466,7 @@ if play.gymnasium:
             return self.game.render()
 
     for task in TASKS:
-        name = f"NitroGen/{task.replace('/', '-')}-v0"
-        play.gymnasium.register(name, TaskEnv, kwargs={"task": task})
+        play.gymnasium.register(f"NitroGen/{task.replace('/', '-')}-v0", TaskEnv, kwargs={"task": task})
 
 
 # ---- command line

@@ -914,7 +914,8 @@ class Game:
     """One task of one game, the same for the same seed. A subclass has begin(), play(), draw() and wish():
     the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
     control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
-    What "look" holds are attributes of all its tasks, what a task's "start" holds is of this one."""
+    What "look" holds are attributes that all its tasks have or begin with, what a task's "start" holds is of
+    this one."""
     fps, at = FPS, property(lambda self: self.pos)
     t = score = 0
     won = over = False

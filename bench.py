@@ -920,7 +920,7 @@ class Game:
     t = score = 0
     won = over = False
     left = right = 0j
-    held = frozenset()
+    held = ()
 
     def __init__(self, task, seed=0):
         self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
@@ -1419,12 +1419,14 @@ class FirstPerson(Walled):
     @classmethod
     @functools.cache
     def paint(cls):
-        """Wall texture float32 (32, 32, 3), and ceiling and floor uint8 (128, 128, 3)."""
+        """Wall texture (32 shades x 32 x 32, 3) and ceiling and floor (128, 128, 3), uint8."""
+        texture = np.float32(pattern(*cls.wall, 32, 32))
+        shades = [texture * (1 - i / 18) * side for side in (1, 0.75) for i in range(16)]
         y = np.linspace(-1, 1, 128)[:, None]
         far, near = (np.where(y < 0, colour(above), colour(below))
                      for above, below in zip(cls.ceiling, cls.floor))
         ground = (1 - abs(y)) * far + abs(y) * near
-        return np.float32(pattern(*cls.wall, 32, 32)), np.repeat(np.uint8(ground)[:, None], 128, 1)
+        return np.uint8(shades).reshape(-1, 3), np.repeat(np.uint8(ground)[:, None], 128, 1)
 
     def begin(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
@@ -1475,12 +1477,11 @@ class FirstPerson(Walled):
         self.depth = depth
         ends = p + depth * rays
         u = (np.where(across, ends.real, ends.imag) % 1 * 32).astype(int)
-        light = np.float32(1 - np.minimum(depth * 2, 15).astype(int) / 18)[:, None]
-        side = np.float32(np.where(across, 0.75, 1))[:, None]
+        shade = np.minimum(depth * 2, 15).astype(int) + 16 * across
         v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(int)                    # (128, 128)
         texture, ground = self.paint()
-        walls = np.uint8(texture[v % 32, u] * light * side)
-        pixels = cv2.copyTo(walls, np.uint8(v == v % 32), ground.copy())
+        pixels = cv2.copyTo(texture.take(shade * 1024 + u + v * 32, 0, mode="clip"),
+                            np.uint8(v == v % 32), ground.copy())
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
         for thing in sorted(self.things, key=self.distance, reverse=True):
             self.billboard(frame, thing)
@@ -1582,8 +1583,7 @@ class Siege(FirstPerson):
         drone.at = moved
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
-            aimed = abs(self.angle(drone)) < 0.3 / reach
-            drone.hp -= aimed and self.sees(self.pos, drone.at)
+            drone.hp -= abs(self.angle(drone)) < 0.3 / reach and self.sees(self.pos, drone.at)
         if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
             self.shots.append(Thing("mine", drone.at, v=0.07 * unit(self - drone), lift=0.35, size=0.2))
         self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or self.blocked(shot.at))
@@ -1991,8 +1991,8 @@ class Shade(TopDown):
             if self.blocked(g.at + 26 * g.way):
                 g.way = -g.way
             g.at += 1.3 * g.way
-            strikes = self.distance(g) < self.blade and "EAST" in self.held
-            if strikes and not self.lit(self.pos, g) and self.ready("EAST", 12):
+            strikes = self.distance(g) < self.blade and not self.lit(self.pos, g)
+            if strikes and self.pressed("EAST", 12):
                 self.take(self.foes, g)
         seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
@@ -2185,8 +2185,7 @@ class Commando(Side):
                 f.wait, d = 75, heart - f
                 way = copysign(1, d.real) if f.at.imag >= 170 else unit(d)          # on the ground along it
                 self.shots.append(Thing("mine", f.at, v=2.6 * way))
-        torn = any(abs((wire - self).real) < 20 for wire in self.things)
-        if torn and self.pos.imag > 178:
+        if self.pos.imag > 178 and any(abs((wire - self).real) < 20 for wire in self.things):
             self.hurt(20)
         if not self.foe and abs((self.copter - self).real) < 24:
             self.score = 1

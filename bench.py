@@ -36,13 +36,12 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from math import copysign, pi, sqrt, tau
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import extract                       # before torch, whose threads it keeps from spinning
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 import model as M
@@ -55,31 +54,24 @@ from extract import (BUTTON, BUTTONS, STICKS, UserError, VideoWriter, cores, neu
 HERE = Path(__file__).parent
 ICONS, ROWS_OF_GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
                                 for name in ("icons", "games", "others"))
-FPS = 30                                           # steps a second of game time
+PATTERNS = ROWS_OF_GAMES.pop("patterns")
+FPS, BEGAN = 30, time.monotonic()                  # steps a second of game time; when this process began
 PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
-DEMO = "crypt/exit", "swarm/brute", "glider/rings"  # tasks that a small model begins to master within minutes
-MASHING = "right left up down right+attack left+attack up+attack down+attack spin+attack mash".split()
+DEMO = ["crypt/exit", "swarm/brute", "glider/rings"]  # what a small model begins to master within minutes
+MASHING = "best of mashing"
 
 
-class Task(NamedTuple):
-    """Reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty of
-    them."""
-    game: type
-    kind: str                                      # combat, navigation, specific
-    goal: int
-    seconds: int
-    start: dict                                    # attributes that the game has in this task
-    fixed: bool                                    # the level is the same for all seeds, the start is not
-    text: str
-
-
-TASKS = {}                                         # filled at the end of this file, after the games
+# A task: reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty:
+#   kind      combat, navigation, specific
+#   start     attributes that its game has in this task
+#   fixed     the level is the same for all seeds, the start is not
+TASKS = {}                 # name -> its row and its game, a class; filled at the end of this file
 PLAYABLE = {}              # the class of each task's game, and of the games by others that were asked for
 
 
 def pick_tasks(names):
     """Names of tasks and games -> names of tasks; none = all."""
-    for name in names or ():
+    for name in names:
         if name not in TASKS and name not in GAMES:
             raise UserError(f"expected games or tasks ({', '.join(GAMES)}, {min(TASKS)}, ...), found "
                             f"{name!r}: give others")
@@ -88,7 +80,7 @@ def pick_tasks(names):
 
 def by_game(tasks):
     """Names of tasks, game after game -> {game: its tasks among them}."""
-    return {game: [*group] for game, group in itertools.groupby(tasks, lambda task: task.split("/")[0])}
+    return {game: [*group] for game, group in itertools.groupby(tasks, lambda task: PLAYABLE[task].name)}
 
 
 def chosen(args, names):
@@ -105,8 +97,7 @@ def chosen(args, names):
 def record(args):
     """Scripted play of games -> clip folders with the true actions, or videos with a pad drawn over them."""
     tasks = chosen(args, args.games)
-    game = PLAYABLE[tasks[0]]
-    if not hasattr(game, "wish"):
+    if not hasattr(PLAYABLE[tasks[0]], "wish"):
         raise UserError(f"--env {args.env}: expected a game with a scripted player, found none for it: "
                         "record it by hand with python play.py --exe GAME --human --record DATA")
     if args.ckpt and args.video:
@@ -120,10 +111,9 @@ def record(args):
 def recordings(out, tasks, minutes, seed, clip=30.0):
     """Jobs for record_folder or record_video: so many minutes of each game, in clips of so many seconds at
     most."""
-    seconds, game = min(clip, minutes * 60), PLAYABLE[tasks[0]]
-    return [(folder(out) / f"{PLAYABLE[group[0]].name}-{i:03}", group, f"{seed} {i}",
-             round(seconds * game.fps))
-            for group in by_game(tasks).values() for i in range(round(minutes * 60 / seconds))]
+    seconds = min(clip, minutes * 60)
+    return [(folder(out) / f"{name}-{i:03}", group, f"{seed} {i}", round(seconds * PLAYABLE[tasks[0]].fps))
+            for name, group in by_game(tasks).items() for i in range(round(minutes * 60 / seconds))]
 
 
 def film(tasks, seed, n, policy=None):
@@ -165,7 +155,10 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
         if read_clip(path) != clip:
             raise UserError(f"{path}: expected what these flags record, found another: give another --out")
         return f"{path.name}: recorded already"
-    policy = learned(ckpt, euler) if ckpt else None
+    policy = None
+    if ckpt:
+        torch.set_num_threads(1)
+        policy = sample.Policy(ckpt, "cpu", steps=euler)
     with extract.new_folder(path) as tmp:
         writer, rows = extract.FramesWriter(tmp, "frames"), []
         for i, (frame, *row) in enumerate(film(tasks, seed, n, policy)):
@@ -184,21 +177,21 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
     return f"{path.name}: {n} frames, {begins.sum()} episodes"
 
 
-def record_video(path, tasks, seed, n, size=(640, 360)):
+def record_video(path, tasks, seed, n):
     """PATH.mp4 with one of our pads over a corner, PATH.truth.npy float32 (n, 25), PATH.json: where the pad
     is -> a line. The pad, its corner, size and opacity are drawn at random."""
     if path.with_suffix(".json").is_file():
         return f"{path.name}: recorded already"
     rng = random.Random(f"overlay {path.name} {seed}")
     skin = rng.choice(extract.our_pads())
-    wide, opacity = round(size[0] * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
+    wide, opacity = round(640 * rng.uniform(0.22, 0.3)), rng.uniform(0.75, 1)
     scale = wide / skin.size[0]
     high = round(skin.size[1] * scale)
-    x, y = rng.choice((8, size[0] - wide - 8)), rng.choice((8, size[1] - high - 8))
+    x, y = rng.choice((8, 632 - wide)), rng.choice((8, 352 - high))
     truth = []
-    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].fps, size) as video:
+    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].fps, (640, 360)) as video:
         for frame, action, *_ in film(tasks, seed, n):
-            picture = cv2.resize(frame, size)
+            picture = cv2.resize(frame, (640, 360))
             paste_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
             video.add(picture)
             truth.append(action)
@@ -212,9 +205,11 @@ def record_video(path, tasks, seed, n, size=(640, 360)):
 # ---- the suite: what is completed
 
 def suite(args):
-    """Completion of tasks by a checkpoint, beside random and scripted (and constant and mashing) players [P
-    3.2]."""
-    tasks, began, table = chosen(args, args.tasks), time.monotonic(), {}
+    """Completion of tasks by a checkpoint, beside random and scripted players [P 3.2].
+
+    --mashing: also beside the best of constant and mashing ones.
+    """
+    tasks, table = chosen(args, args.tasks), {}
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
     if args.ckpt:
@@ -222,25 +217,22 @@ def suite(args):
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
                                     8 if args.env else 64, folder(args.out) if args.video else None)
-    players = ["random", "scripted"] if hasattr(PLAYABLE[tasks[0]], "wish") else ["random"]
-    rest = args.n, args.seed, 1 if args.env else args.workers
-    table = completion(tasks, players, *rest) | table
-    if args.mashing:
-        mashed, wins = completion(tasks, MASHING, *rest).values(), lambda ended: ended[:, 0].sum()
-        table["best of mashing"] = {task: max((ended[task] for ended in mashed), key=wins) for task in tasks}
-    rows = rows_of(table)
+    plays = {"random": True, "scripted": hasattr(PLAYABLE[tasks[0]], "wish"), MASHING: args.mashing}
+    players = [who for who in plays if plays[who]]
+    rows = rows_of(completion(tasks, players, args.n, args.seed, 1 if args.env else args.workers) | table)
     show_rows(rows)
     if args.env:
         for who, row in rows["all"].items():
             print(f"{who}: return {row['score']:.2f} +- {row['deviation']:.2f}")
     if args.out:
-        write_json(folder(args.out) / "suite.json", facts(args, began) | {"rows": rows})
+        write_results(args, rows=rows)
 
 
-def facts(args, began):
-    """What was asked for, on what machine it ran, and for how long."""
-    return vars(args) | {"run": args.run.__name__, "machine": machine(),
-                         "seconds": round(time.monotonic() - began)}
+def write_results(args, **results):
+    """OUT/COMMAND.json: what was asked for, on what machine it ran, for how long, and what came of it."""
+    command = args.run.__name__
+    said = {"run": command, "machine": machine(), "seconds": round(time.monotonic() - BEGAN)}
+    write_json(folder(args.out) / f"{command}.json", vars(args) | said | results)
 
 
 def completion(tasks, players, n, seed, workers):
@@ -252,7 +244,12 @@ def completion(tasks, players, n, seed, workers):
 
 
 def rollouts(task, who, n, seed):
-    """n rollouts by "scripted", "random" or one of MASHING -> float (n, 2): won, score."""
+    """n rollouts by "scripted", "random", one way of mashing or the best of them -> float (n, 2): won,
+    score."""
+    if who == MASHING:
+        tried = (rollouts(task, way, n, seed) for way in "right left up down right+attack left+attack "
+                 "up+attack down+attack spin+attack mash".split())
+        return max(tried, key=lambda ended: ended[:, 0].sum())
     ended = []
     for i in range(n):
         game = PLAYABLE[task](task, PLAYED + seed + i)
@@ -306,23 +303,20 @@ def film_name(task):
 
 
 def replay(task, seed, actions):
-    """A rollout once more: yields its frames, uint8 (512, 512, 3), each with its action."""
+    """A rollout once more: yields its frames, each with its action."""
     game = PLAYABLE[task](task, seed)
     for action in actions:
-        frame = cv2.resize(game.render(), (512, 512), interpolation=cv2.INTER_NEAREST)
-        yield frame, action
+        yield game.render(), action
         game.advance(action)
 
 
 def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
-    tasks = next(iter(table.values()))
-    groups = {task: [task] for task in tasks}
-    ours = [task for task in tasks if task in TASKS]
-    for label, of in ("type", lambda task: TASKS[task].kind), ("family", lambda task: PLAYABLE[task].family):
-        for task in ours:
-            groups.setdefault(f"{label}: {of(task)}", []).append(task)
-    groups["all"] = tasks
+    tasks, groups = next(iter(table.values())), {}
+    kinds = {task: (f"type: {row.kind}", f"family: {row.game.family}") for task, row in TASKS.items()}
+    for column in zip(*((task, *kinds.get(task, ()), "all") for task in tasks)):
+        for task, group in zip(tasks, column):
+            groups.setdefault(group, []).append(task)
     return {name: {who: share(np.concatenate([ended[task] for task in group]))
                    for who, ended in table.items()} for name, group in groups.items()}
 
@@ -351,6 +345,11 @@ def show_rows(rows):
         print(f"{name:24}{cells}  n {row['random']['n']}")
 
 
+def in_words(rows):
+    """The shares completed of all tasks."""
+    return ", ".join(f"{who} {row['rate']:.0%}" for who, row in rows["all"].items())
+
+
 def in_brackets(r):
     """A share() in words."""
     return "{rate:.0%} [{low:4.0%},{high:5.0%}]".format(**r)
@@ -359,15 +358,14 @@ def in_brackets(r):
 # ---- the demo: the whole chain
 
 def demo(args):
-    """Play -> videos -> overlays found -> actions read -> two models trained -> they play, beside random,
-    scripted."""
-    out, began, tasks = folder(args.out), time.monotonic(), pick_tasks(args.tasks or DEMO)
+    """Videos of play -> overlays found -> actions read -> two models trained -> they play."""
+    out, tasks = folder(args.out), pick_tasks(args.tasks)
     asked = vars(args) | {"run": "demo", "out": "", "n": 0}            # --out may be moved, -n differ
     before = out / "arguments.json"
     if before.is_file() and read_json(before, dict) != asked:
         raise UserError(f"{before}: expected the flags of this run, found others: give a new --out")
     write_json(before, asked)
-    videos, clips = folder(out / "videos"), out / "clips"
+    videos, clips = out / "videos", out / "clips"
     runs = {"model": out / "model", "true labels": out / "model-truth"}
 
     with stage(out, "play on video") as say:
@@ -378,21 +376,18 @@ def demo(args):
     with stage(out, "find the overlays (extract.py)") as say:
         run_scripts(*[["extract.py", videos, "--out", clips]] * min(cores(), len(jobs)))
         ious = {}
-        for path in sorted(videos.glob("*.json")):
-            clip = clips / path.stem
-            if (clip / "clip.json").is_file():
-                shutil.copy(path.with_suffix(".truth.npy"), clip / "truth.npy")
-                known, found = read_json(path, dict), read_clip(clip)
-                ious[path.stem] = extract.overlap(box_corners(known["box"]), box_corners(found["box"]))
-        if not ious:
-            raise UserError(f"no overlay was found in {videos}: see {out / 'stages.log'}")
+        for clip in extract.clips_in(clips):
+            shutil.copy(videos / f"{clip.name}.truth.npy", clip / "truth.npy")
+            known, found = (box_corners(said["box"]) for said in (
+                read_json(videos / f"{clip.name}.json", dict), read_clip(clip)))
+            ious[clip.name] = extract.overlap(known, found)
         finding = f"{len(ious)} of {len(jobs)}, IoU {np.mean([*ious.values()]):.3f}"
         say(finding)
 
     with stage(out, "read the actions (parse.py)") as say:
         run_scripts(*[["parse.py", "run", clips]] * min(cores(), len(ious)))
-        scores = parse.mean_of([parse.score(*actions_and_truth(clips / name),
-                                            read_clip(clips / name)["geometry"]) for name in ious])
+        scores = parse.mean_of([parse.score(*actions_and_truth(clip), read_clip(clip)["geometry"])
+                                for clip in extract.clips_in(clips)])
         reading = "stick R2 {left R2:.2f} left, {right R2:.2f} right, button F1 {F1:.2f}".format(**scores)
         say(reading)
 
@@ -404,18 +399,17 @@ def demo(args):
     with stage(out, "play the tasks") as say:
         table = completion(tasks, ["random", "scripted"], args.n, args.seed, cores())
         for who, run in runs.items():
-            films = out if who == "model" else None
-            table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, seed=args.seed, films=films)
+            table[who] = play_model(sample.Policy(run, "cpu"), tasks, args.n, seed=args.seed,
+                                    films=out if who == "model" else None)
         rows = rows_of(table)
-        say(", ".join(f"{who} {row['rate']:.0%}" for who, row in rows["all"].items()))
+        say(in_words(rows))
 
     story(out, videos / f"{max(ious, key=ious.get)}.mp4", tasks, rows, finding, reading)
     show_rows(rows)
     better = sum(rows[task]["model"]["low"] > rows[task]["random"]["high"] for task in tasks)
-    said = facts(args, began)
-    print(f"above random by an interval: {better} of {len(tasks)} tasks | {said['seconds']} s | "
+    print(f"above random by an interval: {better} of {len(tasks)} tasks | {time.monotonic() - BEGAN:.0f} s | "
           f"{out / 'demo.png'}")
-    write_json(out / "demo.json", said | {"iou": ious, "parser": scores, "rows": rows})
+    write_results(args, iou=ious, parser=scores, rows=rows)
 
 
 def train_runs(steps, runs):
@@ -427,7 +421,7 @@ def train_runs(steps, runs):
     for run, words in runs.items():
         if not (run / "model.safetensors").is_file() or M.read_meta(run)[0]["step"] < steps:
             begun = (run / "state.safetensors").is_file()
-            commands.append(["train.py", *(["--resume", run] if begun else [*words, *quick, "--out", run])])
+            commands.append(["train.py", *(("--resume", run) if begun else (*words, *quick, "--out", run))])
     run_scripts(*commands)
 
 
@@ -452,8 +446,7 @@ def story(out, video, tasks, rows, finding, reading):
     def show(x, y, w, rgb, text=""):
         write(page, x, y - 10, text, 16)
         page.paste(Image.fromarray(rgb).resize((w, round(w * rgb.shape[0] / rgb.shape[1]))), (x, y))
-    busy = np.abs(truth[:, 21:]).sum(1)                        # the widest tilts of each quarter
-    moments = [int(part[busy[part].argmax()]) for part in np.array_split(np.arange(meta["n"]), 4)]
+    moments = [meta["n"] * k // 5 for k in (1, 2, 3, 4)]
 
     frame = frame_of(video, moments[1])
     cv2.rectangle(frame, [round(v) for v in meta["box"]], (0, 255, 0), 2)
@@ -466,9 +459,9 @@ def story(out, video, tasks, rows, finding, reading):
     for k, task in enumerate(tasks[:3]):
         film = out / film_name(task)
         show(20 + 290 * k, 590, 280, frame_of(film, extract.video_info(film)["n"] // 2), task)
-    n = rows[tasks[0]]["model"]["n"]
-    write(page, 890, 560, f"4  tasks completed, n {n} each; thin lines: 95 % intervals", 16)
-    chart(page, 1010, 575, {name: row for name, row in rows.items() if ":" not in name})
+    write(page, 890, 560, f"4  tasks completed, n {rows[tasks[0]]['model']['n']} each; thin lines: 95 % "
+          "intervals", 16)
+    chart(page, 575, {name: row for name, row in rows.items() if ":" not in name})
     page.save(out / "demo.png")
 
 
@@ -479,146 +472,144 @@ def frame_of(video, i):
 
 # ---- transfer: what pre-training on other games is worth
 
-BOTH = "post-trained", "scratch"
 OTHERS_MINUTES, PRETRAINING, SEEDS = 5, 1500, (0, 1, 2)    # of each other game; steps; of data and noise
 
 
 def transfer(args):
-    """Does pre-training pay [P Fig. 7]? For each held-out game: pre-train on the nine others, post-train on
-    so many minutes of it, against a fresh model with the same minutes and steps."""
-    games, began = list(by_game(pick_tasks(args.games))), time.monotonic()
+    """Pre-training on the nine other games against training from scratch [P Fig. 7].
+
+    For each held-out game: post-train on so many minutes of it, against a fresh model with the same minutes
+    and steps.
+    """
+    games = list(by_game(pick_tasks(args.games)))
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out, results = folder(args.out), []
-    trials = [*itertools.product(games, args.minutes, SEEDS)]
-    few = {trial: out / "few" / "{}-{:g}-{}".format(*trial) for trial in trials}
-    with stage(out, "record") as say:
-        wanted = [(out / "data" / game, game, OTHERS_MINUTES, 0) for game in GAMES]
-        wanted += [(path, game, minutes, 1000 + seed) for (game, minutes, seed), path in few.items()]
-        jobs = [job for path, game, *more in wanted for job in recordings(path, pick_tasks([game]), *more)]
-        print(*in_processes(record_folder, jobs, args.workers), sep="\n")
-        say(f"{OTHERS_MINUTES} minutes of each game, {len(few)} small recordings of held-out ones")
-
+    with stage(out, "record the games to pre-train on"):
+        for game in GAMES:
+            record_here(args, out / "data" / game, game, OTHERS_MINUTES, 0)
     for game in games:
-        first = out / f"pre-{game}"
-        with stage(out, f"{game}: pre-train on the others") as say:
+        with stage(out, f"{game}: pre-train on the others"):
             others = [out / "data" / name for name in GAMES if name != game]
-            train_runs(PRETRAINING, {first: [*others, "--preset", "toy", "--balance"]})
-            say(f"without any of its own data {average(completed(first, game, args.n)):.0%}")
-    for (game, minutes, seed), data in few.items():
-        with stage(out, f"{game}: {minutes:g} minutes, seed {seed}") as say:
-            runs = {who: out / f"{who}-{data.name}" for who in BOTH}
-            starts = ["--ckpt", out / f"pre-{game}"], ["--preset", "toy"]
-            train_runs(args.steps, {run: [data, "--seed", seed, *start]
-                                    for run, start in zip(runs.values(), starts)})
-            rates = {who: completed(run, game, args.n, seed) for who, run in runs.items()}
-            results.append({"game": game, "minutes": minutes, "seed": seed, "tasks": rates})
-            say(", ".join(f"{who} {average(rate):.0%}" for who, rate in rates.items()))
+            train_runs(PRETRAINING, {out / f"pre-{game}": [*others, "--preset", "toy", "--balance"]})
+    for name, trial in trials(args).items():
+        game, minutes, seed = trial
+        with stage(out, name) as say:
+            data = out / "few" / name
+            record_here(args, data, game, minutes, 1000 + seed)
+            runs = {"post-trained": (out / f"post-trained-{name}", data, "--ckpt", out / f"pre-{game}"),
+                    "scratch": (out / f"scratch-{name}", data, "--preset", "toy")}
+            results.append(train_and_play(args, trial, runs, say))
+    compare(args, results)
 
+
+def trials(args):
+    """{name: (game, minutes, seed)} of all trials."""
+    every = itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS)
+    return {"{}-{:g}-{}".format(*trial): trial for trial in every}
+
+
+def record_here(args, path, game, minutes, seed):
+    """So many minutes of a game as clip folders in a folder."""
+    print(*in_processes(record_folder, recordings(path, pick_tasks([game]), minutes, seed), args.workers),
+          sep="\n")
+
+
+def train_and_play(args, trial, runs, say, **more):
+    """Train models {name: (run, data and flags)} on the data of a trial -> its result: what they complete."""
+    game, minutes, seed = trial
+    train_runs(args.steps, {run: [*words, "--seed", seed] for run, *words in runs.values()})
+    rows = rows_of({who: play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
+                    for who, (run, *_) in runs.items()})
+    say(in_words(rows))
+    return {"game": game, "minutes": minutes, "seed": seed, "rows": rows, **more}
+
+
+def compare(args, results):
+    """Print and write what each kind of model completes, and what the first gains over the second."""
+    first, second, *_ = names = [*results[0]["rows"]["all"]]
     gains = gains_of(results)
     for name, row in gains.items():
-        gained = with_interval(row["gain"]) if row["gain"] else "none: scratch completes nothing"
-        print(f"{name:26} " + " | ".join(f"{who} {row[who]:.1%}" for who in BOTH) +
-              f" | {with_interval(row['points'])} points | gain {gained} | n {row['n']}")
-    write_json(out / "transfer.json", facts(args, began) | {"results": results, "gains": gains})
-
-
-def completed(run, game, n, seed=0):
-    """{task: share completed} of a game by a run's model."""
-    ended = play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), n, seed=seed)
-    return {task: float(rows[:, 0].mean()) for task, rows in ended.items()}
-
-
-def average(rates, kind=""):
-    """The mean of {task: share completed} over the tasks of one kind, or all; None where there are none."""
-    rates = [rate for task, rate in rates.items() if kind in ("", TASKS[task].kind)]
-    return float(np.mean(rates)) if rates else None
-
-
-def with_interval(figure):
-    """A figure of gain() in words."""
-    return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*figure)
+        points, gained = ("{:+.1%} [{:+.1%}, {:+.1%}]".format(*row[key]) if row[key] else
+                          f"none: {second} completes nothing" for key in ("points", "gain"))
+        rates = " | ".join(f"{who} {rate:.1%}" for who, rate in zip(names, row["rates"]))
+        print(f"{name:26} {rates} | {first} over {second} {points} points | gain {gained} | n {row['n']}")
+    write_results(args, results=results, gains=gains)
 
 
 def gains_of(results):
-    """Results of trials -> gain() of each size of data, over all tasks and by type."""
-    pairs = {}
+    """Results of trials -> gain() of each size of data and each row of rows_of()."""
+    rates = {}
     for result in results:
-        for kind in ("", "combat", "navigation", "specific"):
-            pair = [average(result["tasks"][who], kind) for who in BOTH]
-            if None not in pair:
-                pairs.setdefault(f"{result['minutes']:g} min, {kind or 'all'}", []).append(pair)
-    return {name: gain(np.array(rows)) for name, rows in pairs.items()}
+        for name, row in result["rows"].items():
+            trials_of = rates.setdefault(f"{result['minutes']:g} min, {name}", [])
+            trials_of.append([cell["rate"] for cell in row.values()])
+    return {name: gain(np.array(rows)) for name, rows in rates.items()}
 
 
-def gain(pairs, rounds=4000):
-    """Completion (post-trained, scratch) of each game and seed, float (n, 2) -> their means and what
-    pre-training gains: the difference ("points") and the relative "gain", each [value, low, high] with the
-    interval of resampled pairs. The gain is None where scratch completes nothing, its interval is of the
-    draws in which scratch completes something.
+def gain(rates):
+    """Completion by two or more kinds of models, a row each trial, float (n, k) -> the means ("rates"), and
+    of the first over the second the difference ("points") and the relative "gain", each [value, low, high]
+    with the interval of resampled rows. The gain is None where the second completes nothing, its interval is
+    of the draws in which it completes something.
     """
-    picks = np.random.default_rng(0).integers(len(pairs), size=(rounds, len(pairs)))
-    drawn, means = pairs[picks].mean(1), pairs.mean(0)                                   # (rounds, 2), (2,)
+    picks = np.random.default_rng(0).integers(len(rates), size=(4000, len(rates)))
+    drawn, means = rates[picks].mean(1), rates.mean(0)                                     # (4000, k), (k,)
 
     def figure(measure, draws):
-        return [float(measure(*means)), *np.quantile(measure(*draws.T), (0.025, 0.975)).tolist()]
-    relative = lambda post, scratch: post / scratch - 1
-    return {"n": len(pairs), **dict(zip(BOTH, means.tolist())), "points": figure(np.subtract, drawn),
+        return [float(measure(*means[:2])), *np.quantile(measure(*draws.T[:2]), (0.025, 0.975)).tolist()]
+    relative = lambda first, second: first / second - 1
+    return {"n": len(rates), "rates": means.tolist(), "points": figure(np.subtract, drawn),
             "gain": figure(relative, drawn[drawn[:, 1] > 0]) if means[1] else None}
 
 
 # ---- inverse: what labels are worth that a model gives
 
 def inverse(args):
-    """Completion of a game by models of so many minutes with true labels ("few"), of these and ten times as
-    many that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick
-    R2, button F1 and onset F1."""
-    out, began, results = folder(args.out), time.monotonic(), []
-    for game, minutes, seed in itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS):
-        data = out / f"{game}-{minutes:g}-{seed}"
-        few, more, bare, model = (data / name for name in ("few", "more", "bare", "inverse"))
-        words = ["--preset", "toy", "--seed", seed]
-        with stage(out, data.name) as say:
+    """Labels by an inverse model against few true ones and as many true ones.
+
+    Completion of a game by models of so many minutes with true labels ("few"), of these and ten times as many
+    that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick R2,
+    button F1 and onset F1.
+    """
+    out, results = folder(args.out), []
+    for name, trial in trials(args).items():
+        data, (game, minutes, seed) = out / name, trial
+        few, more, bare, model = (data / part for part in ("few", "more", "bare", "inverse"))
+        with stage(out, name) as say:
             for path, many in (few, minutes), (more, 10 * minutes):
-                jobs = recordings(path, pick_tasks([game]), many, f"{2000 + seed} {path.name}")
-                print(*in_processes(record_folder, jobs, args.workers), sep="\n")
+                record_here(args, path, game, many, f"{2000 + seed} {path.name}")
             if not bare.is_dir():
                 labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
                 shutil.copytree(more, bare, ignore=labels)
-            train_runs(args.steps, {model: [few, "--inverse", *words]})
+            train_runs(args.steps, {model: [few, "--inverse", "--preset", "toy", "--seed", seed]})
             run_scripts(["sample.py", "label", bare, "--ckpt", model])
-            learns = {"few": [few], "labelled": [few, bare], "true": [few, more]}
-            train_runs(args.steps, {data / who: [*clips, *words] for who, clips in learns.items()})
-            rates = {who: average(completed(data / who, game, args.n, seed)) for who in learns}
-            read = [sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
-                    for actions, truth in map(actions_and_truth, extract.clips_in(bare))]
-            results.append({"minutes": minutes, "labels": np.mean(read, 0).tolist(), **rates})
-            say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}; ".format(*results[-1]["labels"]) +
-                ", ".join(f"{who} {rate:.0%}" for who, rate in rates.items()))
-    for minutes in args.minutes:
-        rows = [[r["labelled"], r["few"], r["true"]] for r in results if r["minutes"] == minutes]
-        points = gain(np.array(rows)[:, :2])["points"]
-        print(f"{minutes:g} min | " + "labelled {:.1%}, few {:.1%}, true {:.1%}".format(*np.mean(rows, 0)) +
-              f" | labelled over few {with_interval(points)} points | n {len(rows)}")
-    write_json(out / "inverse.json", facts(args, began) | {"results": results})
+            read = np.mean([sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
+                            for actions, truth in map(actions_and_truth, extract.clips_in(bare))], 0)
+            say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}".format(*read))
+            learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
+            runs = {who: (data / who, *clips, "--preset", "toy") for who, clips in learns.items()}
+            results.append(train_and_play(args, trial, runs, say, labels=read.tolist()))
+    compare(args, results)
 
 
 # ---- speed
 
 def latency(args):
-    """Seconds for one chunk, against the same model sampled as the release does; in turn, so that a busy
-    machine slows both. The release computes mixing, keys and values, time codes and AdaLN anew at each
-    step."""
+    """Seconds for one chunk, against the same model sampled as the release does.
+
+    In turn, so that a busy machine slows both. The release computes mixing, keys and values, time codes and
+    AdaLN anew at each step.
+    """
     device, reason = M.pick_device(args.device)
     model = M.create(M.preset(args.preset), device=device).eval()
     with torch.no_grad():
         for p in model.parameters():
             if not p.any():                            # or all velocities are 0, and agree
                 p.normal_(0, 0.02)
-    c, g = model.config, torch.Generator().manual_seed(0)
-    shape = 1, c.frames, c.image, c.image, 3
-    frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).to(device)
-    noise = torch.randn(1, c.horizon, c.action_dim, generator=g).to(device)
+    c = model.config
+    frames = torch.randint(256, (1, c.frames, c.image, c.image, 3), device=device).byte()
+    noise = torch.randn(1, c.horizon, c.action_dim, device=device)
     print(f"{args.preset}: {M.count(model)[0]:,} parameters, float32, "
           f"batch 1, {device} ({reason}), {machine()}, best of 3")
 
@@ -632,47 +623,38 @@ def latency(args):
     for k in args.steps:
         with torch.inference_mode():
             apart = float((ours(k) - released(k)).abs().max())
-            fast, slow = best_of(3, device, lambda: ours(k), lambda: released(k))
+            fast, slow = best_of_three(lambda n: ours(k), lambda n: released(k))
         print(f"{k:3} steps | ours {fast:.3f} s | released {slow:.3f} s | {slow / fast:.2f} x faster | "
               f"largest difference {apart:.1e}")
 
 
-def best_of(repeats, device, *works):
-    """Seconds of each of some functions, the best of so many, in turn."""
+def best_of_three(*works):
+    """Seconds of each of some functions of the round's number, the best of three rounds."""
     best = [math.inf] * len(works)
-    for _ in range(repeats):
+    for n in range(3):
         for i, work in enumerate(works):
             began = time.perf_counter()
-            work()
-            if device.type == "cuda":
+            work(n)
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             best[i] = min(best[i], time.perf_counter() - began)
     return best
 
 
 def throughput(args):
-    """Microseconds of a step of each game; frames a second of each stage of the chain, on recordings of its
-    own."""
-    for name, tasks in by_game(TASKS).items():
-        steps, began = 0, time.perf_counter()
-        for task in tasks:
-            game = PLAYABLE[task](task)
-            player = Blind(game)
-            while not game.over:
-                game.step(player.act())
-            steps += game.t
-        print(f"{name:12} {1e6 * (time.perf_counter() - began) / steps:8.0f} us a step with its picture")
+    """Frames a second of each game under scripted play, and of each stage of the chain."""
+    steps, count = 20 * FPS, lambda frames: sum(1 for _ in frames)
+    stages = {name: lambda n, tasks=tasks: count(film(tasks, "0 0", steps))
+              for name, tasks in by_game(TASKS).items()}
     with tempfile.TemporaryDirectory() as tmp:
-        n, number = 20 * FPS, itertools.count()
-        latest = lambda: max(Path(tmp).glob("*.mp4"))
-        stages = {"record": lambda: record_video(Path(tmp) / f"{next(number)}", ["swarm/bugs"], "0 0", n),
-                  "decode": lambda: sum(1 for _ in read_video(latest())),
-                  "extract.py": lambda: extract.main([str(latest()), "--out", f"{tmp}/clips"]),
-                  "parse.py": lambda: parse.main(["run", f"{tmp}/clips"])}
-        with contextlib.redirect_stdout(io.StringIO()):   # the second time the templates are drawn, described
-            took = best_of(2, torch.device("cpu"), *stages.values())
-        for name, seconds in zip(stages, took):
-            print(f"{name:12} {n / seconds:8.0f} frames/s of a video of 20 s")
+        stages |= {"record": lambda n: record_video(Path(tmp) / f"{n}", ["swarm/bugs"], "0 0", steps),
+                   "decode": lambda n: count(read_video(f"{tmp}/{n}.mp4")),
+                   "extract.py": lambda n: extract.main([f"{tmp}/{n}.mp4", "--out", f"{tmp}/clips"]),
+                   "parse.py": lambda n: parse.main(["run", f"{tmp}/clips"])}
+        with contextlib.redirect_stdout(io.StringIO()):    # after a round the templates are drawn, described
+            took = best_of_three(*stages.values())
+    for name, seconds in zip(stages, took):
+        print(f"{name:12} {steps / seconds:8.0f} frames/s")
 
 
 # ---- players
@@ -680,37 +662,34 @@ def throughput(args):
 class Scripted:
     """Plays a task as a person does: knows the game's wish, but sees it late, moves sticks gradually and
     askew, and slips now and then."""
+    slip = 0
 
     def __init__(self, game, seed=0):
-        self.game, self.rng = game, random.Random(f"player {seed}")
-        self.late = deque([(0j, 0j, "")] * self.rng.randint(2, 4))
-        self.askew, self.reach = self.rng.gauss(0, 0.05), self.rng.uniform(0.93, 1.0)
-        self.quick, self.careless = self.rng.uniform(0.4, 0.7), self.rng.uniform(0.002, 0.007)
-        self.sticks, self.slip = [0j, 0j], 0
+        self.game, rng = game, random.Random(f"player {seed}")
+        self.late = deque([(0j, 0j, "")] * rng.randint(2, 4))
+        self.askew, self.reach = rng.gauss(0, 0.05), rng.uniform(0.93, 1.0)
+        self.quick, self.careless, self.rng = rng.uniform(0.4, 0.7), rng.uniform(0.002, 0.007), rng
+        self.sticks = [0j, 0j]
 
     def act(self):
         """float (25,), the action of this step."""
         self.late.append(self.game.wish())
         *wanted, keys = self.late.popleft()
         wanted, keys = self.slipped(wanted, keys.split())
-        action = neutral()
-        for i, (name, want) in enumerate(zip(STICKS, wanted)):
+        for i, want in enumerate(wanted):
             trembling = complex(self.rng.gauss(0, 0.03), self.rng.gauss(0, 0.03)) if want else 0
             self.sticks[i] += (want * rect(self.reach, self.askew) + trembling - self.sticks[i]) * self.quick
-            s = capped(self.sticks[i])
-            action[STICKS[name]] = s.real, s.imag
-        action[[BUTTON[k] for k in keys]] = 1
-        return action
+        return pad_action(map(capped, self.sticks), keys)
 
     def slipped(self, wanted, keys):
         """The sticks and buttons wanted, or, now and then for some steps, others."""
         rng = self.rng
-        if self.slip == 0 and rng.random() < self.careless:
+        if not self.slip:
+            if rng.random() >= self.careless:
+                return wanted, keys
             self.slip, self.how = rng.randint(5, 11), rng.choice(("veer", "veer", "rest", "button"))
             self.veer = rect(1, rng.choice((-1, 1)) * rng.uniform(0.6, 2))
-            self.extra = rng.choice(sorted(k for k in self.game.keys if k.isupper()))
-        if self.slip == 0:
-            return wanted, keys
+            self.extra = rng.choice(sorted(self.game.keys))
         self.slip -= 1
         if self.how == "veer":
             return [w * self.veer for w in wanted], keys
@@ -719,31 +698,41 @@ class Scripted:
 
 class Blind:
     """Plays without looking. how = "random": sticks anywhere and each of the game's buttons down or up, drawn
-    anew every 4 to 16 steps; or one of MASHING: both sticks held in a direction or turning, with or without
+    anew every 4 to 16 steps; or mashing: both sticks held in a direction or turning, with or without
     the game's attack, or sticks at rest and all buttons hammered."""
 
+    t = again = 0
+
     def __init__(self, game, seed=0, how="random"):
-        self.rng, self.t, self.again = random.Random(f"{how} {seed}"), 0, 0
+        self.rng = random.Random(f"{how} {seed}")
         self.way, _, attack = how.partition("+")
         self.draws = how in ("random", "mash")
-        keys = [k for k in game.keys if k.isupper()] if self.draws else game.attack if attack else []
-        self.keys = [BUTTON[k] for k in keys]
+        self.keys = game.keys if self.draws else game.attack if attack else ()
 
     def act(self):
         """float (25,), the action of this step."""
         self.t += 1
-        if self.t <= self.again:
-            return self.last
-        action = self.last = neutral()
+        if self.t > self.again:
+            self.last = self.drawn(self.rng)
+        return self.last
+
+    def drawn(self, rng):
+        """A new action, and until when a random one holds."""
         if self.way == "random":
-            self.again = self.t + self.rng.randint(3, 15)
-            action[21:] = [self.rng.uniform(-1, 1) for _ in range(4)]
+            self.again = self.t + rng.randint(3, 15)
+            sticks = [complex(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in STICKS]
         else:
-            push = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j,
-                    "spin": rect(1, self.t / 6)}[self.way]
-            action[21:] = [push.real, push.imag] * 2
-        action[[k for k in self.keys if not self.draws or self.rng.random() < 0.5]] = 1
-        return action
+            ways = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j, "spin": rect(1, self.t / 6)}
+            sticks = [ways[self.way]] * 2
+        return pad_action(sticks, [k for k in self.keys if not self.draws or rng.random() < 0.5])
+
+
+def pad_action(sticks, keys):
+    """float32 (25,) from the left and the right stick (complex, y down) and names of buttons."""
+    action = neutral()
+    action[21:] = [v for s in sticks for v in (s.real, s.imag)]
+    action[[BUTTON[k] for k in keys]] = 1
+    return action
 
 
 class Learned:
@@ -776,13 +765,6 @@ class Learned:
         return self.coming.popleft()
 
 
-@functools.lru_cache(1)
-def learned(path, steps):
-    """The policy of --ckpt, once a process."""
-    torch.set_num_threads(1)
-    return sample.Policy(path, "cpu", steps=steps)
-
-
 # ---- games by others
 
 # weights/others.json says how a pad plays them: what holds for the Gymnasium ids that begin so; all that fit
@@ -794,7 +776,7 @@ def learned(path, steps):
 #   controls       the game's name of an action, or its number -> what the pad does for it: readings and their
 #                  factors, {"left.up": 1, "SOUTH": 1}. Of a Discrete space the first is taken that has all of
 #                  its readings beyond play.TILT ({} always has), of MultiBinary all. A Box takes the sums.
-#   success        {"return": at least this}, or {"info": key of the last info, "least": 1}
+#   success        {"return": at least this}, or {"info": key of the last info, at least 1}
 #   script         the scripted player (of SCRIPTS)
 
 def foreign_task(args):
@@ -805,48 +787,47 @@ def foreign_task(args):
             table |= row
     if args.table:
         table |= read_json(args.table, dict)
-    known = ", ".join(OTHERS)
-    with extract.reading(f"--env {args.env}", f"fps, seconds, frame, controls, success in --table ({known})"):
+    with extract.reading(f"--env {args.env}", "fps, seconds, frame, controls, success in --table "
+                         f"({', '.join(OTHERS)} are known)"):
         words = {word for rule in table["controls"].values() for word in rule}
         if min(table["fps"], table["seconds"]) <= 0 or not {"return", "info"} & table["success"].keys():
             raise ValueError("fps or seconds of 0, or a success by neither return nor info")
-        name = re.sub(r"\W+", "_", args.env)
-        fields = {"name": name.lower(), "fps": table["fps"], "table": table, "idle": [],
-                  "part": table["frame"], "keys": sorted(words & BUTTON.keys()) or ["SOUTH"]}
+        game = type(args.env, (Foreign,), {"fps": table["fps"], "table": table, "idle": []})
+        game.name = re.sub(r"\W+", "_", args.env).lower()
+        game.keys = sorted(words & BUTTON.keys()) or ["SOUTH"]
         if "script" in table:
-            fields["wish"] = SCRIPTS[table["script"]]
-        PLAYABLE[args.env] = type(name, (Foreign,), fields)
+            game.wish = SCRIPTS[table["script"]]
+        PLAYABLE[args.env] = game
     return args.env
 
 
 class Foreign:
     """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its
     table, environments at rest, and wish() where there is a scripted player."""
-    attack = ()
+    attack, t, score, won, over = (), 0, 0.0, False, False
 
     def __init__(self, task, seed=0):
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here, contextlib.chdir(here):
+        with (extract.reading(f"--env {task}", "a game that can be made (pip install gymnasium "
+                              f"{self.table.get('pip', 'and its package')}), whose {self.table['frame']!r} "
+                              "is a frame uint8 (h, w, 3), and controls that fit its actions"),
+              tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here, contextlib.chdir(here)):
             # ViZDoom leaves files there
             self.env = self.idle.pop() if self.idle else open_env(task, self.table)
-            seen = self.env.reset(seed=number)[0]
-        self.inside = self.env.unwrapped
-        buttons = getattr(getattr(self.inside, "game", None), "get_available_buttons", list)      # of ViZDoom
-        with extract.reading(f"--env {task}", "controls of the table that fit the game's actions"):
-            names = [button.name for button in buttons()]
+            self.inside = self.env.unwrapped
+            buttons = getattr(getattr(self.inside, "game", None), "get_available_buttons", list)
+            names = [button.name for button in buttons()]                  # of ViZDoom
             self.choose = pad_to_action(self.env.action_space, self.table["controls"], names)
             self.choose(neutral())
-        self.t, self.score, self.won, self.over = 0, 0.0, False, False
-        self.look(seen)
+            self.look(self.env.reset(seed=number)[0])
 
     def look(self, seen):
         """The picture after a step -> self.frame uint8 (256, 256, 3)."""
-        part = self.part
-        with extract.reading(f"\"frame\": {part!r} in the table", "the name of a picture uint8 (h, w, 3)"):
-            rgb = self.env.render() if part == "render" else seen[part] if part else seen
-            if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
-                raise ValueError(f"{rgb.dtype} {rgb.shape}")
-            self.frame = extract.shrink(np.ascontiguousarray(rgb))
+        part = self.table["frame"]
+        rgb = self.env.render() if part == "render" else seen[part] if part else seen
+        if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
+            raise ValueError(f"{part!r}: {rgb.dtype} {rgb.shape}")
+        self.frame = extract.shrink(np.ascontiguousarray(rgb))
 
     def render(self):
         """uint8 (256, 256, 3)."""
@@ -860,7 +841,7 @@ class Foreign:
         if self.over:
             rule = self.table["success"]
             value = self.score if "return" in rule else info.get(rule["info"], 0)
-            self.won = bool(value >= rule.get("return", rule.get("least", 1)))
+            self.won = bool(value >= rule.get("return", 1))
             self.idle.append(self.env)
         else:
             self.look(seen)
@@ -868,12 +849,10 @@ class Foreign:
 
 def open_env(env_id, table):
     """An environment that gives pictures; only here the packages are needed."""
-    packages = f"gymnasium {table.get('pip', '')}".strip()
-    with extract.reading(f"--env {env_id}", f"an environment that can be made (pip install {packages})"):
-        import gymnasium
-        if "module" in table:
-            importlib.import_module(table["module"])                       # its import registers the ids
-        return gymnasium.make(env_id, render_mode="rgb_array", **table.get("make", {}))
+    import gymnasium
+    if "module" in table:
+        importlib.import_module(table["module"])                           # its import registers the ids
+    return gymnasium.make(env_id, render_mode="rgb_array", **table.get("make", {}))
 
 
 def pad_to_action(space, controls, names=()):
@@ -914,15 +893,16 @@ def aims(game):
     is in four steps."""
     doom = game.inside.game
     middle, state = doom.get_screen_width() / 2, doom.get_state()
-    monsters = [label for label in (state.labels if state else ()) if label.object_category == "Monster"]
-    foes = [(label.x + label.width / 2 - middle, label.width / 2) for label in monsters]
+    foes = [(label.x + label.width / 2 - middle, label.width / 2)
+            for label in (state.labels if state else ()) if label.object_category == "Monster"]
     off, half = min(foes, key=lambda f: abs(f[0]) - 4 * f[1], default=(middle, 0.0))  # none in sight: turn on
     moved, game.off = off - getattr(game, "off", off), off
     soon = off + 4 * moved if abs(moved) < 60 else off                     # else it is another monster
     stick = complex(copysign(1, soon)) if abs(soon) > max(half / 2, 4) else 0j
     shoots = "RIGHT_TRIGGER" if max(abs(off), abs(soon)) < 0.7 * half + 2 else ""
-    turns = any(b.name == "TURN_LEFT" for b in doom.get_available_buttons())
-    return (0j, stick, shoots) if turns else (stick, 0j, shoots)
+    if any(button.name == "TURN_LEFT" for button in doom.get_available_buttons()):
+        return 0j, stick, shoots
+    return stick, 0j, shoots
 
 
 SCRIPTS = {"aims": aims}
@@ -934,18 +914,20 @@ class Game:
     """One task of one game, the same for the same seed. A subclass has begin(), play(), draw() and wish():
     the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
     control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
-    What "look" holds are attributes of all its tasks, what a task's "start" holds is of this one."""
-    fps = FPS
+    What "look" holds are attributes that all its tasks have or begin with, what a task's "start" holds is of
+    this one."""
+    fps, at = FPS, property(lambda self: self.pos)
+    t = score = 0
+    won = over = False
+    left = right = 0j
+    held = ()
 
     def __init__(self, task, seed=0):
         self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
         # A fixed level is the same for all seeds, its start is not.
         self.plan = random.Random(task) if self.task.fixed else self.rng
-        self.t = self.score = 0
+        self.uniform, self.choice = self.rng.uniform, self.rng.choice
         self.health, self.due = self.lives, {}
-        self.won = self.over = False
-        self.left = self.right = 0j
-        self.held = frozenset()
         vars(self).update(self.task.start)
         self.things, self.foes, self.bolts, self.shots = [], [], [], []
         self.begin()
@@ -972,8 +954,7 @@ class Game:
         for i in range(self.health):
             disc(frame, complex(14 + 16 * i, y + 8), 6, health)
         for i in range(self.task.goal if self.task.goal <= 12 else 0):
-            corner = complex(244 - 11 * i, y + 3)
-            bar(frame, corner, corner + 7 + 10j, score, -1 if i < self.score else 1)
+            bar(frame, complex(244 - 11 * i, y + 3), 7 + 10j, score, -1 if i < self.score else 1)
         return frame
 
     def ready(self, what, steps):
@@ -991,22 +972,22 @@ class Game:
         """Steps until `what` is ready."""
         return max(self.due.get(what, 0) - self.t, 0)
 
-    def hurt(self):
-        """Lose one health, at most once in 25 steps."""
-        if self.ready("hurt", 25):
+    def hurt(self, rest=25):
+        """Lose one health, at most once in so many steps."""
+        if self.ready("hurt", rest):
             self.health -= 1
 
     def either_way(self):
         """-1 or 1, at random."""
-        return self.rng.choice((-1, 1))
+        return self.choice((-1, 1))
 
     def around(self, low, high):
         """A vector of random length and direction."""
-        return rect(self.rng.uniform(low, high), self.rng.uniform(0, tau))
+        return rect(self.uniform(low, high), self.uniform(0, tau))
 
     def distance(self, thing):
         """How far a thing is from the player."""
-        return abs(thing.at - self.pos)
+        return abs(thing - self)
 
     def nearest(self, things):
         """The thing nearest to the player, None of none."""
@@ -1024,40 +1005,41 @@ class Game:
         """Where p is from straight ahead, in radians, right positive."""
         return phase(self.relative(p))
 
-    def compass(self, frame, target, ink):
-        """An arrow at the top to where to go now: up = ahead."""
-        arrow(frame, 128 + 40j, self.angle(target) - pi / 2, 32, ink)
-
     def back(self, x, y=0, h=256):
         """The scenery behind, from its column x and row y on; it is h pixels high."""
-        return sky(*self.scenery, h)[y:y + 256, int(x) % 512:int(x) % 512 + 256].copy()
+        x = int(x) % 512
+        return sky(*self.scenery, h)[y:y + 256, x:x + 256].copy()
 
     def fly(self, shots, hits, reach=200):
         """Move shots (at, v); gone are those that hit something (hits(shot) sees to what follows) or are
         further away than `reach`."""
         for shot in shots:
             shot.at += shot.v
-        shots[:] = [shot for shot in shots if not hits(shot) and abs(shot.at - self.pos) < reach]
-
-    def shoot(self, start, ahead, speed):
-        """A bolt of the player's flies off, from so far ahead of a place, the way of self.aim."""
-        self.bolts.append(Thing("bolt", start + rect(ahead, self.aim), v=rect(speed, self.aim)))
+        shots[:] = [shot for shot in shots if not hits(shot) and abs(shot - self) < reach]
 
     def take(self, things, thing):
         """It is gone: a point."""
         things.remove(thing)
         self.score += 1
 
-    def strikes(self, shot, foes, width):
-        """Does a shot hit a foe? The first one so near loses a point of hp."""
-        near = [foe for foe in foes if abs(foe.at - shot.at) < width]
-        for foe in near[:1]:
-            foe.hp -= 1
-        return near
+    def fire(self, at, foes):
+        """The right trigger sends bolts along self.aim; they fly on until they are near a foe, which loses a
+        point of hp, below the ground or far away."""
+        rest, ahead, speed, near, ground, reach = self.gun
+        if self.ammo and self.pressed("RIGHT_TRIGGER", rest):
+            self.ammo -= 1
+            self.bolts.append(Thing("bolt", at + rect(ahead, self.aim), v=rect(speed, self.aim)))
+
+        def hits(bolt):
+            struck = [foe for foe in foes if abs(foe - bolt) < near]
+            for foe in struck[:1]:
+                foe.hp -= 1
+            return struck or bolt.at.imag > ground
+        self.fly(self.bolts, hits, reach)
 
     def wounds(self, shot, at, width):
         """Does a shot hit the player, who is at `at`? That hurts."""
-        near = abs(shot.at - at) < width
+        near = abs(shot - at) < width
         if near:
             self.hurt()
         return near
@@ -1065,9 +1047,6 @@ class Game:
 
 # ---- machinery
 # ---- processes, pictures
-
-INKS = {"random": "#a0a0aa", "scripted": "#5aa05a", "model": "#dc3c28", "true labels": "#3c6edc"}
-
 
 def folder(path):
     """--out, made where it is missing."""
@@ -1105,24 +1084,24 @@ def run_scripts(*commands):
     sys.stdout.flush()
     running = []
     for rank, (script, *words) in enumerate(commands):
-        share = {"OMP_NUM_THREADS": f"{max(cores() // len(commands), 1)}", "RANK": f"{rank}",
-                 "WORLD_SIZE": f"{len(commands)}"}
-        running.append(subprocess.Popen([sys.executable, str(HERE / script), *map(str, words)],
-                                        stdout=sys.stdout, stderr=subprocess.STDOUT, env=os.environ | share))
+        running.append(subprocess.Popen(
+            [sys.executable, str(HERE / script), *map(str, words)], stdout=sys.stdout,
+            stderr=subprocess.STDOUT, env=os.environ | {
+                "OMP_NUM_THREADS": f"{max(cores() // len(commands), 1)}", "RANK": f"{rank}",
+                "WORLD_SIZE": f"{len(commands)}"}))
     try:
         failed = [p.args[1] for p in running if p.wait()]
     finally:
         for p in running:
             p.wait()                                   # interrupted ones were so too, and end cleanly
     if failed:
-        last = Path(sys.stdout.name).read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
-        raise UserError(f"{failed[0]} failed: {' '.join(last)} (see {sys.stdout.name})")
+        raise UserError(f"{failed[0]} failed: see the end of {sys.stdout.name}")
 
 
 def machine():
     """What the numbers were taken on."""
-    versions = f"torch {torch.__version__}, opencv {cv2.__version__}"
-    return f"{platform.machine()}, {cores()} cores, {versions}"
+    return (f"{platform.machine()}, {cores()} cores, torch {torch.__version__}, "
+            f"opencv {cv2.__version__}")
 
 
 def paste_pad(ground, skin, action, opacity=1.0):
@@ -1133,34 +1112,30 @@ def paste_pad(ground, skin, action, opacity=1.0):
 
 def write(page, x, y, text, size=13, ink="#14141e"):
     """A line of text on a picture, from its lower left corner."""
-    ImageDraw.Draw(page).text((x, y), text, ink, ImageFont.load_default(size), "ls")
+    ImageDraw.Draw(page).text((x, y), text, ink, anchor="ls", font_size=size)
 
 
-def chart(page, left, y, rows, wide=330):
+def chart(page, y, rows):
     """A table {row: {player: share()}} as groups of bars on a picture; a thin line is the interval."""
     pen = ImageDraw.Draw(page)
     for name, row in rows.items():
-        write(page, left - 120, y + 28, name)
+        write(page, 890, y + 28, name)
         for who, r in row.items():
-            rate, low, high = (left + wide * r[key] for key in ("rate", "low", "high"))
-            pen.rectangle((left, y, rate, y + 10), INKS[who])
+            rate, low, high = (1010 + 330 * r[key] for key in ("rate", "low", "high"))
+            pen.rectangle((1010, y, rate, y + 10), "#dc3c28" if who == "model" else "#a0a0aa")
             pen.line((low, y + 5, high, y + 5), "#14141e")
-            write(page, left + wide + 10, y + 10, f"{who} {in_brackets(r)}", 11)
+            write(page, 1350, y + 10, f"{who} {in_brackets(r)}", 11)
             y += 13
         y += 8
 
 
 def games(args):
-    """OUT/games.png: two games a row, the three tasks of each side by side, after two seconds of scripted
-    play."""
+    """A picture of the thirty tasks after two seconds of scripted play, OUT/games.png."""
     page = Image.new("RGB", (1560, 1400), "#181818")
     for i, (name, task) in enumerate(TASKS.items()):
-        game = task.game(name, args.seed)
-        player = Scripted(game, args.seed)
-        while not game.over and game.t < 60:
-            game.advance(player.act())
+        *_, (frame, *_) = film([name], args.seed, 2 * FPS)
         x, y = i % 6 * 260 + 2, i // 6 * 280 + 2
-        page.paste(Image.fromarray(game.render()), (x, y))
+        page.paste(Image.fromarray(frame), (x, y))
         write(page, x, y + 272, f"{name}: {task.text}", 10, "white")
     path = folder(args.out) / "games.png"
     page.save(path)
@@ -1182,8 +1157,15 @@ class Thing(types.SimpleNamespace):
     def __init__(self, kind, at, **more):
         super().__init__(kind=kind, at=at, **more)
 
+    def __sub__(self, other):
+        """The way to this thing from another one, the player (a Game) or a place."""
+        return self.at - getattr(other, "at", other)
 
-@functools.lru_cache(512)
+    def __rsub__(self, other):
+        return getattr(other, "at", other) - self.at
+
+
+@functools.cache
 def colour(code):
     """'f80' or 'ff8800' -> (255, 136, 0)."""
     return ImageColor.getrgb(f"#{code}")
@@ -1203,9 +1185,8 @@ def icon(name, size, turn=0, flip=False):
             cv2.circle(big, v[:2], v[2], rgba, -1)
         else:
             cv2.fillPoly(big, [np.reshape(v, (-1, 2))], rgba)
-    if turn:
-        rotation = cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1)
-        big = cv2.warpAffine(big, rotation, (256, 256), flags=cv2.INTER_NEAREST)
+    big = cv2.warpAffine(big, cv2.getRotationMatrix2D((128, 128), -turn * 11.25, 1), (256, 256),
+                         flags=cv2.INTER_NEAREST)
     if flip:
         big = cv2.flip(big, 1)
     big[..., 3] = cv2.dilate(big[..., 3], np.ones((17, 17), np.uint8))
@@ -1222,15 +1203,15 @@ def sprite(frame, name, at, size, turn=0.0, flip=False, seen=None):
     x, y = round(at.real) - size // 2, round(at.imag) - size // 2
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + size, 256), min(y + size, 256)
     if x0 < x1 and y0 < y1:
-        layers = icon(name, size, round(turn / tau * 32) % 32, flip)
-        picture, mask = (layer[y0 - y:y1 - y, x0 - x:x1 - x] for layer in layers)
+        picture, mask = (layer[y0 - y:y1 - y, x0 - x:x1 - x]
+                         for layer in icon(name, size, round(turn / tau * 32) % 32, flip))
         cv2.copyTo(picture, mask if seen is None else mask * seen[x0:x1], frame[y0:y1, x0:x1])
 
 
 def sprites(frame, things, size, corner=0j):
     """Draw things as they are; corner: where the camera's top left corner is."""
     for thing in things:
-        sprite(frame, thing.kind, thing.at - corner, size)
+        sprite(frame, thing.kind, thing - corner, size)
 
 
 def dot(p):
@@ -1243,9 +1224,9 @@ def disc(frame, at, radius, ink, thick=-1):
     cv2.circle(frame, dot(at), radius, colour(ink), thick)
 
 
-def bar(frame, corner, opposite, ink, thick=-1):
-    """A rectangle between two corners: filled, or a border."""
-    cv2.rectangle(frame, dot(corner), dot(opposite), colour(ink), thick)
+def bar(frame, corner, size, ink, thick=-1):
+    """A rectangle of a size from its top left corner on: filled, or a border."""
+    cv2.rectangle(frame, dot(corner), dot(corner + size), colour(ink), thick)
 
 
 def line(frame, start, end, ink, thick):
@@ -1270,28 +1251,23 @@ def whole(places):
     return np.int32([(p.real, p.imag) for p in places])
 
 
-@functools.lru_cache(64)
+@functools.cache
 def pattern(kind, dark, light, h, w):
     """A texture of two colours with some noise, uint8 (h, w, 3)."""
     y, x = np.mgrid[:h, :w]
-    joints = lambda high, wide, shift: (y % high < 2) | ((x + y // high * shift) % wide < 2)
+    (high, wide, shift), *shares = PATTERNS[kind]              # of the joints; of each layer
+    joints = (y % high < 2) | ((x + y // high * shift) % wide < 2)
     odd = (y // 32 + x // 32) % 2
-    level = {
-        "checker": odd,
-        "grid": 1 * joints(32, 32, 0),
-        "bricks": 1 - joints(16, 24, 12),
-        "planks": 1 - 0.8 * joints(12, 90, 12),
-        "sand": 0.5 + 0 * x,
-        "waves": 0.5 + 0.5 * np.sin(x / 9 + 2 * np.sin(y / 13)),
-        "tiles": (1 - joints(32, 32, 0)) * (0.7 + 0.3 * odd),
-        "dots": 1 * ((y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10)}[kind]
+    waves, dots = np.sin(x / 9 + 2 * np.sin(y / 13)), (y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10
+    layers = 1, joints, odd, joints * odd, waves, dots
+    level = sum(share * layer for share, layer in zip(shares, layers))
     grain = np.random.default_rng(0).random((h // 4 + 1, w // 4 + 1), np.float32)
     grain = cv2.resize(grain, (w, h), interpolation=cv2.INTER_NEAREST)
     mixed = (0.75 * level + 0.25 * grain)[..., None]
     return np.uint8(colour(dark) * (1 - mixed) + colour(light) * mixed)
 
 
-@functools.lru_cache(16)
+@functools.cache
 def sky(top, low, far, near, h):
     """Hills under a sky, uint8 (h, 768, 3), the same every 512 columns."""
     shade = np.linspace(0, 1, h)[:, None, None]
@@ -1346,10 +1322,11 @@ def ahead_and_right(v, way):
 
 
 def walled(w, h):
-    """An empty map with a wall around it: grid[y][x], True = wall."""
-    return [[x in (0, w - 1) or y in (0, h - 1) for x in range(w)] for y in range(h)]
+    """An empty map with a wall around it, bool (h, w)."""
+    return np.pad(np.zeros((h - 2, w - 2), bool), 1, constant_values=True)
 
 
+CENTRE = 128 + 128j                                # of the frame
 MIDDLE = 0.5 + 0.5j                                # of a cell, from its corner
 WAYS = 1, -1, 1j, -1j                              # from a cell to the next ones
 
@@ -1359,31 +1336,21 @@ def cell_of(p):
     return complex(int(p.real), int(p.imag))
 
 
-def inner_cells(grid):
-    """(x, y) of all cells inside the wall around."""
-    return [(x, y) for x in range(1, len(grid[0]) - 1) for y in range(1, len(grid) - 1)]
-
-
 def free_cells(grid):
-    """All cells without a wall, row by row."""
-    return [complex(x, y) for y, row in enumerate(grid) for x, wall in enumerate(row) if not wall]
-
-
-def solid(grid, p):
-    """Is there a wall at a place?"""
-    return grid[int(p.imag)][int(p.real)]
+    """The corners of all cells without a wall, row by row."""
+    return [complex(x, y) for y, x in np.argwhere(~grid)]
 
 
 def distances(grid, goal):
     """Steps to the cell of `goal` from every cell from which it can be reached: {cell: n}; cells are whole
     numbers."""
-    queue = [cell_of(goal)]
+    queue, free = [cell_of(goal)], {*free_cells(grid)}
     far = {queue[0]: 0}
     for here in queue:
-        for way in WAYS:
-            if here + way not in far and not solid(grid, here + way):
-                far[here + way] = far[here] + 1
-                queue.append(here + way)
+        for cell in (here + way for way in WAYS):
+            if cell in free and cell not in far:
+                far[cell] = far[here] + 1
+                queue.append(cell)
     return far
 
 
@@ -1410,6 +1377,10 @@ class Walled(Game):
     """A map of square cells with walls; cell: the side of one in the game's units."""
     cell = 1
 
+    def enter(self, grid):
+        """Take a map; the distances to a cell of it are found once."""
+        self.grid, self.ways_to = grid, functools.cache(functools.partial(distances, grid))
+
     def move(self, p, d, r=12):
         """From p by d, a disc of radius r: one axis at a time, so that it glides along walls."""
         for step in (d.real, 1j * d.imag):
@@ -1418,29 +1389,27 @@ class Walled(Game):
                 p += step
         return p
 
+    def go(self, d, r=12):
+        """The player moves by d, along walls."""
+        self.pos = self.move(self.pos, d, r)
+
     def blocked(self, p):
         """Is there a wall at a place?"""
-        return solid(self.grid, p / self.cell)
+        p /= self.cell
+        return self.grid[int(p.imag), int(p.real)]
 
     def send(self, thing, place, far, r=12):
         """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
-        thing.at = self.move(thing.at, far * unit(place - thing.at), r)
+        thing.at = self.move(thing.at, far * unit(place - thing), r)
 
     def sees(self, p, q):
         """Is the straight line between two places free of walls?"""
         n = int(abs(q - p) / self.cell * 4) + 1
         return not any(self.blocked(p + (q - p) * i / n) for i in range(n + 1))
 
-    def ways_to(self, goal):
-        """distances() of a place; each is found once a map, as actors stay in a cell for many steps."""
-        cell = cell_of(goal / self.cell)
-        if cell not in self.known:
-            self.known[cell] = distances(self.grid, cell)
-        return self.known[cell]
-
     def on_the_way(self, goal, p):
         """Where to walk next from p to get to the goal."""
-        return waypoint(self.ways_to(goal), p / self.cell) * self.cell
+        return waypoint(self.ways_to(cell_of(goal / self.cell)), p / self.cell) * self.cell
 
 
 class FirstPerson(Walled):
@@ -1448,88 +1417,81 @@ class FirstPerson(Walled):
     at once. The left stick walks, the right one turns."""
 
     @classmethod
-    @functools.lru_cache(8)
+    @functools.cache
     def paint(cls):
         """Wall texture (32 shades x 32 x 32, 3) and ceiling and floor (128, 128, 3), uint8."""
         texture = np.float32(pattern(*cls.wall, 32, 32))
         shades = [texture * (1 - i / 18) * side for side in (1, 0.75) for i in range(16)]
         y = np.linspace(-1, 1, 128)[:, None]
-        inks = zip(cls.ceiling, cls.floor)
-        far, near = (np.where(y < 0, colour(above), colour(below)) for above, below in inks)
+        far, near = (np.where(y < 0, colour(above), colour(below))
+                     for above, below in zip(cls.ceiling, cls.floor))
         ground = (1 - abs(y)) * far + abs(y) * near
         return np.uint8(shades).reshape(-1, 3), np.repeat(np.uint8(ground)[:, None], 128, 1)
 
     def begin(self):
-        self.build()
+        """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
+        grid, inner = walled(self.size, self.size), [*itertools.product(range(1, self.size - 1), repeat=2)]
+        for x, y in self.plan.sample(inner, int(self.density * len(inner))):
+            grid[y, x] = True
+            free = free_cells(grid)
+            grid[y, x] = len(distances(grid, free[0])) == len(free)
+        self.enter(grid)
+        self.pos, self.face = self.choice(free_cells(grid)) + MIDDLE, self.uniform(0, tau)
         self.bring()
 
-    def build(self):
-        """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
-        self.grid = walled(self.size, self.size)
-        inner = inner_cells(self.grid)
-        for x, y in self.plan.sample(inner, int(self.density * len(inner))):
-            self.grid[y][x] = True
-            free = free_cells(self.grid)
-            self.grid[y][x] = len(distances(self.grid, free[0])) == len(free)
-        self.walls, self.known = np.array(self.grid), {}
-        self.free = [cell + MIDDLE for cell in free_cells(self.grid)]
-        self.pos, self.face = self.rng.choice(self.free), self.rng.uniform(0, tau)
-
-    def place(self, low, high):
-        """A free cell so many steps of walking away."""
-        far = self.ways_to(self.pos)
-        cells = [p for p in self.free if low <= far[p - MIDDLE] <= high]
-        return self.rng.choice(cells or self.free)
-
-    def walk(self, speed=0.08):
+    def play(self):
         self.face = wrap(self.face + self.right.real * 0.085)
-        self.pos = self.move(self.pos, self.left * 1j * speed * rect(1, self.face), 0.22)
+        self.go(self.left * 1j * self.speed * rect(1, self.face), 0.22)
+        goal = self.goal
+        if not goal.near:
+            self.fight(goal, self.distance(goal))
+        if goal.hp <= 0 or self.reached(goal):
+            self.score += 1
+            self.bring()
 
     def bring(self):
         """The next goal to fight, take or reach, if the task has one."""
         self.things = []
         for kind in self.steps[self.score:self.score + 1]:
-            look = self.kinds[kind]
-            self.goal = Thing(kind, self.place(*look["away"]), hp=2, **look)
+            look, far = self.kinds[kind], self.ways_to(cell_of(self.pos))
+            low, high = look["away"]                                   # so many steps of walking
+            cells = free_cells(self.grid)
+            cell = self.choice([c for c in cells if low <= far[c] <= high] or cells)
+            self.goal = Thing(kind, cell + MIDDLE, hp=2, **look)
             self.things, self.goes_to = [self.goal], self.goal.at
 
-    def check(self):
-        """A point for a goal that is beaten, or reached with its button held; then comes the next one."""
-        if self.goal.hp <= 0 or self.reached(self.goal):
-            self.score += 1
-            self.bring()
-
     def draw(self):
-        p, n, rays = self.pos, self.size, rect(1, self.face) * (1 + 1j * LENS)          # (128,)
-        rx, ry = rays.real + 1e-9, rays.imag + 1e-9
+        p, n = self.pos, self.size
+        rays = rect(1, self.face) * (1 + 1j * LENS) + (1e-9 + 1e-9j)                    # (128,)
         lines = np.arange(1, n)[:, None]                                                # (n - 1, 1)
 
-        def crossings(at, way, along, goes, walls):
-            """How far along each ray its crossings with the lines across one axis are, (n - 1, 128): 99 where
-            no wall begins; at, way: of the rays on this axis; along, goes: on the other one."""
-            t = (lines - at) / way
-            other = np.clip(along + t * goes, 0, n - 1).astype(int)
-            return np.where((t > 0) & walls[lines - (way < 0), other], t, 99)
-        t = np.concatenate([crossings(p.real, rx, p.imag, ry, self.walls.T),
-                            crossings(p.imag, ry, p.real, rx, self.walls)])
+        def crossings(p, rays, walls):
+            """How far along each ray from p its crossings with the lines across x are, (n - 1, 128): 99 where
+            no wall begins."""
+            t = (lines - p.real) / rays.real
+            y = np.clip(p.imag + t * rays.imag, 0, n - 1).astype(int)
+            return np.where((t > 0) & walls[lines - (rays.real < 0), y], t, 99)
+        mirror = lambda v: 1j * v.conjugate()                                           # swaps x and y
+        t = np.concatenate([crossings(p, rays, self.grid.T), crossings(mirror(p), mirror(rays), self.grid)])
         depth, across = t.min(0), t.argmin(0) >= n - 1         # the nearest wall, and whether it lies across
         self.depth = depth
-        u = (np.where(across, p.real + depth * rx, p.imag + depth * ry) % 1 * 32).astype(int)
+        ends = p + depth * rays
+        u = (np.where(across, ends.real, ends.imag) % 1 * 32).astype(int)
         shade = np.minimum(depth * 2, 15).astype(int) + 16 * across
         v = np.floor((ROWS * np.float32(depth / 115) + 0.5) * 32).astype(int)                    # (128, 128)
         texture, ground = self.paint()
-        walls = texture.take(shade * 1024 + u + v * 32, 0, mode="clip")
-        pixels = cv2.copyTo(walls, np.uint8(v == v % 32), ground.copy())
+        pixels = cv2.copyTo(texture.take(shade * 1024 + u + v * 32, 0, mode="clip"),
+                            np.uint8(v == v % 32), ground.copy())
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
         for thing in sorted(self.things, key=self.distance, reverse=True):
             self.billboard(frame, thing)
         if self.things:
-            self.compass(frame, self.target(), self.goal.ink)
+            arrow(frame, 128 + 40j, self.angle(self.target()) - pi / 2, 32, self.goal.ink)
         return frame
 
     def billboard(self, frame, thing):
         """A flat picture that always faces the player, behind what is nearer."""
-        rel = self.relative(thing.at)
+        rel = self.relative(thing)
         if rel.real > 0.15:
             scale = 230 / max(rel.real, 0.4)
             x = 128 + rel.imag / rel.real / 0.7 * 128
@@ -1539,21 +1501,22 @@ class FirstPerson(Walled):
 
     def target(self):
         """Where to go now: the goal itself where the way there is wide enough."""
-        side = 0.2j * unit(self.goal.at - self.pos)
+        side = 0.2j * unit(self.goal - self)
         clear = all(self.sees(self.pos + s, self.goal.at + s) for s in (side, -side))
         return self.goal.at if clear else self.on_the_way(self.goes_to, self.pos)
 
-    def steer(self, target, near=0.0):
+    def steer(self, target, near):
         """Both sticks of a walk: turn to the target, walk once it is about ahead, stop when nearer than
         `near`."""
         angle = self.angle(target)
         ahead = max(math.cos(angle), 0) ** 3 if abs(target - self.pos) > near else 0.0
         return complex(0, -ahead), span(1.5 * angle)
 
-    def fetch(self):
-        """A walk to the goal, its button held near it."""
-        button = self.goal.button if self.distance(self.goal) < 1 else ""
-        return *self.steer(self.target(), self.stop), button
+    def wish(self):
+        goal, reach = self.goal, self.distance(self.goal)
+        if not goal.near:
+            return self.wish_to_fight(goal, reach)
+        return *self.steer(self.target(), self.stop), goal.button if reach < 1 else ""
 
 
 class Crypt(FirstPerson):
@@ -1561,48 +1524,43 @@ class Crypt(FirstPerson):
     when they are green."""
 
     def play(self):
-        shield, goal = "LEFT_TRIGGER" in self.held, self.goal
-        self.walk(0.05 if shield else 0.09)
-        if not goal.near:
-            self.fight(goal, self.distance(goal), shield)
-        self.check()
+        self.speed = 0.05 if "LEFT_TRIGGER" in self.held else 0.09
+        super().play()
 
-    def fight(self, ghoul, reach, shield):
+    def fight(self, ghoul, reach):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
-        off = lambda: abs(self.angle(ghoul.at))
         self.goes_to = ghoul.at
         if reach > 0.8:
             to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
             self.send(ghoul, to, 0.025, 0.2)
+        off, shield = abs(self.angle(ghoul)), "LEFT_TRIGGER" in self.held
         if ghoul.wind:
             ghoul.wind -= 1
-            if not ghoul.wind and reach < 1.3 and not (shield and off() < 0.7):
+            if not ghoul.wind and reach < 1.3 and not (shield and off < 0.7):
                 self.hurt()
         elif reach < 1.2 and self.ready("wind", 45):
             ghoul.wind = 15
         ghoul.kind = "ghoul!" if ghoul.wind else "ghoul"
         if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
-            if reach < 1.25 and off() < 0.45:
+            if reach < 1.25 and off < 0.45:
                 ghoul.hp -= 1
-                self.send(ghoul, self.pos, -0.3, 0.2)
+                self.send(ghoul, self, -0.3, 0.2)
 
     def draw(self):
         frame = super().draw()
         if "LEFT_TRIGGER" in self.held:
             disc(frame, 80 + 246j, 54, "5a6ec8")
         resting = self.rests("RIGHT_TRIGGER")
-        tip = 210 + 170j + (3j - 4) * max(resting - 14, 0)
-        line(frame, 214 + 256j, tip, "787882" if resting else "f0f0fa", 12)
+        swing = (3j - 4) * max(resting - 14, 0)
+        line(frame, 214 + 256j, 210 + 170j + swing, "787882" if resting else "f0f0fa", 12)
         return frame
 
-    def wish(self):
-        goal, reach, plain = self.goal, self.distance(self.goal), self.fetch()
-        if goal.near or reach >= 1.6:
-            return plain
-        left, right = self.steer(goal.at, 0.95) if self.sees(self.pos, goal.at) else plain[:2]
-        if goal.wind:
+    def wish_to_fight(self, ghoul, reach):
+        close = reach < 1.6 and self.sees(self.pos, ghoul.at)
+        left, right = self.steer(ghoul.at, 0.95) if close else self.steer(self.target(), self.stop)
+        if ghoul.wind and reach < 1.6:
             return 0j, right, "LEFT_TRIGGER"
-        return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(goal.at)) < 0.35 else ""
+        return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(ghoul)) < 0.35 else ""
 
 
 class Siege(FirstPerson):
@@ -1613,11 +1571,8 @@ class Siege(FirstPerson):
         self.drift = self.around(0.02, 0.035)
 
     def play(self):
-        self.walk()
         goal = self.goal
-        if not goal.near:
-            self.fight(goal, self.distance(goal))
-        self.check()
+        super().play()
         self.things = [goal, *self.shots]
 
     def fight(self, drone, reach):
@@ -1628,32 +1583,27 @@ class Siege(FirstPerson):
         drone.at = moved
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
-            aimed = abs(self.angle(drone.at)) < 0.3 / reach
-            drone.hp -= aimed and self.sees(self.pos, drone.at)
+            drone.hp -= abs(self.angle(drone)) < 0.3 / reach and self.sees(self.pos, drone.at)
         if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
-            speed = 0.07 * unit(self.pos - drone.at)
-            self.shots.append(Thing("mine", drone.at, v=speed, lift=0.35, size=0.2))
+            self.shots.append(Thing("mine", drone.at, v=0.07 * unit(self - drone), lift=0.35, size=0.2))
         self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or self.blocked(shot.at))
 
     def draw(self):
         frame = super().draw()
-        bar(frame, 112 + 206j, 144 + 256j, "32363e" if self.rests("RIGHT_TRIGGER") < 8 else "ffbe3c")
+        bar(frame, 112 + 206j, 32 + 50j, "32363e" if self.rests("RIGHT_TRIGGER") < 8 else "ffbe3c")
         if not self.goal.near:
-            disc(frame, 128 + 128j, 10, "ffffff", 2)
+            disc(frame, CENTRE, 10, "ffffff", 2)
             for i in range(self.ammo):
-                bar(frame, 4 + 6 * i + 222j, 7 + 6 * i + 232j, "ffe65a")
+                bar(frame, 4 + 6 * i + 222j, 3 + 10j, "ffe65a")
         return frame
 
-    def wish(self):
-        goal, reach = self.goal, self.distance(self.goal)
-        if goal.near:
-            return self.fetch()
-        clear = self.sees(self.pos, goal.at)
+    def wish_to_fight(self, drone, reach):
+        clear = self.sees(self.pos, drone.at)
         left, right = self.steer(self.target(), 2.5 if clear else self.stop)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
-            left -= copysign(1, self.angle(shot.at))                       # step out of its way
-        aimed = abs(self.angle(goal.at)) < 0.26 / reach
+            left -= copysign(1, self.angle(shot))                       # step out of its way
+        aimed = abs(self.angle(drone)) < 0.26 / reach
         return left, right, "RIGHT_TRIGGER" if clear and aimed else ""
 
 
@@ -1665,7 +1615,6 @@ class Rally(Game):
     """Driving behind a car: the ground is one big picture seen in perspective, a homography of it."""
 
     def begin(self):
-        self.speed, self.index, self.gates = 0.0, 0, []
         k, bend, start = self.plan.randint(2, 4), self.plan.uniform(0.16, 0.24), self.plan.uniform(0, tau)
         ways = np.arange(256) / 256 * tau
         path = 512 + 512j + 320 * (1 + bend * np.sin(k * ways + start)) * np.exp(1j * ways)
@@ -1673,23 +1622,23 @@ class Rally(Game):
         self.path = path if self.rng.random() < 0.5 else path[::-1]
         self.ground = pattern(*self.paving, 1024, 1024).copy()
         if self.park:
-            self.pos, self.face = 512 + 512j, self.rng.uniform(0, tau)
+            self.pos, self.face = 512 + 512j, self.uniform(0, tau)
             self.spawn()
         else:
             self.build(path)
 
     def build(self, path):
         """The road, the trees beside it, its gates and the other cars."""
-        dashes = [(path[i:i + 2], "fadc5a", 5) for i in range(0, 256, 4)]
-        for places, ink, thick in [(path, "ebebeb", 112), (path, "54545c", 100), *dashes]:
+        for places, ink, thick in ((path, "ebebeb", 112), (path, "54545c", 100),
+                                   *((path[i:i + 2], "fadc5a", 5) for i in range(0, 256, 4))):
             cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
         self.pos, self.face = self.path[0], phase(self.path[2] - self.path[0])
         pairs = lambda kind, first, step, aside: [
             Thing(kind, self.beside(i, side)) for i in range(first, 255, step) for side in (-aside, aside)]
         self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
-        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=self.rng.choice((-22, 22)), passed=False)
+        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.either_way(), passed=False)
                      for i in range(self.cars)]
-        self.ahead()
+        self.race()
 
     def beside(self, place, far):
         """So many pixels to the right of a place on the path, in points of it from its start."""
@@ -1698,18 +1647,24 @@ class Rally(Game):
 
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
-        turn = self.either_way() * self.rng.uniform(0.2, 0.9)
-        self.bay = fence(self.pos + rect(self.rng.uniform(170, 260), self.face + turn), 90, 934)
+        turn = self.either_way() * self.uniform(0.2, 0.9)
+        self.bay = fence(self.pos + rect(self.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
         self.things = [Thing("bay", self.bay)]
 
-    def ahead(self):
-        """Where on the path the car is: the nearest of the next few points; rivals drive on."""
+    def race(self):
+        """Where on the path the car is: the nearest of the next few points. Rivals drive on; those that are
+        passed do not count as hit."""
         self.index = min(range(self.index, self.index + 6), key=lambda i: abs(self.path[i] - self.pos))
         for rival in self.foes:
             rival.along += 0.22
             rival.at = self.beside(rival.along, rival.side)
+            rival.passed |= rival.along < self.index - 1
+            if self.distance(rival) < 24 and not rival.passed:
+                self.speed *= 0.3
+                self.hurt()
+        self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
 
     def play(self):
         on_road = self.park or abs(self.path[self.index] - self.pos) < 58
@@ -1719,19 +1674,12 @@ class Rally(Game):
         self.speed *= 1 if gas or brake else 0.97
         self.face = wrap(self.face + self.left.real * 0.05 * span(self.speed / 2))
         self.pos = fence(self.pos + self.speed * rect(1, self.face), 40, 984)
-        if self.park:
-            if abs(self.bay - self.pos) < 34 and abs(self.speed) < 0.7:
-                self.score += 1
-                disc(self.ground, self.bay, 38, "50545a")
-                self.spawn()
-            return
-        self.ahead()
-        for rival in self.foes:
-            rival.passed |= rival.along < self.index - 1
-            if self.distance(rival) < 24 and not rival.passed:
-                self.speed *= 0.3
-                self.hurt()
-        self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
+        if not self.park:
+            self.race()
+        elif abs(self.bay - self.pos) < 34 and abs(self.speed) < 0.7:
+            self.score += 1
+            disc(self.ground, self.bay, 38, "50545a")
+            self.spawn()
 
     def draw(self):
         way = rect(1, self.face)
@@ -1741,24 +1689,19 @@ class Rally(Game):
                                      cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
         frame = np.concatenate([self.back((self.face + pi) / tau * 1024, 0, HORIZON), ground])
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
-        rows = [(self.relative(thing.at) + 44, thing) for thing in self.things + self.foes + gates]
-        for rel, thing in sorted(rows, key=lambda row: -row[0].real):
+        depth = lambda thing: self.relative(thing).real
+        for thing in sorted(self.things + self.foes + gates, key=depth, reverse=True):
+            rel = self.relative(thing) + 44
             size = LENGTH * self.sizes[thing.kind] / max(rel.real, 1)
             if 25 < rel.real < 520 and size < 240:
                 x, y = LENGTH * rel.imag / rel.real, HORIZON + LENGTH * HIGH / rel.real
                 sprite(frame, thing.kind, complex(128 + x, y - size / 2), size)
         if self.park:
-            self.compass(frame, self.bay, "ffe63c")
+            arrow(frame, 128 + 40j, self.angle(self.bay) - pi / 2, 32, "ffe63c")
         sprite(frame, "car", 128 + 214j, 76)
-        bar(frame, 8 + 240j, 8 + int(18 * max(self.speed, 0)) + 250j, "50ff78")
+        bar(frame, 8 + 240j, int(18 * max(self.speed, 0)) + 10j, "50ff78")
         line(frame, 128 + 186j, int(128 + 26 * self.left.real) + 186j, "ffffff", 4)
         return frame
-
-    def pedal(self, fast, over):
-        """The trigger that brings the speed to `fast`; the brake only from `over` above it."""
-        if self.speed < fast:
-            return "RIGHT_TRIGGER"
-        return "LEFT_TRIGGER" if self.speed > fast + over else ""
 
     def wish(self):
         if self.park:
@@ -1766,14 +1709,17 @@ class Rally(Game):
             angle, far = phase(rel), abs(rel)
             if abs(angle) > 1.9 and far < 130:
                 return -copysign(1, rel.imag), 0j, "LEFT_TRIGGER"
+            turn, over = 2.5 * angle, 0.4
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
-            return span(2.5 * angle), 0j, self.pedal(fast, 0.4)
-        target = self.path[self.index + 9]
-        close = [r for r in self.foes if 0 < r.along - self.index < 13]
-        if close:                                                          # pass the first on its other side
-            target = self.beside(self.index + 7, -close[0].side)
-        angle = self.angle(target)
-        return span(2.6 * angle), 0j, self.pedal(3 if abs(angle) > 0.6 else 4.4, 1)
+        else:
+            target = self.path[self.index + 9]
+            close = [r for r in self.foes if 0 < r.along - self.index < 13]
+            if close:                                                      # pass the first on its other side
+                target = self.beside(self.index + 7, -close[0].side)
+            turn, over = 2.6 * self.angle(target), 1
+            fast = 3 if abs(turn) > 1.56 else 4.4
+        brake = "LEFT_TRIGGER" if self.speed > fast + over else ""
+        return span(turn), 0j, "RIGHT_TRIGGER" if self.speed < fast else brake
 
 
 # ---- top-down
@@ -1784,18 +1730,16 @@ class TopDown(Walled):
 
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
-        self.grid, self.known = grid, {}
+        self.enter(grid)
         wall = np.kron(grid, np.ones((self.cell, self.cell), bool))
         block, floor = (pattern(*look, *wall.shape) for look in (self.block, self.floor))
-        dark = [value // 2 for value in colour(self.block[1])]
         self.ground = cv2.copyMakeBorder(np.where(wall[..., None], block, floor), *[128] * 4,
-                                         cv2.BORDER_CONSTANT, value=dark)
+                                         cv2.BORDER_CONSTANT, value=colour(self.dark))
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
-        corner = self.pos - 128 * (1 + 1j)
-        x, y = dot(corner)
-        return self.ground[y + 128:y + 384, x + 128:x + 384].copy(), corner
+        x, y = dot(self.pos)                                               # of the corner, with the margin
+        return self.ground[y:y + 256, x:x + 256].copy(), self.pos - CENTRE
 
     def trail(self, frame, places, start, ink):
         """Dots on the floor along the way to go, from place to place on the screen."""
@@ -1811,10 +1755,7 @@ class TopDown(Walled):
         far = max(abs(d.real), abs(d.imag))
         if far > 116:
             d *= 102 / far
-            arrow(frame, 128 + 128j + d, phase(d), 22, ink)
-
-
-COURT = 90, 678                                    # where things are put in Swarm
+            arrow(frame, CENTRE + d, phase(d), 22, ink)
 
 
 class Swarm(TopDown):
@@ -1823,7 +1764,7 @@ class Swarm(TopDown):
 
     def begin(self):
         self.lay(walled(12, 12))
-        self.pos, self.aim = 384 + 384j + self.around(0, 90), self.rng.uniform(0, tau)
+        self.pos, self.aim = 384 + 384j + self.around(0, 90), self.uniform(0, tau)
         if not self.count:
             self.lay_gem()
         self.gather()
@@ -1839,83 +1780,77 @@ class Swarm(TopDown):
         """The next gem, and mines on the way to it."""
         at = self.spot(self.pos, 130, 200)
         if abs(at - self.pos) < 90:
-            at = fence(2 * self.pos - at, *COURT)
+            at = fence(2 * self.pos - at, 90, 678)
         self.gem = Thing("gem", at, near=28)
-        halfway = lambda: self.pos + (at - self.pos) * self.rng.uniform(0.4, 0.7)
+        halfway = lambda: self.pos + (at - self.pos) * self.uniform(0.4, 0.7)
         mines = [Thing("mine", self.spot(halfway(), 0, 40), near=26) for _ in range(2)]
-        self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine.at - at) > 45]
+        self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine - at) > 45]
 
     def spot(self, p, low, high):
         """A place in the court around p."""
-        return fence(p + self.around(low, high), *COURT)
+        return fence(p + self.around(low, high), 90, 678)
 
     def play(self):
         self.aim = pointed(self.right, pointed(self.left, self.aim))
         if abs(self.left) > 0.3:
             self.pressed("LEFT_TRIGGER", 50)
-        self.pos = self.move(self.pos, self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
-        if self.count and self.pressed("RIGHT_TRIGGER", 7):
-            self.shoot(self.pos, 22, 9)
-        self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, self.width), 180)
+        self.go(self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
+        self.fire(self.pos, self.foes)
         for f in list(self.foes):
-            if f.kind != "bug":
-                self.score = self.hp - f.hp
             if f.hp <= 0:
-                self.foes.remove(f)
-                self.score += f.kind == "bug"
+                self.take(self.foes, f)
             elif self.distance(f) < self.reach:
                 self.hurt()
-                self.send(f, self.pos, -70)
-            self.chase(f)
+                self.send(f, self, -70)
+            way = unit(self - f)
+            if f.kind == "bug":                            # comes straight
+                self.send(f, self, 1.7)
+            elif f.dash:                                   # the brute comes in a spiral, winds up and charges
+                f.dash -= 1
+                f.at = self.move(f.at, 7 * f.way, 20)
+            elif f.wind:
+                f.wind, f.kind = f.wind - 1, "brute!"
+                f.dash = 0 if f.wind else 22
+            elif self.ready("charge", 75) and self.t > 20:
+                f.wind, f.way = 18, way
+            else:
+                f.kind = "brute"
+                f.at = self.move(f.at, 1.6 * way * rect(1, 0.8), 20)
+            if self.foe == "brute":
+                self.score = self.hp - f.hp
         for mine in filter(self.reached, self.things):
             self.hurt()
-            self.pos = self.move(self.pos, 36 * unit(self.pos - mine.at))
+            self.go(36 * unit(self - mine))
         self.gather()
         if not self.count and self.reached(self.gem):
             self.score += 1
             self.lay_gem()
 
-    def chase(self, f):
-        """A bug comes straight; the brute in a spiral, then it winds up and charges."""
-        way = unit(self.pos - f.at)
-        if f.kind == "bug":
-            self.send(f, self.pos, 1.7)
-        elif f.dash:
-            f.dash -= 1
-            f.at = self.move(f.at, 7 * f.way, 20)
-        elif f.wind:
-            f.wind, f.kind = f.wind - 1, "brute!"
-            f.dash = 0 if f.wind else 22
-        elif self.ready("charge", 75) and self.t > 20:
-            f.wind, f.way = 18, way
-        else:
-            f.kind = "brute"
-            f.at = self.move(f.at, 1.6 * way * rect(1, 0.8), 20)
-
     def draw(self):
         frame, corner = self.view()
         for f in self.foes:
             if f.wind or f.dash:
-                line(frame, f.at - corner, f.at + 160 * f.way - corner, "ff2828", 6)
-            sprite(frame, f.kind, f.at - corner, self.size, phase(self.pos - f.at))
+                line(frame, f - corner, f.at + 160 * f.way - corner, "ff2828", 6)
+            sprite(frame, f.kind, f - corner, self.size, phase(self - f))
             self.pointer(frame, f.at, "ff3ca0")
         sprites(frame, self.things, 44, corner)
         for bolt in self.bolts:
-            disc(frame, bolt.at - corner, 5, "ffff78")
+            disc(frame, bolt - corner, 5, "ffff78")
         if not self.count:
-            self.trail(frame, [self.gem.at - corner], 128 + 128j, "3cffc8")
-            sprite(frame, "gem", self.gem.at - corner, 52)
+            self.trail(frame, [self.gem - corner], CENTRE, "3cffc8")
+            sprite(frame, "gem", self.gem - corner, 52)
         if self.foe == "brute":
-            bar(frame, 60 + 240j, 60 + 10 * self.foes[0].hp + 250j, "ff7800")
-        sprite(frame, "hero", 128 + 128j, 48, self.aim)
-        disc(frame, 128 + 128j, 26, "46465a" if self.rests("LEFT_TRIGGER") else "00ffff", 2)
+            bar(frame, 60 + 240j, 10 * self.foes[0].hp + 10j, "ff7800")
+        sprite(frame, "hero", CENTRE, 48, self.aim)
+        disc(frame, CENTRE, 26, "46465a" if self.rests("LEFT_TRIGGER") else "00ffff", 2)
         return frame
 
     def wish(self):
         if not self.count:
             return self.wish_for_gems()
         foe, middle = self.nearest(self.foes), 384 + 384j - self.pos
-        d, far = foe.at - self.pos, self.distance(foe)
+        d = foe - self
+        far = abs(d)
         push = 1.0 if far < 80 else 0.3 if far < 100 else -0.3             # nearer where it is too far to hit
         away = -unit(d) * push + middle / 500
         if foe.wind or foe.dash:                                       # step off the line of its charge
@@ -1925,9 +1860,9 @@ class Swarm(TopDown):
 
     def wish_for_gems(self):
         """Straight to the gem, bent away from mines; a dash where nothing is near."""
-        way = unit(self.gem.at - self.pos)
+        way = unit(self.gem - self)
         for mine in self.things:
-            d = ahead_and_right(mine.at - self.pos, way)
+            d = ahead_and_right(mine - self, way)
             if -10 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
         clear = self.distance(self.nearest([*self.things, self.gem])) > 110
@@ -1939,8 +1874,7 @@ class Vault(TopDown):
     right trigger runs."""
 
     def begin(self):
-        self.face = 0.0
-        self.pos = self.rng.choice((1 + 1j, 6 + 1j, 1 + 6j, 6 + 6j)) * 32
+        self.pos = self.choice((1 + 1j, 6 + 1j, 1 + 6j, 6 + 6j)) * 32
         self.room()
 
     def room(self):
@@ -1948,62 +1882,51 @@ class Vault(TopDown):
         here, far = cell_of(self.pos / 32), {}
         while len(far) < 24 or sum(steps > 4 for steps in far.values()) < 2:   # two things have to be far off
             grid = walled(8, 8)
-            for x, y in self.plan.sample(inner_cells(grid), self.blocks):
-                grid[y][x] = complex(x, y) != here
+            for x, y in self.plan.sample([*itertools.product(range(1, 7), repeat=2)], self.blocks):
+                grid[y, x] = complex(x, y) != here
             far = distances(grid, here)
         self.lay(grid)
         self.pos = (here + MIDDLE) * 32
-        cells = sorted((c for c in far if far[c] > 4), key=lambda c: self.rng.random())
-        places = [(c + MIDDLE) * 32 for c in cells]
+        cells = [cell for cell in far if far[cell] > 4]
+        places = [(cell + MIDDLE) * 32 for cell in sorted(cells, key=lambda cell: self.rng.random())]
         self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
-        self.foes = [Thing("slime", at, hp=2) for at in places[:self.slimes]]
-        self.aim()
-
-    def aim(self):
-        """To what comes next, or for slimes to the player."""
-        self.goes_to = self.things[0].at if self.things else self.pos
-
-    def done(self):
-        """One more point; the next room, if there is one to come and nothing left here to fight."""
-        self.score += 1
-        if not self.foes and self.score < self.task.goal:
-            self.room()
+        self.foes, self.goes_to = [Thing("slime", at, hp=2) for at in places[:self.slimes]], self.pos
 
     def play(self):
+        done = self.score
         self.face = pointed(self.left, self.face)
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
-        self.pos = self.move(self.pos, self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
-        self.fight(self.pressed("WEST", 24))
+        self.go(self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
+        strike = self.pressed("WEST", 24)
+        if self.t % 4 == 0:
+            self.goes_to = self.pos
+        for s in list(self.foes):                                          # they come on around the blocks
+            d = s - self
+            far = abs(d)
+            struck = strike and far < 50 and between(d, self.face) < 0.7
+            s.hp -= struck
+            if struck or far < 22:                                         # both push it back
+                self.send(s, self, -30, 11)
+                if not struck:
+                    self.hurt()
+            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self, 1.1, 11)
+            if s.hp <= 0:
+                self.take(self.foes, s)
         for thing in filter(self.reached, self.things[:1]):
             if thing.kind == "key":
                 self.things.remove(thing)
-                self.aim()
             else:
-                self.done()
-
-    def fight(self, strike):
-        """Slimes come on around the blocks; a strike and a bite push them back."""
-        if self.foes and self.t % 4 == 0:
-            self.aim()
-        for s in list(self.foes):
-            d, far = s.at - self.pos, self.distance(s)
-            struck = strike and far < 50 and between(d, self.face) < 0.7
-            s.hp -= struck
-            if struck or far < 22:
-                self.send(s, self.pos, -30, 11)
-                if not struck:
-                    self.hurt()
-            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self.pos, 1.1, 11)
-            if s.hp <= 0:
-                self.foes.remove(s)
-                self.done()
+                self.score += 1
+        if done < self.score < self.task.goal and not self.foes:
+            self.room()
 
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
         way, p = [], self.pos
-        while self.things and len(way) < 12 and abs(p - self.things[0].at) > 20:
-            p = self.on_the_way(self.goes_to, (cell_of(p / 32) + MIDDLE) * 32)
-            way.append(p)
+        for goal in self.things[:1] * 12:
+            if abs(p - goal) > 20:
+                p = self.on_the_way(goal.at, (cell_of(p / 32) + MIDDLE) * 32)
+                way.append(p)
         self.trail(frame, way, self.pos, "4682ff")
         sprites(frame, self.things + self.foes, 36)
         resting = self.rests("WEST")
@@ -2012,14 +1935,15 @@ class Vault(TopDown):
         sprite(frame, "knight", self.pos, 36, self.face)
         if resting:
             disc(frame, self.pos, 20, "787882", 3)
-        if self.things and self.things[0].kind == "chest":
+        if [thing.kind for thing in self.things] == ["chest"]:
             sprite(frame, "key", 128 + 16j, 32)
         return frame
 
     def wish(self):
         goal = self.nearest(self.foes or self.things[:1])
-        d, far = goal.at - self.pos, self.distance(goal)
-        to = self.on_the_way(goal.at, self.pos) if far > (60 if self.foes else 32) else goal.at
+        d = goal - self
+        far = abs(d)
+        to = self.on_the_way(goal.at, self.pos) if far > self.close else goal.at
         way = unit(to - self.pos)
         if not self.foes:
             return way, 0j, goal.button if far < 40 else "RIGHT_TRIGGER" if far > 80 else ""
@@ -2034,22 +1958,22 @@ class Shade(TopDown):
     which shortens the lights; EAST strikes from behind."""
 
     def begin(self):
-        self.alarm, grid = 0.0, walled(13, 11)
+        grid = walled(13, 11)
         for y, x in itertools.product((2, 6), (2, 6, 10)):
-            grid[y][x] = self.plan.random() < 0.8                          # most of the pillars
+            grid[y, x] = self.plan.random() < 0.8                          # most of the pillars
         self.lay(grid)
         rows, columns = [1, 3, 5, 7, 9], (3, 4, 5, 7, 8, 9)
-        spot = lambda column: (complex(column, self.rng.choice(rows)) + MIDDLE) * 48
-        start, end = self.rng.choice(((1, 11), (11, 1)))
+        spot = lambda column: (complex(column, self.choice(rows)) + MIDDLE) * 48
+        start = self.choice((1, 11))
         self.pos = spot(start)
-        self.foes = [Thing("guard", complex((column + 0.5) * 48, self.rng.uniform(100, 420)),
-                           way=self.rng.choice((-1j, 1j)))
+        self.foes = [Thing("guard", complex((column + 0.5) * 48, self.uniform(100, 420)),
+                           way=self.choice((-1j, 1j)))
                      for column in self.plan.sample(columns, self.guards)]
+        where = self.rng.sample(columns, self.gems)
         if self.want == "exit":
             rows.remove(self.pos.imag // 48)                               # not straight across
-            self.things = [Thing("exit", spot(end), near=30)]
-        if self.want == "gem":
-            self.things = [Thing("gem", spot(column), near=30) for column in self.rng.sample(columns, 3)]
+            where = [12 - start]
+        self.things = [Thing(self.want, spot(column), near=30) for column in where]
 
     def light(self):
         """How far the guards' lights reach, in pixels."""
@@ -2057,18 +1981,18 @@ class Shade(TopDown):
 
     def lit(self, p, guard, more=0.0, wide=0.0):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
-        d = p - guard.at
+        d = p - guard
         inside = abs(d) < self.light() + more and between(d, phase(guard.way)) < 0.55 + wide
         return inside and self.sees(guard.at, p)
 
     def play(self):
-        self.pos = self.move(self.pos, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
+        self.go(self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
         for g in list(self.foes):
             if self.blocked(g.at + 26 * g.way):
                 g.way = -g.way
             g.at += 1.3 * g.way
-            strikes = self.knife and self.distance(g) < 52 and "EAST" in self.held
-            if strikes and not self.lit(self.pos, g) and self.ready("EAST", 12):
+            strikes = self.distance(g) < self.blade and not self.lit(self.pos, g)
+            if strikes and self.pressed("EAST", 12):
                 self.take(self.foes, g)
         seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
@@ -2079,16 +2003,16 @@ class Shade(TopDown):
     def draw(self):
         frame, corner = self.view()
         for g in self.foes:
-            p, angle = g.at - corner, phase(g.way)
+            p, angle = g - corner, phase(g.way)
             fan = [p + rect(self.light(), angle + a) for a in (-0.55, -0.28, 0, 0.28, 0.55)]
             polygon(frame, [p, *fan], "f0dc5a")
             sprite(frame, g.kind, p, 40, angle)
         sprites(frame, self.things, 40, corner)
         if self.goal():
             self.pointer(frame, self.goal().at, "5affa0")
-        sprite(frame, "thief", 128 + 128j, 32 if "LEFT_TRIGGER" in self.held else 40, phase(self.left))
-        bar(frame, 60 + 240j, 60 + round(136 * self.alarm) + 251j, "ff2828")
-        bar(frame, 60 + 240j, 196 + 251j, "ffffff", 1)
+        sprite(frame, "thief", CENTRE, 32 if "LEFT_TRIGGER" in self.held else 40, phase(self.left))
+        bar(frame, 60 + 240j, round(136 * self.alarm) + 11j, "ff2828")
+        bar(frame, 60 + 240j, 136 + 11j, "ffffff", 1)
         return frame
 
     def goal(self):
@@ -2096,26 +2020,26 @@ class Shade(TopDown):
 
     def wish(self):
         """Of 16 ways and standing still: the one that gets on best and stays out of the light."""
-        goal = self.goal()
-        target = goal.at - 38 * goal.way if self.knife else goal.at
+        goal, pos = self.goal(), self.pos
+        target = goal.at - self.behind * goal.way
         if self.blocked(target):
             target = goal.at
-        way = target - self.pos
-        if abs(way) >= 60 or not self.sees(self.pos, target):
-            way = self.on_the_way(target, self.pos) - self.pos
-        if self.knife and self.distance(goal) < 110 and self.lit(self.pos, goal, 60, 0.9):
+        way = target - pos
+        if abs(way) >= 60 or not self.sees(pos, target):
+            way = self.on_the_way(target, pos) - pos
+        if self.knife and self.distance(goal) < 110 and self.lit(pos, goal, 60, 0.9):
             side = 1j * goal.way                                         # around the light, on our side of it
-            way = target + copysign(70, ahead_and_right(self.pos - goal.at, side).real) * side - self.pos
-        best, most, margin = 0j, -99.0, (14, 0.2) if self.knife else (30, 0.35)
+            way = target + copysign(70, ahead_and_right(pos - goal, side).real) * side - pos
+        best, most = 0j, -99.0
         for d in (0j, *(rect(1, k * tau / 16) for k in range(16))):
-            q = self.move(self.pos, 24 * d)
-            danger = sum(abs(q - g.at) < margin[0] + 14 or self.lit(q + step * d, g, *margin)
+            q = self.move(pos, 24 * d)
+            danger = sum(abs(q - g) < self.margin[0] + 14 or self.lit(q + step * d, g, *self.margin)
                          for g in self.foes for step in (0, 12))
-            gain = ahead_and_right(q - self.pos, unit(way)).real / 24 - 2 * danger
+            gain = ahead_and_right(q - pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
                 best, most = d, gain
         near = min(map(self.distance, self.foes))
-        strike = "EAST" if self.knife and near < 50 else ""
+        strike = "EAST" if near < self.blade - 2 else ""
         return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
 
 
@@ -2139,17 +2063,10 @@ class Side(Game):
         self.pos += complex(self.left.real * speed, self.v)
         self.ground = False
         for i, island in enumerate(self.islands):
-            over = abs((self.pos - island.at).real) < island.half + 8
+            over = abs((self - island).real) < island.half + 8
             if over and before <= island.at.imag <= self.pos.imag and self.v >= 0:
                 self.pos, self.v = complex(self.pos.real, island.at.imag), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
-
-    def land(self, frame, corner):
-        """The islands in sight of a camera whose top left corner is there."""
-        for island in self.islands:
-            top = island.at - corner
-            bar(frame, top - island.half, top + island.half + 26j, "96643c")
-            bar(frame, top - island.half, top + island.half + 8j, "50c846")
 
 
 class Cliffs(Side):
@@ -2157,23 +2074,21 @@ class Cliffs(Side):
     sprints."""
 
     def begin(self):
-        s, x, y = self.either_way(), 0, 0
-        self.islands = [Thing("island", 0j, half=90)] if self.tower else []
-        for _ in range(7 + self.tower):
+        s, at, uniform, choice = self.either_way(), 0j, self.plan.uniform, self.plan.choice
+        islands = [(0j, 90)] if self.tower else []
+        for _ in range(self.steps):
             if self.tower:
-                x += self.plan.choice((-1, 1)) * s * self.plan.uniform(60, 88)
-                y -= 58
-                self.islands.append(Thing("island", complex(x, y), half=34))
+                at += choice((-1, 1)) * s * uniform(60, 88) - 58j
+                islands.append((at, 34))
             else:
-                half = self.plan.uniform(80, 150) / 2
-                self.islands.append(Thing("island", complex(s * (x + half), y), half=half))
-                x += 2 * half + self.plan.uniform(50, 68)
-                y += self.plan.choice((-20, 0, 20))
-        self.on = 3 if self.coins else 0               # the island stood on, and to come back to
+                half = uniform(80, 150) / 2
+                islands.append((at + s * half, half))
+                at += complex(s * (2 * half + uniform(50, 68)), choice((-20, 0, 20)))
+        self.islands = [Thing("island", at, half=half) for at, half in islands]
         self.stand(self.islands[self.on].at)
-        for island in self.islands[1:3] + self.islands[4:6] if self.coins else ():
-            aside = self.rng.uniform(15 - island.half, island.half - 15)
-            self.things.append(Thing("coin", island.at + aside - self.rng.choice((16j, 70j))))
+        for island in (self.islands[i] for i in self.coins):
+            aside = self.uniform(15 - island.half, island.half - 15)
+            self.things.append(Thing("coin", island.at + aside - self.choice((16j, 70j))))
         self.things = self.things or [Thing("flag", self.islands[-1].at - 20j)]
 
     def play(self):
@@ -2183,18 +2098,20 @@ class Cliffs(Side):
             self.health -= 1
             self.stand(last)
         for thing in list(self.things):
-            d = thing.at - self.pos
+            d = thing - self
             if abs(d.real) < 26 and abs(d.imag + 16) < 30:
                 self.take(self.things, thing)
 
     def draw(self):
         corner = self.pos - 128 - 160j
         frame = self.back(self.pos.real / 3)               # moving at a third of the speed
-        self.land(frame, corner)
+        for island in self.islands:
+            for thick, ink in (26j, "96643c"), (8j, "50c846"):
+                bar(frame, island - corner - island.half, 2 * island.half + thick, ink)
         sprites(frame, self.things, self.size, corner + 1j * self.lift)
         goal = self.nearest(self.things)
         if goal and self.distance(goal) > 120:
-            arrow(frame, 128 + 40j, phase(goal.at - self.pos), 28, "fff03c")
+            arrow(frame, 128 + 40j, phase(goal - self), 28, "fff03c")
         sprite(frame, "runner", 128 + 140j, 40, flip=self.way < 0)
         if not self.ground:
             arrow(frame, 128 + 176j, copysign(pi / 2, self.v), 10, "ffffff")
@@ -2202,10 +2119,10 @@ class Cliffs(Side):
 
     def wish(self):
         goal = self.nearest(self.things)
-        to = min(range(len(self.islands)), key=lambda i: abs(goal.at - self.islands[i].at))
+        to = min(range(len(self.islands)), key=lambda i: abs(goal - self.islands[i]))
         if to == self.on:
-            d = goal.at - self.pos
-            leap = goal.at.imag < self.islands[to].at.imag - 40 and abs(d.real) < 30 and self.ground
+            d = goal - self
+            leap = (goal - self.islands[to]).imag < -40 and abs(d.real) < 30 and self.ground
             return span(d.real / 20), 0j, "SOUTH" if leap else ""
         x, run = self.cross(self.on + (1 if to > self.on else -1))
         return x, 0j, run
@@ -2214,8 +2131,8 @@ class Cliffs(Side):
         """The stick's x and the buttons that bring the runner to the next island on the way; distances count
         along the way, whichever side it goes to."""
         here, there, up = self.islands[self.on], self.islands[to], "SOUTH" if self.v < 0 else ""
-        d, s = there.at - self.pos, copysign(1, (there.at - here.at).real)
-        gap, ahead = here.half + s * (here.at - self.pos).real, s * d.real - there.half        # to the edges
+        d, s = there - self, copysign(1, (there - here).real)
+        gap, ahead = here.half + s * (here - self).real, s * d.real - there.half        # to the edges
         if self.tower and self.ground:
             return s * span((gap - 6) / 16), "SOUTH" if gap < 30 else ""
         if self.tower:
@@ -2235,52 +2152,44 @@ class Commando(Side):
     def begin(self):
         self.islands = [Thing("island", 200j, half=2000)]
         self.stand(200j)
-        self.aim = self.rng.choice((0, pi))
+        self.aim = self.choice((0, pi))
         if not self.foe:
             s, x = self.either_way(), 60.0
             for _ in range(7):
                 x += self.plan.uniform(90, 150)
                 self.things.append(Thing("wire", s * x + 186j))
-            self.copter = s * (x + 110) + 160j
+            self.copter = Thing("copter", s * (x + 110) + 160j)
         self.recruit()
 
     def recruit(self):
         """Soldiers to both sides, on the ground or on ledges; turrets in the air."""
-        for side in (-1, 1) if self.foe and not self.foes else ():
-            x = self.pos.real + side * self.rng.uniform(80, 112)
-            at = complex(x, 200 - self.rng.choice(self.heights))
+        for side in () if self.foes else self.sides:
+            x = self.pos.real + side * self.uniform(80, 112)
+            at = complex(x, 200 - self.choice(self.heights))
             self.foes.append(Thing(self.foe, at, hp=self.hp, wait=self.rng.randint(40, 90)))
 
     def play(self):
         self.bodily()
         self.aim = pointed(self.right, self.aim)
         heart = self.pos - 22j
-        if self.pressed("RIGHT_TRIGGER", 10):
-            self.shoot(heart, 16, 10)
-        self.fly(self.bolts, lambda bolt: self.strikes(bolt, self.foes, 23) or bolt.at.imag > 200, 170)
+        self.fire(heart, self.foes)
         self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
-        for f in list(self.foes):
-            self.skirmish(f, heart)
-        torn = any(abs(wire.at.real - self.pos.real) < 20 for wire in self.things)
-        if torn and self.pos.imag > 178 and self.ready("wire", 20):
-            self.health -= 1
-        if not self.foe and abs(self.copter.real - self.pos.real) < 24:
+        for f in list(self.foes):                          # they keep near and shoot now and then
+            f.wait -= 1
+            d = heart - f
+            if abs(d.real) > 112:
+                f.at += copysign(2.6, d.real)
+            if f.hp <= 0:
+                self.take(self.foes, f)
+            elif f.wait <= 0:
+                f.wait, d = 75, heart - f
+                way = copysign(1, d.real) if f.at.imag >= 170 else unit(d)          # on the ground along it
+                self.shots.append(Thing("mine", f.at, v=2.6 * way))
+        if self.pos.imag > 178 and any(abs((wire - self).real) < 20 for wire in self.things):
+            self.hurt(20)
+        if not self.foe and abs((self.copter - self).real) < 24:
             self.score = 1
         self.recruit()
-
-    def skirmish(self, f, heart):
-        """A foe keeps near and shoots now and then, a soldier on the ground straight along it."""
-        f.wait -= 1
-        d = heart - f.at
-        if abs(d.real) > 112:
-            f.at += copysign(2.6, d.real)
-        if f.hp <= 0:
-            self.take(self.foes, f)
-        elif f.wait <= 0:
-            f.wait = 75
-            flat = self.foe == "soldier" and f.at.imag >= 170
-            way = copysign(1, heart.real - f.at.real) if flat else unit(heart - f.at)
-            self.shots.append(Thing("mine", f.at, v=2.6 * way))
 
     def draw(self):
         corner = self.pos.real - 128
@@ -2289,38 +2198,38 @@ class Commando(Side):
         frame[200:] = pattern("sand", "541", "874", 56, 512)[:, x:x + 256]
         sprites(frame, self.things, 40, corner)
         if not self.foe:
-            sprite(frame, "copter", self.copter - corner, 92)
-            arrow(frame, 128 + 40j, phase((self.copter - self.pos).real), 32, "ffff3c")
+            sprites(frame, [self.copter], 92, corner)
+            arrow(frame, 128 + 40j, phase((self.copter - self).real), 32, "ffff3c")
         for f in self.foes:
-            at = f.at - corner
+            at = f - corner
             if f.kind == "soldier" and at.imag < 170:
-                bar(frame, at - 24 + 18j, at + 24 + 28j, "5a3c32")
-            sprite(frame, f.kind, at - 4j, 52, flip=f.at.real > self.pos.real)
+                bar(frame, at - 24 + 18j, 48 + 10j, "5a3c32")
+            sprite(frame, f.kind, at - 4j, 52, flip=(f - self).real > 0)
         gun = complex(128, self.pos.imag - 22)
         sprite(frame, "trooper", gun, 52, flip=self.way < 0)
         line(frame, gun, gun + rect(30, self.aim), "141414", 8)
         for bolt in self.bolts:
-            disc(frame, bolt.at - corner, 5, "ffffa0")
+            disc(frame, bolt - corner, 5, "ffffa0")
         for shot in self.shots:
-            disc(frame, shot.at - corner, 9, "0a0a0a")
-            disc(frame, shot.at - corner, 7, "ff28dc")
+            disc(frame, shot - corner, 9, "0a0a0a")
+            disc(frame, shot - corner, 7, "ff28dc")
         return frame
 
     def wish(self):
         if not self.foe:
-            s = copysign(1, (self.copter - self.pos).real)
-            ahead = [(wire.at.real - self.pos.real) * s for wire in self.things]
+            s = copysign(1, (self.copter - self).real)
+            ahead = [(wire - self).real * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
         heart, leap, run = self.pos - 22j, "", 0.0
-        foe = min(self.foes, key=lambda f: between(f.at - heart, self.aim))    # whom the gun points at most
-        d = foe.at - heart
+        foe = min(self.foes, key=lambda f: between(f - heart, self.aim))    # whom the gun points at most
+        d = foe - heart
         coming = [s for s in self.shots
-                  if abs(s.at - heart) < 80 and ahead_and_right(heart - s.at, s.v).real > 0]
+                  if abs(s - heart) < 80 and ahead_and_right(heart - s, s.v).real > 0]
         for s in coming[:1]:
             if abs(s.v.imag) >= 0.6:
                 run = -copysign(1, s.v.real)                            # run under it, to where it comes from
-            elif abs(s.at.real - heart.real) < 58:
+            elif abs((s - heart).real) < 58:
                 leap = " SOUTH"
         if not coming and not 70 < abs(d.real) < 115:
             run = copysign(1, d.real) * (0.8 if abs(d.real) > 115 else -0.6)
@@ -2332,8 +2241,7 @@ class Glider(Side):
     mark on the ground shows."""
 
     def begin(self):
-        self.gap = 70.0
-        self.pos = complex(0, self.rng.uniform(70, 180))
+        self.pos = complex(0, self.uniform(70, 180))
 
     def speed(self):
         """Pixels a step."""
@@ -2344,41 +2252,38 @@ class Glider(Side):
         self.pos = complex(self.pos.real + self.speed(), height)
         self.gap -= self.speed()
         if self.gap <= 0:
-            self.gap = self.apart * self.rng.uniform(0.85, 1.25)
-            y = 226 if self.tank else self.rng.uniform(50, 195)
+            self.gap = self.apart * self.uniform(0.85, 1.25)
+            y = 226 if self.tank else self.uniform(50, 195)
             self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y,
-                                     wave=self.rng.uniform(0, 6)))
-        if self.ammo and self.pressed(self.trigger, self.rest):
-            self.ammo -= 1
-            bomb = Thing("bomb", self.pos + 10j, v=complex(self.speed(), 1.0))
-            self.bolts.append(bomb if self.tank else Thing("bolt", self.pos + 26, v=10))
-        hits = self.falls if self.tank else lambda bolt: self.strikes(bolt, self.things, 20)
-        self.fly(self.bolts, hits, 999 if self.tank else 200)
+                                     wave=self.uniform(0, 6)))
+        if self.tank:
+            if self.ammo and self.pressed("SOUTH", 20):
+                self.ammo -= 1
+                self.bolts.append(Thing("bomb", self.pos + 10j, v=self.speed() + 1j))
+            self.fly(self.bolts, self.falls, 999)
+        else:
+            self.fire(self.pos, self.things)
         for thing in list(self.things):
-            self.meet(thing)
+            d = thing - self
+            if self.want == "foe":
+                y = thing.base + 14 * math.sin(thing.wave + self.t / 18)
+                thing.at = complex(thing.at.real - 0.4, y)
+                if abs(d.real) < 30 and abs(d.imag) < 26:
+                    self.hurt()
+            passed = self.want == "ring" and abs(d.real) < self.speed()
+            if thing.hp <= 0 or (passed and abs(d.imag) < 25):
+                self.take(self.things, thing)
+            elif passed or d.real < -90:                       # a ring or foe missed; tanks may be passed
+                self.things.remove(thing)
+                self.health -= not self.tank
 
     def falls(self, bomb):
         """hits() for fly(): a bomb falls faster and faster, and hits the tanks near where it ends."""
         bomb.v += 0.25j
         ends = bomb.at.imag > 222
         for tank in self.things if ends else ():
-            tank.hp -= abs(tank.at.real - bomb.at.real) < 22
+            tank.hp -= abs((tank - bomb).real) < 22
         return ends
-
-    def meet(self, thing):
-        """A ring is flown through or missed, a foe shot, touched or let through, a tank bombed or passed."""
-        d = thing.at - self.pos
-        if self.want == "foe":
-            y = thing.base + 14 * math.sin(thing.wave + self.t / 18)
-            thing.at = complex(thing.at.real - 0.4, y)
-            if abs(d.real) < 30 and abs(d.imag) < 26:
-                self.hurt()
-        through = self.want == "ring" and abs(d.real) < self.speed()
-        if thing.hp <= 0 or (through and abs(d.imag) < 25):
-            self.take(self.things, thing)
-        elif through or d.real < -90:
-            self.things.remove(thing)
-            self.health -= not self.tank
 
     def mark(self):
         """How far ahead a bomb dropped now would fall: dy = v t + g t^2 / 2."""
@@ -2386,7 +2291,7 @@ class Glider(Side):
         return self.speed() * (sqrt(1 + 0.5 * drop) - 1) / 0.25
 
     def draw(self):
-        corner = self.pos - 70 - (60j if self.tank else 128j)
+        corner = self.pos - 70 - 1j * self.above
         x, ground = int(self.pos.real), round(232 - corner.imag)
         frame = self.back(x, min(round(corner.imag) + 96, 432 - 256), 432)
         fields = pattern("checker", "313", "636", 256, 512)
@@ -2394,29 +2299,28 @@ class Glider(Side):
         if self.tank:
             spot = 70 + self.mark() + (212 - corner.imag) * 1j
             line(frame, 70 + 60j, spot, "ffffff", 3)
-            bar(frame, spot - 16 - 16j, spot + 16 + 16j, "787878" if self.rests("SOUTH") else "ff3c3c", 5)
+            bar(frame, spot - 16 - 16j, 32 + 32j, "787878" if self.rests("SOUTH") else "ff3c3c", 5)
         for i in range(self.ammo):
-            bar(frame, 8 + 12 * i + 236j, 15 + 12 * i + 252j, "ffc83c")
-        if self.want != "ring":
-            sprites(frame, self.things, 52, corner)
-        for ring in self.things if self.want == "ring" else ():
+            bar(frame, 8 + 12 * i + 236j, 7 + 16j, "ffc83c")
+        for thing in self.things:
+            if thing.kind != "ring":
+                sprites(frame, [thing], 52, corner)
+                continue
             for ink, thick in ("5a3200", 14), ("ffd200", 9):
-                cv2.ellipse(frame, dot(ring.at - corner), (16, 36), 0, 0, 360, colour(ink), thick)
+                cv2.ellipse(frame, dot(thing - corner), (16, 36), 0, 0, 360, colour(ink), thick)
         for bolt in self.bolts:
-            at = bolt.at - corner
             if self.tank:
-                sprite(frame, "bomb", at, 28, pi / 2)
+                sprite(frame, "bomb", bolt - corner, 28, pi / 2)
             else:
-                bar(frame, at - 9 - 3j, at + 9 + 3j, "78ffff")
+                bar(frame, bolt - corner - 9 - 3j, 18 + 6j, "78ffff")
         sprite(frame, "plane", self.pos - corner, 56, round(2 * self.left.imag) * tau / 32)
         return frame
 
     def wish(self):
         rise = lambda height: span((height - self.pos.imag) / 60)
-        ahead = [thing.at - self.pos for thing in self.things if thing.at.real > self.pos.real]
-        if not ahead:
-            return complex(0.3, rise(80 if self.tank else 125)), 0j, ""
-        d = ahead[0]
+        d = next((thing - self for thing in self.things if (thing - self).real > 0), None)
+        if d is None:
+            return complex(0.3, rise(self.cruise)), 0j, ""
         if self.tank:
             gap = d.real - self.mark()
             stick, aimed = complex(span(gap / 60), rise(80)), abs(gap) < 16
@@ -2433,7 +2337,7 @@ class Dojo(Game):
     guard high (kick low); boards to break. Who fights stands on a line: places are numbers."""
 
     def begin(self):
-        self.board, self.pos, self.way, self.aim = None, 128.0, self.either_way(), 0.0
+        self.way = self.either_way()
         self.floor = pattern("planks", "630", "a62", 256, 256).copy()
         self.floor[:170] = pattern("grid", "fec", "c96", 170, 256)
         disc(self.floor, 128 + 70j, 40, "e63c32")
@@ -2454,13 +2358,19 @@ class Dojo(Game):
             self.rival(f, move)
         if move in ("WEST", "SOUTH") and self.ready("blow", 12):
             f = self.nearest(self.foes)
-            if 0 < (f.at - self.pos) * self.way < 58:
-                self.blow(f, move)
+            if 0 < (f - self) * self.way < 58:             # near, and in front
+                if self.answers[f.kind] == move:
+                    self.score += 1
+                    f.kind, f.wait = "idle", 12
+                    f.at = span(f.at + 26 * self.way, 16, 240)
+                    if self.rivals == 1 and self.rng.random() < 0.5:
+                        f.at = span(2 * self.pos - f, 16, 240)               # leaps over to the other side
+                elif f.kind != "idle":
+                    self.fumble()
 
     def rival(self, f, move):
         """A rival keeps its distance, and now and then it opens, guards or winds up and strikes."""
-        d, idle = f.at - self.pos, f.kind == "idle"
-        free = all(g is f or g.kind == "idle" for g in self.foes)
+        d, idle = f - self, f.kind == "idle"
         f.wait -= 1
         if abs(d) > 44:
             f.at -= copysign(1.2, d) if self.rivals == 1 or not idle else 0
@@ -2469,28 +2379,19 @@ class Dojo(Game):
         if f.wait <= 0:
             if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
                 self.hurt()
-            f.kind = self.rng.choice(("open", "shut", "wind")) if idle and free else "idle"
+            idle = all(g.kind == "idle" for g in self.foes)
+            f.kind = self.choice(("open", "shut", "wind")) if idle else "idle"
             f.wait = self.waits.get(f.kind, self.rng.randint(8, 16))
 
-    def blow(self, f, move):
-        """A blow lands where it is the answer, and stuns the player where it is not."""
-        if self.answers[f.kind] == move:
-            self.score += 1
-            f.kind, f.wait = "idle", 12
-            f.at = span(f.at + 26 * self.way, 16, 240)
-            if self.rivals == 1 and self.rng.random() < 0.5:
-                f.at = span(2 * self.pos - f.at, 16, 240)                       # leaps over to the other side
-        elif f.kind != "idle":
-            self.fumble()
-
     def fumble(self):
+        """A wrong move hurts and stuns."""
         self.ready("stun", 12)
         self.hurt()
 
     def chop(self, move):
         """Boards fly in from all sides: point the left stick at one and punch when it is in the ring."""
         self.aim = pointed(self.left, self.aim)
-        b = self.board = self.board or types.SimpleNamespace(angle=self.rng.uniform(0, tau), far=112.0)
+        b = self.board = self.board or Thing("board", 0j, angle=self.uniform(0, tau), far=112.0)
         b.far -= 2.6
         if move == "WEST" and self.ready("blow", 8):
             if 26 < b.far < 60 and abs(wrap(self.aim - b.angle)) < 0.6:
@@ -2508,8 +2409,7 @@ class Dojo(Game):
                 sprite(frame, f.kind, f.at + 190j, 84, flip=f.at > self.pos)
             sprite(frame, "monk", self.pos + 190j, 84, flip=self.way < 0)
             if "LEFT_TRIGGER" in self.held:
-                x = round(self.pos + 22 * self.way)
-                bar(frame, x - 4 + 150j, x + 4 + 220j, "78c8ff")
+                bar(frame, round(self.pos + 22 * self.way) - 4 + 150j, 8 + 70j, "78c8ff")
         else:
             disc(frame, middle, 60, "28c8ff", 4)
             if self.board:
@@ -2526,7 +2426,7 @@ class Dojo(Game):
         if not self.rivals:
             return (rect(0.9, b.angle), 0j, "WEST" if 28 < b.far < 54 else "") if b else (0j, 0j, "")
         f = self.nearest([f for f in self.foes if f.kind != "idle"] or self.foes)
-        d = f.at - self.pos
+        d = f - self
         near = abs(d) < 54
         return copysign(0.35 if near else 1, d), 0j, self.answers[f.kind] if near and d * self.way > 0 else ""
 
@@ -2538,7 +2438,8 @@ for game, kind in GAMES.items():
     for name, value in {"name": game, **row, **row["look"]}.items():
         setattr(kind, name, value)                     # family, keys, attack and all of "look"
     for task, fields in row["tasks"].items():
-        TASKS[f"{game}/{task}"], PLAYABLE[f"{game}/{task}"] = Task(kind, **fields), kind
+        PLAYABLE[f"{game}/{task}"] = kind
+        TASKS[f"{game}/{task}"] = types.SimpleNamespace(game=kind, **fields)
 
 
 if play.gymnasium:
@@ -2565,34 +2466,34 @@ if play.gymnasium:
             return self.game.render()
 
     for task in TASKS:
-        name = f"NitroGen/{task.replace('/', '-')}-v0"
-        play.gymnasium.register(name, TaskEnv, kwargs={"task": task})
+        play.gymnasium.register(f"NitroGen/{task.replace('/', '-')}-v0", TaskEnv, kwargs={"task": task})
 
 
 # ---- command line
 
-MANY, SEED, TIME = extract.number(int, 1), extract.number(int, 0), extract.number(float, 1 / 30)
-FLAGS = {
-    "--out": dict(help="folder to write to; what is whole there stays"),
-    "--games": dict(nargs="+", help="games or tasks (default: record all, transfer three)"),
-    "--tasks": dict(nargs="+", help="tasks or games (default: suite all, demo three)"),
-    "--env": dict(help="a game by others instead: its Gymnasium id"),
-    "--table": dict(help="JSON file: how a pad plays --env (default: as weights/others.json says)"),
-    "--ckpt": dict(help="a .safetensors or a run folder (record: it plays in turns with the script)"),
-    "--euler": dict(type=MANY, help="its Euler steps (default: suite 2, record its own)"),
-    "--video": dict(action="store_true", help="record: mp4 with a pad over it; suite: a film of each task"),
-    "--minutes": dict(type=TIME, help="game time of each game (default %(default)s)"),
-    "--clip": dict(type=extract.number(float, 1.1), default=30, help="seconds of a clip (default 30)"),
-    "--videos": dict(type=MANY, default=4, help="files of these minutes, each with another pad (default 4)"),
-    "-n": dict(type=MANY, help="rollouts of each task (default %(default)s)"),
-    "--actions-per-chunk": dict(type=MANY, default=8, help="steps to play before looking again (default 8)"),
-    "--delay": dict(type=SEED, default=0, help="steps by which each chunk comes late, as on a slow machine"),
-    "--mashing": dict(action="store_true", help="also the best of ten constant and mashing players"),
-    "--preset": dict(choices=M.PRESETS, help="size of a fresh model (default %(default)s)"),
-    "--steps": dict(type=MANY, help="training steps (default %(default)s)"),
-    "--device": dict(default="auto", help="auto, cpu, cuda, mps (default auto)"),
-    "--seed": dict(type=SEED, default=0, help="of everything drawn (default 0)"),
-    "--workers": dict(type=MANY, default=cores(), help="processes (default: one a core)")}
+MANY, SEED = extract.number(int, 1), extract.number(int, 0)
+FLAGS = {                            # type or choices (bool: a switch), default (a list: several), help
+    "--out": (str, None, "folder to write to; what is whole there stays"),
+    "--games": (str, [], "games or tasks (default: record all, transfer three)"),
+    "--tasks": (str, [], "tasks or games (default: suite all, demo three)"),
+    "--env": (str, None, "a game by others instead: its Gymnasium id"),
+    "--table": (str, None, "JSON file: how a pad plays --env (default: as weights/others.json says)"),
+    "--ckpt": (str, None, "a .safetensors or a run folder (record: it plays in turns with the script)"),
+    "--euler": (MANY, None, "its Euler steps (default: suite 2, record its own)"),
+    "--video": (bool, False, "record: mp4 with a pad over it; suite: a film of each task"),
+    "--minutes": (extract.number(float, 1 / 30), None, 
+                  "game time of each game, the held-out or labelled one (default %(default)s)"),
+    "--clip": (extract.number(float, 1.1), 30, "seconds of a clip (default 30)"),
+    "--videos": (MANY, 4, "files of these minutes, each with another pad (default 4)"),
+    "-n": (MANY, None, "rollouts of each task (default %(default)s)"),
+    "--actions-per-chunk": (MANY, 8, "steps to play before looking again (default 8)"),
+    "--delay": (SEED, 0, "steps by which each chunk comes late, as on a slow machine"),
+    "--mashing": (bool, False, "also the best of ten constant and mashing players"),
+    "--preset": (M.PRESETS, "nitrogen", "size of a fresh model (default %(default)s)"),
+    "--steps": (MANY, None, "training steps; latency: of Euler (default %(default)s)"),
+    "--device": (str, "auto", "auto, cpu, cuda, mps (default auto)"),
+    "--seed": (SEED, 0, "of everything drawn (default 0)"),
+    "--workers": (MANY, cores(), "processes (default: one a core)")}
 
 
 def main(argv=None):
@@ -2602,31 +2503,28 @@ def main(argv=None):
     sub = parser.add_subparsers(required=True, metavar="COMMAND")
     cv2.setNumThreads(1)
 
-    def command(run, text, flags, **defaults):
-        p = sub.add_parser(run.__name__, help=text, allow_abbrev=False)
-        for name in flags.split():
-            p.add_argument(name, required=name == "--out" and run != suite, **FLAGS[name])
-        p.set_defaults(run=run, **defaults)
-        return p
-    command(record, "scripted play -> clip folders, or videos with an overlay",
-            "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers", minutes=5)
-    command(suite, "completion of tasks, beside random and scripted players",
-            "--ckpt --tasks --env --table -n --actions-per-chunk --delay --mashing --out --video --euler "
-            "--device --seed --workers", n=50, euler=extract.PLAY_STEPS)
-    command(demo, "the whole chain on embedded games",
-            "--out --tasks --minutes --videos --steps -n --seed", minutes=2, steps=1200, n=100)
-    p = command(transfer, "pre-training on the other games against training from scratch [P Fig. 7]",
-                "--out --games --steps -n --workers",
-                games=["crypt", "swarm", "glider"], steps=480, n=20)
-    p.add_argument("--minutes", type=TIME, nargs="+", default=[1], help="of the held-out game (default 1)")
-    p = command(inverse, "labels by an inverse model against few true ones and as many true ones",
-                "--out --games --steps -n --workers", games=["crypt", "swarm", "glider"], steps=480, n=20)
-    p.add_argument("--minutes", type=TIME, nargs="+", default=[1, 4], help="with labels (default 1 4)")
-    p = command(latency, "seconds for one chunk, against the released way of sampling",
-                "--preset --device", preset="nitrogen")
-    p.add_argument("--steps", type=MANY, nargs="+", default=[16, 4], help="of Euler (default 16 4)")
-    command(throughput, "a step of each game, and of each stage of the chain", "")
-    command(games, "a picture of the ten games", "--out --seed")
+    def command(run, flags, **defaults):
+        p = sub.add_parser(run.__name__, help=run.__doc__.split("\n")[0], allow_abbrev=False)
+        for flag in flags.split():
+            kind, default, what = FLAGS[flag]
+            default = defaults.get(flag.strip("-"), default)
+            how = {"nargs": "+"} if isinstance(default, list) else {}
+            how |= {"action": "store_true"} if kind is bool else {"type": kind} if callable(kind) else {
+                "choices": kind}
+            p.add_argument(flag, required=flag == "--out" and run != suite, default=default, help=what, **how)
+        p.set_defaults(run=run)
+    command(record, "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers",
+            minutes=5)
+    command(suite, "--ckpt --tasks --env --table -n --actions-per-chunk --delay --mashing --out --video "
+            "--euler --device --seed --workers", n=50, euler=extract.PLAY_STEPS)
+    command(demo, "--out --tasks --minutes --videos --steps -n --seed",
+            minutes=2, steps=1200, n=100, tasks=DEMO)
+    held_out = {"games": ["crypt", "swarm", "glider"], "steps": 480, "n": 20}
+    command(transfer, "--out --games --minutes --steps -n --workers", minutes=[1], **held_out)
+    command(inverse, "--out --games --minutes --steps -n --workers", minutes=[1, 4], **held_out)
+    command(latency, "--preset --steps --device", steps=[16, 4])
+    command(throughput, "")
+    command(games, "--out --seed")
     return extract.cli(parser, argv, M.ModelError)
 
 

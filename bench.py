@@ -58,7 +58,6 @@ PATTERNS = ROWS_OF_GAMES.pop("patterns")
 FPS, BEGAN = 30, time.monotonic()                  # steps a second of game time; when this process began
 PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
 DEMO = ["crypt/exit", "swarm/brute", "glider/rings"]  # what a small model begins to master within minutes
-MASHING = "best of mashing"
 
 
 # A task: reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty:
@@ -205,10 +204,7 @@ def record_video(path, tasks, seed, n):
 # ---- the suite: what is completed
 
 def suite(args):
-    """Completion of tasks by a checkpoint, beside random and scripted players [P 3.2].
-
-    --mashing: also beside the best of constant and mashing ones.
-    """
+    """Completion of tasks by a checkpoint, beside random and scripted players [P 3.2]."""
     tasks, table = chosen(args, args.tasks), {}
     if args.video and not (args.ckpt and args.out):
         raise UserError("--video: expected --ckpt and --out with it, whose play and where to: give both")
@@ -217,8 +213,7 @@ def suite(args):
         print(f"device: {policy.device} ({policy.reason}), {policy.steps} steps")
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
                                     8 if args.env else 64, folder(args.out) if args.video else None)
-    plays = {"random": True, "scripted": hasattr(PLAYABLE[tasks[0]], "wish"), MASHING: args.mashing}
-    players = [who for who in plays if plays[who]]
+    players = ["random", "scripted"] if hasattr(PLAYABLE[tasks[0]], "wish") else ["random"]
     rows = rows_of(completion(tasks, players, args.n, args.seed, 1 if args.env else args.workers) | table)
     show_rows(rows)
     if args.env:
@@ -244,16 +239,11 @@ def completion(tasks, players, n, seed, workers):
 
 
 def rollouts(task, who, n, seed):
-    """n rollouts by "scripted", "random", one way of mashing or the best of them -> float (n, 2): won,
-    score."""
-    if who == MASHING:
-        tried = (rollouts(task, way, n, seed) for way in "right left up down right+attack left+attack "
-                 "up+attack down+attack spin+attack mash".split())
-        return max(tried, key=lambda ended: ended[:, 0].sum())
+    """n rollouts by "scripted" or "random" -> float (n, 2): won, score."""
     ended = []
     for i in range(n):
         game = PLAYABLE[task](task, PLAYED + seed + i)
-        player = Scripted(game, seed + i) if who == "scripted" else Blind(game, seed + i, who)
+        player = (Scripted if who == "scripted" else Blind)(game, seed + i)
         while not game.over:
             game.advance(player.act())
         ended.append((game.won, game.score))
@@ -697,34 +687,21 @@ class Scripted:
 
 
 class Blind:
-    """Plays without looking. how = "random": sticks anywhere and each of the game's buttons down or up, drawn
-    anew every 4 to 16 steps; or mashing: both sticks held in a direction or turning, with or without
-    the game's attack, or sticks at rest and all buttons hammered."""
+    """Plays without looking: sticks anywhere and each of the game's buttons down or up, drawn anew every 4 to
+    16 steps."""
+    left = 0
 
-    t = again = 0
-
-    def __init__(self, game, seed=0, how="random"):
-        self.rng = random.Random(f"{how} {seed}")
-        self.way, _, attack = how.partition("+")
-        self.draws = how in ("random", "mash")
-        self.keys = game.keys if self.draws else game.attack if attack else ()
+    def __init__(self, game, seed=0):
+        self.rng, self.keys = random.Random(f"random {seed}"), game.keys
 
     def act(self):
         """float (25,), the action of this step."""
-        self.t += 1
-        if self.t > self.again:
-            self.last = self.drawn(self.rng)
+        if self.left == 0:
+            self.left = self.rng.randint(4, 16)
+            sticks = [complex(self.rng.uniform(-1, 1), self.rng.uniform(-1, 1)) for _ in STICKS]
+            self.last = pad_action(sticks, [k for k in self.keys if self.rng.random() < 0.5])
+        self.left -= 1
         return self.last
-
-    def drawn(self, rng):
-        """A new action, and until when a random one holds."""
-        if self.way == "random":
-            self.again = self.t + rng.randint(3, 15)
-            sticks = [complex(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in STICKS]
-        else:
-            ways = {"right": 1, "left": -1, "up": -1j, "down": 1j, "mash": 0j, "spin": rect(1, self.t / 6)}
-            sticks = [ways[self.way]] * 2
-        return pad_action(sticks, [k for k in self.keys if not self.draws or rng.random() < 0.5])
 
 
 def pad_action(sticks, keys):
@@ -804,7 +781,7 @@ def foreign_task(args):
 class Foreign:
     """A game by others, with what players, recorders and the suite ask of a Game. A subclass is one id: its
     table, environments at rest, and wish() where there is a scripted player."""
-    attack, t, score, won, over = (), 0, 0.0, False, False
+    t, score, won, over = 0, 0.0, False, False
 
     def __init__(self, task, seed=0):
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
@@ -913,7 +890,7 @@ SCRIPTS = {"aims": aims}
 class Game:
     """One task of one game, the same for the same seed. A subclass has begin(), play(), draw() and wish():
     the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
-    control does), attack (what a masher holds) and look: health (lives), where it and the score stand (hud).
+    control does), and look: health (lives), where it and the score stand (hud).
     What "look" holds are attributes that all its tasks have or begin with, what a task's "start" holds is of
     this one."""
     fps, at = FPS, property(lambda self: self.pos)
@@ -2436,7 +2413,7 @@ GAMES = {game.__name__.lower(): game
 for game, kind in GAMES.items():
     row = ROWS_OF_GAMES[game]
     for name, value in {"name": game, **row, **row["look"]}.items():
-        setattr(kind, name, value)                     # family, keys, attack and all of "look"
+        setattr(kind, name, value)                     # family, keys and all of "look"
     for task, fields in row["tasks"].items():
         PLAYABLE[f"{game}/{task}"] = kind
         TASKS[f"{game}/{task}"] = types.SimpleNamespace(game=kind, **fields)
@@ -2488,7 +2465,6 @@ FLAGS = {                            # type or choices (bool: a switch), default
     "-n": (MANY, None, "rollouts of each task (default %(default)s)"),
     "--actions-per-chunk": (MANY, 8, "steps to play before looking again (default 8)"),
     "--delay": (SEED, 0, "steps by which each chunk comes late, as on a slow machine"),
-    "--mashing": (bool, False, "also the best of ten constant and mashing players"),
     "--preset": (M.PRESETS, "nitrogen", "size of a fresh model (default %(default)s)"),
     "--steps": (MANY, None, "training steps; latency: of Euler (default %(default)s)"),
     "--device": (str, "auto", "auto, cpu, cuda, mps (default auto)"),
@@ -2515,7 +2491,7 @@ def main(argv=None):
         p.set_defaults(run=run)
     command(record, "--out --games --env --table --minutes --clip --seed --ckpt --euler --video --workers",
             minutes=5)
-    command(suite, "--ckpt --tasks --env --table -n --actions-per-chunk --delay --mashing --out --video "
+    command(suite, "--ckpt --tasks --env --table -n --actions-per-chunk --delay --out --video "
             "--euler --device --seed --workers", n=50, euler=extract.PLAY_STEPS)
     command(demo, "--out --tasks --minutes --videos --steps -n --seed",
             minutes=2, steps=1200, n=100, tasks=DEMO)

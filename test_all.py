@@ -2264,7 +2264,6 @@ def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over():
     assert first.rows.tolist() == [*range(54)] and last.rows.tolist() == [*range(54, 60)]
     assert first.chunk(52)[0][:, 23] * 1000 == approx([52, 52, 53, 53]) and first.lengths[-1] == 2
     assert last.pictures(54)[1].tolist() == [False, True]                     # what came before is not shown
-    assert sample.mean_actions([last])["squares"][23] == approx(np.mean(range(54, 60)) / 1000)
 
 
 def test_augmentation_follows_its_formula():
@@ -2574,21 +2573,13 @@ def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(full_at, error, e
     works("train.py --resume old --steps 3")
 
 
-def test_a_curve_has_its_points_where_they_belong_and_leaves_out_what_is_no_number():
-    train.draw_curve("curve.png", [{"step": x, "loss": "1", "r2": y} for x, y in ("00", ("5", "nan"), "92")])
-    page = extract.read_rgba("curve.png")[:362, 600:, :3]                        # the line, without its name
-    y, x = np.nonzero((page == (0, 128, 0)).all(-1))
-    assert [x[0], y[0], x[-1], y[-1]] == approx([580, 30, 50, 360], abs=2)
-
-
 # ----------------------------------------------------------------------------------- train: mistakes, guards
 def test_a_run_that_another_process_holds_is_left_alone(squares, ended, capfd):
     """By a team of two processes as by one."""
     out, new = shutil.copytree(ended, Path("run")), ("--out", "new", *SHORT)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    for held, line in (out, ("--resume", out, "--steps", 3)), (Path("new"), (squares, *new)):
-        with extract.lock(held / ".lock"):
-            fails_in_one_line(capfd, train.main, *line, says="expected to be the only process")
+    with extract.lock(out / ".lock"):
+        fails_in_one_line(capfd, train.main, *"--resume run --steps 3".split(), says="the only process")
     with extract.lock(Path("new/.lock")):
         done = two_processes(squares, *new)
     assert done.returncode and done.stderr.count("error: ") == 1, done.stderr
@@ -2666,6 +2657,7 @@ narrow | "context_tokens": 0 | "context_tokens": 3
 long | "horizon": 8 | "horizon": 65
 nameless | "x" | 1
 flat | "beta": [1.6, | "beta": [0.0,
+hole | "data": {} | "data": {"hole": [0, "x", 80, 900]}
 run-batch | "batch": 4 | "batch": "four"
 run-args | "args": { | "args": [], "was": {""".splitlines()
 BAD_RELEASED = {                                # of a released checkpoint: a value's place; another
@@ -2727,6 +2719,7 @@ sample.py image f.png --ckpt good --out OUT --cfg nan | --cfg
 sample.py image f.png --ckpt good --out OUT --seed -1 | --seed
 sample.py image f.png --ckpt nowhere --out OUT | nowhere: expected
 sample.py image f.png --ckpt missing --out OUT | Missing key(s) in state_dict: "dit.1.attn.q.weight"
+sample.py image f.png --ckpt hole --out OUT | hole: expected data with a hole
 sample.py image f.png --ckpt wide --out OUT | size mismatch for vision.blocks.0.ff.up
 sample.py image f.png --ckpt nan --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
 sample.py image f.png --ckpt inf --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
@@ -2944,6 +2937,7 @@ GAME = """
         os.pwrite(out, json.dumps(state).ljust(400).encode(), 0)
         time.sleep(1 / 60)
 """
+needs_faketime = pytest.mark.skipif(not shutil.which("faketime"), reason="needs faketime, the package")
 # The keys that it knows.
 MAP = {"left": {"up": "up", "left": "left", "right": "right"}, "SOUTH": "space"}
 
@@ -3386,6 +3380,8 @@ def test_a_new_chunk_leaves_what_is_committed_and_fades_in_by_the_mask_of_rtc():
     c = np.array([2, 1]) / 3                                 # Eq. 5, d = 2; the older plan ends after row 3
     old = c * (np.exp(c) - 1) / (np.e - 1)
     assert np.allclose(lefts(plan, *range(6, 12)), [*1 - old, 1, 1, 1, 1])
+    plan.lay(10, rows(0.5), now=8)                           # shifted: the ticks before it are the old plan's
+    assert lefts(plan, 8, 9) == [1, 1]
 
 
 def test_late_predictions_hold_for_a_moment_and_then_rest():
@@ -3594,11 +3590,10 @@ def test_the_video_shows_frame_and_pad_and_keeps_time(env):
 
 
 def test_the_preview_lies_beside_the_game():
-    screen = 0, 0, 1920, 1080
-    assert play.free_room((0, 0, 900, 720), screen, (912, 512)) == (940, 40, 1)
-    assert play.free_room((456, 90, 1464, 900), screen, (912, 512)) == (0, 40, 0.5)
+    room = functools.partial(play.free_room, screen=(0, 0, 1920, 1080), size=(912, 512))
+    assert [room((0, 0, 900, 720)), room((456, 90, 1464, 900))] == [(940, 40, 1), (0, 40, 0.5)]
     with refused("--show: expected room"):
-        play.free_room(screen, screen, (912, 512))
+        room((0, 0, 1920, 1080))
 
 
 # ----------------------------------------------------------------------------- play: on a real desktop
@@ -3635,15 +3630,11 @@ def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game
     x.XCloseDisplay(display)
 
 
-@parametrize("kind", ["suspend", "clock"])
+@parametrize("kind", ["suspend", pytest.param("clock", marks=needs_faketime)])
 def test_a_real_game_stands_still_between_steps_and_runs_on_at_the_end(display, kind):
     write_game()
-    try:
-        e = play.GameEnv("small_game", launch=f"{sys.executable} small_game.py", pad="keyboard",
-                         mapping="keys.json", pause=kind, hz=30)
-    except UserError as error:
-        assert kind == "clock" and "libfaketime" in str(error)
-        pytest.skip(str(error))
+    e = play.GameEnv("small_game", launch=f"{sys.executable} small_game.py", pad="keyboard",
+                     mapping="keys.json", pause=kind, hz=30)
     try:
         state()
         e.reset()
@@ -3898,7 +3889,7 @@ def test_ctrl_c_ends_a_server_that_inherited_it_ignored(ckpt):
 
 
 # ---- bench: the games, the suite
-TOY30 = replace(TOY, hz=30.0)
+TOY30 = replace(TOY, hz=30)
 
 
 @pytest.fixture(scope="module")
@@ -4010,8 +4001,6 @@ def test_what_was_masked_in_training_is_masked_in_play():
         M.save("m", model.state_dict(), model.config, data=data)
         return sample.Session(sample.Policy("m", "cpu"), seed=1).predict(frame).tolist()
     assert said(frame, hole=hole) == said(black) != said(frame)
-    with refused("m: expected data with a hole"):
-        said(frame, hole=[0, "x", 80, 900])
 
 
 def test_recorded_clips_are_what_train_reads(capsys):
@@ -4168,7 +4157,7 @@ class Catch:
         return np.full((32, 32, 3), self.t, np.uint8)
 
     def step(self, action):
-        self.t, self.x = self.t + 1, min(max(self.x + (0, -1, 1)[action], 1), 15)
+        self.t, self.x = self.t + 1, self.x + (0, -1, 1)[action]
         caught = self.t == 20 and abs(self.x - self.ball) < 2
         return self.picture(), float(caught), self.t == 20, False, {"caught": caught}
 

@@ -3377,12 +3377,12 @@ def lefts(plan, *ticks):
 def test_a_new_chunk_leaves_what_is_committed_and_fades_in_by_the_mask_of_rtc():
     plan = play.Plan(hold=0)
     assert plan.lay(0, rows(*[0] * 8), 0) == 8
-    assert plan.lay(4, rows(*[1] * 8), now=6) == 6  # seen at tick 4, ready at tick 6: d = 2 rows are history
+    assert plan.lay(4, rows(*[1] * 9), now=6) == 7  # seen at tick 4, ready at tick 6: d = 2 rows are history
     c = np.array([2, 1]) / 3                                 # Eq. 5, d = 2; the older plan ends after row 3
     old = c * (np.exp(c) - 1) / (np.e - 1)
     assert np.allclose(lefts(plan, *range(6, 12)), [*1 - old, 1, 1, 1, 1])
-    plan.lay(10, rows(0.5), now=8)                           # shifted: the ticks before it are the old plan's
-    assert lefts(plan, 8, 9) == [1, 1]
+    plan.lay(13, rows(0.5), now=12)                          # shifted: the ticks before it are the old plan's
+    assert lefts(plan, 12) == [1]
 
 
 def test_late_predictions_hold_for_a_moment_and_then_rest():

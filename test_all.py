@@ -3903,7 +3903,7 @@ def toy(tmp_path_factory):
 def played(task, seed, draw=False):
     """A game after 40 blind steps."""
     game = bench.TASKS[task].game(task, seed)
-    who = bench.Blind(game)
+    who = bench.Blind(game, seed)
     for _ in range(40):
         (game.step if draw else game.advance)(who.act())
     return game

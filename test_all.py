@@ -63,7 +63,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the test d
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in HERE.glob("*.py")}
 SCRIPTS = sorted(SOURCES.keys() - {"test_all"})
 TREES = {script: ast.parse(SOURCES[script]) for script in SCRIPTS}
-parametrize = pytest.mark.parametrize
+approx, parametrize = pytest.approx, pytest.mark.parametrize
 each_script = parametrize("script", SCRIPTS)
 
 
@@ -455,7 +455,7 @@ def test_the_rate_is_that_of_the_commonest_interval(rate, digits):
     times = np.round(frames * 1000 / rate, digits)
     assert extract.usual_rate(times, rate) == rate                       # exactly, of a constant one
     stalls = np.cumsum(frames % 20 == 7) * 400
-    assert extract.usual_rate(times + stalls, 0.6 * rate) == pytest.approx(rate, rel=3e-3)
+    assert extract.usual_rate(times + stalls, 0.6 * rate) == approx(rate, rel=3e-3)
     assert extract.usual_rate(times[:9], 30) == 30                       # unknown
 
 
@@ -525,7 +525,7 @@ def test_a_pose_is_one_that_a_streamer_would_choose(pose, good):
     "100 0 200 60": 0,
     "25 15 75 45": 1 / 4}.items())
 def test_overlap_of_boxes_is_intersection_over_union(box, share):
-    assert extract.overlap((0, 0, 100, 60), [*map(float, box.split())]) == pytest.approx(share)
+    assert extract.overlap((0, 0, 100, 60), [*map(float, box.split())]) == approx(share)
 
 
 @parametrize("inliers, edges, found", [
@@ -1404,7 +1404,8 @@ def test_a_triggers_spot_is_the_one_further_out_and_up():
     """Both boxes were located where the shoulder is; by the nearest alone the names would be exchanged."""
     boxes = {"LEFT_SHOULDER": [20, 12, 36, 16], "LEFT_TRIGGER": [21, 9, 35, 13]}
     lit = np.arange(64) % 8 < 2
-    found = [parse.Spot(np.array([20, 9, 36, 13]), lit), parse.Spot(np.array([4, 4, 16, 12]), np.roll(lit, 4))]
+    found = [parse.Spot(np.array(box), np.roll(lit, i))
+             for i, box in ((0, [20, 9, 36, 13]), (4, [4, 4, 16, 12]))]
     named = parse.named_spots(found, {"size": [120, 80], "buttons": boxes})
     assert named["LEFT_SHOULDER"] is found[0] and named["LEFT_TRIGGER"] is found[1]
 
@@ -1698,6 +1699,12 @@ def refused(says, error=UserError):
     return pytest.raises(error, match=says)
 
 
+def works(line, *more):
+    """A command that ends well: works("sample.py label data --ckpt", path)."""
+    script, *words = line.split()
+    assert run(sys.modules[script[:-3]].main, *words, *more) == 0
+
+
 def tiny(**changes):
     """A small model whose every tensor is random: fresh weights have zeros in places, which hide mistakes."""
     torch.manual_seed(0)
@@ -1719,8 +1726,7 @@ def pictures(n, seed=0):
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy") / "model.safetensors"
-    return save_model(path, tiny(frames=2, games=["x", "y"]))
+    return save_model(tmp_path_factory.mktemp("policy") / "x", tiny(frames=2, games=["x", "y"]))
 
 
 @pytest.fixture(scope="module")
@@ -1739,8 +1745,8 @@ def golden(request, tmp_path_factory):
     z, path = np.load(GOLDEN / f"golden_tiny_{name}.npz"), tmp_path_factory.mktemp("golden") / "ng"
     games = path.with_name("games.json")
     games.write_text(str(z["game_mapping_json"]))
-    line = "convert", GOLDEN / f"golden_tiny_{name}.pt", path, "--vision-heads", heads, "--games", games
-    assert run(M.main, *line) == 0
+    flags = "--vision-heads", heads, "--games", games
+    works("model.py convert", GOLDEN / f"golden_tiny_{name}.pt", path, *flags)
     return path, z, M.load(path)[0]
 
 
@@ -1776,7 +1782,7 @@ def test_loss_and_gradients_equal_the_released_code(golden):
     ours = dict(model.named_parameters())
     for name, norm in zip(z["grad_names"].tolist(), z["grad_norms"]):
         if not name.endswith(("k_proj.bias", "to_k.bias")):      # no effect through a softmax
-            assert ours[M.rename(name)].grad.norm().item() == pytest.approx(norm, rel=1e-5, abs=1e-5), name
+            assert ours[M.rename(name)].grad.norm().item() == approx(norm, rel=1e-5, abs=1e-5), name
 
 
 def test_sample_image_reproduces_the_released_tensor(golden):
@@ -1785,15 +1791,13 @@ def test_sample_image_reproduces_the_released_tensor(golden):
     images = [f"frame ü {i}.png" for i in range(len(z["images_u8"]))]
     for image, rgb in zip(images, z["images_u8"]):
         extract.save_png(image, rgb)
-    names = {i: name for name, i in json.loads(str(z["game_mapping_json"])).items()}
-    game = ["--game", names[z["game_ids"].item()]] if model.config.games else []
+    game = ["--game", z["game_ids"].item()] if model.config.games else []
     decoded = np.concatenate([z[f"{part}_new"] for part in ("buttons", "j_left", "j_right")], -1)
     for flags, want in [
             (["--raw", *game], z["action_tensor"]),
             (["--raw", "--cfg", 1.5], z["action_tensor_cfg1.5"]),      # the release forgets the game
             (game, decoded)]:
-        line = *images, "--ckpt", path, "--noise", "noise.npy", "--out", "o.npy", *flags
-        assert run(sample.main, "image", *line) == 0
+        works("sample.py image --noise noise.npy --out o.npy --ckpt", path, *images, *flags)
         close(np.load("o.npy"), want[0], DEEP)
 
 
@@ -1807,7 +1811,7 @@ def test_vision_equals_transformers(monkeypatch):
         p.data.normal_(0, 0.2)
     save_file(theirs.state_dict(), "siglip")
     monkeypatch.setitem(M.PRESETS, "test", tiny(vision_layers=2).config)
-    assert run(M.main, "convert", "siglip", "o", "--preset", "test") == 0
+    works("model.py convert siglip o --preset test")
     frames = torch.from_numpy(pictures(2))
     with torch.inference_mode():
         want = theirs(pixel_values=frames.permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
@@ -1827,13 +1831,10 @@ def test_conversion_counts_its_tensors_and_takes_siglips_by_name(monkeypatch):
 
 
 def test_nitrogen_preset_has_the_released_tensors(capsys):
-    parameters, tensors = M.count(M.sketch(M.preset("nitrogen")))
-    assert (parameters + 12_595_200, tensors + 11) == (493_631_513, 595)        # with the pooling head
-    assert M.main([]) == 0 and f"{parameters:,}" in capsys.readouterr().out
-
-
-def test_steps_fall_into_the_released_time_buckets():
-    assert sample.buckets(16, 1000)[::3].tolist() == [0, 187, 375, 562, 750, 937]
+    """Without those of the pooling head."""
+    assert M.count(M.sketch(M.preset("nitrogen"))) == (493_631_513 - 12_595_200, 595 - 11)
+    works("model.py")
+    assert "481,036,313" in capsys.readouterr().out
 
 
 def test_actions_survive_the_way_through_the_model():
@@ -1900,17 +1901,6 @@ def test_every_number_of_a_configuration_has_a_range():
                 says = f"configuration: {name} = {wrong}, "
                 with mock.patch.object(part, name, wrong), refused(says, M.ModelError):
                     config.check()
-
-
-@parametrize("wrong, says", [
-    ({"frames": 600}, "9600 tokens of frames and game in a context of 8192"),
-    ({"context_tokens": 3}, "16 tokens of frames and game in a context of 3"),
-    ({"horizon": 65}, "65 actions, 64 positions"),
-    ({"games": [1]}, "games = .1"),
-    ({"beta": [0.0, 1]}, "beta = .0.0")])
-def test_a_configuration_that_cannot_be_built_is_refused(wrong, says):
-    with refused(says, M.ModelError):
-        tiny(**wrong)
 
 
 KILL_A_SAVE = """
@@ -2067,7 +2057,7 @@ def a_clip(config, **what):
 
 def trained(data, out, flags="", *more):
     """The folder of a short run that ends well."""
-    assert run(train.main, data, "--out", out, *QUICK, *flags.split(), *more) == 0
+    works("train.py --out", out, data, *QUICK, *flags.split(), *more)
     return Path(out)
 
 
@@ -2103,7 +2093,7 @@ def test_chunks_are_at_the_models_rate_from_clips_of_any_rate(fps, shift, lag):
         assert mask[0] and mask.tolist() == [start < end for start in starts[:4]]
         for action, start, to in zip(chunk[mask], starts, starts[1:]):
             held = actions[start:max(min(to, end), start + 1)]
-            assert (action[-4:] == held[0, -4:]).all() and (action[:-4] == held[:, :-4].max(0)).all()
+            assert action.tolist() == [*held[:, :21].max(0), *held[0, 21:]]
     sampler = train.Sampler([clip], config, 40, draws=2)
     assert sampler.total(0) == sampler.load(0)["mask"].sum() * 2 * 25
 
@@ -2133,11 +2123,11 @@ def test_sampling_is_uniform_over_kept_frames_or_over_games_and_weighs_people():
         return np.bincount(clip), np.bincount(frame[clip == 1])
     clips, inside = counts()
     assert clips.tolist() == [500, 1500, 1000]                  # exactly: one pick in each of 60 equal shares
-    assert inside == pytest.approx(50, abs=1)                                # and every frame of a clip alike
-    assert counts(balance=True)[0] == pytest.approx([375, 1125, 1500], abs=5)     # of a batch: 7.5, 22.5, 30
+    assert inside == approx(50, abs=1)                                # and every frame of a clip alike
+    assert counts(balance=True)[0] == approx([375, 1125, 1500], abs=5)     # of a batch: 7.5, 22.5, 30
     clips, inside = counts(weight=3.0)
-    assert clips / 3000 == pytest.approx(np.array([10, 50, 20]) / 80, abs=0.01)
-    assert inside[20:].sum() / inside.sum() == pytest.approx(30 / 50, abs=0.02)
+    assert clips / 3000 == approx(np.array([10, 50, 20]) / 80, abs=0.01)
+    assert inside[20:].sum() / inside.sum() == approx(30 / 50, abs=0.02)
 
 
 def test_split_is_by_clip_stable_and_leaves_each_game_on_both_sides():
@@ -2154,9 +2144,9 @@ def test_the_end_of_a_games_only_clip_is_held_out_and_nothing_crosses_over():
     clip = a_clip(replace(TOY4, frames=2, frame_spacing=8), n=60)
     [first], [last] = train.split([clip], 0.1)
     assert first.rows.tolist() == [*range(54)] and last.rows.tolist() == [*range(54, 60)]
-    assert first.chunk(52)[0][:, 23] * 1000 == pytest.approx([52, 52, 53, 53]) and first.lengths[-1] == 2
+    assert first.chunk(52)[0][:, 23] * 1000 == approx([52, 52, 53, 53]) and first.lengths[-1] == 2
     assert last.pictures(54)[1].tolist() == [False, True]                     # what came before is not shown
-    assert sample.mean_actions([last])["squares"][23] == pytest.approx(np.mean(range(54, 60)) / 1000)
+    assert sample.mean_actions([last])["squares"][23] == approx(np.mean(range(54, 60)) / 1000)
 
 
 def test_augmentation_follows_its_formula():
@@ -2190,7 +2180,7 @@ def test_flow_matching_identities():
     (_, start), (_, end), (_, before), (loss, after) = asked
     assert torch.equal(start, noise) and torch.equal(end, a)            # the path's ends
     speed = (after - before) / 1e-3                           # d x_t / d t by finite difference is the target
-    assert loss.item() == pytest.approx((speed[mask] ** 2).mean().item(), rel=1e-3)
+    assert loss.item() == approx((speed[mask] ** 2).mean().item(), rel=1e-3)
     assert known_loss(torch.ones_like, a, noise, 0.4, mask & False)[0] == 0
     owners = a.repeat_interleave(2, 0)                        # two draws of noise for each of the actions
     leads_there = known_loss(lambda x: (owners - x) / 0.7, a, torch.randn(6, 16, 25), 0.3)
@@ -2200,9 +2190,9 @@ def test_flow_matching_identities():
 def test_times_are_the_shifted_beta_of_the_release():
     t = train.draw_times(RNG(0), 200_000, TOY)
     assert 0 <= t.min() and t.max() < 0.9991
-    assert t.mean() == pytest.approx((1 - 1.6 / 2.4) * 0.999, abs=2e-3)     # E[1 - Beta(a, b)] = b / (a + b)
+    assert t.mean() == approx((1 - 1.6 / 2.4) * 0.999, abs=2e-3)     # E[1 - Beta(a, b)] = b / (a + b)
     below = (t < 0.1).mean(), (t < 0.5).mean()
-    assert below == pytest.approx((0.231, 0.734), abs=4e-3)                   # the integral of its density
+    assert below == approx((0.231, 0.734), abs=4e-3)                   # the integral of its density
 
 
 def test_euler_is_of_first_order_and_exact_on_straight_lines():
@@ -2210,8 +2200,8 @@ def test_euler_is_of_first_order_and_exact_on_straight_lines():
         model = mock.Mock(step=lambda x, t, context: torch.full_like(x, field(t.item())))
         return sample.euler(model, None, torch.zeros(1), k, times=torch.arange(k) / k).item()
     for k in 10, 20, 40:                                                 # x' = 2 t, x(0) = 0, x(1) = 1
-        assert solved(k, lambda t: 2 * t) == pytest.approx(1 - 1 / k)
-    assert solved(10, lambda t: 3.0) == pytest.approx(3)
+        assert solved(k, lambda t: 2 * t) == approx(1 - 1 / k)
+    assert solved(10, lambda t: 3.0) == approx(3)
 
 
 # --------------------------------------------------------------------------------------- train: the optimiser
@@ -2227,7 +2217,7 @@ def test_norms_biases_and_embeddings_do_not_decay():
 def test_rate_warms_up_stays_and_falls():
     args = argparse.Namespace(lr=1e-3, steps=100, warmup=10, decay=20)
     want = [*np.arange(1, 11) / 10, *[1] * 70, *np.arange(20, 0, -1) / 21]
-    assert [train.rate(step, args) / 1e-3 for step in range(1, 101)] == pytest.approx(want)
+    assert [train.rate(step, args) / 1e-3 for step in range(1, 101)] == approx(want)
 
 
 def test_average_follows_its_formula_and_comes_back():
@@ -2238,9 +2228,10 @@ def test_average_follows_its_formula_and_comes_back():
         average.update(step)
         mean += (1 - min(0.8, (1 + step) / (10 + step))) * (p.item() - mean)
     now = p.item()
-    with average.in_place():
-        assert p.item() == pytest.approx(mean, rel=1e-5)
-    assert p.item() == now and average.mean[0].item() == pytest.approx(mean, rel=1e-5)
+    for _ in range(2):                                                       # and loses nothing
+        with average.in_place():
+            assert p.item() == approx(mean, rel=1e-5)
+        assert p.item() == now
 
 
 def test_scores_are_r2_f1_and_f1_of_onsets():
@@ -2253,7 +2244,7 @@ def test_scores_are_r2_f1_and_f1_of_onsets():
     for guess, counts, want in [
             (truth, mask, (1, 1, 1)), (blind, mask, (0, 0.4, 0)), (trembles, mask, (1, 16 / 18, 4 / 6)),
             (trembles, mask & (np.arange(20) < 15), (1, 16 / 18, 2 / 4))]:      # before the release
-        assert sample.score_chunks(guess, truth, counts) == pytest.approx(want, abs=1e-6)
+        assert sample.score_chunks(guess, truth, counts) == approx(want, abs=1e-6)
     for late, onset in (2, 1), (3, 0), (-2, 1):
         assert sample.score_chunks(np.roll(truth, late, 1), truth, mask)[2] == onset
     assert np.isnan(sample.score_chunks(truth * 0, truth * 0, mask)).all()
@@ -2263,20 +2254,18 @@ def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
         squares, ckpt, monkeypatch, capsys):
     shown = mock.Mock(wraps=sample.beside)
     monkeypatch.setattr(sample, "beside", shown)
-    assert run(sample.main, "score", squares, "--ckpt", ckpt, "--limit", 1, "--video", "film.mp4") == 0
+    works("sample.py score --limit 1 --video film.mp4 --ckpt", ckpt, squares)
     assert re.search(r"\nblue +1 .*\nred +1 .*\nall +2 ", capsys.readouterr().out)
     assert extract.video_info("film.mp4")["n"] == shown.call_count == 16
     clip, (rgb, played, said) = sample.Clip(squares / "clip 1", TOY), shown.call_args_list[0].args
     assert (played == clip.chunk(0)[0][0]).all() and (rgb[1::3, 1::3] == clip.pictures(0)[0][0]).all()
     page, right = (sample.beside(rgb, played, below) for below in (said, played))
-    assert (page[:, :768] == rgb).all()
     assert (page[:384] == right[:384]).all() and (page[384:] != right[384:]).any()
 
 
 def test_the_shipped_clip_gives_the_figures_of_the_readme(capsys):
     """Of the shipped policy."""
-    crypt = HERE / "weights/crypt"
-    assert run(sample.main, "score", crypt, "--ckpt", HERE / "weights/policy-nano.safetensors") == 0
+    works("sample.py score --ckpt", HERE / "weights/policy-nano.safetensors", HERE / "weights/crypt")
     figures = "crypt 74 0.65 0.77 0.50 -0.34 0.00 0.00 0.15 0.53"            # model, rest, repeat
     assert figures in " ".join(capsys.readouterr().out.split())
 
@@ -2305,8 +2294,7 @@ def test_only_an_inverse_model_tells_its_frames_apart(future, apart):
 @pytest.fixture(scope="module")
 def idm(tmp_path_factory):
     """A fresh inverse model whose draws differ."""
-    path = tmp_path_factory.mktemp("idm") / "idm.safetensors"
-    return save_model(path, tiny(hz=30.0, frames=4, future=2, frame_spacing=6))
+    return save_model(tmp_path_factory.mktemp("idm") / "x", tiny(hz=30, frames=4, future=2, frame_spacing=6))
 
 
 def test_an_inverse_model_labels_plain_clips_and_these_train(idm, capfd):
@@ -2314,7 +2302,7 @@ def test_an_inverse_model_labels_plain_clips_and_these_train(idm, capfd):
     for clip in plain, short:
         (clip / "actions.npy").unlink()
     before = (done / "actions.npy").read_bytes()
-    assert run(sample.main, "label", "data", "--ckpt", idm) == 0
+    works("sample.py label data --ckpt", idm)
     assert "2 of 3 clips have no actions yet\nleft out 1 clip(s)" in capfd.readouterr().out
     assert (done / "actions.npy").read_bytes() == before and not (short / "actions.npy").exists()
     actions, confidence, keep = (np.load(plain / f"{name}.npy") for name in ("actions", "confidence", "keep"))
@@ -2335,7 +2323,7 @@ def test_labels_are_means_of_draws_and_sure_where_these_agree(monkeypatch):
     monkeypatch.setattr(sample, "chunks_at", lambda policy, starts, *_: draws.repeat(1, len(starts), 1, 1))
     actions, confidence = sample.label(None, clip)
     assert set(actions[:36, 18]) == {1} and not actions[:, :18].any()
-    assert actions[:36, 21] == pytest.approx(0.4) and confidence[:36] == pytest.approx(1 - 4 * 0.75 * 0.25)
+    assert actions[:36, 21] == approx(0.4) and confidence[:36] == approx(1 - 4 * 0.75 * 0.25)
 
 
 # --------------------------------------------------------------------------------------------- train: the run
@@ -2344,7 +2332,7 @@ def test_dry_run_takes_clips_of_any_rate_says_what_it_found_and_writes_nothing(c
         make_clip(f"data/{fps}", fps=fps)
     make_clip("data/short", 2, 60)
     files = {*Path().rglob("*")}
-    assert run(train.main, "data", "--dry-run", "--action-shift", 3, *QUICK) == 0
+    works("train.py data --dry-run --action-shift 3", *QUICK)
     assert {*Path().rglob("*")} == files
     out = capfd.readouterr().out
     for said in "24, 30, 60, 144 frames/s", "left out 1 clip(s)", "short: 2 rows", "most memory held: ":
@@ -2359,14 +2347,14 @@ def test_resume_equals_uninterrupted(squares, monkeypatch):
 
     def interrupted(step, args):
         if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return real(step, args)
     with mock.patch.object(train, "rate", interrupted):
         assert run(train.main, squares, "--out", cut, *QUICK, *flags.split(), 1) == 130
     assert M.read_meta(cut)[0]["step"] == 4                                                # saved first
     with open(cut / "log.csv", "a") as f:                              # of a save that was killed half-way
         f.write("5,9.9,,,,1,1,1\n")
-    assert run(train.main, "--resume", cut, "--device", "cpu", "--workers", 0) == 0
+    works("train.py --device cpu --workers 0 --resume", cut)
     for name in "model.safetensors", "state.safetensors":
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
     logs = [re.sub(",[^,]*$", "", (out / "log.csv").read_text(), flags=re.M) for out in (whole, cut)]
@@ -2396,7 +2384,7 @@ def test_micro_batches_and_two_processes_give_the_run_of_the_whole_batch(squares
     assert done.returncode == 0, done.stderr
     want = losses(trained(squares, "one", flags))
     for out in trained(squares, "parts", flags, "--micro", 1, "--checkpointing"), Path("two"):
-        assert losses(out) == pytest.approx(want, abs=1e-5)
+        assert losses(out) == approx(want, abs=1e-5)
 
 
 def test_overfits_eight_clips():
@@ -2406,7 +2394,7 @@ def test_overfits_eight_clips():
         make_clip(f"data/{i}", 2, seed=i)
     small = dict(patch=64, vision_width=64, vision_heads=4, vision_layers=2, vision_ffn=128)
     config = replace(TOY4, mixing=M.Stack(0, 4, 16), dit=M.Stack(2, 4, 16), **small)
-    flags = "--batch 8 --steps 400 --lr 5e-3 --val 0 --no-augment --dropout 0 --draws 8 --every 400"
+    flags = "--batch 8 --steps 200 --lr 5e-3 --val 0 --no-augment --dropout 0 --draws 8"
     start = save_model("start", M.create(config, 1))
     loss = losses(trained("data", "run", flags, "--ckpt", start))
     assert loss[-20:].mean() < 0.2 < 1 < loss[0], loss
@@ -2427,7 +2415,7 @@ def test_fine_tuning_leaves_the_frozen_alone_and_adds_games_and_dropout(squares,
     assert not moved & still and moved >= {"action_decoder", "vision", "mixing", "dit"} - still
     assert not after.game_embedding.weight[0].any() and config.games == ["blue", "red"]
     assert (config.length, config.hz, config.mixing.dropout) == (TOY.image_tokens + 1, 30, 0.3)
-    assert run(train.main, "--resume", out, "--steps", 3) == 0       # frozen weights come from the run itself
+    works("train.py --steps 3 --resume", out)                        # frozen weights come from the run itself
 
 
 def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, monkeypatch):
@@ -2443,7 +2431,7 @@ def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, monkeyp
     with mock.patch.object(M.NitroGen, "see", lambda *_: pytest.fail("looked again")):
         assert (frozen("again") == kept).all()
     monkeypatch.setattr(train, "keep_tokens", lambda *_, **__: None)
-    assert frozen("seen") == pytest.approx(kept, abs=2e-3)
+    assert frozen("seen") == approx(kept, abs=2e-3)
 
 
 def test_kept_tokens_are_of_augmentations_of_a_frame_each_in_turn():
@@ -2472,15 +2460,7 @@ def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(full_at, error, e
         fails_in_one_line(capfd, train.main, "--resume", old, "--steps", 3, says="No space left")
         fails_in_one_line(capfd, train.main, squares, "--out", "new", *SHORT, says="start again")
     assert {path: path.read_bytes() for path in Path().rglob("*.safetensors")} == before
-    assert run(train.main, "--resume", old, "--steps", 3) == 0
-
-
-def test_a_curve_has_its_points_where_they_belong_and_leaves_out_what_is_no_number():
-    rows = [{"step": x, "loss": "1", "r2": y} for x, y in zip("059", ("0", "nan", "2"))]
-    train.draw_curve("curve.png", rows)
-    page = extract.read_rgba("curve.png")[:362, 600:, :3]                        # the line, without its name
-    y, x = np.nonzero((page == (0, 128, 0)).all(-1))
-    assert [x[0], y[0], x[-1], y[-1]] == pytest.approx([580, 30, 50, 360], abs=2)
+    works("train.py --resume old --steps 3")
 
 
 # ----------------------------------------------------------------------------------- train: mistakes, guards
@@ -2488,9 +2468,8 @@ def test_a_run_that_another_process_holds_is_left_alone(squares, ended, capfd):
     """By a team of two processes as by one."""
     out, new = shutil.copytree(ended, Path("run")), ("--out", "new", *SHORT)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    for held, line in (out, ("--resume", out, "--steps", 3)), (Path("new"), (squares, *new)):
-        with extract.lock(held / ".lock"):
-            fails_in_one_line(capfd, train.main, *line, says="expected to be the only process")
+    with extract.lock(out / ".lock"):
+        fails_in_one_line(capfd, train.main, *"--resume run --steps 3".split(), says="the only process")
     with extract.lock(Path("new/.lock")):
         done = two_processes(squares, *new)
     assert done.returncode and done.stderr.count("error: ") == 1, done.stderr
@@ -2515,12 +2494,12 @@ def test_a_run_that_began_meanwhile_is_not_written_over(squares, monkeypatch, ca
 @pytest.fixture
 def norms(monkeypatch):
     """The norm of the whole gradient at each of AdamW's steps, as they come."""
-    seen, real = [], torch.optim.AdamW.step
+    real, seen = torch.optim.AdamW.step, []
 
     def step(self):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         seen.append(torch.nn.utils.get_total_norm(grads).item())
-        return real(self)
+        real(self)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     return seen
 
@@ -2531,9 +2510,8 @@ def test_gradients_are_clipped_to_norm_1_however_large_the_loss(squares, monkeyp
     monkeypatch.setattr(train, "cfm_loss", lambda net, **given: policy(net, **given) * 1e4)
     trained(squares, "run", "--val 0 --steps 2")
     monkeypatch.setattr(parse, "parser_loss", lambda *args: {k: v * 1e4 for k, v in reader(*args).items()})
-    flags = "train --out w.safetensors --steps 2 --batch 8 --pool 400 --workers 0"
-    assert run(parse.main, *flags.split()) == 0
-    assert norms == pytest.approx([1] * 4, abs=1e-3)
+    works("parse.py train --out w.safetensors --steps 2 --batch 8 --pool 40 --workers 0")
+    assert norms == approx([1] * 4, abs=1e-3)
 
 
 @parametrize("where, name, fault, says", [
@@ -2548,30 +2526,30 @@ def test_a_step_that_fails_is_one_line_and_never_reaches_the_weights(
     assert not norms and not Path("run/state.safetensors").exists()
 
 
-# ---------------------------------------------------------------------- mistakes: model, sample, train, play
-def actions_with(value, row, column):
-    """Forty actions, one value of them wrong."""
-    actions = np.zeros((40, 25), np.float32)
-    actions[row, column] = value
-    return {"actions": actions}
-
-
+# ---------------------------------------------------------------------------------- mistakes: of every script
 BAD_CLIPS = {
-    "nan": actions_with(np.nan, 7, 3),
-    "high": actions_with(1.5, 3, 22),
+    "nan": {"actions": np.full((40, 25), np.nan, np.float32)},
+    "high": {"actions": np.eye(40, 25, -3, np.float32) * 1.5},
     "narrow": {"actions": np.zeros((40, 24), np.float32)},
     "keep": {"keep": np.ones(7, bool)},
     "rate": {"fps": 0},
     "lag": {"lag": "x"},
     "broken": {},
     "index": {"frames_index": np.zeros((41, 2), np.int64)}}
-BAD_HEADERS = {                                 # of a checkpoint, or of a run's state: what it says, and then
-    "rate": ('"hz": 60.0', '"hz": 0.0'),
-    "stack": ('"mixing": {', '"mixing": 3, "was": {'),
-    "wide": ('"vision_ffn": 48', '"vision_ffn": 8000'),
-    "letter": ('"x"', r'"\ud800"'),
-    "run-batch": ('"batch": 4', '"batch": "four"'),
-    "run-args": ('"args": {', '"args": [], "was": {')}
+# Of a checkpoint, or of a run's state: what its header says | and then.
+BAD_HEADERS = """\
+rate | "hz": 60.0 | "hz": 0.0
+stack | "mixing": { | "mixing": 3, "was": {
+wide | "vision_ffn": 48 | "vision_ffn": 8000
+letter | "x" | "\\ud800"
+many | "frames": 2 | "frames": 600
+narrow | "context_tokens": 0 | "context_tokens": 3
+long | "horizon": 8 | "horizon": 65
+nameless | "x" | 1
+flat | "beta": [1.6, | "beta": [0.0,
+hole | "data": {} | "data": {"hole": [0, "x", 80, 900]}
+run-batch | "batch": 4 | "batch": "four"
+run-args | "args": { | "args": [], "was": {""".splitlines()
 BAD_RELEASED = {                                # of a released checkpoint: a value's place; another
     "bias": ("model/model.proj_out_1.bias", None),
     "sep": ("model/vis_sep_embedding", torch.zeros(2)),
@@ -2588,13 +2566,18 @@ model.py info . | model.safetensors: expected a .safetensors
 model.py info rate | hz = 0.0, expected 1 to 8192
 model.py info stack | TypeError
 model.py info letter | surrogates
+model.py info many | 9601 tokens of frames and game in a context of 8192
+model.py info narrow | 33 tokens of frames and game in a context of 3
+model.py info long | 65 actions, 64 positions
+model.py info nameless | games = [1
+model.py info flat | beta = [0.0
 model.py convert bomb.pt OUT | bomb.pt: expected the released format
 model.py convert old.pt OUT | old.pt: expected the released format
 model.py convert good OUT | good: expected the released format
 model.py convert nowhere OUT | nowhere: expected the released format
 model.py convert old.pt ./old.pt | a new file
 model.py convert good OUT --preset toy | good: expected a .safetensors
-model.py convert old.pt OUT --games letter.json | expected a JSON list of game names
+model.py convert old.pt OUT --games ["\\ud800"] | expected a JSON list of game names
 model.py convert old.pt OUT --games empty | expected a JSON list of game names
 model.py convert GOLDEN OUT | add --vision-heads N
 model.py convert GOLDEN OUT --vision-heads 5 | do not divide into 5 heads
@@ -2626,6 +2609,7 @@ sample.py image f.png --ckpt good --out OUT --cfg nan | --cfg
 sample.py image f.png --ckpt good --out OUT --seed -1 | --seed
 sample.py image f.png --ckpt nowhere --out OUT | nowhere: expected
 sample.py image f.png --ckpt missing --out OUT | Missing key(s) in state_dict: "dit.1.attn.q.weight"
+sample.py image f.png --ckpt hole --out OUT | hole: expected data with a hole
 sample.py image f.png --ckpt wide --out OUT | size mismatch for vision.blocks.0.ff.up
 sample.py image f.png --ckpt nan --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
 sample.py image f.png --ckpt inf --out OUT | found NaN or infinity in tensor dit.1.attn.q.weight:
@@ -2663,7 +2647,36 @@ play.py --server 127.0.0.1:99999 | 65535
 play.py --server a..b:5555 | expected python sample.py serve
 play.py --exe g --ckpt no_such_file | no_such_file
 play.py --human | --exe
-play.py --human --hz 0 | --hz: expected 1 to 1000, found 0""".splitlines()
+play.py --human --hz 0 | --hz: expected 1 to 1000, found 0
+play.py --human --exe g --map {"SOUT":"space"} | SOUT
+play.py --human --exe g --map {"SOUTH":"spce"} | SOUTH
+play.py --human --exe g --map {"left":{"north":"w"}} | left
+play.py --human --exe g --map {"left":"w"} | left
+play.py --human --exe g --map {"right":{"mouse":"fast"}} | right
+play.py --human --exe g --map {"right":{"mouse":Infinity}} | right
+bench.py record --out OUT --games tetris | tetris
+bench.py record --out OUT --minutes 0 | --minutes
+bench.py record --out OUT --clip nan | --clip
+bench.py record --out OUT --clip 0.5 | --clip
+bench.py record --out OUT --ckpt a --video | one of them
+bench.py record --out OUT --env MiniGrid-Empty-8x8-v0 | play.py --exe GAME --human
+bench.py suite --video | --video
+bench.py suite -n 0 | -n
+bench.py suite --ckpt no.safetensors | no.safetensors
+bench.py suite --ckpt good --delay 2 | at most 2, a chunk of this checkpoint
+bench.py suite --table x.json | --env
+bench.py suite --env Tetris-v0 | --table
+bench.py suite --env A --tasks swarm | --tasks
+bench.py suite --env VizdoomBasic-v1 -n 1 | pip install gymnasium vizdoom
+bench.py suite --env Vizdoom --table {"fps":0} | fps
+bench.py suite --env Vizdoom --table {"script":"nobody"} | nobody
+bench.py suite --env Vizdoom --table {"success":{}} | success
+bench.py demo --out OUT --tasks pong/left | pong/left
+bench.py demo --out OUT --videos 0 | --videos
+bench.py demo --out OUT --minutes 0 | --minutes
+bench.py transfer --out OUT --minutes 0 | --minutes
+bench.py transfer --out OUT --games crypt siege rally swarm vault shade cliffs commando glider dojo | all ten
+bench.py latency --steps 16 0 | --steps""".splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -2671,8 +2684,7 @@ def wrong(ckpt, ended, idm, tmp_path_factory):
     """A folder with all that the mistakes name."""
     folder, good = tmp_path_factory.mktemp("wrong"), ckpt.read_bytes()
     with contextlib.chdir(folder):
-        for file, data in {"good": good, "cut": good[:-100], "empty": b"", "idm": idm.read_bytes(),
-                           "letter.json": rb'["\ud800"]'}.items():
+        for file, data in {"good": good, "cut": good[:-100], "empty": b"", "idm": idm.read_bytes()}.items():
             Path(file).write_bytes(data)
         name, state, config = "dit.1.attn.q.weight", tiny().state_dict(), tiny().config
         for value in math.nan, math.inf, -math.inf:
@@ -2680,7 +2692,8 @@ def wrong(ckpt, ended, idm, tmp_path_factory):
             M.save(str(value), state, config)
         del state[name]
         M.save("missing", state, config)
-        for file, (said, says) in BAD_HEADERS.items():
+        for row in BAD_HEADERS:
+            file, said, says = row.split(" | ")
             source, out = ckpt, file
             if file.startswith("run"):
                 source, out = ended / "state.safetensors", shutil.copytree(ended, file) + "/state.safetensors"
@@ -2696,8 +2709,7 @@ def wrong(ckpt, ended, idm, tmp_path_factory):
             part[last] = value
             torch.save(released, file)
         for file, zipped in ("bomb.pt", True), ("old.pt", False):
-            bomb = {"model": Bomb(), "ckpt_config": {}}
-            torch.save(bomb, file, _use_new_zipfile_serialization=zipped)
+            torch.save({"model": Bomb()}, file, _use_new_zipfile_serialization=zipped)
         extract.save_png("f.png", pictures(1)[0])
         np.save("n.npy", np.zeros((4, 25), np.float32))
         np.save("nan.npy", np.full((8, 25), np.nan, np.float32))
@@ -2712,14 +2724,21 @@ def wrong(ckpt, ended, idm, tmp_path_factory):
 @parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(
         mistake, wrong, squares, ended, tmp_path, monkeypatch, capfd):
+    """A word in brackets stands for a file that holds it."""
     if "--vision-heads" in mistake and not GOLDEN.is_dir():
         pytest.skip(f"needs the golden tensors in {GOLDEN}")
     monkeypatch.chdir(wrong)
+    monkeypatch.setitem(sys.modules, "vizdoom", None)                  # as if it were not installed
+    monkeypatch.setattr(play, "this_desktop", Desktop)
     command, says = mistake.split(" | ")
     script, *words = command.split()
     if script == "train.py":
         words = ["--out", "OUT", *QUICK, *words]
     places = {"OUT": tmp_path / "o", "DATA": squares, "RUN": ended, "GOLDEN": GOLDEN / "golden_tiny_a.pt"}
+    for word in words:
+        if word[0] in "[{":
+            places[word] = tmp_path / "file"
+            places[word].write_text(word)
     line = [places.get(word, word) for word in words]
     fails_in_one_line(capfd, sys.modules[script[:-3]].main, *line, says=says)
     assert not (tmp_path / "o").is_file() and not Path("bombed").exists()
@@ -2744,15 +2763,14 @@ def test_a_gpu_and_half_the_bits_sample_what_a_cpu_does(ckpt, device, dtype, mos
 
 @needs_cuda
 def test_a_gpu_trains_as_a_cpu_does(squares):
-    def train_on(name, flags):
-        return trained(squares, name, f"--dropout 0 {flags}")
+    train_on = lambda name, flags: trained(squares, name, f"--dropout 0 {flags}")
     want = losses(train_on("cpu", ""))
     half = "--dtype bfloat16 --checkpointing --ema-device cpu"
     for flags, most in ("", 2e-3), (half, 0.05):
-        assert losses(train_on(f"gpu{most}", f"--device cuda {flags}")) == pytest.approx(want, rel=most)
+        assert losses(train_on(f"gpu{most}", f"--device cuda {flags}")) == approx(want, rel=most)
     cut, whole = (train_on(str(steps), f"--device cuda --decay 0 --steps {steps}") for steps in (2, 4))
-    assert run(train.main, "--resume", cut, "--device", "cuda", "--steps", 4) == 0
-    assert losses(cut) == pytest.approx(losses(whole), rel=2e-3)
+    works("train.py --device cuda --steps 4 --resume", cut)
+    assert losses(cut) == approx(losses(whole), rel=2e-3)
 
 
 @needs_cuda
@@ -2760,7 +2778,7 @@ def test_a_gpu_reads_pads_as_a_cpu_does(skin):
     read = []
     for device in "cpu", "cuda":
         drawn_clip(Path(device) / "a", skin, n=60)
-        assert run(parse.main, "run", device, "--device", device) == 0
+        works("parse.py run --device", device, device)
         read.append(np.load(f"{device}/a/actions.npy"))
     off = np.abs(read[0] - read[1])
     assert off[:, -4:].max() < 0.05 and (off[:, :-4] != 0).mean() < 0.001
@@ -2809,6 +2827,7 @@ GAME = """
         os.pwrite(out, json.dumps(state).ljust(400).encode(), 0)
         time.sleep(1 / 60)
 """
+needs_faketime = pytest.mark.skipif(not shutil.which("faketime"), reason="needs faketime, the package")
 # The keys that it knows.
 MAP = {"left": {"up": "up", "left": "left", "right": "right"}, "SOUTH": "space"}
 
@@ -2879,20 +2898,20 @@ JUMP, RIGHT = action(SOUTH=1), action(left=(1, 0))
 def test_only_what_may_be_pressed_is():
     out = play.playable([7.0] * 22 + [math.nan, -math.inf, 7.0])
     assert out[21:].tolist() == [1, 0, -1, 1]
-    assert {b for b in extract.BUTTONS if not out[BUTTON[b]]} == {*extract.LEGACY, *play.MENU_BUTTONS}
-    assert play.playable(np.ones(25), allow_menu=True)[BUTTON["START"]] == 1
+    assert {b for b, i in BUTTON.items() if not out[i]} == {*extract.LEGACY, *play.MENU_BUTTONS}
+    assert play.playable(np.ones(25), allow_menu=True)[BUTTON["START"]]
     assert not play.playable([0.5] * 25)[:21].any()
 
 
 @parametrize("path", [None, *HERE.glob("weights/maps/*.json")])
 def test_a_key_means_the_control_that_presses_it(path):
     keys, _ = play.load_mapping(path)
+    times = Counter(key for *_, key in keys)
     for place, sign, key in keys:
         a = action()
         a[place] = sign
         assert key in play.keys_of(keys, a)
-        meant = play.action_of(keys, [key])
-        assert np.array_equal(meant, a) or [k for *_, k in keys].count(key) > 1
+        assert (play.action_of(keys, [key]) == a).all() or times[key] > 1
 
 
 def test_sticks_let_keys_go_later_than_they_press_them():
@@ -2902,15 +2921,6 @@ def test_sticks_let_keys_go_later_than_they_press_them():
         return play.keys_of(keys, action(left=(x, -1)), set(down))
     assert held(0.45) == held(0.3, "d") == {"w"}             # y points down: up is negative
     assert held(0.6) == held(0.45, "d") == {"w", "d"}
-
-
-@parametrize("control, key", [
-    ("SOUT", "space"), ("SOUTH", "spce"), ("left", {"north": "w"}), ("left", "w"),
-    ("right", {"mouse": "fast"}), ("right", {"mouse": math.inf})])
-def test_a_wrong_mapping_names_its_fault(control, key):
-    Path("keys.json").write_text(json.dumps({"EAST": "e", control: key}))
-    with refused(control):
-        play.load_mapping("keys.json")
 
 
 # ----------------------------------------------------------------------------------------- play: fakes
@@ -2962,7 +2972,7 @@ def env(monkeypatch, request):
     capture = mock.Mock(**{"look.side_effect": lambda box: plain(next(number))})
     guard = mock.Mock(dismiss=lambda: desktop.log.append("dismissed"))
     for name, fake in {"Guard": guard, "Capture": capture, "this_desktop": desktop, "real_pads": []}.items():
-        monkeypatch.setattr(play, name, lambda fake=fake, **undo: fake)
+        monkeypatch.setattr(play, name, mock.Mock(return_value=fake))
 
     def make(**options):
         e = play.GameEnv("game", **{"pad": "keyboard", "hz": 1000.0, "wait": 0, **options})
@@ -3241,8 +3251,7 @@ def test_black_frozen_and_covered_pictures_are_told_apart(env, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for shade, says in (99, ""), (99, "the same for 5 s"), (1, ""), (0, ""), (0, "black for 5 s"):
         e.capture.look = lambda box: plain(shade)
-        said = e.problem()
-        assert says in said and bool(says) == bool(said)
+        assert re.search(says or "^$", e.problem())
         now[0] += 6
     e.desktop.problem = lambda window: "is covered by 'Mail'"
     assert "covered by 'Mail'" in e.problem()
@@ -3255,12 +3264,14 @@ def lefts(plan, *ticks):
 
 
 def test_a_new_chunk_leaves_what_is_committed_and_fades_in_by_the_mask_of_rtc():
-    plan = play.Plan(hold=3)
+    plan = play.Plan(hold=0)
     assert plan.lay(0, rows(*[0] * 8), 0) == 8
-    assert plan.lay(4, rows(*[1] * 8), now=6) == 6  # seen at tick 4, ready at tick 6: d = 2 rows are history
+    assert plan.lay(4, rows(*[1] * 9), now=6) == 7  # seen at tick 4, ready at tick 6: d = 2 rows are history
     c = np.array([2, 1]) / 3                                 # Eq. 5, d = 2; the older plan ends after row 3
     old = c * (np.exp(c) - 1) / (np.e - 1)
     assert np.allclose(lefts(plan, *range(6, 12)), [*1 - old, 1, 1, 1, 1])
+    plan.lay(13, rows(0.5), now=12)                          # shifted: the ticks before it are the old plan's
+    assert lefts(plan, 12) == [1]
 
 
 def test_late_predictions_hold_for_a_moment_and_then_rest():
@@ -3269,15 +3280,6 @@ def test_late_predictions_hold_for_a_moment_and_then_rest():
     assert lefts(plan, *range(7)) == [1, 1, 1, 1, 1, 0, 0]
     assert plan.lay(2, rows(-1, -1, -1), now=9) == 0         # all of it would have been earlier
     assert lefts(plan, 9) == [0]
-    plan.lay(8, rows(-1, -1), now=9)
-    assert lefts(plan, 9) == [-1]
-
-
-def test_a_shifted_chunk_leaves_the_ticks_before_it_to_the_old_plan():
-    plan = play.Plan(hold=0)
-    plan.lay(0, rows(*[0.5] * 6), 0)
-    plan.lay(2 + 3, rows(1, 1), now=2)
-    assert lefts(plan, 2, 3, 4, 6) == [0.5, 0.5, 0.5, 1]
 
 
 def test_the_action_clock_skips_what_has_passed(monkeypatch):
@@ -3286,7 +3288,7 @@ def test_the_action_clock_skips_what_has_passed(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
     beat = play.Beat(10)
     assert [beat.wait() for _ in range(3)] == [0, 1, 2]
-    assert now[0] == pytest.approx(10.2)
+    assert now[0] == approx(10.2)
     now[0] += 0.35                                           # a slow tick: 3 to 5 have begun, 5 is under way
     assert beat.wait() == 5 and beat.skipped == 2
     now[0] += 5
@@ -3412,8 +3414,7 @@ def check_recorded(data, ticks):
         close(np.load(clip / f"{name}.npy"), array, 0)
     read = sample.Clip(clip, TOY)
     assert read.game == "Größe: 1.exe"
-    last = read.frames[len(ticks) - 1].astype(int)
-    assert np.abs(last - np.roll(PICTURE, ticks[-1], 1)).mean() < 4
+    assert cv2.absdiff(read.frames[len(ticks) - 1], np.roll(PICTURE, ticks[-1], 1)).mean() < 4
     assert {p.stem for p in clip.iterdir()} == {"clip", "frames", "frames_index", *wanted}
 
 
@@ -3468,23 +3469,21 @@ def test_a_full_disk_ends_play_with_the_game_let_go_and_loses_no_row_that_is_who
 
 def test_the_video_shows_frame_and_pad_and_keeps_time(env):
     e = env(hz=60.0)
-    e.frame = np.full((256, 256, 3), (200, 100, 50), np.uint8)
+    e.frame = plain(200)
     view = play.View(e, video="seen.mp4")
     for tick in 0, 18:                                       # those between were skipped
         view.show(tick, e, action(SOUTH=tick > 0), "the model", play.Score(play.Beat(60)))
     view.close()
     frames = np.int32([rgb for _, rgb in extract.read_video("seen.mp4")])
-    assert frames.shape == (10, 512, 912, 3)
-    assert np.abs(frames[0, 250, 250] - e.frame[0, 0]).max() < 12
+    assert frames.shape == (10, 512, 912, 3) and np.abs(frames[0, 250, 250] - 200).max() < 12
     assert np.abs(frames[0] - frames[-1])[:, 520:].max() > 50        # what it presses
 
 
 def test_the_preview_lies_beside_the_game():
-    screen = 0, 0, 1920, 1080
-    assert play.free_room((0, 0, 900, 720), screen, (912, 512)) == (940, 40, 1)
-    assert play.free_room((456, 90, 1464, 900), screen, (912, 512)) == (0, 40, 0.5)
+    room = functools.partial(play.free_room, screen=(0, 0, 1920, 1080), size=(912, 512))
+    assert [room((0, 0, 900, 720)), room((456, 90, 1464, 900))] == [(940, 40, 1), (0, 40, 0.5)]
     with refused("--show: expected room"):
-        play.free_room(screen, screen, (912, 512))
+        room((0, 0, 1920, 1080))
 
 
 # ----------------------------------------------------------------------------- play: on a real desktop
@@ -3509,8 +3508,7 @@ def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game
     wait_until(lambda: (e.step(action(SOUTH=1, left=(1, 0))), state()["x"] > 10)[1])
     assert {*state()["held"]} == {"right", "space"} == d.held()
     assert d.problem(w) == ""
-    zero = ctypes.c_ulong(0)
-    over = x.XCreateSimpleWindow(display, d.root, 0, 20, 340, 270, 0, zero, zero)
+    over = x.XCreateSimpleWindow(display, d.root, 0, 20, 340, 270, 0, *[ctypes.c_ulong(0)] * 2)
     x.XMapWindow(display, over)
     d.focus(over)                                            # on top, and with the keyboard
     assert e.step(JUMP)[4]["away"]
@@ -3522,15 +3520,11 @@ def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game
     x.XCloseDisplay(display)
 
 
-@parametrize("kind", ["suspend", "clock"])
+@parametrize("kind", ["suspend", pytest.param("clock", marks=needs_faketime)])
 def test_a_real_game_stands_still_between_steps_and_runs_on_at_the_end(display, kind):
     write_game()
-    try:
-        e = play.GameEnv("small_game", launch=f"{sys.executable} small_game.py", pad="keyboard",
-                         mapping="keys.json", pause=kind, hz=30)
-    except UserError as error:
-        assert kind == "clock" and "libfaketime" in str(error)
-        pytest.skip(str(error))
+    e = play.GameEnv("small_game", launch=f"{sys.executable} small_game.py", pad="keyboard",
+                     mapping="keys.json", pause=kind, hz=30)
     try:
         state()
         e.reset()
@@ -3540,9 +3534,8 @@ def test_a_real_game_stands_still_between_steps_and_runs_on_at_the_end(display, 
         for _ in range(3):
             e.step(RIGHT)
         after = state()
-        assert after["frames"] > before["frames"]
-        saw_the_pause = after["clock"] - before["clock"] > 1.8
-        assert saw_the_pause == (kind == "suspend") and e.desktop.held() == {"right"}
+        assert after["frames"] > before["frames"] and e.desktop.held() == {"right"}
+        assert (after["clock"] - before["clock"] > 1.8) == (kind == "suspend")       # it saw the pause
         assert state() == after
         e.close()
         runs_on()
@@ -3677,7 +3670,7 @@ def test_a_videos_pad_waits_for_the_action_shift(monkeypatch):
         for f in pictures(20):
             out.add(f[:108, :192])
     save_model("m", tiny(action_shift=6))
-    assert run(sample.main, *"video in.mp4 --ckpt m --out o.mp4".split()) == 0
+    works("sample.py video in.mp4 --ckpt m --out o.mp4")
     drawn = [call.args[1][21] for call in draw.call_args_list]
     assert np.allclose(drawn[:11], [0, 0, 0, 0.1, 0.3, 0.5, 0.7, 0.1, 0.3, 0.5, 0.7])  # 6 at 60 Hz: 3 frames
 
@@ -3788,47 +3781,35 @@ def test_ctrl_c_ends_a_server_that_inherited_it_ignored(ckpt):
 
 
 # ---- bench: the games, the suite
-def push(left=0j, right=0j, *buttons):
-    """An action from two sticks (complex, y down) and names of buttons."""
-    a = extract.neutral()
-    a[21:] = left.real, left.imag, right.real, right.imag
-    a[[BUTTON[b] for b in buttons]] = 1
-    return a
-
-
-def played(task, seed, steps, draw=True):
-    """Blind play of a task -> the game, the frames that followed its steps."""
-    game = bench.TASKS[task].game(task, seed)
-    who = bench.Blind(game, seed)
-    return game, [(game.step if draw else game.advance)(who.act()) for _ in range(steps)]
+TOY30 = replace(TOY, hz=30)
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    path = tmp_path_factory.mktemp("ckpt") / "toy.safetensors"
-    return save_model(path, M.create(M.preset("toy", hz=30.0, steps=2)))
+    return save_model(tmp_path_factory.mktemp("ckpt") / "toy", M.create(replace(TOY30, steps=2)))
 
 
-def test_suite_has_the_papers_shape():
-    assert len(bench.GAMES) == 10
-    assert Counter(t.kind for t in bench.TASKS.values()) == {"combat": 11, "navigation": 10, "specific": 9}
-    families = Counter(game.family for game in bench.GAMES.values())
-    assert families == {"first person": 3, "top-down": 3, "side": 4}
+def played(task, seed, draw=False):
+    """A game after 40 blind steps."""
+    game = bench.TASKS[task].game(task, seed)
+    who = bench.Blind(game, seed)
+    for _ in range(40):
+        (game.step if draw else game.advance)(who.act())
+    return game
 
 
-@pytest.mark.parametrize("task", bench.TASKS)
+@parametrize("task", bench.TASKS)
 def test_a_task_is_a_function_of_seed_and_actions_and_ends(task):
-    (_, a), (_, b) = (played(task, 5, 40) for _ in range(2))
-    assert np.array_equal(a, b) and a[0].shape == (256, 256, 3)
-    assert a[0].std() > 10
-    assert not np.array_equal(played(task, 6, 1)[1][0], a[0])
-    game, _ = played(task, 5, 40, draw=False)
-    assert all(np.array_equal(game.render(), a[-1]) for _ in range(2))            # drawing changes nothing
+    """Drawing changes nothing."""
+    game, drawn, other = played(task, 5), played(task, 5, draw=True), played(task, 6)
+    frame = game.render()
+    assert frame.shape == (256, 256, 3) and frame.std() > 10
+    assert (drawn.render() == frame).all() and (other.render() != frame).any()
     while not game.over:
-        game.advance(extract.neutral())
+        game.advance(action())
     t, frame = game.t, game.render()
     assert not game.won and t <= game.task.seconds * bench.FPS
-    assert np.array_equal(game.step(push(1)), frame) and game.t == t              # it stands still
+    assert (game.step(RIGHT) == frame).all() and game.t == t              # it stands still
 
 
 def test_fixed_levels_are_the_same_for_all_seeds_and_procedural_ones_are_not():
@@ -3837,11 +3818,11 @@ def test_fixed_levels_are_the_same_for_all_seeds_and_procedural_ones_are_not():
         assert np.array_equal(one, two) == same
 
 
-@pytest.mark.parametrize("name", ["NitroGen/crypt-exit-v0", "NitroGen/swarm-gems-v0"])
+@parametrize("name", ["crypt-exit", "swarm-gems"])
 def test_tasks_are_gymnasium_environments(name):
     gymnasium = pytest.importorskip("gymnasium", reason="needs the package gymnasium")
     from gymnasium.utils.env_checker import check_env
-    env = gymnasium.make(name).unwrapped
+    env = gymnasium.make(f"NitroGen/{name}-v0").unwrapped
     check_env(env)
     env.reset(seed=3)
     player, ended, points = bench.Scripted(env.game, 3), False, 0
@@ -3851,22 +3832,18 @@ def test_tasks_are_gymnasium_environments(name):
     assert info["won"] and not late and points == env.game.task.goal
 
 
-def test_scripted_wins_and_random_mashing_does_not():
-    """n = 3 here; bench.py suite --mashing -n 50 measures it task by task."""
+def test_scripted_wins_and_random_does_not():
     wins = {who: [bench.rollouts(task, who, 3, 7)[:, 0].sum() for task in bench.TASKS]
-            for who in ("scripted", "random", "right+attack", "mash")}
-    scripted = wins.pop("scripted")
-    assert sum(scripted) >= 0.9 * 90 and min(scripted) >= 1
-    assert max(map(sum, wins.values())) <= 0.1 * 90
+            for who in ("scripted", "random")}
+    assert sum(wins["scripted"]) >= 0.9 * 90 and min(wins["scripted"]) >= 1
+    assert sum(wins["random"]) <= 0.1 * 90
 
 
 def test_sticks_are_analogue_and_y_points_down():
-    game, plane = bench.Swarm("swarm/gems", 0), bench.Glider("glider/rings", 0)
-    game.things, start, height = [], game.pos, plane.pos.imag
-    game.advance(push(0.5j))
-    assert game.pos - start == pytest.approx(1.6j)
-    plane.advance(push(-0.5j))
-    assert plane.pos.imag == pytest.approx(height - 1.7)
+    plane = bench.Glider("glider/rings")
+    height = plane.pos.imag
+    plane.advance(action(left=(0, -0.5)))
+    assert plane.pos.imag == approx(height - 1.7)
 
 
 def test_ray_casting_meets_the_wall_where_geometry_says():
@@ -3876,7 +3853,7 @@ def test_ray_casting_meets_the_wall_where_geometry_says():
     bench.FirstPerson.draw(game)
     ray = np.exp(0.3j) * (1 + 1j * bench.LENS)                         # length 1 ahead: without fish-eye
     reach = np.minimum(4.5 / np.abs(ray.real), 4.5 / np.abs(ray.imag))
-    assert game.depth == pytest.approx(reach, abs=1e-6)
+    assert game.depth == approx(reach, abs=1e-6)
 
 
 def test_driving_draws_the_ground_in_perspective():
@@ -3888,128 +3865,74 @@ def test_driving_draws_the_ground_in_perspective():
     at = 512 - 44 + ahead                                               # the camera is 44 behind the car
     game.ground[508 + right:517 + right, at - 4:at + 5] = (255, 0, 255)
     y, x = np.argwhere((game.draw() == (255, 0, 255)).all(-1)).mean(0)
-    assert x == pytest.approx(128 + bench.LENGTH * right / ahead, abs=3)
-    assert y == pytest.approx(bench.HORIZON + bench.LENGTH * bench.HIGH / ahead, abs=3)
-
-
-def test_distances_and_waypoint_lead_around_a_wall():
-    grid = np.array([[c == "#" for c in row] for row in ("#####", "#.#.#", "#...#", "#####")])
-    far, p = bench.distances(grid, 3.5 + 1.5j), 1.5 + 1.5j
-    assert far[1 + 1j] == 4 and far[3 + 1j] == 0
-    assert 2 + 1j not in far
-    for _ in range(4):
-        p = bench.waypoint(far, p)
-    assert bench.cell_of(p) == 3 + 1j
-    maze = object.__new__(bench.Walled)
-    maze.grid = grid
-    assert not maze.sees(1.5 + 1.5j, p)
-    assert maze.sees(1.5 + 2.5j, 3.5 + 2.5j)
-
-
-def test_scripted_players_differ_and_tilt():
-    game = bench.Swarm("swarm/bugs", 0)
-    players = [bench.Scripted(game, seed) for seed in range(2)]
-    sticks = np.abs([[player.act()[21:] for _ in range(60)] for player in players])
-    assert not np.array_equal(*sticks) and sticks.max() <= 1
-    assert ((sticks > 0.15) & (sticks < 0.85)).mean() > 0.1                        # analogue, not eight-way
-
-
-def test_every_room_of_the_vault_holds_what_it_is_about():
-    """Also those that are entered in the middle, from where most cells are near."""
-    for task, least in (("vault/slimes", 2), ("vault/chest", 2), ("vault/stairs", 1)):
-        game = bench.Vault(task, 0)
-        for seed in range(100):
-            game.plan, game.pos = random.Random(seed), 112 + 112j
-            game.room()
-            assert len(game.things) + len(game.foes) >= least
+    assert x == approx(128 + bench.LENGTH * right / ahead, abs=3)
+    assert y == approx(bench.HORIZON + bench.LENGTH * bench.HIGH / ahead, abs=3)
 
 
 def test_wilson_interval():
     high = 1.96 ** 2 / (10 + 1.96 ** 2)                                # closed form at 0 of n
-    assert bench.wilson(0, 10) == pytest.approx((0, high))
-    assert bench.wilson(15, 50) == pytest.approx((0.19103, 0.43750), abs=2e-4)    # as statistics packages say
+    assert bench.wilson(0, 10) == approx((0, high))
+    assert bench.wilson(15, 50) == approx((0.19103, 0.43750), abs=2e-4)    # as statistics packages say
 
 
-def test_what_was_masked_in_training_is_masked_in_play(tmp_path):
+def test_what_was_masked_in_training_is_masked_in_play():
     """A model that learned from frames with a black hole only is shown that hole."""
-    hole = [0, 9, 80, 200]
-    clip = lambda hole, n: types.SimpleNamespace(hole=hole, rows=range(n))
-    assert train.usual_hole([clip(hole, 5), clip([1, 2, 3, 4], 9), clip(hole, 6)]) == hole
-    assert train.usual_hole([clip(hole, 5), clip(None, 1)]) is None
-    [frame], model, path = pictures(1), tiny(), tmp_path / "m.safetensors"
+    hole, [frame], model = [0, 9, 80, 200], pictures(1), tiny()
+    clips = [mock.Mock(hole=of, rows=range(n))
+             for of, n in ((hole, 5), ([1, 2, 3, 4], 9), (hole, 6), (None, 1))]
+    assert train.usual_hole(clips[:3]) == hole and train.usual_hole(clips[2:]) is None
     black = frame.copy()
     black[9:200, :80] = 0
 
     def said(frame, **data):
-        M.save(path, model.state_dict(), model.config, data=data)
-        return sample.Session(sample.Policy(path, "cpu"), seed=1).predict(frame)
-    assert np.array_equal(said(frame, hole=hole), said(black))
-    assert not np.array_equal(said(frame), said(black))
-    with pytest.raises(UserError, match="m.safetensors: expected data with a hole"):
-        said(frame, hole=[0, "x", 80, 900])
+        M.save("m", model.state_dict(), model.config, data=data)
+        return sample.Session(sample.Policy("m", "cpu"), seed=1).predict(frame).tolist()
+    assert said(frame, hole=hole) == said(black) != said(frame)
 
 
-def test_recorded_clips_are_what_train_reads(tmp_path, capsys):
-    out = tmp_path / "dätä"
-    line = "record", "--out", out, *"--games dojo crypt/key --minutes 0.1 --clip 3 --workers 1".split()
-    assert run(bench.main, *line) == 0
-    clips = sample.load_clips([out], M.preset("toy", hz=30.0))
+def test_recorded_clips_are_what_train_reads(capsys):
+    line = "bench.py record --out dätä --games dojo crypt/key --minutes 0.1 --clip 3 --workers 1"
+    works(line)
+    clips = sample.load_clips(["dätä"], TOY30)
     assert [(clip.game, len(clip.frames)) for clip in clips] == [("crypt", 90)] * 2 + [("dojo", 90)] * 2
     actions = np.array([clip.actions for clip in clips])
-    assert np.abs(actions[..., 21:]).max() <= 1
+    tilts = np.abs(actions[..., 21:])
+    assert tilts.max() <= 1 and ((tilts > 0.15) & (tilts < 0.85)).mean() > 0.1     # analogue, not eight-way
     assert not np.array_equal(*actions[2:])
-    capsys.readouterr()
-    assert run(bench.main, *line) == 0
+    works(line)
     assert capsys.readouterr().out.count("recorded already") == 4
-    fails_in_one_line(capsys, bench.main, *line, "--seed", 1, says="another --out")
+    fails_in_one_line(capsys, bench.main, *line.split()[1:], "--seed", 1, says="another --out")
 
 
 def test_recorded_frame_is_the_one_its_action_answers():
     """Row t holds the frame before action t: playing the actions again gives the frames."""
     game = bench.Rally("rally/park", random.Random("rally 0 0").randrange(bench.PLAYED))
-    for frame, action, _, scripted in bench.film(["rally/park"], "0 0", 50):
+    for frame, pressed, _, scripted in bench.film(["rally/park"], "0 0", 50):
         assert np.array_equal(game.render(), frame) and scripted
-        game.advance(action)
+        game.advance(pressed)
 
 
-def test_corrections_keep_only_what_the_script_played(tmp_path, toy):
+def test_corrections_keep_only_what_the_script_played(toy):
     """record --ckpt: model and script take turns; a chunk to learn from holds no step of the model's."""
-    line = f"record --games cliffs/coins --clip 10 --minutes 0.16 --workers 1 --euler 1 --out {tmp_path}"
-    assert run(bench.main, *line.split(), "--ckpt", toy) == 0
-    human = np.load(tmp_path / "cliffs-000" / "human.npy")
-    read = sample.Clip(tmp_path / "cliffs-000", M.preset("toy", hz=30.0))
+    works("bench.py record --games cliffs/coins --clip 10 --minutes 0.16 --workers 1 --euler 1 --out . "
+          "--ckpt", toy)
+    human, read = np.load("cliffs-000/human.npy"), sample.Clip("cliffs-000", TOY30)
     learned = [human[row:row + 16][read.chunk(row)[1]] for row in read.rows]
-    assert not human[:30].any()
-    assert 30 < human.sum() < len(human) - 30
-    assert len(learned) > 10 and all(rows.all() for rows in learned)
+    assert not human[:30].any() and 30 < human.sum() < len(human) - 30
+    assert len(learned) > 10 and all(map(all, learned))
     assert 0 < min(map(len, learned)) < 16                          # chunks end where the model's turn begins
 
 
-def test_recorded_video_has_its_pad_where_its_json_says(tmp_path):
-    line = f"record --out {tmp_path} --games swarm --minutes 0.05 --video --workers 1"
-    assert run(bench.main, *line.split()) == 0
-    assert np.load(tmp_path / "swarm-000.truth.npy").shape == (90, 25)
-    filmed = extract.read_video(tmp_path / "swarm-000.mp4")
-    played = bench.film(bench.pick_tasks(["swarm"]), "0 0", 90)
-    change = sum(cv2.absdiff(frame, cv2.resize(bare, (640, 360))).sum(-1)
-                 for (_, frame), (bare, *_) in zip(filmed, played, strict=True))
-    x, y, w, h = map(round, json.loads((tmp_path / "swarm-000.json").read_text())["box"])
-    pad = change[max(y - 3, 0):y + h + 3, max(x - 3, 0):x + w + 3]
-    assert pad.mean() > 4 * (change.sum() - pad.sum()) / (change.size - pad.size)
-
-
-def test_suite_of_a_checkpoint(tmp_path, toy, capsys):
-    line = f"suite --ckpt {toy} --tasks dojo/boards swarm/bugs -n 2 --out {tmp_path} --workers 1"
-    assert run(bench.main, *line.split(), "--video", "--mashing", "--device", "cpu") == 0
-    rows = json.loads((tmp_path / "suite.json").read_text())["rows"]
+def test_suite_of_a_checkpoint(toy, capsys):
+    works("bench.py suite --tasks dojo/boards swarm/bugs -n 2 --out o --workers 1 --video "
+          "--device cpu --ckpt", toy)
+    rows = extract.read_json("o/suite.json", dict)["rows"]
     assert list(rows) == ["swarm/bugs", "dojo/boards", "type: combat", "type: specific", "family: top-down",
                           "family: side", "all"]
     row = rows["all"]
-    assert set(row) == {"random", "scripted", "best of mashing", "model"}
-    assert row["scripted"]["wins"] >= 3
-    assert row["model"]["n"] == 4
-    assert row["model"]["low"] <= row["model"]["rate"] <= row["model"]["high"]
-    assert extract.video_info(tmp_path / "dojo-boards.mp4")["n"] > 5
+    assert list(row) == ["random", "scripted", "model"]
+    assert row["scripted"]["wins"] >= 3 and row["model"]["n"] == 4
+    assert extract.video_info("o/dojo-boards.mp4")["n"] > 5
     assert "all" in capsys.readouterr().out
 
 
@@ -4017,14 +3940,14 @@ def test_model_rollouts_are_the_same_again_in_any_place(toy):
     policy, tasks = sample.Policy(toy, "cpu"), ["swarm/gems", "swarm/bugs"]
     one, two, other = (bench.play_model(policy, tasks, 2, envs=envs) for envs in (2, 2, 4))
     for task, ended in one.items():
-        assert ended.shape == (2, 2) and np.array_equal(ended, two[task])
-        assert np.array_equal(sorted(ended[:, 0]), sorted(other[task][:, 0]))
+        assert ended.shape == (2, 2) and (ended == two[task]).all()
+        assert sorted(ended[:, 0]) == sorted(other[task][:, 0])
 
 
 def test_of_a_late_chunk_each_step_is_played_at_its_own_moment(monkeypatch):
     """Step k of the chunk seen at step n is 100 n + k; it comes two steps after its frame."""
     monkeypatch.setattr(bench, "neutral", lambda: -1)
-    player, done = bench.Learned(M.preset("toy", hz=30.0), 30, delay=2, per_chunk=4), []
+    player, done = bench.Learned(TOY30, 30, delay=2, per_chunk=4), []
     for n in range(12):
         if player.waits():
             player.take(100 * n + np.arange(16))
@@ -4032,126 +3955,87 @@ def test_of_a_late_chunk_each_step_is_played_at_its_own_moment(monkeypatch):
     assert done == [-1, -1, 2, 3, 4, 5, 402, 403, 404, 405, 802, 803]
 
 
-MISTAKES = {                                       # a command -> what its line names
-    "record --out x --games tetris": "tetris",
-    "record --out x --minutes 0": "--minutes",
-    "record --out x --clip nan": "--clip",
-    "record --out x --clip 0.5": "--clip",
-    "record --out x --ckpt a --video": "one of them",
-    "record --out x --env MiniGrid-Empty-8x8-v0": "play.py --exe GAME --human",
-    "suite --video": "--video",
-    "suite -n 0": "-n",
-    "suite --ckpt nothing.safetensors": "nothing.safetensors",
-    "suite --ckpt TOY --delay 9": "at most 7, a chunk of this checkpoint",
-    "suite --table x.json": "--env",
-    "suite --env Tetris-v0": "--table",
-    "suite --env A --tasks swarm": "--tasks",
-    "suite --env VizdoomBasic-v1 -n 1": "pip install gymnasium vizdoom",
-    "demo --out x --tasks pong/left": "pong/left",
-    "demo --out x --videos 0": "--videos",
-    "demo --out x --minutes 0": "--minutes",
-    "transfer --out x --minutes 0": "--minutes",
-    f"transfer --out x --games {' '.join(bench.GAMES)}": "all ten",
-    "latency --steps 16 0": "--steps"}
-
-
-@pytest.mark.parametrize("line", MISTAKES)
-def test_mistakes_are_one_line(tmp_path, toy, monkeypatch, capfd, line):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "PLAYABLE", dict(bench.PLAYABLE))
-    for module in ("vizdoom", "vizdoom.gymnasium_wrapper"):
-        monkeypatch.setitem(sys.modules, module, None)                 # as if it were not installed
-    fails_in_one_line(capfd, bench.main, *line.replace("TOY", str(toy)).split(), says=MISTAKES[line])
-
-
-def test_gains_are_of_whole_pairs_and_none_where_scratch_completes_nothing():
+def test_gains_are_of_whole_pairs_by_type_and_none_where_scratch_completes_nothing():
     """Equal pairs have an interval of no width; pairs that differ have one around the mean; nothing divided
     by nothing is no gain."""
-    row = bench.gain(np.array([[0.6, 0.4]] * 5))
-    assert np.allclose([row["gain"], row["points"]], [[0.5] * 3, [0.2] * 3])
-    row = bench.gain(np.array([[0.5, 0.0], [0.1, 0.0], [0.3, 0.0]]))
+    def gains(*pairs):
+        """Of trials that complete one kind of task like this, and another half as often."""
+        rows = lambda share, pair: dict(zip(("post-trained", "scratch"), ({"rate": share * r} for r in pair)))
+        return bench.gains_of([{"minutes": 1, "rows": {
+            "type: combat": rows(1, pair), "type: navigation": rows(0.5, pair)}} for pair in pairs])
+    rows = gains(*[(0.6, 0.4)] * 5)
+    assert [*rows] == ["1 min, type: combat", "1 min, type: navigation"]
+    for row, points in zip(rows.values(), (0.2, 0.1)):
+        assert [*row["gain"], *row["points"]] == approx([0.5] * 3 + [points] * 3)
+    row = gains((0.5, 0), (0.1, 0), (0.3, 0))["1 min, type: combat"]
     value, low, high = row["points"]
-    assert low < value < high and value == pytest.approx(0.3)
+    assert low < value < high and value == approx(0.3)
     assert row["gain"] is None and row["n"] == 3
 
 
-def test_gains_by_size_and_row():
-    """Trials with 1 and 4 minutes: each size and row of the table has pairs of its own."""
-    rates = lambda **row: {who: {"rate": rate} for who, rate in row.items()}
-    trials = [{"minutes": minutes, "rows": {"type: combat": rates(post=post, scratch=0.5),
-                                            "all": rates(post=0.5, scratch=0.25)}}
-              for minutes, post in ((1, 1.0), (1, 0.5), (4, 0.75))]
-    points = {name: row["points"][0] for name, row in bench.gains_of(trials).items()}
-    assert points == pytest.approx({f"{minutes} min, {name}": 0.25 for minutes in (1, 4)
-                                    for name in ("type: combat", "all")})
-
-
-def test_the_demo_goes_from_videos_to_a_page(tmp_path, capfd):
-    line = f"demo --out {tmp_path} --tasks dojo/boards --minutes 0.1 --videos 1 --steps 2 -n 1"
-    assert run(bench.main, *line.split()) == 0
+def test_the_demo_goes_from_videos_to_a_page(capfd):
+    line = "bench.py demo --out o --tasks dojo/boards --minutes 0.1 --videos 1 --steps 2 -n 1"
+    works(line)
     assert "above random by an interval: 0 of 1" in capfd.readouterr().out
-    said = json.loads((tmp_path / "demo.json").read_text())
+    said = extract.read_json("o/demo.json", dict)
     assert said["rows"]["all"].keys() == {"random", "scripted", "model", "true labels"}
     assert min(said["iou"].values()) > 0.9
-    assert extract.video_info(tmp_path / "dojo-boards.mp4")["n"] > 5
-    assert extract.read_rgba(tmp_path / "demo.png").shape[:2] == (820, 1600)
-    fails_in_one_line(capfd, bench.main, *line.split(), "--seed", 1, says="a new --out")
+    assert extract.video_info("o/dojo-boards.mp4")["n"] > 5
+    assert extract.read_rgba("o/demo.png").shape[:2] == (820, 1600)
+    fails_in_one_line(capfd, bench.main, *line.split()[1:], "--seed", 1, says="a new --out")
 
 
-def test_transfer_compares_post_trained_with_scratch(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "OTHERS_MINUTES", 0.04)
-    monkeypatch.setattr(bench, "PRETRAINING", 2)
-    monkeypatch.setattr(bench, "SEEDS", [0])
-    flags = "--games dojo --minutes 0.04 --steps 2 -n 1"
-    assert run(bench.main, "transfer", "--out", tmp_path, *flags.split()) == 0
-    rows = json.loads((tmp_path / "transfer.json").read_text())["results"][0]["rows"]
-    assert rows.keys() > set(bench.pick_tasks(["dojo"])) and rows["all"].keys() == {"post-trained", "scratch"}
-    assert (tmp_path / "post-trained-dojo-0.04-0" / "model.safetensors").is_file()
-
-
-def test_inverse_labels_what_has_none_and_compares_three_models(tmp_path, monkeypatch, capsys):
-    """Here by a labeller that gives the truth and models that complete ever more; nothing is trained."""
-    learnt = {}
-
-    def label(*commands):
-        [[script, verb, bare, *_]] = commands
-        assert (script, verb) == ("sample.py", "label")
-        for clip in extract.clips_in(bare):
-            assert not {"actions.npy", "keep.npy", "confidence.npy"} & set(os.listdir(clip))
-            shutil.copy(clip / "truth.npy", clip / "actions.npy")
-    monkeypatch.setattr(bench, "SEEDS", [0])
-    monkeypatch.setattr(bench, "train_runs", lambda steps, runs: learnt.update(runs))
-    monkeypatch.setattr(bench, "run_scripts", label)
+@pytest.fixture
+def learnt(monkeypatch):
+    """Nothing is trained, and a run completes as many of a hundred as its name is long: {run: its words}."""
+    runs = {}
+    monkeypatch.setattr(bench, "train_runs", lambda steps, more: runs.update(
+        {run.name: [getattr(word, "name", word) for word in words] for run, words in more.items()}))
     monkeypatch.setattr(sample, "Policy", lambda run, *_, **__: run.name)
     monkeypatch.setattr(bench, "play_model", lambda who, *_, **__: {
-        "dojo/boards": np.tile(np.arange(10)[:, None] < len(who), 2)})
-    flags = "--games dojo --minutes 0.04 -n 1"
-    assert run(bench.main, "inverse", "--out", tmp_path, *flags.split()) == 0
+        "dojo/boards": np.tile(np.arange(100)[:, None] < len(who), 2)})
+    monkeypatch.setattr(bench, "SEEDS", [0])
+    return runs
+
+
+def test_transfer_compares_post_trained_with_scratch(learnt, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "OTHERS_MINUTES", 0.04)
+    works("bench.py transfer --out o --games dojo --minutes 0.04 -n 1 --workers 1")
+    others = [game for game in bench.GAMES if game != "dojo"]
+    assert learnt == {
+        "pre-dojo": [*others, "--preset", "toy", "--balance"],
+        "post-trained-dojo-0.04-0": ["dojo-0.04-0", "--ckpt", "pre-dojo", "--seed", 0],
+        "scratch-dojo-0.04-0": ["dojo-0.04-0", "--preset", "toy", "--seed", 0]}
+    assert "post-trained 24.0% | scratch 19.0% | post-trained over scratch +5.0%" in capsys.readouterr().out
+
+
+def test_inverse_labels_what_has_none_and_compares_three_models(learnt, monkeypatch, capsys):
+    """Here by a labeller that gives the truth."""
+    def label(command):
+        assert command[:2] == ["sample.py", "label"]
+        for clip in extract.clips_in(command[2]):
+            assert not {"actions.npy", "keep.npy", "confidence.npy"} & {*os.listdir(clip)}
+            shutil.copy(clip / "truth.npy", clip / "actions.npy")
+    monkeypatch.setattr(bench, "run_scripts", label)
+    works("bench.py inverse --out o --games dojo --minutes 0.04 -n 1 --workers 1")
     said = capsys.readouterr().out
-    assert "onset F1 1.00 | labelled 80%, few 30%, true 40%" in said
-    assert "labelled over few +50.0%" in said
-    assert {run.name: [Path(data).name for data in words if isinstance(data, Path)]
-            for run, words in learnt.items()} == {
-        "inverse": ["few"], "few": ["few"], "labelled": ["few", "bare"], "true": ["few", "more"]}
+    assert "labels: R2 1.00, F1 1.00, onset F1 1.00 | labelled 8%, few 3%, true 4%" in said
+    assert "labelled over few +5.0%" in said
+    flags = "--preset", "toy", "--seed", 0
+    assert learnt == {"inverse": ["few", "--inverse", *flags], "few": ["few", *flags],
+                      "labelled": ["few", "bare", *flags], "true": ["few", "more", *flags]}
 
 
 def test_latency_compares_two_ways_of_the_same_chunk(capsys):
-    assert run(bench.main, *"latency --preset toy --steps 3 --device cpu".split()) == 0
+    works("bench.py latency --preset toy --steps 3 --device cpu")
     said = capsys.readouterr().out
-    assert float(re.search(r"largest difference (\S+)", said)[1]) < 1e-5
-    assert "x faster" in said
+    assert float(re.search(r"x faster .*largest difference (\S+)", said)[1]) < 1e-5
 
 
 # ---- bench: games by others
-def space(kind, **of):
-    """An action space with the attributes of Gymnasium's, without the package."""
-    return type(kind, (), of)()
-
-
 class Catch:
     """A game with Gymnasium's methods: a ball falls for 20 steps, action 1 moves the basket left, 2 right; a
-    point for a catch."""
-    action_space = space("Discrete", n=3)
+    point for a catch. Its picture has the number of the step."""
     unwrapped = property(lambda self: self)
 
     def reset(self, seed):
@@ -4159,12 +4043,10 @@ class Catch:
         return self.picture(), {}
 
     def picture(self):
-        frame = np.zeros((32, 32, 3), np.uint8)
-        frame[self.t:self.t + 4, 2 * self.ball - 2:2 * self.ball + 2] = 255
-        return frame
+        return np.full((32, 32, 3), self.t, np.uint8)
 
     def step(self, action):
-        self.t, self.x = self.t + 1, min(max(self.x + (0, -1, 1)[action], 1), 15)
+        self.t, self.x = self.t + 1, self.x + (0, -1, 1)[action]
         caught = self.t == 20 and abs(self.x - self.ball) < 2
         return self.picture(), float(caught), self.t == 20, False, {"caught": caught}
 
@@ -4173,70 +4055,68 @@ CATCH = {"fps": 15, "seconds": 60, "frame": "", "success": {"info": "caught"}, "
          "controls": {"1": {"left.left": 1}, "2": {"left.right": 1}, "0": {}}}
 
 
-@pytest.fixture
-def catch(monkeypatch, tmp_path):
-    """Writes the table of Catch, with changes -> the flags that play it."""
-    monkeypatch.setattr(bench, "open_env", lambda env_id, table: Catch())
-    follows = lambda game: (complex(np.sign(game.inside.ball - game.inside.x)), 0j, "")
-    monkeypatch.setitem(bench.SCRIPTS, "follows", follows)
-    monkeypatch.setattr(bench, "PLAYABLE", dict(bench.PLAYABLE))
+def space(kind, **of):
+    """An action space with the attributes of Gymnasium's, without the package."""
+    return type(kind, (), of)()
 
-    def flags(table=CATCH):
-        (tmp_path / "catch.json").write_text(json.dumps(table))
-        return "--env", "Catch-v0", "--table", tmp_path / "catch.json"
+
+@pytest.fixture
+def catch(monkeypatch):
+    """Writes the table of Catch, with changes -> the flags that play it."""
+    Catch.action_space = space("Discrete", shape=(), n=3)
+    monkeypatch.setattr(bench, "open_env", lambda env_id, table: Catch())
+    monkeypatch.setitem(bench.SCRIPTS, "follows",
+                        lambda game: (complex(np.sign(game.inside.ball - game.inside.x)), 0j, ""))
+
+    def flags(**changes):
+        extract.write_json(Path("catch.json"), CATCH | changes)
+        return "--env Catch-v0 --table catch.json".split()
     return flags
 
 
-def test_tables_map_pads_to_every_kind_of_action():
-    low, high, names = np.float32([-2, 0, -1]), np.float32([4, 1, 1]), ("TURN_LEFT", "USE", "ATTACK")
-    for kind, controls, answers in [
-            (space("Discrete", n=4), {"3": {"left.up": 1, "SOUTH": 1}, "USE": {"SOUTH": 1}, "0": {}},
-             [(push(-1j, 0j, "SOUTH"), 3), (push(1j, 0j, "SOUTH"), 1), (push(-1j), 0)]),
-            (space("MultiBinary", n=3),
-             {"ATTACK": {"RIGHT_TRIGGER": 1}, "0": {"right.left": 1}, "OF OTHERS": {"WEST": 1}},
-             [(push(0j, -1, "RIGHT_TRIGGER"), [1, 0, 1]), (push(1, 1), [0, 0, 0])]),
-            (space("Box", shape=(3,), low=low, high=high, dtype=np.float32),
-             {"0": {"right.x": -12}, "1": {"RIGHT_TRIGGER": 1}, "2": {"SOUTH": 1, "left.y": -0.5}},
-             [(push(1j, 0.1, "RIGHT_TRIGGER", "SOUTH"), [-1.2, 1, 0.5]),
-              (push(0j, -1), [4, 0, 0])])]:                            # no more than the space's bounds
-        choose = bench.pad_to_action(kind, controls, names)
-        for pressed, answer in answers:
-            assert np.allclose(choose(pressed), answer)
+DISCRETE, BINARY, BOX = (
+    space("Discrete", n=4), space("MultiBinary", n=3),
+    space("Box", shape=(3,), low=np.float32([-2, 0, -1]), high=np.float32([4, 1, 1]), dtype=np.float32))
+TABLES = {
+    DISCRETE: {"3": {"left.up": 1, "SOUTH": 1}, "USE": {"SOUTH": 1}, "0": {}},
+    BINARY: {"ATTACK": {"RIGHT_TRIGGER": 1}, "0": {"right.left": 1}, "OF OTHERS": {"WEST": 1}},
+    BOX: {"0": {"right.x": -12}, "1": {"RIGHT_TRIGGER": 1}, "2": {"SOUTH": 1, "left.y": -0.5}}}
+
+
+@parametrize("kind, pressed, answer", [
+    (DISCRETE, action(SOUTH=1, left=(0, -1)), 3), (DISCRETE, JUMP, 1), (DISCRETE, RIGHT, 0),
+    (BINARY, action(RIGHT_TRIGGER=1, right=(-1, 0)), [1, 0, 1]), (BINARY, action(right=(1, 0)), [0, 0, 0]),
+    (BOX, action(SOUTH=1, left=(0, 1), right=(0.1, 0)), [-1.2, 0, 0.5]),
+    (BOX, action(right=(-1, 0)), [4, 0, 0])])                          # no more than the space's bounds
+def test_tables_map_pads_to_every_kind_of_action(kind, pressed, answer):
+    choose = bench.pad_to_action(kind, TABLES[kind], ("TURN_LEFT", "USE", "ATTACK"))
+    assert choose(pressed) == approx(answer)
 
 
 def test_ready_tables_speak_of_controls_that_exist():
-    for pattern, table in bench.OTHERS.items():
-        words = {word for rule in table.get("controls", {}).values() for word in rule}
-        assert not words & {"BACK", "START", "GUIDE"}, pattern
-        assert all(bench.read_pad(extract.neutral(), word) == 0 for word in words)
+    words = {word for table in bench.OTHERS.values()
+             for rule in table.get("controls", {}).values() for word in rule}
+    assert words and not any(bench.read_pad(action(), word) for word in words)
+    assert not words & {"BACK", "START", "GUIDE"}
 
 
-def test_a_game_by_others_is_recorded_and_evaluated(tmp_path, catch, toy, capsys):
-    data, out = tmp_path / "data", tmp_path / "out"
-    assert run(bench.main, "record", *catch(), "--out", data, "--minutes", 0.2, "--clip", 6) == 0
-    clips = sample.load_clips([data], M.preset("toy", hz=30.0))
+def test_a_game_by_others_is_recorded_and_evaluated(catch, toy, capsys):
+    works("bench.py record --out data --minutes 0.2 --clip 6", *catch())
+    clips = sample.load_clips(["data"], TOY30)
     assert [(clip.game, len(clip.frames)) for clip in clips] == [("catch_v0", 90)] * 2
-    flags = "--actions-per-chunk", 4, "--device", "cpu", "--video", "--out", out
-    assert run(bench.main, "suite", *catch(), "--ckpt", toy, "-n", 10, *flags) == 0
-    row = json.loads((out / "suite.json").read_text())["rows"]["Catch-v0"]
+    assert [round(clips[0].frames[t].mean()) for t in range(20)] == [*range(20)]
+    works("bench.py suite --actions-per-chunk 4 --device cpu --video --out o -n 10 --ckpt", toy, *catch())
+    row = extract.read_json("o/suite.json", dict)["rows"]["Catch-v0"]
     assert set(row) == {"random", "scripted", "model"}
     assert "scripted: return" in capsys.readouterr().out
-    assert row["scripted"]["wins"] > row["random"]["wins"]
-    assert all(r["score"] == pytest.approx(r["rate"]) for r in row.values())    # a catch is one point
-    assert extract.video_info(out / "Catch-v0.mp4")["n"] == 20
+    assert row["scripted"]["wins"] > row["random"]["wins"] == approx(10 * row["random"]["score"])
+    assert extract.video_info("o/Catch-v0.mp4")["n"] == 20
 
 
-BAD_TABLES = {                                     # what the line names -> what is wrong
-    "leftt": {"controls": {"1": {"left.leftt": 1}, "0": {}}},
-    "Discrete of 3": {"controls": {"7": {"SOUTH": 1}, "0": {}}},
-    "at rest": {"controls": {"1": {"left.left": 1}}},
-    "screen": {"frame": "screen"},
-    "fps": {"fps": 0},
-    "nobody": {"script": "nobody"},
-    "success": {"success": {}}}
-
-
-@pytest.mark.parametrize("says", BAD_TABLES)
-def test_a_wrong_table_of_a_game_by_others_is_one_line(catch, capfd, says):
-    flags = catch(CATCH | BAD_TABLES[says])
-    fails_in_one_line(capfd, bench.main, "suite", *flags, "-n", 1, says=says)
+@parametrize("name, wrong, says", [
+    ("controls", {"1": {"left.leftt": 1}, "0": {}}, "leftt"),
+    ("controls", {"7": {"SOUTH": 1}, "0": {}}, "Discrete of 3"),
+    ("controls", {"1": {"left.left": 1}}, "at rest"),
+    ("frame", "screen", "screen")])
+def test_a_wrong_table_of_a_game_by_others_is_one_line(name, wrong, says, catch, capfd):
+    fails_in_one_line(capfd, bench.main, "suite", *catch(**{name: wrong}), "-n", 1, says=says)

@@ -116,13 +116,18 @@ def test_public_functions_have_docstrings_and_errors_are_named(script):
         assert node.name.startswith("_") or ast.get_docstring(node), node.name
 
 
+def start(script, *flags, sigint=signal.SIG_IGN):
+    """One of our scripts as a background job, nohup or cron starts it: with SIGINT ignored."""
+    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, sigint))
+
+
 @parametrize("command", ["model.py", "bench.py games --out ."])
 def test_a_reader_that_has_read_enough_is_no_fault(command):
-    script, *words = command.split()
-    pipe = subprocess.PIPE
-    shown = subprocess.Popen([sys.executable, HERE / script, *words], stdout=pipe, stderr=pipe)
+    shown = start(*command.split())
     shown.stdout.close()                                         # as `| head -0` does
-    assert shown.stderr.read() == b"" and shown.wait() == 141
+    assert shown.stderr.read() == "" and shown.wait() == 141
 
 
 BUDGET = {"extract": 21545, "parse": 16755, "model": 6125, "train": 8470,         # tokens; they may only fall
@@ -250,11 +255,12 @@ def noise(*shape):
     return RNG(0).integers(0, 256, shape, np.uint8)
 
 
-def pressing(*names):
-    """An action with these buttons down."""
-    action = extract.neutral()
-    action[[BUTTON[name] for name in names]] = 1
-    return action
+def action(**controls):
+    """action(SOUTH=1, left=(0, -1)) -> float32 (25,)."""
+    a = extract.neutral()
+    for name, value in controls.items():
+        a[STICKS[name] if name in STICKS else BUTTON[name]] = value
+    return a
 
 
 def test_action_layout_is_the_released_one():
@@ -305,7 +311,7 @@ def test_a_pressed_control_changes_in_its_own_box(ours):
     for skin in looks[::20]:
         rest = extract.draw(skin).astype(int)
         for name, box in skin.buttons.items():
-            change = np.abs(extract.draw(skin, pressing(name)) - rest).max(2)
+            change = np.abs(extract.draw(skin, action(**{name: 1})) - rest).max(2)
             within = extract.inside(change, np.int32(np.add(box, (-1, -1, 2, 2))).clip(0))
             assert within.max() > 25, f"{skin.name}: {name} looks the same pressed"
             within[:] = 0
@@ -350,13 +356,11 @@ def test_obs_preset_draws_each_element_type_by_its_rules():
     assert skin.sticks == {"left": {"center": [20, 20], "travel": [6, 6], "radius": 10}}
     shown = "DPAD_UP DPAD_DOWN DPAD_LEFT DPAD_RIGHT SOUTH LEFT_SHOULDER LEFT_THUMB RIGHT_TRIGGER"
     assert set(skin.buttons) == set(shown.split())
-    action = pressing("SOUTH", "DPAD_UP", "DPAD_LEFT")
-    action[BUTTON["RIGHT_TRIGGER"]] = 0.5
-    action[21:23] = 1, -1
+    played = action(SOUTH=1, DPAD_UP=1, DPAD_LEFT=1, RIGHT_TRIGGER=0.5, left=(1, -1))
     # SOUTH, the d-pad (up and left), half a trigger from the bottom, the stick 6 pixels right and 6 up
     y, x = [15, 50, 29, 11, 26, 5], [75, 35, 55, 55, 12, 17]
     assert extract.draw(skin)[y, x, 0].tolist() == [200, 10, 9, 9, 80, 40]
-    assert extract.draw(skin, action)[y, x, 0].tolist() == [150, 110, 250, 9, 40, 80]
+    assert extract.draw(skin, played)[y, x, 0].tolist() == [150, 110, 250, 9, 40, 80]
 
 
 def test_a_folder_of_presets_gives_its_pads(capfd):
@@ -466,7 +470,7 @@ def test_a_clock_that_breaks_is_a_cut():
     assert np.flatnonzero(np.load("cuts.npy")).tolist() == [99]
 
 
-def test_frames_have_their_rows_and_a_file_that_was_cut_is_named():
+def test_frames_have_their_rows():
     picture = cv2.resize(noise(6, 8, 3), (64, 48))
     writer = extract.FramesWriter(".", "frames")
     for row in (0, 3, 6):
@@ -476,9 +480,6 @@ def test_frames_have_their_rows_and_a_file_that_was_cut_is_named():
     frames = extract.Frames(".")
     assert (frames.n, frames.numbers.tolist()) == (9, [0, 3, 6])
     assert np.abs(frames[2].astype(int) - picture).mean() < 12
-    np.save("frames.npy", np.array(frames.data[:-3]))
-    with pytest.raises(UserError, match="frames.npy"):
-        extract.Frames(".")
 
 
 @parametrize("scale", [0.55, 2.9])
@@ -710,18 +711,12 @@ def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def start_extract(*argv, **how):
-    """extract.py in a process of its own."""
-    command = [sys.executable, HERE / "extract.py", *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
-
-
 def test_extract_again_cuts_what_is_missing_and_skips_what_is_done(extracted, quick, tmp_path, capfd):
     """After a kill in the middle of a clip two processes go on at once; then the clip goes."""
     folder = extracted[0]
     whole = tree(folder / "data")
     argv = [folder / "with.mp4", folder / "without.mp4", "--out", tmp_path, *quick]
-    killed = start_extract(*argv)
+    killed = start("extract.py", *argv)
     half = []
     while not half:                                                    # until it is in the middle of the pass
         assert killed.poll() is None
@@ -732,9 +727,9 @@ def test_extract_again_cuts_what_is_missing_and_skips_what_is_done(extracted, qu
     killed.communicate()                                                 # both have ended
     assert half[0].exists()
     assert not (tmp_path / "with").exists()
-    for process in [start_extract(*argv), start_extract(*argv)]:
+    for process in [start("extract.py", *argv), start("extract.py", *argv)]:
         _, err = process.communicate()
-        assert process.returncode == 0 and err == b"", err               # no progress in a log
+        assert process.returncode == 0 and err == "", err                # no progress in a log
     assert tree(tmp_path) == whole
     shutil.rmtree(tmp_path / "with")
     for _ in range(2):
@@ -798,31 +793,6 @@ def test_the_journal_outlives_a_kill_and_odd_names(tmp_path):
 
 
 # --------------------------------------------------------------------------- extract: mistakes and bad files
-EXTRACT_MISTAKES = {                               # flags, in a folder with v.mp4 -> a word of the line
-    "nowhere.mp4": "nowhere.mp4",
-    "none": "found none",
-    "--labels none": "no metadata.json",
-    "v.mp4 --out v.mp4": "v.mp4",
-    "v.mp4 --templates none": "--templates",
-    "v.mp4 --labels none": "metadata.json",
-    "v.mp4 --templates t.png --xfeat v.mp4": "v.mp4: expected XFeat",
-    "v.mp4 --sheet none": "none",
-    "v.mp4 --every 0": "--every",
-    "v.mp4 --every " + "9" * 30: "--every",
-    "v.mp4 --limit -1": "--limit",
-    "v.mp4 --matcher both": "--matcher",
-    "v.mp4 --out": "--out",
-    "\udcff.mp4": "UTF-8"}                         # OpenCV ends the process over such a name
-
-
-@parametrize("flags", EXTRACT_MISTAKES)
-def test_extract_says_what_is_wrong_in_one_line(flags, capfd):
-    film("v.mp4")
-    extract.save_png("t.png", np.full((64, 64, 4), 99, np.uint8))
-    os.mkdir("none")
-    fails_in_one_line(capfd, extract.main, "--out", "d", *flags.split(), says=EXTRACT_MISTAKES[flags])
-
-
 BAD_NOTES = """{"buttons": []}
 {"buttons": {"SOUTH": {"middle": 3}}}
 {"buttons": {"SOUTH": {"box": [0, 0, Infinity, 9]}}}
@@ -845,25 +815,25 @@ def test_a_bad_geometry_or_preset_is_named(text):
         extract.load_skins(".")
 
 
-class Burglar:
-    """What a pickle of it does when it is read: makes a file."""
+class Bomb:
+    """What runs code when it is unpickled."""
 
     def __reduce__(self):
-        return open, ("stolen", "w")
+        return os.mkdir, ("bombed",)
 
 
 def test_no_file_of_arrays_or_weights_runs_anything():
     """A pickle in a .npy's or a .pt's place is refused, not obeyed."""
-    stolen = pickle.dumps(Burglar())
+    stolen = pickle.dumps(Bomb())
     Path("frames.npy").write_bytes(stolen)
-    torch.save({"skip1.1.weight": Burglar()}, "xfeat.pt")
+    torch.save({"skip1.1.weight": Bomb()}, "xfeat.pt")
     with pytest.raises(UserError, match="frames.npy"):
         extract.read_npy("frames.npy", np.uint8, (None,))
     with pytest.raises(UserError, match="xfeat.pt"):
         extract.load_xfeat("xfeat.pt")
     with pytest.raises(ValueError, match="expected"):
         extract.unpack_message(b"{}\n" + stolen)
-    assert not os.path.exists("stolen")
+    assert not os.path.exists("bombed")
 
 
 def claim(shape, dtype="|u1", size=6):
@@ -1077,9 +1047,9 @@ def test_a_run_that_ends_takes_its_child_along(how, status):
     ended."""
     extract.save_png("pad.png", noise(64, 64, 4))
     os.mkfifo("pad.json")                                               # the child reads it until we close it
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)          # a background job's is ignored
-    argv = [film("v.mp4"), "--out", "d", "--matcher", "sift", "--templates", "."]
-    process = start_extract(*argv, preexec_fn=heed)
+    flags = "v.mp4 --out d --matcher sift --templates .".split()
+    film("v.mp4")
+    process = start("extract.py", *flags, sigint=signal.SIG_DFL)
     writer = None
     while writer is None:
         assert process.poll() is None, process.stderr.read()
@@ -1088,7 +1058,7 @@ def test_a_run_that_ends_takes_its_child_along(how, status):
     process.send_signal(how)
     _, err = process.communicate(timeout=120)
     os.close(writer)
-    assert process.returncode == status and b"Traceback" not in err, err
+    assert process.returncode == status and "Traceback" not in err, err
 
 
 # ----------------------------------------------------------------------------------------------- a full disk
@@ -1490,9 +1460,8 @@ def test_what_was_read_can_be_seen_and_needs_its_pads_no_more(clip, capfd):
 
 def test_a_misread_button_is_red(skin):
     """EAST is pressed by mistake, START missed, BACK rests; the left stick points right."""
-    read = pressing("EAST")
-    read[21] = 1
-    pad = parse.redrawn(parse.Image.new("RGB", skin.size), geometry_of(skin), read, pressing("START"))
+    read, true = action(EAST=1, left=(1, 0)), action(START=1)
+    pad = parse.redrawn(parse.Image.new("RGB", skin.size), geometry_of(skin), read, true)
     red = (np.asarray(pad) == (255, 0, 0)).all(2)
     east, start, back = (extract.inside(red, np.int32(skin.buttons[name])).mean()
                          for name in ("EAST", "START", "BACK"))
@@ -1533,31 +1502,6 @@ def test_a_spoiled_clip_is_one_line(file, change, says, clip, capfd):
         np.save(path, change(np.load(path)))
     verb = "eval" if file == "truth.npy" else "run"
     fails_in_one_line(capfd, parse.main, verb, "data", says=says)
-
-
-PARSE_MISTAKES = {                                 # command, beside clips in DATA -> a word of the line
-    "run DATA --ckpt none": "no weights",
-    "run DATA --ckpt DATA/clip.json": "expected parser weights",
-    "run DATA --ckpt OTHER": "expected parser weights",
-    "run DATA --device toaster": "--device toaster",
-    "run nowhere": "nowhere",
-    "run empty": "folder of clips",
-    "eval nowhere": "nowhere",
-    "train --out w --steps 0": "--steps",
-    "train --out w --pool 0": "--pool",
-    "train --out w --every 0": "--every",
-    "train --out w --lr nan": "--lr",
-    "train --out w --seed -1": "--seed",
-    "train --out w --batch 7": "--batch",
-    "train --out .": "expected the name of a file"}
-
-
-@parametrize("command", PARSE_MISTAKES)
-def test_parse_mistakes_are_one_line(command, unread, capfd):
-    save_file({"x": torch.zeros(1)}, "OTHER")
-    os.mkdir("empty")
-    words = command.replace("DATA", str(unread)).split()
-    fails_in_one_line(capfd, parse.main, *words, says=PARSE_MISTAKES[command])
 
 
 def test_busy_unknown_and_recorded_pads_are_said_in_one_line(clip, capfd):
@@ -1720,8 +1664,8 @@ def save_model(path, model):
     return path
 
 
-def pictures(n, seed=0):
-    return RNG(seed).integers(0, 256, (n, 256, 256, 3), np.uint8)
+def pictures(n):
+    return noise(n, 256, 256, 3)
 
 
 @pytest.fixture(scope="module")
@@ -1977,12 +1921,6 @@ def test_a_client_is_a_session_of_its_own(ckpt, device):
                 with refused("its games are x, y"):        # and changes nothing
                     player.reset(seed=9, game="tetris")
             assert clients[0].info()["game"] == sessions[0].game == "x"
-
-
-class Bomb:
-    """What runs code when it is unpickled."""
-    def __reduce__(self):
-        return os.mkdir, ("bombed",)
 
 
 BAD_MESSAGES = [
@@ -2558,6 +2496,34 @@ BAD_RELEASED = {                                # of a released checkpoint: a va
     "old": ("ckpt_config/tokenizer_cfg/old_layout", True),
     "endless": ("ckpt_config/model_cfg/action_horizon", None)}
 MISTAKES = """\
+extract.py nowhere.mp4 --out OUT | nowhere.mp4
+extract.py none --out OUT | found none
+extract.py --out OUT --labels none | no metadata.json
+extract.py v.mp4 --out v.mp4 | v.mp4
+extract.py v.mp4 --out OUT --templates none | --templates
+extract.py v.mp4 --out OUT --labels none | metadata.json
+extract.py v.mp4 --out OUT --templates f.png --xfeat v.mp4 | v.mp4: expected XFeat
+extract.py v.mp4 --out OUT --sheet none | none
+extract.py v.mp4 --out OUT --every 0 | --every
+extract.py v.mp4 --out OUT --every 999999999999999999999999999999 | --every
+extract.py v.mp4 --out OUT --limit -1 | --limit
+extract.py v.mp4 --out OUT --matcher both | --matcher
+extract.py v.mp4 --out | --out
+extract.py \udcff.mp4 --out OUT | UTF-8
+parse.py run plain --ckpt nowhere | no weights
+parse.py run plain --ckpt f.png | expected parser weights
+parse.py run plain --ckpt good | expected parser weights
+parse.py run plain --device toaster | --device toaster
+parse.py run nowhere | nowhere
+parse.py run none | folder of clips
+parse.py eval nowhere | nowhere
+parse.py train --out OUT --steps 0 | --steps
+parse.py train --out OUT --pool 0 | --pool
+parse.py train --out OUT --every 0 | --every
+parse.py train --out OUT --lr nan | --lr
+parse.py train --out OUT --seed -1 | --seed
+parse.py train --out OUT --batch 7 | --batch
+parse.py train --out . | expected the name of a file
 model.py info cut | cut: expected a .safetensors
 model.py info empty | empty: expected a .safetensors
 model.py info old.pt | old.pt: expected a .safetensors
@@ -2711,6 +2677,8 @@ def wrong(ckpt, ended, idm, tmp_path_factory):
         for file, zipped in ("bomb.pt", True), ("old.pt", False):
             torch.save({"model": Bomb()}, file, _use_new_zipfile_serialization=zipped)
         extract.save_png("f.png", pictures(1)[0])
+        film("v.mp4")
+        os.mkdir("none")
         np.save("n.npy", np.zeros((4, 25), np.float32))
         np.save("nan.npy", np.full((8, 25), np.nan, np.float32))
         np.save("objects.npy", [Bomb()])
@@ -2724,7 +2692,8 @@ def wrong(ckpt, ended, idm, tmp_path_factory):
 @parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(
         mistake, wrong, squares, ended, tmp_path, monkeypatch, capfd):
-    """A word in brackets stands for a file that holds it."""
+    """A word in brackets stands for a file that holds it; OpenCV ends a process over a name that is not
+    UTF-8."""
     if "--vision-heads" in mistake and not GOLDEN.is_dir():
         pytest.skip(f"needs the golden tensors in {GOLDEN}")
     monkeypatch.chdir(wrong)
@@ -2829,7 +2798,7 @@ GAME = """
 """
 needs_faketime = pytest.mark.skipif(not shutil.which("faketime"), reason="needs faketime, the package")
 # The keys that it knows.
-MAP = {"left": {"up": "up", "left": "left", "right": "right"}, "SOUTH": "space"}
+MAP = '{"left": {"up": "up", "left": "left", "right": "right"}, "SOUTH": "space"}'
 
 
 @pytest.fixture(scope="module")
@@ -2856,7 +2825,7 @@ def wait_until(condition, seconds=60):
 def write_game():
     """The game above and its keys, as files."""
     Path("small_game.py").write_text(f"REPOSITORY, STATE = {str(HERE)!r}, 'state'\n" + textwrap.dedent(GAME))
-    Path("keys.json").write_text(json.dumps(MAP))
+    Path("keys.json").write_text(MAP)
 
 
 def state():
@@ -2884,14 +2853,6 @@ def game(display):
 
 
 # ------------------------------------------------------------------------------ play: actions and keys
-def action(**controls):
-    """action(SOUTH=1, left=(0, -1)) -> float32 (25,)."""
-    a = extract.neutral()
-    for name, value in controls.items():
-        a[STICKS[name] if name in STICKS else BUTTON[name]] = value
-    return a
-
-
 JUMP, RIGHT = action(SOUTH=1), action(left=(1, 0))
 
 
@@ -3487,13 +3448,6 @@ def test_the_preview_lies_beside_the_game():
 
 
 # ----------------------------------------------------------------------------- play: on a real desktop
-def start(script, *flags):
-    """One of our scripts as a background job, nohup or cron starts it: with SIGINT ignored."""
-    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-
-
 def test_a_real_game_is_followed_captured_and_moved_by_keys_that_are_let_go(game):
     e = play.GameEnv("small_game", pad="keyboard", mapping="keys.json", wait=20, hz=30)
     d, x, display, w = e.desktop, e.desktop.x, e.desktop.display, e.window.id
@@ -3923,17 +3877,14 @@ def test_corrections_keep_only_what_the_script_played(toy):
     assert 0 < min(map(len, learned)) < 16                          # chunks end where the model's turn begins
 
 
-def test_suite_of_a_checkpoint(toy, capsys):
-    works("bench.py suite --tasks dojo/boards swarm/bugs -n 2 --out o --workers 1 --video "
-          "--device cpu --ckpt", toy)
+def test_suite_of_a_checkpoint(toy):
+    works("bench.py suite --tasks dojo/boards swarm/bugs -n 2 --out o --workers 1 --device cpu --ckpt", toy)
     rows = extract.read_json("o/suite.json", dict)["rows"]
     assert list(rows) == ["swarm/bugs", "dojo/boards", "type: combat", "type: specific", "family: top-down",
                           "family: side", "all"]
     row = rows["all"]
     assert list(row) == ["random", "scripted", "model"]
     assert row["scripted"]["wins"] >= 3 and row["model"]["n"] == 4
-    assert extract.video_info("o/dojo-boards.mp4")["n"] > 5
-    assert "all" in capsys.readouterr().out
 
 
 def test_model_rollouts_are_the_same_again_in_any_place(toy):
@@ -3959,15 +3910,13 @@ def test_gains_are_of_whole_pairs_by_type_and_none_where_scratch_completes_nothi
     """Equal pairs have an interval of no width; pairs that differ have one around the mean; nothing divided
     by nothing is no gain."""
     def gains(*pairs):
-        """Of trials that complete one kind of task like this, and another half as often."""
-        rows = lambda share, pair: dict(zip(("post-trained", "scratch"), ({"rate": share * r} for r in pair)))
-        return bench.gains_of([{"minutes": 1, "rows": {
-            "type: combat": rows(1, pair), "type: navigation": rows(0.5, pair)}} for pair in pairs])
-    rows = gains(*[(0.6, 0.4)] * 5)
-    assert [*rows] == ["1 min, type: combat", "1 min, type: navigation"]
-    for row, points in zip(rows.values(), (0.2, 0.1)):
-        assert [*row["gain"], *row["points"]] == approx([0.5] * 3 + [points] * 3)
-    row = gains((0.5, 0), (0.1, 0), (0.3, 0))["1 min, type: combat"]
+        """Of trials that complete one kind of task like this, and all of another kind."""
+        row = lambda post, scratch: {"post-trained": {"rate": post}, "scratch": {"rate": scratch}}
+        return bench.gains_of([
+            {"minutes": 1, "rows": {"combat": row(*pair), "navigation": row(1, 1)}} for pair in pairs])
+    row = gains(*[(0.6, 0.4)] * 5)["1 min, combat"]
+    assert [*row["gain"], *row["points"]] == approx([0.5] * 3 + [0.2] * 3)
+    row = gains((0.5, 0), (0.1, 0), (0.3, 0))["1 min, combat"]
     value, low, high = row["points"]
     assert low < value < high and value == approx(0.3)
     assert row["gain"] is None and row["n"] == 3
@@ -3989,8 +3938,8 @@ def test_the_demo_goes_from_videos_to_a_page(capfd):
 def learnt(monkeypatch):
     """Nothing is trained, and a run completes as many of a hundred as its name is long: {run: its words}."""
     runs = {}
-    monkeypatch.setattr(bench, "train_runs", lambda steps, more: runs.update(
-        {run.name: [getattr(word, "name", word) for word in words] for run, words in more.items()}))
+    monkeypatch.setattr(bench, "train_runs", lambda steps, more: runs.update({
+        run.name: " ".join(getattr(word, "name", str(word)) for word in words) for run, words in more.items()}))
     monkeypatch.setattr(sample, "Policy", lambda run, *_, **__: run.name)
     monkeypatch.setattr(bench, "play_model", lambda who, *_, **__: {
         "dojo/boards": np.tile(np.arange(100)[:, None] < len(who), 2)})
@@ -4001,11 +3950,11 @@ def learnt(monkeypatch):
 def test_transfer_compares_post_trained_with_scratch(learnt, monkeypatch, capsys):
     monkeypatch.setattr(bench, "OTHERS_MINUTES", 0.04)
     works("bench.py transfer --out o --games dojo --minutes 0.04 -n 1 --workers 1")
-    others = [game for game in bench.GAMES if game != "dojo"]
+    others = " ".join(game for game in bench.GAMES if game != "dojo")
     assert learnt == {
-        "pre-dojo": [*others, "--preset", "toy", "--balance"],
-        "post-trained-dojo-0.04-0": ["dojo-0.04-0", "--ckpt", "pre-dojo", "--seed", 0],
-        "scratch-dojo-0.04-0": ["dojo-0.04-0", "--preset", "toy", "--seed", 0]}
+        "pre-dojo": f"{others} --preset toy --balance",
+        "post-trained-dojo-0.04-0": "dojo-0.04-0 --ckpt pre-dojo --seed 0",
+        "scratch-dojo-0.04-0": "dojo-0.04-0 --preset toy --seed 0"}
     assert "post-trained 24.0% | scratch 19.0% | post-trained over scratch +5.0%" in capsys.readouterr().out
 
 
@@ -4021,9 +3970,11 @@ def test_inverse_labels_what_has_none_and_compares_three_models(learnt, monkeypa
     said = capsys.readouterr().out
     assert "labels: R2 1.00, F1 1.00, onset F1 1.00 | labelled 8%, few 3%, true 4%" in said
     assert "labelled over few +5.0%" in said
-    flags = "--preset", "toy", "--seed", 0
-    assert learnt == {"inverse": ["few", "--inverse", *flags], "few": ["few", *flags],
-                      "labelled": ["few", "bare", *flags], "true": ["few", "more", *flags]}
+    assert learnt == {
+        "inverse": "few --inverse --preset toy --seed 0",
+        "few": "few --preset toy --seed 0",
+        "labelled": "few bare --preset toy --seed 0",
+        "true": "few more --preset toy --seed 0"}
 
 
 def test_latency_compares_two_ways_of_the_same_chunk(capsys):
@@ -4051,8 +4002,9 @@ class Catch:
         return self.picture(), float(caught), self.t == 20, False, {"caught": caught}
 
 
-CATCH = {"fps": 15, "seconds": 60, "frame": "", "success": {"info": "caught"}, "script": "follows",
-         "controls": {"1": {"left.left": 1}, "2": {"left.right": 1}, "0": {}}}
+CATCH = """{
+    "fps": 15, "seconds": 60, "frame": "", "success": {"info": "caught"}, "script": "follows",
+    "controls": {"1": {"left.left": 1}, "2": {"left.right": 1}, "0": {}}}"""
 
 
 def space(kind, **of):
@@ -4068,8 +4020,8 @@ def catch(monkeypatch):
     monkeypatch.setitem(bench.SCRIPTS, "follows",
                         lambda game: (complex(np.sign(game.inside.ball - game.inside.x)), 0j, ""))
 
-    def flags(**changes):
-        extract.write_json(Path("catch.json"), CATCH | changes)
+    def flags(changes="{}"):
+        extract.write_json(Path("catch.json"), json.loads(CATCH) | json.loads(changes))
         return "--env Catch-v0 --table catch.json".split()
     return flags
 
@@ -4078,9 +4030,9 @@ DISCRETE, BINARY, BOX = (
     space("Discrete", n=4), space("MultiBinary", n=3),
     space("Box", shape=(3,), low=np.float32([-2, 0, -1]), high=np.float32([4, 1, 1]), dtype=np.float32))
 TABLES = {
-    DISCRETE: {"3": {"left.up": 1, "SOUTH": 1}, "USE": {"SOUTH": 1}, "0": {}},
-    BINARY: {"ATTACK": {"RIGHT_TRIGGER": 1}, "0": {"right.left": 1}, "OF OTHERS": {"WEST": 1}},
-    BOX: {"0": {"right.x": -12}, "1": {"RIGHT_TRIGGER": 1}, "2": {"SOUTH": 1, "left.y": -0.5}}}
+    DISCRETE: '{"3": {"left.up": 1, "SOUTH": 1}, "USE": {"SOUTH": 1}, "0": {}}',
+    BINARY: '{"ATTACK": {"RIGHT_TRIGGER": 1}, "0": {"right.left": 1}, "OF OTHERS": {"WEST": 1}}',
+    BOX: '{"0": {"right.x": -12}, "1": {"RIGHT_TRIGGER": 1}, "2": {"SOUTH": 1, "left.y": -0.5}}'}
 
 
 @parametrize("kind, pressed, answer", [
@@ -4089,7 +4041,7 @@ TABLES = {
     (BOX, action(SOUTH=1, left=(0, 1), right=(0.1, 0)), [-1.2, 0, 0.5]),
     (BOX, action(right=(-1, 0)), [4, 0, 0])])                          # no more than the space's bounds
 def test_tables_map_pads_to_every_kind_of_action(kind, pressed, answer):
-    choose = bench.pad_to_action(kind, TABLES[kind], ("TURN_LEFT", "USE", "ATTACK"))
+    choose = bench.pad_to_action(kind, json.loads(TABLES[kind]), ("TURN_LEFT", "USE", "ATTACK"))
     assert choose(pressed) == approx(answer)
 
 
@@ -4107,16 +4059,19 @@ def test_a_game_by_others_is_recorded_and_evaluated(catch, toy, capsys):
     assert [round(clips[0].frames[t].mean()) for t in range(20)] == [*range(20)]
     works("bench.py suite --actions-per-chunk 4 --device cpu --video --out o -n 10 --ckpt", toy, *catch())
     row = extract.read_json("o/suite.json", dict)["rows"]["Catch-v0"]
-    assert set(row) == {"random", "scripted", "model"}
     assert "scripted: return" in capsys.readouterr().out
     assert row["scripted"]["wins"] > row["random"]["wins"] == approx(10 * row["random"]["score"])
     assert extract.video_info("o/Catch-v0.mp4")["n"] == 20
 
 
-@parametrize("name, wrong, says", [
-    ("controls", {"1": {"left.leftt": 1}, "0": {}}, "leftt"),
-    ("controls", {"7": {"SOUTH": 1}, "0": {}}, "Discrete of 3"),
-    ("controls", {"1": {"left.left": 1}}, "at rest"),
-    ("frame", "screen", "screen")])
-def test_a_wrong_table_of_a_game_by_others_is_one_line(name, wrong, says, catch, capfd):
-    fails_in_one_line(capfd, bench.main, "suite", *catch(**{name: wrong}), "-n", 1, says=says)
+BAD_TABLES = """\
+{"controls": {"1": {"left.leftt": 1}, "0": {}}} | leftt
+{"controls": {"7": {"SOUTH": 1}, "0": {}}} | Discrete of 3
+{"controls": {"1": {"left.left": 1}}} | at rest
+{"frame": "screen"} | screen""".splitlines()
+
+
+@parametrize("wrong", BAD_TABLES)
+def test_a_wrong_table_of_a_game_by_others_is_one_line(wrong, catch, capfd):
+    changes, says = wrong.split(" | ")
+    fails_in_one_line(capfd, bench.main, "suite", *catch(changes), "-n", 1, says=says)

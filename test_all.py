@@ -3938,8 +3938,9 @@ def test_the_demo_goes_from_videos_to_a_page(capfd):
 def learnt(monkeypatch):
     """Nothing is trained, and a run completes as many of a hundred as its name is long: {run: its words}."""
     runs = {}
-    monkeypatch.setattr(bench, "train_runs", lambda steps, more: runs.update({
-        run.name: " ".join(getattr(word, "name", str(word)) for word in words) for run, words in more.items()}))
+    line = lambda words: " ".join(getattr(word, "name", str(word)) for word in words)
+    monkeypatch.setattr(bench, "train_runs", lambda steps, more: runs.update(
+        {run.name: line(words) for run, words in more.items()}))
     monkeypatch.setattr(sample, "Policy", lambda run, *_, **__: run.name)
     monkeypatch.setattr(bench, "play_model", lambda who, *_, **__: {
         "dojo/boards": np.tile(np.arange(100)[:, None] < len(who), 2)})
@@ -4059,7 +4060,8 @@ def test_a_game_by_others_is_recorded_and_evaluated(catch, toy, capsys):
     assert [round(clips[0].frames[t].mean()) for t in range(20)] == [*range(20)]
     works("bench.py suite --actions-per-chunk 4 --device cpu --video --out o -n 10 --ckpt", toy, *catch())
     row = extract.read_json("o/suite.json", dict)["rows"]["Catch-v0"]
-    assert "scripted: return" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "scripted: return" in said and "\nCatch-v0  " in said          # a line of the table
     assert row["scripted"]["wins"] > row["random"]["wins"] == approx(10 * row["random"]["score"])
     assert extract.video_info("o/Catch-v0.mp4")["n"] == 20
 

@@ -177,6 +177,17 @@ def run(main, *argv):
         return e.code
 
 
+def refused(says, error=UserError):
+    """The block within ends with an error that says this."""
+    return pytest.raises(error, match=says)
+
+
+def works(line, *more):
+    """A command that ends well: works("sample.py label data --ckpt", path)."""
+    script, *words = line.split()
+    assert run(sys.modules[script[:-3]].main, *words, *more) == 0
+
+
 def fails_in_one_line(capfd, main, *argv, says=""):
     """The command ends with status 2 and one 'error:' line that holds `says`; its text is returned."""
     capfd.readouterr()
@@ -357,10 +368,10 @@ def test_obs_preset_draws_each_element_type_by_its_rules():
     shown = "DPAD_UP DPAD_DOWN DPAD_LEFT DPAD_RIGHT SOUTH LEFT_SHOULDER LEFT_THUMB RIGHT_TRIGGER"
     assert set(skin.buttons) == set(shown.split())
     played = action(SOUTH=1, DPAD_UP=1, DPAD_LEFT=1, RIGHT_TRIGGER=0.5, left=(1, -1))
-    # SOUTH, the d-pad (up and left), half a trigger from the bottom, the stick 6 pixels right and 6 up
-    y, x = [15, 50, 29, 11, 26, 5], [75, 35, 55, 55, 12, 17]
-    assert extract.draw(skin)[y, x, 0].tolist() == [200, 10, 9, 9, 80, 40]
-    assert extract.draw(skin, played)[y, x, 0].tolist() == [150, 110, 250, 9, 40, 80]
+    # SOUTH, the d-pad (up and left), a trigger (half way is pressed), the stick 6 pixels right and 6 up
+    y, x = [15, 50, 29, 26, 5], [75, 35, 55, 12, 17]
+    assert extract.draw(skin)[y, x, 0].tolist() == [200, 10, 9, 80, 40]
+    assert extract.draw(skin, played)[y, x, 0].tolist() == [150, 110, 250, 40, 80]
 
 
 def test_a_folder_of_presets_gives_its_pads(capfd):
@@ -376,7 +387,7 @@ def test_a_folder_of_presets_gives_its_pads(capfd):
     preset(Path("wasd"), "wasd", PRESET[-1:], square(30))
     assert [extract.draw(skin)[9, 9, 3] for skin in extract.load_skins(".")] == [90, 60]
     assert "passed over: 1\n" in capfd.readouterr().err
-    with pytest.raises(UserError, match="wasd: expected"):
+    with refused("wasd: expected"):
         extract.load_skins("wasd")
 
 
@@ -572,7 +583,7 @@ def small_templates(tmp_path_factory, ours):
     folder = tmp_path_factory.mktemp("templates")
     few = [ours[name] for name in (PHOTO, "ps4_white_outline", "switch_pro_light_flat", "ps5_dark_flat")]
     with mock.patch.object(extract, "our_pads", lambda: few):
-        assert run(extract.main, "templates", "--out", folder) == 0
+        works("extract.py templates --out", folder)
     return folder
 
 
@@ -593,7 +604,7 @@ def extracted(tmp_path_factory, quick, skin):
     (folder / "text.mp4").write_text("this is no video")
     (folder / "empty.mkv").touch()
     (folder / "cut.mp4").write_bytes((folder / "with.mp4").read_bytes()[:20000])
-    assert run(extract.main, folder, "--out", folder / "data", *quick, "--sheet", folder / "sheet.png") == 0
+    works("extract.py --out", folder / "data", folder, *quick, "--sheet", folder / "sheet.png")
     return folder, find
 
 
@@ -632,7 +643,7 @@ def test_extract_finds_the_overlay_and_nothing_else(extracted, capfd):
         "cut.mp4": "error"}
     assert [path.name for path in folder.glob("data/*/")] == ["with"]
     assert extract.read_rgba(folder / "sheet.png").shape == (600, 1280, 4)            # five videos, two a row
-    with pytest.raises(UserError, match="no picture stream"):
+    with refused("no picture stream"):
         extract.video_info(folder / "cut.mp4")
     assert capfd.readouterr().err == ""                      # neither FFmpeg nor OpenCV adds lines of its own
 
@@ -661,8 +672,7 @@ def test_a_pad_without_a_geometry_gets_the_locators(extracted, ours, template, m
     SIFT goes without torch, so without the locator."""
     folder, find = extracted
     extract.save_png("pad.png", extract.draw(ours[template]))
-    argv = folder / "with.mp4", "--out", ".", "--templates", "pad.png", "--matcher", matcher
-    assert run(extract.main, *argv) == 0
+    works("extract.py --out . --templates pad.png --matcher", matcher, folder / "with.mp4")
     clip = extract.read_clip("with")
     x, y, w, h = clip["box"]
     assert clip["matcher"] == by
@@ -733,7 +743,7 @@ def test_extract_again_cuts_what_is_missing_and_skips_what_is_done(extracted, qu
     assert tree(tmp_path) == whole
     shutil.rmtree(tmp_path / "with")
     for _ in range(2):
-        assert run(extract.main, *argv) == 0
+        works("extract.py", *argv)
         assert tree(tmp_path) == whole
     assert "nothing to do: all 2" in capfd.readouterr().out
 
@@ -758,7 +768,7 @@ def test_processes_share_the_work(launcher):
     shares = [*map(share, launcher)]
     assert sorted(sum(shares, [])) == list(range(1000))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    with pytest.raises(UserError, match="3 tasks in 2-14"):              # --array=2,6,14 is no range
+    with refused("3 tasks in 2-14"):                                     # --array=2,6,14 is no range
         share(ARRAY[1] + "SLURM_ARRAY_TASK_COUNT=3")
 
 
@@ -766,7 +776,7 @@ def test_plain_clips_are_frames_alone_of_the_game_that_the_folder_names(capfd):
     os.mkdir("my game")
     video = film("my game/v.mp4")
     for words, game in ("", "my game"), ("--game pong", "pong"), ("--game pong", "pong"):
-        assert run(extract.main, video, "--out", ".", "--plain", *words.split()) == 0
+        works(f"extract.py --out . --plain {words}", video)
         assert extract.read_clip("v")["game"] == game
     assert "nothing to do: all 1" in capfd.readouterr().out
     assert set(os.listdir("v")) == {"clip.json", "frames.npy", "frames_index.npy"}
@@ -811,7 +821,7 @@ BAD_NOTES = """{"buttons": []}
 def test_a_bad_geometry_or_preset_is_named(text):
     extract.save_png("t.png", np.full((64, 64, 4), 255, np.uint8))
     Path("t.json").write_text(text)
-    with pytest.raises(UserError, match=r"t\.json"):
+    with refused(r"t\.json"):
         extract.load_skins(".")
 
 
@@ -827,11 +837,11 @@ def test_no_file_of_arrays_or_weights_runs_anything():
     stolen = pickle.dumps(Bomb())
     Path("frames.npy").write_bytes(stolen)
     torch.save({"skip1.1.weight": Bomb()}, "xfeat.pt")
-    with pytest.raises(UserError, match="frames.npy"):
+    with refused("frames.npy"):
         extract.read_npy("frames.npy", np.uint8, (None,))
-    with pytest.raises(UserError, match="xfeat.pt"):
+    with refused("xfeat.pt"):
         extract.load_xfeat("xfeat.pt")
-    with pytest.raises(ValueError, match="expected"):
+    with refused("expected"):
         extract.unpack_message(b"{}\n" + stolen)
     assert not os.path.exists("bombed")
 
@@ -856,7 +866,7 @@ def claim(shape, dtype="|u1", size=6):
     claim((-1, 6)),
     claim((1 << 62, 8))])
 def test_messages_of_wrong_shapes_are_refused(message):
-    with pytest.raises(ValueError, match="expected"):
+    with refused("expected"):
         extract.unpack_message(message)
 
 
@@ -872,9 +882,9 @@ def test_a_picture_that_asks_for_all_memory_is_one_line(before):
     writer.add_bytes(0, data)
     writer.close(1)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="frames.npy"):
+    with refused("frames.npy"):
         extract.Frames(".")[0]
-    with pytest.raises(UserError, match="pad.png"):
+    with refused("pad.png"):
         extract.load_skins(".")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 200e3     # KB; it asks for 243 MB
 
@@ -1003,7 +1013,7 @@ def test_a_cut_that_fails_leaves_the_clip_before_and_no_half(tmp_path, skin, tru
     find = overlay("v.mp4", skin, np.zeros((3, 25)))
     np.save("v.truth.npy", truth)
     before = tree(tmp_path)
-    with pytest.raises(UserError, match=r"v.truth.npy: .* float32 \(3, 25\)"):
+    with refused(r"v.truth.npy: .* float32 \(3, 25\)"):
         extract.cut_clip(tmp_path / "v.mp4", clip, find, 1, PLAIN, "another key")
     assert tree(tmp_path) == before
 
@@ -1035,7 +1045,7 @@ def test_one_videos_trouble_stops_no_other_video(quick, capfd):
     held.unlink()
     held.mkdir()                                                         # an OSError for odd.mp4
     with extract.clip_lock(out / "busy"):
-        assert run(extract.main, "v", "--out", out, *quick) == 0
+        works("extract.py v --out", out, *quick)
     assert "| busy |" in capfd.readouterr().out
     found = {name: (line["status"], held.name in line["reason"]) for name, line in lines_of(out).items()}
     assert found == {"odd.mp4": ("error", True), long: ("none", False)}
@@ -1108,9 +1118,9 @@ def test_released_labels_become_clips(capfd):
     columns = {"south": [i >= 30 for i in range(60)], "j_left": [[0.5, -1.0]] * 60}
     chunk, video = released(columns, 60, (500, 200, 200, 120))
     for _ in range(2):                                                # the second time there is nothing to do
-        assert run(extract.main, video, "--out", ".", "--labels", "labels") == 0
+        works("extract.py --out . --labels labels", video)
     assert len(Path("extract.jsonl").read_text().splitlines()) == 1
-    assert run(extract.main, "--labels", "labels") == 0                # without videos: what there is
+    works("extract.py --labels labels")                                # without videos: what there is
     assert "other | abc123 | None | 1 chunks, 0.00 h, 75% kept" in capfd.readouterr().out
     clip = Path(chunk.name)
     actions = np.load(clip / "actions.npy")
@@ -1165,7 +1175,7 @@ def test_released_labels_out_of_range_refuse_their_chunk(wrong):
     bad_box = name == "box"
     chunk, video = released({}, box=value) if bad_box else released({name: [value] * 30})
     says = "bbox_controller_overlay" if bad_box else "in row 0"
-    with pytest.raises(UserError, match=f"abc123_chunk_0000.*{says}"):
+    with refused(f"abc123_chunk_0000.*{says}"):
         extract.label_one(video, chunk, argparse.Namespace(out=".", every=1))
     assert not os.path.exists(chunk.name)
 
@@ -1317,7 +1327,7 @@ def clip(tmp_path, monkeypatch, unread, weights):
 def parses(capfd, words, data, *flags):
     """parse.py ends well -> what it printed."""
     capfd.readouterr()
-    assert run(parse.main, *words.split(), data, *flags) == 0
+    works(f"parse.py {words}", data, *flags)
     return capfd.readouterr().out
 
 
@@ -1535,7 +1545,7 @@ def training(monkeypatch):
 def test_training_is_reproducible(training, kind):
     """Twice with one seed: the same file, tensor for tensor; another seed: another."""
     def train(seed):
-        assert run(parse.main, *training, "--seed", seed, *["--locator"] * (kind == "locator")) == 0
+        works("parse.py", *training, "--seed", seed, *["--locator"] * (kind == "locator"))
         state = parse.KINDS[kind].load("w.safetensors").state_dict()
         return torch.cat([p.flatten() for p in state.values()])
     first = train(1)
@@ -1636,17 +1646,6 @@ def own_folder(tmp_path, monkeypatch):
 def close(ours, theirs, tolerance=1e-5):
     """Equal shapes, types and, nearly, values."""
     torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=0, atol=tolerance)
-
-
-def refused(says, error=UserError):
-    """The block within ends with an error that says this."""
-    return pytest.raises(error, match=says)
-
-
-def works(line, *more):
-    """A command that ends well: works("sample.py label data --ckpt", path)."""
-    script, *words = line.split()
-    assert run(sys.modules[script[:-3]].main, *words, *more) == 0
 
 
 def tiny(**changes):
@@ -3521,8 +3520,8 @@ def fake_server(script):
 
 
 # GOOD answers every question; its values reach both ends of their ranges, and it holds `right`.
-CONFIG = {"horizon": 16, "action_shift": 0, "hz": 30.0}
-GOOD = extract.pack_message({"config": CONFIG}, np.tile(action(SOUTH=1, left=(1, -1)), (16, 1)))
+GOOD = extract.pack_message({"config": {"horizon": 16, "action_shift": 0, "hz": 30.0}},
+                            np.tile(action(SOUTH=1, left=(1, -1)), (16, 1)))
 
 
 def kill_the_model(p):
@@ -3597,8 +3596,9 @@ def falter(connection):
 
 
 ODD_INFOS = [
-    *(extract.pack_message({"config": CONFIG | odd})
-      for odd in ({"hz": "60"}, {"hz": math.nan}, {"action_shift": None})),
+    b'{"config": {"horizon": 16, "action_shift": 0, "hz": "60"}}\n',
+    b'{"config": {"horizon": 16, "action_shift": 0, "hz": NaN}}\n',
+    b'{"config": {"horizon": 16, "action_shift": null, "hz": 30.0}}\n',
     b"{}\n", b'{"config": null}\n',
     b"\x80\x04.\n",                                         # a pickle
     bare(struct.pack("!i", 1 << 30)), bare(struct.pack("!i", -5)),     # it promises too much, too little

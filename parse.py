@@ -512,14 +512,14 @@ def normalise(values, placed=False):
 
 
 def resting_place(values, placed):
-    """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), within a quarter
-    of its travel of the centre that a template gives, or else where places near the middle of where it goes
+    """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), within half of
+    its travel of the centre that a template gives, or else where places near the middle of where it goes
     count more, as a game may be played with a stick held to one side; None where it is too seldom there."""
     bins = np.linspace(-1, 1, 21)                              # their middles
     counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]
     middle = np.zeros(2) if placed else np.percentile(values, (2, 98), 0).mean(0)
     away = np.hypot(bins[:, None] - middle[0], bins - middle[1])
-    counts *= away < 0.25 if placed else np.exp(-0.5 * (away / 0.3) ** 2)
+    counts *= away < 0.5 if placed else np.exp(-0.5 * (away / 0.3) ** 2)
     mode = bins[list(np.unravel_index(counts.argmax(), counts.shape))]
     near = np.abs(values - mode).max(1) < 0.1
     often = len(values) >= 30 and near.mean() >= 0.05 and counts.any()

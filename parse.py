@@ -134,23 +134,23 @@ class Pad:
         self.placed = bool(templates)                          # has the geometry its place from a template
         drawn, *pressed = [closeups(t) for t in in_the_videos_light(templates, picture)] or [None]
         if drawn:
-            both = [map(without_mean, kind) for kind in zip(drawn, self.rest)]
-            alike = [np.array([*map(likeness, *kind)]) for kind in both]
-            typical = np.median(np.concatenate(alike))
-            self.known = typical > ONE_SKIN
+            alike = [likenesses(*kind) for kind in zip(drawn, self.rest)]
+            self.known = np.median(np.concatenate(alike)) > ONE_SKIN
+            pressed = pressed if self.known else []
             median = [cuts[None] for cuts in self.rest]
-            *_, logits = net_reads(model, map(montages, median, median, drawn))
-            held = (logits > 3) & (alike[1] < 0.95)            # most of the time, so that the median shows
+            *_, logits = net_reads(model, map(montages, median, median, drawn, *pressed))
+            other = likenesses(pressed[0][1], self.rest[1]) if pressed else 0.95
+            held = (logits > 2.5) & (alike[1] < other)         # most of the time, so that the median shows
             self.rest[1][held] = drawn[1][held]                # it pressed
         for _ in range(2):
             self.rest = at_rest(model, *sampled, self.rest)
         if self.known:
             self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
-            if pressed:                                        # what the video shows, changed as the skin is
-                changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
-                looks = [(rest + change).clip(0, 255).astype(np.uint8)
-                         for rest, change in zip(self.rest, changes)]
-                self.pressed = [self.surer(*(cuts[0][::2] for cuts in sampled), looks[0]), looks[1]]
+        if pressed:                                            # what the video shows, changed as the skin is
+            changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
+            looks = [(rest + change).clip(0, 255).astype(np.uint8)
+                     for rest, change in zip(self.rest, changes)]
+            self.pressed = [self.surer(*(cuts[0][::2] for cuts in sampled), looks[0]), looks[1]]
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         self.spread = mean_spread(grids, len(at))
@@ -363,19 +363,15 @@ def two_colours(pixels, lit, at):
 
 def named_spots(found, geometry):
     """Which spot is which button: the nearest that is about as large -> {button: Spot}."""
-    def side(box):
-        x0, y0, x1, y1 = box
-        return math.sqrt((x1 - x0) * (y1 - y0))
-
     def away(a, b):                                            # in widths of the pad
-        return (np.subtract(a, b)).reshape(2, 2).mean(0) / geometry["size"][0]
+        return np.subtract(a, b).reshape(2, 2).mean(0) / geometry["size"][0]
 
     boxes = geometry["buttons"]
     pairs = []
     for button, box in boxes.items():
         for i, spot in enumerate(found):
             distance = np.hypot(*away(spot.box, box))
-            larger = abs(math.log(side(spot.box) / side(box)))
+            larger = abs(math.log(extract.area(spot.box) / extract.area(box))) / 2
             if distance < 0.2 and larger < 1.25:
                 pairs.append((distance + 0.03 * larger, distance, button, i))
     named = {}
@@ -512,14 +508,14 @@ def normalise(values, placed=False):
 
 
 def resting_place(values, placed):
-    """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), within a quarter
-    of its travel of the centre that a template gives, or else where places near the middle of where it goes
+    """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), within half of
+    its travel of the centre that a template gives, or else where places near the middle of where it goes
     count more, as a game may be played with a stick held to one side; None where it is too seldom there."""
     bins = np.linspace(-1, 1, 21)                              # their middles
     counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]
     middle = np.zeros(2) if placed else np.percentile(values, (2, 98), 0).mean(0)
     away = np.hypot(bins[:, None] - middle[0], bins - middle[1])
-    counts *= away < 0.25 if placed else np.exp(-0.5 * (away / 0.3) ** 2)
+    counts *= away < 0.5 if placed else np.exp(-0.5 * (away / 0.3) ** 2)
     mode = bins[list(np.unravel_index(counts.argmax(), counts.shape))]
     near = np.abs(values - mode).max(1) < 0.1
     often = len(values) >= 30 and near.mean() >= 0.05 and counts.any()
@@ -1303,9 +1299,10 @@ def likeness(a, b):
     return float(np.vdot(a, b) / (scale + 1e-6))
 
 
-def without_mean(closeups):
-    """Close-ups (k, S, S, 3), each colour's mean in each taken off."""
-    return closeups - closeups.mean((1, 2), keepdims=True)
+def likenesses(a, b):
+    """likeness() of close-ups (k, S, S, 3) to others, each colour's mean in each taken off -> (k,)."""
+    a, b = (closeups - closeups.mean((1, 2), keepdims=True) for closeups in (a, b))
+    return np.array([*map(likeness, a, b)])
 
 
 def edges(crop):

@@ -48,8 +48,8 @@ import model as M
 import parse
 import play
 import sample
-from extract import (BUTTON, BUTTONS, STICKS, UserError, VideoWriter, cores, neutral, read_clip, read_json,
-                     read_video, write_json, write_npy)
+from extract import (BUTTON, BUTTONS, STICKS, UserError, cores, neutral, read_clip, read_json, read_video,
+                     video_writer, write_json, write_npy)
 
 HERE = Path(__file__).parent
 ICONS, ROWS_OF_GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
@@ -188,11 +188,11 @@ def record_video(path, tasks, seed, n):
     high = round(skin.size[1] * scale)
     x, y = rng.choice((8, 632 - wide)), rng.choice((8, 352 - high))
     truth = []
-    with VideoWriter(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].fps, (640, 360)) as video:
+    with video_writer(path.with_suffix(".mp4"), PLAYABLE[tasks[0]].fps, (640, 360)) as add:
         for frame, action, *_ in film(tasks, seed, n):
             picture = cv2.resize(frame, (640, 360))
             paste_pad(picture[y:y + high, x:x + wide], skin, action, opacity)
-            video.add(picture)
+            add(picture)
             truth.append(action)
     write_npy(path.with_suffix(".truth.npy"), np.array(truth))
     x0, y0, x1, y1 = (v * scale for v in extract.visible_box(skin))
@@ -367,9 +367,8 @@ def demo(args):
         run_scripts(*[["extract.py", videos, "--out", clips]] * min(cores(), len(jobs)))
         ious = {}
         for clip in extract.clips_in(clips):
-            shutil.copy(videos / f"{clip.name}.truth.npy", clip / "truth.npy")
-            known, found = (box_corners(said["box"]) for said in (
-                read_json(videos / f"{clip.name}.json", dict), read_clip(clip)))
+            known, found = ([x, y, x + w, y + h] for x, y, w, h in (
+                read_json(videos / f"{clip.name}.json", dict)["box"], read_clip(clip)["box"]))
             ious[clip.name] = extract.overlap(known, found)
         finding = f"{len(ious)} of {len(jobs)}, IoU {np.mean([*ious.values()]):.3f}"
         say(finding)
@@ -418,12 +417,6 @@ def train_runs(steps, runs):
 def actions_and_truth(clip):
     """What was read and what was pressed, both float32 (n, 25)."""
     return [np.load(clip / f"{name}.npy") for name in ("actions", "truth")]
-
-
-def box_corners(box):
-    """[x, y, w, h] -> x0, y0, x1, y1."""
-    x, y, w, h = box
-    return x, y, x + w, y + h
 
 
 def story(out, video, tasks, rows, finding, reading):

@@ -118,7 +118,7 @@ def extract_one(video, name, matcher, args, settings):
     its clips are of these settings."""
     out, file = Path(args.out), video.stat()
     key = fingerprint(settings, file.st_size, file.st_mtime_ns)
-    folders = [out / place for place in place_names(name)]
+    folders = [out / f"{name}{place}" for place in ("", "_place2", "_place3")]
     with clip_lock(folders[0]):
         old = journal(out).get(str(video), {})
         if old.get("run") == key and all(made_by(key, f) for f in folders[:old.get("places", 0)]):
@@ -320,10 +320,10 @@ class Matcher:
 @functools.lru_cache(64)
 def flat_template(skin):
     """A skin at rest over mid-grey -> (uint8 (h, TEMPLATE_WIDTH) grey, scale from template pixels)."""
-    rgba, width = draw(skin), TEMPLATE_WIDTH
-    scale = width / rgba.shape[1]
+    rgba = draw(skin)
+    scale = TEMPLATE_WIDTH / rgba.shape[1]
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    rgba = cv2.resize(rgba, (width, max(round(rgba.shape[0] * scale), 1)), interpolation=how)
+    rgba = cv2.resize(rgba, (TEMPLATE_WIDTH, max(round(rgba.shape[0] * scale), 1)), interpolation=how)
     return cv2.cvtColor(over(127, rgba), cv2.COLOR_RGB2GRAY), scale
 
 
@@ -611,10 +611,9 @@ def locator_net():
     return Locator().to(memory_format=torch.channels_last)
 
 
-def load_locator(path=None):
+def load_locator(path=WEIGHTS / "locator.safetensors"):
     """The trained locator (default: weights/locator.safetensors beside this script)."""
-    return load_net(locator_net(), path or WEIGHTS / "locator.safetensors",
-                    "weights of the locator (parse.py train --locator makes them)")
+    return load_net(locator_net(), path, "weights of the locator (parse.py train --locator makes them)")
 
 
 def load_net(net, path, expected):
@@ -807,23 +806,21 @@ def label_jobs(videos, labels):
 
 
 def list_labels(labels):
-    """Print a line a video: its id and game, where it is, how much of it is labelled and acts; the games with
-    most hours first."""
-    videos, hours = {}, Counter()
+    """Print a line a video, by game: its id, where it is, how much of it is labelled, and acts."""
+    videos = {}
     for path in sorted(Path(labels).rglob("metadata.json")):
         with reading(path, "original_video with video_id, url, start_time and end_time"):
             meta = read_json(path, dict)
-            source, game = meta["original_video"], str(meta.get("game") or "other")
-            about = game, str(source["video_id"]), str(source.get("url"))
-            time, keep = source["end_time"] - source["start_time"], dense(label_actions(path.parent))
-            videos.setdefault(about, []).append((time / 3600, keep.mean()))
-            hours[game] += time / 3600
+            source = meta["original_video"]
+            about = tuple(map(str, (meta.get("game"), source["video_id"], source.get("url"))))
+            hours = (source["end_time"] - source["start_time"]) / 3600
+            videos.setdefault(about, []).append((hours, dense(label_actions(path.parent)).mean()))
     if not videos:
         raise UserError(f"{labels}: found no metadata.json of the released labels: unpack the SHARD_*.tar.gz")
-    for about, chunks in sorted(videos.items(), key=lambda video: (-hours[video[0][0]], video[0])):
-        length, kept = np.array(chunks).T
-        print(*about, f"{len(chunks)} chunks, {length.sum():.2f} h, {kept.mean():.0%} kept", sep=" | ")
-    print(f"{len(videos)} videos, {hours.total():.1f} h: name the fetched ones <video_id>.mp4, and give them")
+    for about, chunks in sorted(videos.items()):
+        hours, kept = np.array(chunks).T
+        print(*about, f"{len(chunks)} chunks, {hours.sum():.2f} h, {kept.mean():.0%} kept", sep=" | ")
+    print(f"{len(videos)} videos: name those that you fetch <video_id>.mp4, and give them")
 
 
 def label_one(video, folder, args):
@@ -849,8 +846,9 @@ def cut_labelled(folder, meta, video, out, every, key):
         height, width = source["resolution"]
         limit = np.array([width, height])
         low, span = np.reshape(meta["bbox_controller_overlay"], (2, 2))
-        area = meta.get("bbox_game_area") or {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}   # shares of the frame
-        edges = np.reshape([area[edge] for edge in ("xtl", "ytl", "xbr", "ybr")], (2, 2))
+        whole = {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}         # in shares of the frame
+        area = meta.get("bbox_game_area") or whole
+        edges = np.reshape([area[edge] for edge in whole], (2, 2))
         window = np.clip(np.round(edges * size), 0, size)
         seen = (1 <= span) & (span <= limit) & (abs(low + span / 2 - limit / 2) <= limit / 2)
         if not seen.all() or not (window[0] < window[1]).all():                             # NaN is not
@@ -993,10 +991,9 @@ def xfeat_net():
     return XFeat().to(memory_format=torch.channels_last)
 
 
-def load_xfeat(path=None):
+def load_xfeat(path=WEIGHTS / "xfeat.safetensors"):
     """A trained network: ours (weights/xfeat.safetensors beside this script) or the official xfeat.pt."""
-    return load_net(xfeat_net(), path or WEIGHTS / "xfeat.safetensors",
-                    "XFeat weights (ours, or the official xfeat.pt)")
+    return load_net(xfeat_net(), path, "XFeat weights (ours, or the official xfeat.pt)")
 
 
 def root_sift(gray, limit):
@@ -1264,8 +1261,8 @@ class Decoder:
 
     def __init__(self, path, pause=PAUSE):
         """pause: slots()'s."""
-        info, self.name, self.row = video_info(path), Path(path).name, 0
-        self.fps, self.size, self.n = info["fps"], info["size"], info["n"]
+        self.fps, self.size, self.n = video_info(path).values()
+        self.name, self.row = Path(path).name, 0
         self.capture = open_video(path)
         self.slots = slots(presented(self.capture), self.fps, pause)
 
@@ -1313,52 +1310,37 @@ def slots(times, fps, pause=PAUSE):
         yield count, cut
 
 
-class VideoWriter:
-    """Write RGB frames of `size` (w, h) to .mp4 (mp4v), .webm (VP9, which browsers play) or .avi (MJPEG); the
-    file gets its name when closed."""
+@contextmanager
+def video_writer(path, fps, size):
+    """Write RGB frames of `size` (w, h) to .mp4 (mp4v), .webm (VP9, which browsers play) or .avi (MJPEG):
+    yields add(uint8 (h, w, 3)). When the block ends well, the file gets its name; UserError where not all
+    frames are in it: OpenCV's writer is silent on a full disk."""
+    codec = {".mp4": "mp4v", ".webm": "VP90", ".avi": "MJPG"}.get(Path(path).suffix.lower())
+    if codec is None:
+        raise UserError(f"{path}: expected a name ending in .mp4, .webm or .avi: give another --out")
+    writable(path)
+    tmp, n = temporary(path), 0
+    writer = cv2.VideoWriter(str(tmp), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, size)
 
-    def __init__(self, path, fps, size):
-        self.path, self.n = Path(path), 0
-        codec = {".mp4": "mp4v", ".webm": "VP90", ".avi": "MJPG"}.get(self.path.suffix.lower())
-        if codec is None:
-            raise UserError(f"{path}: expected a name ending in .mp4, .webm or .avi: give another --out")
-        writable(path)
-        self.tmp = temporary(path)
-        fourcc = cv2.VideoWriter_fourcc(*codec)
-        self.writer = cv2.VideoWriter(str(self.tmp), cv2.CAP_FFMPEG, fourcc, fps, size)
-        if not self.writer.isOpened():
-            self._fail(f"can't open a {codec} encoder for {size} at {fps} frames/s: "
-                       "try a name ending in .avi")
-
-    def _fail(self, trouble):
-        remove(self.tmp)
-        raise UserError(f"{self.path}: {trouble}")
-
-    def add(self, rgb):
-        """Append one uint8 (h, w, 3) RGB frame."""
-        self.writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-        self.n += 1
-
-    def close(self):
-        """Finish the file and give it its name; UserError where not all frames are in it: OpenCV's writer is
-        silent on a full disk."""
-        self.writer.release()
-        found = sum(1 for _ in presented(cv2.VideoCapture(str(self.tmp), cv2.CAP_FFMPEG)))
-        if found != self.n:
-            self._fail(f"expected {self.n} frames in the finished video, found {found}: "
-                       "make room on its disk")
-        sync(self.tmp)
-        os.replace(self.tmp, self.path)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, value, trace):
-        if kind is None:
-            self.close()
-        else:
-            self.writer.release()
-            remove(self.tmp)
+    def add(rgb):
+        nonlocal n
+        writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+        n += 1
+    try:
+        if not writer.isOpened():
+            raise UserError(f"{path}: can't open a {codec} encoder for {size} at {fps} frames/s: "
+                            "try a name ending in .avi")
+        yield add
+        writer.release()
+        found = sum(1 for _ in presented(cv2.VideoCapture(str(tmp), cv2.CAP_FFMPEG)))
+        if found != n:
+            raise UserError(f"{path}: expected {n} frames in the finished video, found {found}: "
+                            "make room on its disk")
+        sync(tmp)
+        os.replace(tmp, path)
+    finally:
+        writer.release()
+        remove(tmp)
 
 
 def shrink(rgb):
@@ -1847,11 +1829,6 @@ def find_videos(paths):
     return [(path, name(path)) for path in videos]
 
 
-def place_names(name):
-    """The names of a video's clip folders: one for each place that its overlay may take."""
-    return [name, f"{name}_place2", f"{name}_place3"]
-
-
 def journal(out):
     """DATA/extract.jsonl -> {video: its last line's dict}; a line cut off by a kill is passed over."""
     path = out / "extract.jsonl"
@@ -1978,7 +1955,7 @@ def work_for(args):
         skins = load_skins(args.templates)
         net = load_xfeat(args.xfeat) if args.matcher == "xfeat" else None
         files = template_files(args.templates)
-        files += [Path(args.xfeat or WEIGHTS / "xfeat.safetensors")] if net else []
+        files += [Path(args.xfeat)] if net else []
         made_of = fingerprint([s.name for s in skins], *(np.fromfile(file, np.uint8) for file in files))
         key = fingerprint(args.matcher, made_of, np.fromfile(__file__, np.uint8))     # and how it is done
         matcher = Matcher(skins, net, load_locator() if net else None, key)
@@ -1991,7 +1968,7 @@ def contact_sheet(path, videos, out):
     beside it."""
     lines = journal(out)
     shown = [(video, out / name, lines[str(video)]) for video, name in videos if str(video) in lines]
-    page = Image.new("RGB", (1280, (len(shown) + 1) // 2 * 200), (32, 32, 32))
+    page = Image.new("RGB", (1280, (len(shown) + 1) // 2 * 200), "#202020")
     for i, (video, folder, line) in enumerate(shown):
         left, top, pictures = i % 2 * 640, i // 2 * 200, []
         if line["status"] != "error":
@@ -2267,8 +2244,8 @@ def main(argv=None):
                         help="keep each Kth policy frame; actions stay at full rate (default 1)")
     parser.add_argument("--matcher", choices=("xfeat", "sift"), default="xfeat",
                         help="features to match by (default xfeat; sift needs no torch)")
-    parser.add_argument("--xfeat", help="matching weights: a .safetensors of ours or the official xfeat.pt "
-                        "(default weights/xfeat.safetensors)")
+    parser.add_argument("--xfeat", default=WEIGHTS / "xfeat.safetensors", help="matching weights: a "
+                        ".safetensors of ours or the official xfeat.pt (default weights/xfeat.safetensors)")
     parser.add_argument("--labels", help="NVIDIA's released labels, unpacked: cut their chunks from videos "
                         "instead of localising; without videos: list what is labelled")
     parser.add_argument("--game", help="the game's name (default: the name of the video's folder)")

@@ -537,9 +537,10 @@ class Closeups:
         self.maps = [], []                                     # of the sticks and the buttons: pixels to crop
         for i, side in enumerate(self.sticks):
             stick = sticks[side]
-            box = boxes.get(THUMB[side])
-            if box and on_stick(box, stick):
-                self.clicks[i] = self.buttons.index(THUMB[side])
+            if box := boxes.get(THUMB[side]):
+                beside = np.reshape(box, (2, 2)).mean(0) - stick["center"]
+                if np.hypot(*beside) < stick["radius"]:        # on the stick itself, no label beside it
+                    self.clicks[i] = self.buttons.index(THUMB[side])
             step = np.multiply(stick["travel"], scale) / TRAVEL
             self.maps[0].append(closeup_map(stick["center"] * scale, step, STICK_SIDE))
         for button in self.buttons:
@@ -569,11 +570,6 @@ def warped(picture, to_picture, size):
     """A picture of size (w, h) out of another, whose edge goes on for ever."""
     return cv2.warpAffine(picture, to_picture, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                           borderMode=cv2.BORDER_REPLICATE)
-
-
-def on_stick(box, stick):
-    """Does this box of L3 / R3 lie on the stick itself, and not on a label beside it?"""
-    return np.hypot(*np.reshape(box, (2, 2)).mean(0) - stick["center"]) < stick["radius"]
 
 
 def montages(previous, current, rest, pressed=np.uint8(0)):
@@ -767,7 +763,7 @@ def train_net(args):
     --every steps is the running mean of the weights."""
     kind = KINDS["locator" if args.locator else "reader"]
     steps = args.steps or (600 if args.skins and args.ckpt else 5000)
-    peak = (5e-4 if args.ckpt else 2e-3) if args.lr is None else args.lr
+    peak = args.lr or (5e-4 if args.ckpt else 2e-3)
     extract.writable(args.out)
     skins = extract.load_skins(args.skins, 400) if args.skins else []
     skins = [s for s in skins if any(p.control for p in s.parts)]
@@ -1497,9 +1493,9 @@ def show(args):
         return extract.save_png(args.out, np.concatenate(rows))
     with extract.reading(args.data, "one clip that was read, for a film (of many: --out NAME.png)"):
         [folder] = read
-    with extract.VideoWriter(args.out, clips[folder]["fps"], (1600, 400)) as film:
+    with extract.video_writer(args.out, clips[folder]["fps"], (1600, 400)) as add:
         for rgb in tqdm(pictures(folder, 300), "film", clips[folder]["n"], disable=None):
-            film.add(rgb)
+            add(rgb)
 
 
 def pictures(folder, high, k=None):
@@ -1627,7 +1623,7 @@ def main(argv=None):
                    help="optimiser steps (default: 5000; to fit --ckpt to --skins 600)")
     p.add_argument("--batch", type=number(int, 8), default=64,
                    help="sticks a step, three times as many buttons, a quarter of the windows (default: 64)")
-    p.add_argument("--lr", type=number(float, 0, 1),
+    p.add_argument("--lr", type=number(float, 1e-9, 1),
                    help="peak learning rate of AdamW (default: 2e-3; with --ckpt 5e-4)")
     p.add_argument("--pool", type=number(int, 1, 1e6), default=12000,
                    help="stick close-ups kept to draw from, 8 x as many buttons: about 1.3 GB by default")

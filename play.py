@@ -1290,12 +1290,15 @@ class View:
                 cv2.moveWindow(self.window, left, top)
                 cv2.waitKey(500)                           # it takes the keyboard as it appears
             env.desktop.focus(env.window.id)
-        self.video = extract.VideoWriter(video, env.hz / self.every, self.SIZE) if video else None
+        film, self.drawn = ExitStack(), 0
+        self.add = film.enter_context(
+            extract.video_writer(video, env.hz / self.every, self.SIZE)) if video else nothing
+        self.close = film.close                            # finishes the video
 
     def show(self, tick, env, action, who, score):
         """Draw a tick, each `every`th, and write it down."""
         side = self.SIZE[1]
-        page = Image.new("RGB", self.SIZE, (24, 24, 24))
+        page = Image.new("RGB", self.SIZE, "#181818")
         page.paste(Image.fromarray(env.frame).resize((side, side), Image.NEAREST))
         pad = Image.fromarray(extract.draw(extract.shown_pad(), action))
         page.paste(pad, (side, 8), pad)
@@ -1307,13 +1310,9 @@ class View:
         if self.window:
             cv2.imshow(self.window, page[..., ::-1])
             cv2.waitKey(1)
-        while self.video and self.video.n <= tick // self.every:
-            self.video.add(page)
-
-    def close(self):
-        """Finish the video."""
-        if self.video:
-            self.video.close()
+        while self.drawn <= tick // self.every:
+            self.add(page)
+            self.drawn += 1
 
 
 def free_room(box, screen, size):

@@ -685,9 +685,9 @@ def write_film(path, fps, shots):
     first = next(pages, None)
     if first is None:
         raise UserError(f"{path}: expected a picture to begin with, found none: take another video")
-    with extract.VideoWriter(path, fps, first.shape[1::-1]) as out:
+    with extract.video_writer(path, fps, first.shape[1::-1]) as add:
         for page in itertools.chain([first], pages):
-            out.add(page)
+            add(page)
 
 
 def beside(rgb, *actions):
@@ -697,7 +697,7 @@ def beside(rgb, *actions):
     pads = []
     for action in actions:
         pad = extract.over(24, draw(extract.shown_pad(), action))
-        pads.append(ImageOps.pad(Image.fromarray(pad), (w // 4 * 2, h // len(actions)), color=(24, 24, 24)))
+        pads.append(ImageOps.pad(Image.fromarray(pad), (w // 4 * 2, h // len(actions)), color="#181818"))
     return np.hstack([rgb[:h, :w], np.vstack(pads)])
 
 

@@ -371,7 +371,7 @@ def named_spots(found, geometry):
     for button, box in boxes.items():
         for i, spot in enumerate(found):
             distance = np.hypot(*away(spot.box, box))
-            larger = abs(math.log(extract.area(spot.box) / extract.area(box))) / 2
+            larger = abs(math.log(extract.area(spot.box) / max(extract.area(box), 1))) / 2
             if distance < 0.2 and larger < 1.25:
                 pairs.append((distance + 0.03 * larger, distance, button, i))
     named = {}

@@ -63,7 +63,7 @@ DEMO = ["crypt/exit", "swarm/brute", "glider/rings"]  # what a small model begin
 # A task: reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty:
 #   kind      combat, navigation, specific
 #   start     attributes that its game has in this task
-#   fixed     the level is the same for all seeds, the start is not
+#   fixed     the level is the same for all seeds, the start mostly is not
 TASKS = {}                 # name -> its row and its game, a class; filled at the end of this file
 PLAYABLE = {}              # the class of each task's game, and of the games by others that were asked for
 
@@ -894,7 +894,7 @@ class Game:
 
     def __init__(self, task, seed=0):
         self.task, self.rng = TASKS[task], random.Random(f"{task} {seed}")
-        # A fixed level is the same for all seeds, its start is not.
+        # A fixed level is the same for all seeds, its start mostly is not.
         self.plan = random.Random(task) if self.task.fixed else self.rng
         self.uniform, self.choice = self.rng.uniform, self.rng.choice
         self.health, self.due = self.lives, {}

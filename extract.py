@@ -118,7 +118,7 @@ def extract_one(video, name, matcher, args, settings):
     its clips are of these settings."""
     out, file = Path(args.out), video.stat()
     key = fingerprint(settings, file.st_size, file.st_mtime_ns)
-    folders = [out / f"{name}{place}" for place in ("", "_place2", "_place3")]
+    folders = [out / place for place in place_names(name)]
     with clip_lock(folders[0]):
         old = journal(out).get(str(video), {})
         if old.get("run") == key and all(made_by(key, f) for f in folders[:old.get("places", 0)]):
@@ -1827,6 +1827,11 @@ def find_videos(paths):
         return f"{short}_{fingerprint(str(path))[:6]}"
 
     return [(path, name(path)) for path in videos]
+
+
+def place_names(name):
+    """The names of a video's clip folders: one for each place that its overlay may take."""
+    return [name, f"{name}_place2", f"{name}_place3"]
 
 
 def journal(out):

@@ -383,12 +383,12 @@ def named_spots(found, geometry):
         swapped = shows_another and button.endswith(("SHOULDER", "TRIGGER"))
         if distance < 0.08 or swapped:
             named[button] = found[i]
-    for out, *pair in (-1, "LEFT_SHOULDER", "LEFT_TRIGGER"), (1, "RIGHT_SHOULDER", "RIGHT_TRIGGER"):
-        if named.keys() >= {*pair}:                            # a trigger is mostly further out and up
-            shoulder, trigger = (named[button] for button in pair)
-            way = away(boxes[pair[1]], boxes[pair[0]]) + (0.05 * out, -0.05)
-            if away(trigger.box, shoulder.box) @ way < 0:
-                named |= zip(pair, (trigger, shoulder))
+    for out, side in (-1, "LEFT"), (1, "RIGHT"):
+        low, high = f"{side}_SHOULDER", f"{side}_TRIGGER"
+        if low in named and high in named:                     # a trigger is mostly further out and up
+            way = away(boxes[high], boxes[low]) + (0.05 * out, -0.05)
+            if away(named[high].box, named[low].box) @ way < 0:
+                named[low], named[high] = named[high], named[low]
     return named
 
 

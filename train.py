@@ -161,9 +161,9 @@ def train(args, state, team):
                     write_log(out / "log.csv", rows)           # before the state that needs it
                     save_run(out, model, average, optimizer, step, args, data, metrics)
                     losses = [float(row["val"]) for row in rows if row.get("val")]
-                    if rows[-1].get("val") and losses[-1] == min(losses):
-                        copy = functools.partial(shutil.copyfile, out / "model.safetensors")
-                        extract.write_atomic(out / "best.safetensors", copy)
+                    if "val" in row and losses[-1] == min(losses):
+                        extract.write_atomic(out / "best.safetensors", functools.partial(
+                            shutil.copyfile, out / "model.safetensors"))
                     draw_curve(out / "curve.png", rows)
             if stop:
                 break
@@ -611,16 +611,21 @@ def held_memory(device):
     return f"most memory held: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.3f} GB"
 
 
-COLUMNS = ["step", "loss", "val", "r2", "f1", "lr", "norm", "seconds"]
+COLUMNS = "step loss val r2 f1 lr norm seconds".split()
 
 
 def read_log(path, step):
-    """The rows of log.csv up to `step`, texts by column."""
-    if not step or not path.is_file():
-        return []
-    with extract.reading(path, "a log"), open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-        return [row for row in rows if float(row["step"]) <= step and float(row["seconds"]) >= 0]
+    """The rows of log.csv up to `step`, texts by column; not the broken ones that a killed run of an earlier
+    version may have left."""
+    rows = []
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8", errors="replace") as f:
+            for row in csv.DictReader(f):
+                with contextlib.suppress(TypeError, ValueError, KeyError):
+                    numbers = {name: float(text) for name, text in row.items() if text}
+                    if numbers["step"] <= step and numbers["seconds"] >= 0:
+                        rows.append(row)
+    return rows
 
 
 def write_log(path, rows):

@@ -880,13 +880,23 @@ SCRIPTS = {"aims": aims}
 
 # ---- what a game is
 
-class Game:
+class Placed:
+    """What is at a place: it subtracts like one."""
+
+    def __sub__(self, other):
+        return self.at - other
+
+    def __rsub__(self, other):
+        return other - self.at
+
+
+class Game(Placed):
     """One task of one game, the same for the same seed. A subclass has begin(), play(), draw() and wish():
     the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
     control does), and look: health (lives), where it and the score stand (hud).
     What "look" holds are attributes that all its tasks have or begin with, what a task's "start" holds is of
     this one."""
-    fps, at = FPS, property(lambda self: self.pos)
+    fps = FPS
     t = score = 0
     won = over = False
     left = right = 0j
@@ -957,7 +967,7 @@ class Game:
 
     def distance(self, thing):
         """How far a thing is from the player."""
-        return abs(thing - self)
+        return abs(thing.at - self.at)
 
     def nearest(self, things):
         """The thing nearest to the player, None of none."""
@@ -969,7 +979,7 @@ class Game:
 
     def relative(self, p):
         """A place as complex(ahead, to the right) of the player."""
-        return (p - self.pos) * rect(1, -self.face)
+        return (p - self.at) * rect(1, -self.face)
 
     def angle(self, p):
         """Where p is from straight ahead, in radians, right positive."""
@@ -985,7 +995,7 @@ class Game:
         further away than `reach`."""
         for shot in shots:
             shot.at += shot.v
-        shots[:] = [shot for shot in shots if not hits(shot) and abs(shot - self) < reach]
+        shots[:] = [shot for shot in shots if not hits(shot) and self.distance(shot) < reach]
 
     def take(self, things, thing):
         """It is gone: a point."""
@@ -1118,7 +1128,7 @@ def games(args):
 # 1/30 s of game time. A frame shows all that a player needs: nothing is hidden but what others will do next.
 
 
-class Thing(types.SimpleNamespace):
+class Thing(Placed, types.SimpleNamespace):
     """An actor or an object: its kind (a picture of ICONS), its place, and what its game adds. wind: steps
     until it strikes; dash: steps that it still charges, the way it goes; near: from where it is reached, with
     its button held."""
@@ -1126,13 +1136,6 @@ class Thing(types.SimpleNamespace):
 
     def __init__(self, kind, at, **more):
         super().__init__(kind=kind, at=at, **more)
-
-    def __sub__(self, other):
-        """The way to this thing from another one, the player (a Game) or a place."""
-        return self.at - getattr(other, "at", other)
-
-    def __rsub__(self, other):
-        return getattr(other, "at", other) - self.at
 
 
 @functools.cache
@@ -1349,7 +1352,8 @@ class Walled(Game):
 
     def enter(self, grid):
         """Take a map; the distances to a cell of it are found once."""
-        self.grid, self.ways_to = grid, functools.cache(functools.partial(distances, grid))
+        self.grid, self.rows = grid, grid.tolist()                           # lists are faster by the cell
+        self.ways_to = functools.cache(functools.partial(distances, grid))
 
     def move(self, p, d, r=12):
         """From p by d, a disc of radius r: one axis at a time, so that it glides along walls."""
@@ -1361,12 +1365,12 @@ class Walled(Game):
 
     def go(self, d, r=12):
         """The player moves by d, along walls."""
-        self.pos = self.move(self.pos, d, r)
+        self.at = self.move(self.at, d, r)
 
     def blocked(self, p):
         """Is there a wall at a place?"""
         p /= self.cell
-        return self.grid[int(p.imag), int(p.real)]
+        return self.rows[int(p.imag)][int(p.real)]
 
     def send(self, thing, place, far, r=12):
         """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
@@ -1406,7 +1410,7 @@ class FirstPerson(Walled):
             free = free_cells(grid)
             grid[y, x] = len(distances(grid, free[0])) == len(free)
         self.enter(grid)
-        self.pos, self.face = self.choice(free_cells(grid)) + MIDDLE, self.uniform(0, tau)
+        self.at, self.face = self.choice(free_cells(grid)) + MIDDLE, self.uniform(0, tau)
         self.bring()
 
     def play(self):
@@ -1423,7 +1427,7 @@ class FirstPerson(Walled):
         """The next goal to fight, take or reach, if the task has one."""
         self.things = []
         for kind in self.steps[self.score:self.score + 1]:
-            look, far = self.kinds[kind], self.ways_to(cell_of(self.pos))
+            look, far = self.kinds[kind], self.ways_to(cell_of(self.at))
             low, high = look["away"]                                   # so many steps of walking
             cells = free_cells(self.grid)
             cell = self.choice([c for c in cells if low <= far[c] <= high] or cells)
@@ -1431,7 +1435,7 @@ class FirstPerson(Walled):
             self.things, self.goes_to = [self.goal], self.goal.at
 
     def draw(self):
-        p, n = self.pos, self.size
+        p, n = self.at, self.size
         rays = rect(1, self.face) * (1 + 1j * LENS) + (1e-9 + 1e-9j)                    # (128,)
         lines = np.arange(1, n)[:, None]                                                # (n - 1, 1)
 
@@ -1472,14 +1476,14 @@ class FirstPerson(Walled):
     def target(self):
         """Where to go now: the goal itself where the way there is wide enough."""
         side = 0.2j * unit(self.goal - self)
-        clear = all(self.sees(self.pos + s, self.goal.at + s) for s in (side, -side))
-        return self.goal.at if clear else self.on_the_way(self.goes_to, self.pos)
+        clear = all(self.sees(self.at + s, self.goal.at + s) for s in (side, -side))
+        return self.goal.at if clear else self.on_the_way(self.goes_to, self.at)
 
     def steer(self, target, near):
         """Both sticks of a walk: turn to the target, walk once it is about ahead, stop when nearer than
         `near`."""
         angle = self.angle(target)
-        ahead = max(math.cos(angle), 0) ** 3 if abs(target - self.pos) > near else 0.0
+        ahead = max(math.cos(angle), 0) ** 3 if abs(target - self.at) > near else 0.0
         return complex(0, -ahead), span(1.5 * angle)
 
     def wish(self):
@@ -1501,7 +1505,7 @@ class Crypt(FirstPerson):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
         self.goes_to = ghoul.at
         if reach > 0.8:
-            to = self.on_the_way(self.pos, ghoul.at) if reach > 1.5 else self.pos
+            to = self.on_the_way(self.at, ghoul.at) if reach > 1.5 else self.at
             self.send(ghoul, to, 0.025, 0.2)
         off, shield = abs(self.angle(ghoul)), "LEFT_TRIGGER" in self.held
         if ghoul.wind:
@@ -1526,7 +1530,7 @@ class Crypt(FirstPerson):
         return frame
 
     def wish_to_fight(self, ghoul, reach):
-        close = reach < 1.6 and self.sees(self.pos, ghoul.at)
+        close = reach < 1.6 and self.sees(self.at, ghoul.at)
         left, right = self.steer(ghoul.at, 0.95) if close else self.steer(self.target(), self.stop)
         if ghoul.wind and reach < 1.6:
             return 0j, right, "LEFT_TRIGGER"
@@ -1553,10 +1557,10 @@ class Siege(FirstPerson):
         drone.at = moved
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
-            drone.hp -= abs(self.angle(drone)) < 0.3 / reach and self.sees(self.pos, drone.at)
-        if self.t > 30 and self.ready("drone", 80) and self.sees(self.pos, drone.at):
+            drone.hp -= abs(self.angle(drone)) < 0.3 / reach and self.sees(self.at, drone.at)
+        if self.t > 30 and self.ready("drone", 80) and self.sees(self.at, drone.at):
             self.shots.append(Thing("mine", drone.at, v=0.07 * unit(self - drone), lift=0.35, size=0.2))
-        self.fly(self.shots, lambda shot: self.wounds(shot, self.pos, 0.3) or self.blocked(shot.at))
+        self.fly(self.shots, lambda shot: self.wounds(shot, self.at, 0.3) or self.blocked(shot.at))
 
     def draw(self):
         frame = super().draw()
@@ -1568,7 +1572,7 @@ class Siege(FirstPerson):
         return frame
 
     def wish_to_fight(self, drone, reach):
-        clear = self.sees(self.pos, drone.at)
+        clear = self.sees(self.at, drone.at)
         left, right = self.steer(self.target(), 2.5 if clear else self.stop)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
@@ -1592,7 +1596,7 @@ class Rally(Game):
         self.path = path if self.rng.random() < 0.5 else path[::-1]
         self.ground = pattern(*self.paving, 1024, 1024).copy()
         if self.park:
-            self.pos, self.face = 512 + 512j, self.uniform(0, tau)
+            self.at, self.face = 512 + 512j, self.uniform(0, tau)
             self.spawn()
         else:
             self.build(path)
@@ -1602,7 +1606,7 @@ class Rally(Game):
         for places, ink, thick in ((path, "ebebeb", 112), (path, "54545c", 100),
                                    *((path[i:i + 2], "fadc5a", 5) for i in range(0, 256, 4))):
             cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
-        self.pos, self.face = self.path[0], phase(self.path[2] - self.path[0])
+        self.at, self.face = self.path[0], phase(self.path[2] - self.path[0])
         pairs = lambda kind, first, step, aside: [
             Thing(kind, self.beside(i, side)) for i in range(first, 255, step) for side in (-aside, aside)]
         self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
@@ -1618,7 +1622,7 @@ class Rally(Game):
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
         turn = self.either_way() * self.uniform(0.2, 0.9)
-        self.bay = fence(self.pos + rect(self.uniform(170, 260), self.face + turn), 90, 934)
+        self.bay = fence(self.at + rect(self.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
         self.things = [Thing("bay", self.bay)]
@@ -1626,7 +1630,7 @@ class Rally(Game):
     def race(self):
         """Where on the path the car is: the nearest of the next few points. Rivals drive on; those that are
         passed do not count as hit."""
-        self.index = min(range(self.index, self.index + 6), key=lambda i: abs(self.path[i] - self.pos))
+        self.index = min(range(self.index, self.index + 6), key=lambda i: abs(self.path[i] - self.at))
         for rival in self.foes:
             rival.along += 0.22
             rival.at = self.beside(rival.along, rival.side)
@@ -1637,35 +1641,35 @@ class Rally(Game):
         self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
 
     def play(self):
-        on_road = self.park or abs(self.path[self.index] - self.pos) < 58
+        on_road = self.park or abs(self.path[self.index] - self.at) < 58
         gas, brake = "RIGHT_TRIGGER" in self.held, "LEFT_TRIGGER" in self.held
         slower = 0.3 if self.speed > 0 else 0.1                        # in reverse the brake is a weak engine
         self.speed = max(-2, (self.speed + 0.28 * gas - slower * brake) * (0.972 if on_road else 0.88))
         self.speed *= 1 if gas or brake else 0.97
         self.face = wrap(self.face + self.left.real * 0.05 * span(self.speed / 2))
-        self.pos = fence(self.pos + self.speed * rect(1, self.face), 40, 984)
+        self.at = fence(self.at + self.speed * rect(1, self.face), 40, 984)
         if not self.park:
             self.race()
-        elif abs(self.bay - self.pos) < 34 and abs(self.speed) < 0.7:
+        elif abs(self.bay - self.at) < 34 and abs(self.speed) < 0.7:
             self.score += 1
             disc(self.ground, self.bay, 38, "50545a")
             self.spawn()
 
     def draw(self):
         way = rect(1, self.face)
-        c, s, eye = way.real, way.imag, self.pos - 44 * way
+        c, s, eye = way.real, way.imag, self.at - 44 * way
         to_map = np.float64([[-s, c, eye.real], [c, s, eye.imag], [0, 0, 1]])
         ground = cv2.warpPerspective(self.ground, to_map @ GROUND, (256, 256 - HORIZON), None,
                                      cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
         frame = np.concatenate([self.back((self.face + pi) / tau * 1024, 0, HORIZON), ground])
         gates = [] if self.cars else self.gates[2 * self.score:2 * self.score + 2]
-        depth = lambda thing: self.relative(thing).real
-        for thing in sorted(self.things + self.foes + gates, key=depth, reverse=True):
-            rel = self.relative(thing) + 44
-            size = LENGTH * self.sizes[thing.kind] / max(rel.real, 1)
+        rows = [(self.relative(thing.at) + 44, thing) for thing in self.things + self.foes + gates]
+        for rel, thing in sorted(rows, key=lambda row: -row[0].real):
+            zoom = LENGTH / max(rel.real, 1)
+            size = zoom * self.sizes[thing.kind]
             if 25 < rel.real < 520 and size < 240:
-                x, y = LENGTH * rel.imag / rel.real, HORIZON + LENGTH * HIGH / rel.real
-                sprite(frame, thing.kind, complex(128 + x, y - size / 2), size)
+                sprite(frame, thing.kind,
+                       complex(128 + zoom * rel.imag, HORIZON + zoom * HIGH - size / 2), size)
         if self.park:
             arrow(frame, 128 + 40j, self.angle(self.bay) - pi / 2, 32, "ffe63c")
         sprite(frame, "car", 128 + 214j, 76)
@@ -1708,8 +1712,8 @@ class TopDown(Walled):
 
     def view(self):
         """The floor under the camera -> (frame, where the camera's top left corner is)."""
-        x, y = dot(self.pos)                                               # of the corner, with the margin
-        return self.ground[y:y + 256, x:x + 256].copy(), self.pos - CENTRE
+        x, y = dot(self.at)                                               # of the corner, with the margin
+        return self.ground[y:y + 256, x:x + 256].copy(), self.at - CENTRE
 
     def trail(self, frame, places, start, ink):
         """Dots on the floor along the way to go, from place to place on the screen."""
@@ -1721,7 +1725,7 @@ class TopDown(Walled):
 
     def pointer(self, frame, target, ink):
         """An arrow near the edge towards what is out of sight."""
-        d = target - self.pos
+        d = target - self.at
         far = max(abs(d.real), abs(d.imag))
         if far > 116:
             d *= 102 / far
@@ -1734,7 +1738,7 @@ class Swarm(TopDown):
 
     def begin(self):
         self.lay(walled(12, 12))
-        self.pos, self.aim = 384 + 384j + self.around(0, 90), self.uniform(0, tau)
+        self.at, self.aim = 384 + 384j + self.around(0, 90), self.uniform(0, tau)
         if not self.count:
             self.lay_gem()
         self.gather()
@@ -1742,17 +1746,17 @@ class Swarm(TopDown):
     def gather(self):
         """As many bugs or brutes as there are at a time."""
         while len(self.foes) < self.count:
-            foe = Thing(self.foe, self.spot(self.pos, 105, 135), hp=self.hp)
+            foe = Thing(self.foe, self.spot(self.at, 105, 135), hp=self.hp)
             if self.distance(foe) > 80:
                 self.foes.append(foe)
 
     def lay_gem(self):
         """The next gem, and mines on the way to it."""
-        at = self.spot(self.pos, 130, 200)
-        if abs(at - self.pos) < 90:
-            at = fence(2 * self.pos - at, 90, 678)
+        at = self.spot(self.at, 130, 200)
+        if abs(at - self.at) < 90:
+            at = fence(2 * self.at - at, 90, 678)
         self.gem = Thing("gem", at, near=28)
-        halfway = lambda: self.pos + (at - self.pos) * self.uniform(0.4, 0.7)
+        halfway = lambda: self.at + (at - self.at) * self.uniform(0.4, 0.7)
         mines = [Thing("mine", self.spot(halfway(), 0, 40), near=26) for _ in range(2)]
         self.things = [mine for mine in mines if self.distance(mine) > 60 and abs(mine - at) > 45]
 
@@ -1765,7 +1769,7 @@ class Swarm(TopDown):
         if abs(self.left) > 0.3:
             self.pressed("LEFT_TRIGGER", 50)
         self.go(self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
-        self.fire(self.pos, self.foes)
+        self.fire(self.at, self.foes)
         for f in list(self.foes):
             if f.hp <= 0:
                 self.take(self.foes, f)
@@ -1818,7 +1822,7 @@ class Swarm(TopDown):
     def wish(self):
         if not self.count:
             return self.wish_for_gems()
-        foe, middle = self.nearest(self.foes), 384 + 384j - self.pos
+        foe, middle = self.nearest(self.foes), 384 + 384j - self.at
         d = foe - self
         far = abs(d)
         push = 1.0 if far < 80 else 0.3 if far < 100 else -0.3             # nearer where it is too far to hit
@@ -1844,23 +1848,23 @@ class Vault(TopDown):
     right trigger runs."""
 
     def begin(self):
-        self.pos = self.choice((1 + 1j, 6 + 1j, 1 + 6j, 6 + 6j)) * 32
+        self.at = self.choice((1 + 1j, 6 + 1j, 1 + 6j, 6 + 6j)) * 32
         self.room()
 
     def room(self):
         """A room with blocks; the way in is where the player stands."""
-        here, far = cell_of(self.pos / 32), {}
+        here, far = cell_of(self.at / 32), {}
         while len(far) < 24 or sum(steps > 4 for steps in far.values()) < 2:   # two things have to be far off
             grid = walled(8, 8)
             for x, y in self.plan.sample([*itertools.product(range(1, 7), repeat=2)], self.blocks):
                 grid[y, x] = complex(x, y) != here
             far = distances(grid, here)
         self.lay(grid)
-        self.pos = (here + MIDDLE) * 32
+        self.at = (here + MIDDLE) * 32
         cells = [cell for cell in far if far[cell] > 4]
         places = [(cell + MIDDLE) * 32 for cell in sorted(cells, key=lambda cell: self.rng.random())]
         self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
-        self.foes, self.goes_to = [Thing("slime", at, hp=2) for at in places[:self.slimes]], self.pos
+        self.foes, self.goes_to = [Thing("slime", at, hp=2) for at in places[:self.slimes]], self.at
 
     def play(self):
         done = self.score
@@ -1869,7 +1873,7 @@ class Vault(TopDown):
         self.go(self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
         strike = self.pressed("WEST", 24)
         if self.t % 4 == 0:
-            self.goes_to = self.pos
+            self.goes_to = self.at
         for s in list(self.foes):                                          # they come on around the blocks
             d = s - self
             far = abs(d)
@@ -1892,19 +1896,19 @@ class Vault(TopDown):
 
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
-        way, p = [], self.pos
+        way, p = [], self.at
         for goal in self.things[:1] * 12:
-            if abs(p - goal) > 20:
+            if abs(p - goal.at) > 20:
                 p = self.on_the_way(goal.at, (cell_of(p / 32) + MIDDLE) * 32)
                 way.append(p)
-        self.trail(frame, way, self.pos, "4682ff")
+        self.trail(frame, way, self.at, "4682ff")
         sprites(frame, self.things + self.foes, 36)
         resting = self.rests("WEST")
         if resting > 14:
-            line(frame, self.pos, self.pos + rect(46, self.face), "ffffff", 9)
-        sprite(frame, "knight", self.pos, 36, self.face)
+            line(frame, self.at, self.at + rect(46, self.face), "ffffff", 9)
+        sprite(frame, "knight", self.at, 36, self.face)
         if resting:
-            disc(frame, self.pos, 20, "787882", 3)
+            disc(frame, self.at, 20, "787882", 3)
         if [thing.kind for thing in self.things] == ["chest"]:
             sprite(frame, "key", 128 + 16j, 32)
         return frame
@@ -1913,8 +1917,8 @@ class Vault(TopDown):
         goal = self.nearest(self.foes or self.things[:1])
         d = goal - self
         far = abs(d)
-        to = self.on_the_way(goal.at, self.pos) if far > self.close else goal.at
-        way = unit(to - self.pos)
+        to = self.on_the_way(goal.at, self.at) if far > self.close else goal.at
+        way = unit(to - self.at)
         if not self.foes:
             return way, 0j, goal.button if far < 40 else "RIGHT_TRIGGER" if far > 80 else ""
         if far < 48 and self.rests("WEST"):
@@ -1935,13 +1939,13 @@ class Shade(TopDown):
         rows, columns = [1, 3, 5, 7, 9], (3, 4, 5, 7, 8, 9)
         spot = lambda column: (complex(column, self.choice(rows)) + MIDDLE) * 48
         start = self.choice((1, 11))
-        self.pos = spot(start)
+        self.at = spot(start)
         self.foes = [Thing("guard", complex((column + 0.5) * 48, self.uniform(100, 420)),
                            way=self.choice((-1j, 1j)))
                      for column in self.plan.sample(columns, self.guards)]
         where = self.rng.sample(columns, self.gems)
         if self.want == "exit":
-            rows.remove(self.pos.imag // 48)                               # not straight across
+            rows.remove(self.at.imag // 48)                               # not straight across
             where = [12 - start]
         self.things = [Thing(self.want, spot(column), near=30) for column in where]
 
@@ -1951,7 +1955,7 @@ class Shade(TopDown):
 
     def lit(self, p, guard, more=0.0, wide=0.0):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
-        d = p - guard
+        d = p - guard.at
         inside = abs(d) < self.light() + more and between(d, phase(guard.way)) < 0.55 + wide
         return inside and self.sees(guard.at, p)
 
@@ -1961,10 +1965,10 @@ class Shade(TopDown):
             if self.blocked(g.at + 26 * g.way):
                 g.way = -g.way
             g.at += 1.3 * g.way
-            strikes = self.distance(g) < self.blade and not self.lit(self.pos, g)
+            strikes = self.distance(g) < self.blade and not self.lit(self.at, g)
             if strikes and self.pressed("EAST", 12):
                 self.take(self.foes, g)
-        seen = any(self.lit(self.pos, g) or self.distance(g) < 20 for g in self.foes)
+        seen = any(self.lit(self.at, g) or self.distance(g) < 20 for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
         self.health = int(self.alarm < 1)
         for thing in filter(self.reached, list(self.things)):
@@ -1989,8 +1993,8 @@ class Shade(TopDown):
         return self.nearest(self.foes if self.knife else self.things)
 
     def wish(self):
-        """Of 16 ways and standing still: the one that gets on best and stays out of the light."""
-        goal, pos = self.goal(), self.pos
+        """Of 16 ways and standing still: the best one out of the light."""
+        goal, pos = self.goal(), self.at
         target = goal.at - self.behind * goal.way
         if self.blocked(target):
             target = goal.at
@@ -2003,7 +2007,7 @@ class Shade(TopDown):
         best, most = 0j, -99.0
         for d in (0j, *(rect(1, k * tau / 16) for k in range(16))):
             q = self.move(pos, 24 * d)
-            danger = sum(abs(q - g) < self.margin[0] + 14 or self.lit(q + step * d, g, *self.margin)
+            danger = sum(abs(q - g.at) < self.margin[0] + 14 or self.lit(q + step * d, g, *self.margin)
                          for g in self.foes for step in (0, 12))
             gain = ahead_and_right(q - pos, unit(way)).real / 24 - 2 * danger
             if gain > most + 0.01:
@@ -2020,7 +2024,7 @@ class Side(Game):
     as wide to each side) to land on, which do not stop a jump from below."""
 
     def stand(self, place):
-        self.pos, self.v, self.ground, self.stood, self.way = place, 0.0, True, self.t, 1
+        self.at, self.v, self.ground, self.stood, self.way = place, 0.0, True, self.t, 1
 
     def bodily(self, speed=3.2):
         """Run by the left stick, jump from the ground by SOUTH, fall, land."""
@@ -2029,13 +2033,13 @@ class Side(Game):
         if "SOUTH" in self.held and self.t - self.stood <= 4:    # a jump a moment after the edge still counts
             self.v, self.stood = -8.4, -9
         self.v = min(self.v + 0.5, 11)
-        before = self.pos.imag
-        self.pos += complex(self.left.real * speed, self.v)
+        before = self.at.imag
+        self.at += complex(self.left.real * speed, self.v)
         self.ground = False
         for i, island in enumerate(self.islands):
-            over = abs((self - island).real) < island.half + 8
-            if over and before <= island.at.imag <= self.pos.imag and self.v >= 0:
-                self.pos, self.v = complex(self.pos.real, island.at.imag), 0.0
+            over = abs((island.at - self.at).real) < island.half + 8
+            if over and before <= island.at.imag <= self.at.imag and self.v >= 0:
+                self.at, self.v = complex(self.at.real, island.at.imag), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
 
 
@@ -2064,7 +2068,7 @@ class Cliffs(Side):
     def play(self):
         self.bodily(4.0 if "RIGHT_TRIGGER" in self.held else 3.0)
         last = self.islands[self.on].at
-        if self.pos.imag > last.imag + 150:
+        if self.at.imag > last.imag + 150:
             self.health -= 1
             self.stand(last)
         for thing in list(self.things):
@@ -2073,11 +2077,11 @@ class Cliffs(Side):
                 self.take(self.things, thing)
 
     def draw(self):
-        corner = self.pos - 128 - 160j
-        frame = self.back(self.pos.real / 3)               # moving at a third of the speed
+        corner = self.at - 128 - 160j
+        frame = self.back(self.at.real / 3)               # moving at a third of the speed
         for island in self.islands:
             for thick, ink in (26j, "96643c"), (8j, "50c846"):
-                bar(frame, island - corner - island.half, 2 * island.half + thick, ink)
+                bar(frame, island.at - corner - island.half, 2 * island.half + thick, ink)
         sprites(frame, self.things, self.size, corner + 1j * self.lift)
         goal = self.nearest(self.things)
         if goal and self.distance(goal) > 120:
@@ -2134,14 +2138,14 @@ class Commando(Side):
     def recruit(self):
         """Soldiers to both sides, on the ground or on ledges; turrets in the air."""
         for side in () if self.foes else self.sides:
-            x = self.pos.real + side * self.uniform(80, 112)
+            x = self.at.real + side * self.uniform(80, 112)
             at = complex(x, 200 - self.choice(self.heights))
             self.foes.append(Thing(self.foe, at, hp=self.hp, wait=self.rng.randint(40, 90)))
 
     def play(self):
         self.bodily()
         self.aim = pointed(self.right, self.aim)
-        heart = self.pos - 22j
+        heart = self.at - 22j
         self.fire(heart, self.foes)
         self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
         for f in list(self.foes):                          # they keep near and shoot now and then
@@ -2155,15 +2159,15 @@ class Commando(Side):
                 f.wait, d = 75, heart - f
                 way = copysign(1, d.real) if f.at.imag >= 170 else unit(d)          # on the ground along it
                 self.shots.append(Thing("mine", f.at, v=2.6 * way))
-        if self.pos.imag > 178 and any(abs((wire - self).real) < 20 for wire in self.things):
+        if self.at.imag > 178 and any(abs((wire - self).real) < 20 for wire in self.things):
             self.hurt(20)
         if not self.foe and abs((self.copter - self).real) < 24:
             self.score = 1
         self.recruit()
 
     def draw(self):
-        corner = self.pos.real - 128
-        frame = self.back(self.pos.real / 3)               # moving at a third of the speed
+        corner = self.at.real - 128
+        frame = self.back(self.at.real / 3)               # moving at a third of the speed
         x = int(corner) % 128
         frame[200:] = pattern("sand", "541", "874", 56, 512)[:, x:x + 256]
         sprites(frame, self.things, 40, corner)
@@ -2175,7 +2179,7 @@ class Commando(Side):
             if f.kind == "soldier" and at.imag < 170:
                 bar(frame, at - 24 + 18j, 48 + 10j, "5a3c32")
             sprite(frame, f.kind, at - 4j, 52, flip=(f - self).real > 0)
-        gun = complex(128, self.pos.imag - 22)
+        gun = complex(128, self.at.imag - 22)
         sprite(frame, "trooper", gun, 52, flip=self.way < 0)
         line(frame, gun, gun + rect(30, self.aim), "141414", 8)
         for bolt in self.bolts:
@@ -2191,7 +2195,7 @@ class Commando(Side):
             ahead = [(wire - self).real * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
-        heart, leap, run = self.pos - 22j, "", 0.0
+        heart, leap, run = self.at - 22j, "", 0.0
         foe = min(self.foes, key=lambda f: between(f - heart, self.aim))    # whom the gun points at most
         d = foe - heart
         coming = [s for s in self.shots
@@ -2211,28 +2215,28 @@ class Glider(Side):
     mark on the ground shows."""
 
     def begin(self):
-        self.pos = complex(0, self.uniform(70, 180))
+        self.at = complex(0, self.uniform(70, 180))
 
     def speed(self):
         """Pixels a step."""
         return 2.6 + 1.2 * self.left.real
 
     def play(self):
-        height = span(self.pos.imag + 3.4 * self.left.imag, 34, self.lowest)
-        self.pos = complex(self.pos.real + self.speed(), height)
+        height = span(self.at.imag + 3.4 * self.left.imag, 34, self.lowest)
+        self.at = complex(self.at.real + self.speed(), height)
         self.gap -= self.speed()
         if self.gap <= 0:
             self.gap = self.apart * self.uniform(0.85, 1.25)
             y = 226 if self.tank else self.uniform(50, 195)
-            self.things.append(Thing(self.want, complex(self.pos.real + 200, y), base=y,
+            self.things.append(Thing(self.want, complex(self.at.real + 200, y), base=y,
                                      wave=self.uniform(0, 6)))
         if self.tank:
             if self.ammo and self.pressed("SOUTH", 20):
                 self.ammo -= 1
-                self.bolts.append(Thing("bomb", self.pos + 10j, v=self.speed() + 1j))
+                self.bolts.append(Thing("bomb", self.at + 10j, v=self.speed() + 1j))
             self.fly(self.bolts, self.falls, 999)
         else:
-            self.fire(self.pos, self.things)
+            self.fire(self.at, self.things)
         for thing in list(self.things):
             d = thing - self
             if self.want == "foe":
@@ -2257,12 +2261,12 @@ class Glider(Side):
 
     def mark(self):
         """How far ahead a bomb dropped now would fall: dy = v t + g t^2 / 2."""
-        drop = 212 - self.pos.imag
+        drop = 212 - self.at.imag
         return self.speed() * (sqrt(1 + 0.5 * drop) - 1) / 0.25
 
     def draw(self):
-        corner = self.pos - 70 - 1j * self.above
-        x, ground = int(self.pos.real), round(232 - corner.imag)
+        corner = self.at - 70 - 1j * self.above
+        x, ground = int(self.at.real), round(232 - corner.imag)
         frame = self.back(x, min(round(corner.imag) + 96, 432 - 256), 432)
         fields = pattern("checker", "313", "636", 256, 512)
         frame[ground:] = fields[:max(256 - ground, 0), x % 256:x % 256 + 256]
@@ -2283,11 +2287,11 @@ class Glider(Side):
                 sprite(frame, "bomb", bolt - corner, 28, pi / 2)
             else:
                 bar(frame, bolt - corner - 9 - 3j, 18 + 6j, "78ffff")
-        sprite(frame, "plane", self.pos - corner, 56, round(2 * self.left.imag) * tau / 32)
+        sprite(frame, "plane", self.at - corner, 56, round(2 * self.left.imag) * tau / 32)
         return frame
 
     def wish(self):
-        rise = lambda height: span((height - self.pos.imag) / 60)
+        rise = lambda height: span((height - self.at.imag) / 60)
         d = next((thing - self for thing in self.things if (thing - self).real > 0), None)
         if d is None:
             return complex(0.3, rise(self.cruise)), 0j, ""
@@ -2323,7 +2327,7 @@ class Dojo(Game):
         x = self.left.real
         if abs(x) > 0.15 and not stunned:
             self.way = copysign(1, x)
-            self.pos = span(self.pos + 2.8 * x * (move != "LEFT_TRIGGER"), 24, 232)
+            self.at = span(self.at + 2.8 * x * (move != "LEFT_TRIGGER"), 24, 232)
         for f in self.foes:
             self.rival(f, move)
         if move in ("WEST", "SOUTH") and self.ready("blow", 12):
@@ -2334,7 +2338,7 @@ class Dojo(Game):
                     f.kind, f.wait = "idle", 12
                     f.at = span(f.at + 26 * self.way, 16, 240)
                     if self.rivals == 1 and self.rng.random() < 0.5:
-                        f.at = span(2 * self.pos - f, 16, 240)               # leaps over to the other side
+                        f.at = span(2 * self.at - f, 16, 240)               # leaps over to the other side
                 elif f.kind != "idle":
                     self.fumble()
 
@@ -2376,10 +2380,10 @@ class Dojo(Game):
         frame, middle = self.floor.copy(), 128 + 140j
         if self.rivals:
             for f in self.foes:
-                sprite(frame, f.kind, f.at + 190j, 84, flip=f.at > self.pos)
-            sprite(frame, "monk", self.pos + 190j, 84, flip=self.way < 0)
+                sprite(frame, f.kind, f.at + 190j, 84, flip=f.at > self.at)
+            sprite(frame, "monk", self.at + 190j, 84, flip=self.way < 0)
             if "LEFT_TRIGGER" in self.held:
-                bar(frame, round(self.pos + 22 * self.way) - 4 + 150j, 8 + 70j, "78c8ff")
+                bar(frame, round(self.at + 22 * self.way) - 4 + 150j, 8 + 70j, "78c8ff")
         else:
             disc(frame, middle, 60, "28c8ff", 4)
             if self.board:
@@ -2388,7 +2392,7 @@ class Dojo(Game):
             arrow(frame, middle + rect(34, self.aim), self.aim, 14, "ffffff")
             sprite(frame, "monk", middle, 52, flip=math.cos(self.aim) < 0)
         if self.rests("stun"):
-            disc(frame, self.pos + (132j if self.rivals else 108j), 12, "ffff00", 4)
+            disc(frame, self.at + (132j if self.rivals else 108j), 12, "ffff00", 4)
         return frame
 
     def wish(self):

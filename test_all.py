@@ -3795,15 +3795,15 @@ def test_scripted_wins_and_random_does_not():
 
 def test_sticks_are_analogue_and_y_points_down():
     plane = bench.Glider("glider/rings")
-    height = plane.pos.imag
+    height = plane.at.imag
     plane.advance(action(left=(0, -0.5)))
-    assert plane.pos.imag == approx(height - 1.7)
+    assert plane.at.imag == approx(height - 1.7)
 
 
 def test_ray_casting_meets_the_wall_where_geometry_says():
     game = bench.Siege("siege/beacon", 0)
     edge = np.isin(np.arange(11), (0, 10))
-    game.grid, game.pos, game.face, game.things = edge | edge[:, None], 5.5 + 5.5j, 0.3, []
+    game.grid, game.at, game.face, game.things = edge | edge[:, None], 5.5 + 5.5j, 0.3, []
     bench.FirstPerson.draw(game)
     ray = np.exp(0.3j) * (1 + 1j * bench.LENS)                         # length 1 ahead: without fish-eye
     reach = np.minimum(4.5 / np.abs(ray.real), 4.5 / np.abs(ray.imag))
@@ -3814,7 +3814,7 @@ def test_driving_draws_the_ground_in_perspective():
     """A mark painted d ahead and l to the right appears where the pinhole camera says."""
     game = bench.Rally("rally/park", 0)
     game.ground[:] = 0
-    game.pos, game.face, game.things, game.bay = 512 + 512j, 0.0, [], 900 + 512j
+    game.at, game.face, game.things, game.bay = 512 + 512j, 0.0, [], 900 + 512j
     ahead, right = 120, 30
     at = 512 - 44 + ahead                                               # the camera is 44 behind the car
     game.ground[508 + right:517 + right, at - 4:at + 5] = (255, 0, 255)

@@ -303,13 +303,10 @@ def replay(task, seed, actions):
 
 def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
-    tasks, groups = next(iter(table.values())), {}
     kinds = {task: (f"type: {row.kind}", f"family: {row.game.family}") for task, row in TASKS.items()}
-    for column in zip(*((task, *kinds.get(task, ()), "all") for task in tasks)):
-        for task, group in zip(tasks, column):
-            groups.setdefault(group, []).append(task)
-    return {name: {who: share(np.concatenate([ended[task] for task in group]))
-                   for who, ended in table.items()} for name, group in groups.items()}
+    groups = {task: (task, *kinds.get(task, ()), "all") for task in next(iter(table.values()))}
+    return {name: {who: share(np.concatenate([ended[task] for task in groups if name in groups[task]]))
+                   for who, ended in table.items()} for name in itertools.chain(*zip(*groups.values()))}
 
 
 def share(ended):
@@ -468,7 +465,7 @@ def transfer(args):
     games = list(by_game(pick_tasks(args.games)))
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
-    out, results = folder(args.out), []
+    out = folder(args.out)
     with stage(out, "record the games to pre-train on"):
         for game in GAMES:
             record_here(args, out / "data" / game, game, OTHERS_MINUTES, 0)
@@ -476,21 +473,12 @@ def transfer(args):
         with stage(out, f"{game}: pre-train on the others"):
             others = [out / "data" / name for name in GAMES if name != game]
             train_runs(PRETRAINING, {out / f"pre-{game}": [*others, "--preset", "toy", "--balance"]})
-    for name, trial in trials(args).items():
-        game, minutes, seed = trial
-        with stage(out, name) as say:
-            data = out / "few" / name
-            record_here(args, data, game, minutes, 1000 + seed)
-            runs = {"post-trained": (out / f"post-trained-{name}", data, "--ckpt", out / f"pre-{game}"),
-                    "scratch": (out / f"scratch-{name}", data, "--preset", "toy")}
-            results.append(train_and_play(args, trial, runs, say))
-    compare(args, results)
 
-
-def trials(args):
-    """{name: (game, minutes, seed)} of all trials."""
-    every = itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS)
-    return {"{}-{:g}-{}".format(*trial): trial for trial in every}
+    def learners(data, say, game, minutes, seed):
+        record_here(args, data / "few", game, minutes, 1000 + seed)
+        return {"post-trained": [data / "few", "--ckpt", out / f"pre-{game}"],
+                "scratch": [data / "few", "--preset", "toy"]}, None
+    compare(args, learners)
 
 
 def record_here(args, path, game, minutes, seed):
@@ -499,19 +487,22 @@ def record_here(args, path, game, minutes, seed):
           sep="\n")
 
 
-def train_and_play(args, trial, runs, say, **more):
-    """Train models {name: (run, data and flags)} on the data of a trial -> its result: what they complete."""
-    game, minutes, seed = trial
-    train_runs(args.steps, {run: [*words, "--seed", seed] for run, *words in runs.values()})
-    rows = rows_of({who: play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
-                    for who, (run, *_) in runs.items()})
-    say(in_words(rows))
-    return {"game": game, "minutes": minutes, "seed": seed, "rows": rows, **more}
-
-
-def compare(args, results):
-    """Print and write what each kind of model completes, and what the first gains over the second."""
-    first, second, *_ = names = [*results[0]["rows"]["all"]]
+def compare(args, learners):
+    """Trial after trial, each of a game, minutes and a seed: train the learners of its folder, {name: data
+    and flags}, and let them play. Print and write what each completes, what the first gains over the second,
+    and the scores of labels, or None, that learners() gives besides."""
+    out, results = folder(args.out), []
+    for trial in itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS):
+        game, minutes, seed = trial
+        data = out / f"{game}-{minutes:g}-{seed}"
+        with stage(out, data.name) as say:
+            words, labels = learners(data, say, *trial)
+            train_runs(args.steps, {data / who: [*words[who], "--seed", seed] for who in words})
+            rows = rows_of({who: play_model(sample.Policy(data / who, "cpu", steps=4), pick_tasks([game]),
+                                            args.n, seed=seed) for who in words})
+            say(in_words(rows))
+        results.append({"game": game, "minutes": minutes, "seed": seed, "labels": labels, "rows": rows})
+    first, second, *_ = names = [*words]
     gains = gains_of(results)
     for name, row in gains.items():
         points, gained = ("{:+.1%} [{:+.1%}, {:+.1%}]".format(*row[key]) if row[key] else
@@ -556,25 +547,21 @@ def inverse(args):
     that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick R2,
     button F1 and onset F1.
     """
-    out, results = folder(args.out), []
-    for name, trial in trials(args).items():
-        data, (game, minutes, seed) = out / name, trial
+    def learners(data, say, game, minutes, seed):
         few, more, bare, model = (data / part for part in ("few", "more", "bare", "inverse"))
-        with stage(out, name) as say:
-            for path, many in (few, minutes), (more, 10 * minutes):
-                record_here(args, path, game, many, f"{2000 + seed} {path.name}")
-            if not bare.is_dir():
-                labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
-                shutil.copytree(more, bare, ignore=labels)
-            train_runs(args.steps, {model: [few, "--inverse", "--preset", "toy", "--seed", seed]})
-            run_scripts(["sample.py", "label", bare, "--ckpt", model])
-            read = np.mean([sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
-                            for actions, truth in map(actions_and_truth, extract.clips_in(bare))], 0)
-            say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}".format(*read))
-            learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
-            runs = {who: (data / who, *clips, "--preset", "toy") for who, clips in learns.items()}
-            results.append(train_and_play(args, trial, runs, say, labels=read.tolist()))
-    compare(args, results)
+        for path, many in (few, minutes), (more, 10 * minutes):
+            record_here(args, path, game, many, f"{2000 + seed} {path.name}")
+        if not bare.is_dir():
+            labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
+            shutil.copytree(more, bare, ignore=labels)
+        train_runs(args.steps, {model: [few, "--inverse", "--preset", "toy", "--seed", seed]})
+        run_scripts(["sample.py", "label", bare, "--ckpt", model])
+        read = np.mean([sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
+                        for actions, truth in map(actions_and_truth, extract.clips_in(bare))], 0)
+        say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}".format(*read))
+        learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
+        return {who: [*clips, "--preset", "toy"] for who, clips in learns.items()}, read.tolist()
+    compare(args, learners)
 
 
 # ---- speed
@@ -850,12 +837,12 @@ def pad_to_action(space, controls, names=()):
 
 
 def read_pad(action, name):
-    """What the pad says: a button or a side of a stick (left.up) 0..1, an axis (left.x) -1..1."""
+    """What the pad says: a button 0..1, a stick along one of its axes or to a side of it (left.up) -1..1."""
     if name in BUTTON:
         return action[BUTTON[name]]
     stick, side = name.split(".")
     x, y = action[STICKS[stick]]
-    return {"x": x, "y": y, "right": max(x, 0), "left": max(-x, 0), "down": max(y, 0), "up": max(-y, 0)}[side]
+    return {"x": x, "right": x, "left": -x, "y": y, "down": y, "up": -y}[side]
 
 
 def aims(game):

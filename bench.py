@@ -85,6 +85,7 @@ def by_game(tasks):
 def chosen(args, names):
     """The tasks that --games or --tasks name, or the one of --env."""
     if args.env and not names:
+        args.workers = 1                               # other processes do not know it
         return [foreign_task(args)]
     if args.env or args.table:
         raise UserError("expected --table with --env ID, --env without --games or --tasks: leave one out")
@@ -103,7 +104,7 @@ def record(args):
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     jobs = recordings(args.out, tasks, args.minutes, args.seed, args.clip)
     work = record_video if args.video else functools.partial(record_folder, ckpt=args.ckpt, euler=args.euler)
-    for i, line in enumerate(in_processes(work, jobs, 1 if args.env else args.workers), 1):
+    for i, line in enumerate(in_processes(work, jobs, args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line}", flush=True)
 
 
@@ -214,7 +215,7 @@ def suite(args):
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
                                     8 if args.env else 64, folder(args.out) if args.video else None)
     players = ["random", "scripted"] if hasattr(PLAYABLE[tasks[0]], "wish") else ["random"]
-    rows = rows_of(completion(tasks, players, args.n, args.seed, 1 if args.env else args.workers) | table)
+    rows = rows_of(completion(tasks, players, args.n, args.seed, args.workers) | table)
     show_rows(rows)
     if args.env:
         for who, row in rows["all"].items():
@@ -302,13 +303,10 @@ def replay(task, seed, actions):
 
 def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
-    tasks, groups = next(iter(table.values())), {}
     kinds = {task: (f"type: {row.kind}", f"family: {row.game.family}") for task, row in TASKS.items()}
-    for column in zip(*((task, *kinds.get(task, ()), "all") for task in tasks)):
-        for task, group in zip(tasks, column):
-            groups.setdefault(group, []).append(task)
-    return {name: {who: share(np.concatenate([ended[task] for task in group]))
-                   for who, ended in table.items()} for name, group in groups.items()}
+    groups = {task: (task, *kinds.get(task, ()), "all") for task in next(iter(table.values()))}
+    return {name: {who: share(np.concatenate([ended[task] for task in groups if name in groups[task]]))
+                   for who, ended in table.items()} for name in itertools.chain(*zip(*groups.values()))}
 
 
 def share(ended):
@@ -467,7 +465,7 @@ def transfer(args):
     games = list(by_game(pick_tasks(args.games)))
     if len(games) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
-    out, results = folder(args.out), []
+    out = folder(args.out)
     with stage(out, "record the games to pre-train on"):
         for game in GAMES:
             record_here(args, out / "data" / game, game, OTHERS_MINUTES, 0)
@@ -475,21 +473,12 @@ def transfer(args):
         with stage(out, f"{game}: pre-train on the others"):
             others = [out / "data" / name for name in GAMES if name != game]
             train_runs(PRETRAINING, {out / f"pre-{game}": [*others, "--preset", "toy", "--balance"]})
-    for name, trial in trials(args).items():
-        game, minutes, seed = trial
-        with stage(out, name) as say:
-            data = out / "few" / name
-            record_here(args, data, game, minutes, 1000 + seed)
-            runs = {"post-trained": (out / f"post-trained-{name}", data, "--ckpt", out / f"pre-{game}"),
-                    "scratch": (out / f"scratch-{name}", data, "--preset", "toy")}
-            results.append(train_and_play(args, trial, runs, say))
-    compare(args, results)
 
-
-def trials(args):
-    """{name: (game, minutes, seed)} of all trials."""
-    every = itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS)
-    return {"{}-{:g}-{}".format(*trial): trial for trial in every}
+    def learners(data, say, game, minutes, seed):
+        record_here(args, data / "few", game, minutes, 1000 + seed)
+        return {"post-trained": [data / "few", "--ckpt", out / f"pre-{game}"],
+                "scratch": [data / "few", "--preset", "toy"]}, None
+    compare(args, learners)
 
 
 def record_here(args, path, game, minutes, seed):
@@ -498,19 +487,22 @@ def record_here(args, path, game, minutes, seed):
           sep="\n")
 
 
-def train_and_play(args, trial, runs, say, **more):
-    """Train models {name: (run, data and flags)} on the data of a trial -> its result: what they complete."""
-    game, minutes, seed = trial
-    train_runs(args.steps, {run: [*words, "--seed", seed] for run, *words in runs.values()})
-    rows = rows_of({who: play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
-                    for who, (run, *_) in runs.items()})
-    say(in_words(rows))
-    return {"game": game, "minutes": minutes, "seed": seed, "rows": rows, **more}
-
-
-def compare(args, results):
-    """Print and write what each kind of model completes, and what the first gains over the second."""
-    first, second, *_ = names = [*results[0]["rows"]["all"]]
+def compare(args, learners):
+    """Trial after trial, each of a game, minutes and a seed: train the learners of its folder, {name: data
+    and flags}, and let them play. Print and write what each completes, what the first gains over the second,
+    and the scores of labels, or None, that learners() gives besides."""
+    out, results = folder(args.out), []
+    for trial in itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS):
+        game, minutes, seed = trial
+        data = out / f"{game}-{minutes:g}-{seed}"
+        with stage(out, data.name) as say:
+            words, labels = learners(data, say, *trial)
+            train_runs(args.steps, {data / who: [*words[who], "--seed", seed] for who in words})
+            rows = rows_of({who: play_model(sample.Policy(data / who, "cpu", steps=4), pick_tasks([game]),
+                                            args.n, seed=seed) for who in words})
+            say(in_words(rows))
+        results.append({"game": game, "minutes": minutes, "seed": seed, "labels": labels, "rows": rows})
+    first, second, *_ = names = [*words]
     gains = gains_of(results)
     for name, row in gains.items():
         points, gained = ("{:+.1%} [{:+.1%}, {:+.1%}]".format(*row[key]) if row[key] else
@@ -555,25 +547,21 @@ def inverse(args):
     that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick R2,
     button F1 and onset F1.
     """
-    out, results = folder(args.out), []
-    for name, trial in trials(args).items():
-        data, (game, minutes, seed) = out / name, trial
+    def learners(data, say, game, minutes, seed):
         few, more, bare, model = (data / part for part in ("few", "more", "bare", "inverse"))
-        with stage(out, name) as say:
-            for path, many in (few, minutes), (more, 10 * minutes):
-                record_here(args, path, game, many, f"{2000 + seed} {path.name}")
-            if not bare.is_dir():
-                labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
-                shutil.copytree(more, bare, ignore=labels)
-            train_runs(args.steps, {model: [few, "--inverse", "--preset", "toy", "--seed", seed]})
-            run_scripts(["sample.py", "label", bare, "--ckpt", model])
-            read = np.mean([sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
-                            for actions, truth in map(actions_and_truth, extract.clips_in(bare))], 0)
-            say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}".format(*read))
-            learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
-            runs = {who: (data / who, *clips, "--preset", "toy") for who, clips in learns.items()}
-            results.append(train_and_play(args, trial, runs, say, labels=read.tolist()))
-    compare(args, results)
+        for path, many in (few, minutes), (more, 10 * minutes):
+            record_here(args, path, game, many, f"{2000 + seed} {path.name}")
+        if not bare.is_dir():
+            labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
+            shutil.copytree(more, bare, ignore=labels)
+        train_runs(args.steps, {model: [few, "--inverse", "--preset", "toy", "--seed", seed]})
+        run_scripts(["sample.py", "label", bare, "--ckpt", model])
+        read = np.mean([sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
+                        for actions, truth in map(actions_and_truth, extract.clips_in(bare))], 0)
+        say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}".format(*read))
+        learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
+        return {who: [*clips, "--preset", "toy"] for who, clips in learns.items()}, read.tolist()
+    compare(args, learners)
 
 
 # ---- speed
@@ -649,7 +637,7 @@ class Scripted:
 
     def __init__(self, game, seed=0):
         self.game, rng = game, random.Random(f"player {seed}")
-        self.late = deque([(0j, 0j, "")] * rng.randint(2, 4))
+        self.late = deque([(0j, "")] * rng.randint(2, 4))
         self.askew, self.reach = rng.gauss(0, 0.05), rng.uniform(0.93, 1.0)
         self.quick, self.careless, self.rng = rng.uniform(0.4, 0.7), rng.uniform(0.002, 0.007), rng
         self.sticks = [0j, 0j]
@@ -671,7 +659,7 @@ class Scripted:
             if rng.random() >= self.careless:
                 return wanted, keys
             self.slip, self.how = rng.randint(5, 11), rng.choice(("veer", "veer", "rest", "button"))
-            self.veer = rect(1, rng.choice((-1, 1)) * rng.uniform(0.6, 2))
+            self.veer = rect(1, rng.choice(SIDES) * rng.uniform(0.6, 2))
             self.extra = rng.choice(sorted(self.game.keys))
         self.slip -= 1
         if self.how == "veer":
@@ -849,12 +837,12 @@ def pad_to_action(space, controls, names=()):
 
 
 def read_pad(action, name):
-    """What the pad says: a button or a side of a stick (left.up) 0..1, an axis (left.x) -1..1."""
+    """What the pad says: a button 0..1, a stick along one of its axes or to a side of it (left.up) -1..1."""
     if name in BUTTON:
         return action[BUTTON[name]]
     stick, side = name.split(".")
     x, y = action[STICKS[stick]]
-    return {"x": x, "y": y, "right": max(x, 0), "left": max(-x, 0), "down": max(y, 0), "up": max(-y, 0)}[side]
+    return {"x": x, "right": x, "left": -x, "y": y, "down": y, "up": -y}[side]
 
 
 def aims(game):
@@ -892,9 +880,9 @@ class Placed:
 
 class Game(Placed):
     """One task of one game, the same for the same seed. A subclass has begin(), play(), draw() and wish():
-    the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
-    control does), and look: health (lives), where it and the score stand (hud).
-    What "look" holds are attributes that all its tasks have or begin with, what a task's "start" holds is of
+    the left stick, the right one where the game has it (complex, y down) and the buttons that win.
+    weights/games.json holds its tasks, keys (what each control does), health (lives), where it and the score
+    stand (hud), and other attributes that all its tasks have or begin with; what a task's "start" holds is of
     this one."""
     fps = FPS
     t = score = 0
@@ -957,10 +945,6 @@ class Game(Placed):
         if self.ready("hurt", rest):
             self.health -= 1
 
-    def either_way(self):
-        """-1 or 1, at random."""
-        return self.choice((-1, 1))
-
     def around(self, low, high):
         """A vector of random length and direction."""
         return rect(self.uniform(low, high), self.uniform(0, tau))
@@ -1016,6 +1000,13 @@ class Game(Placed):
                 foe.hp -= 1
             return struck or bolt.at.imag > ground
         self.fly(self.bolts, hits, reach)
+        self.reap(foes)
+
+    def reap(self, things):
+        """Those without hp are gone."""
+        for thing in list(things):
+            if thing.hp <= 0:
+                self.take(things, thing)
 
     def wounds(self, shot, at, width):
         """Does a shot hit the player, who is at `at`? That hurts."""
@@ -1062,13 +1053,11 @@ def run_scripts(*commands):
     """Run scripts of ours side by side, each with its share of the cores, of the videos or of the clips.
     Inside of a stage: what they print goes to its log."""
     sys.stdout.flush()
-    running = []
-    for rank, (script, *words) in enumerate(commands):
-        running.append(subprocess.Popen(
-            [sys.executable, str(HERE / script), *map(str, words)], stdout=sys.stdout,
-            stderr=subprocess.STDOUT, env=os.environ | {
-                "OMP_NUM_THREADS": f"{max(cores() // len(commands), 1)}", "RANK": f"{rank}",
-                "WORLD_SIZE": f"{len(commands)}"}))
+    n = len(commands)
+    settings = os.environ | {"OMP_NUM_THREADS": f"{max(cores() // n, 1)}", "WORLD_SIZE": f"{n}"}
+    running = [subprocess.Popen([sys.executable, str(HERE / script), *map(str, words)], stdout=sys.stdout,
+                                stderr=subprocess.STDOUT, env=settings | {"RANK": f"{rank}"})
+               for rank, (script, *words) in enumerate(commands)]
     try:
         failed = [p.args[1] for p in running if p.wait()]
     finally:
@@ -1301,7 +1290,7 @@ def walled(w, h):
 
 CENTRE = 128 + 128j                                # of the frame
 MIDDLE = 0.5 + 0.5j                                # of a cell, from its corner
-WAYS = 1, -1, 1j, -1j                              # from a cell to the next ones
+WAYS, SIDES = (1, -1, 1j, -1j), (-1, 1)            # from a cell to the next ones; left and right
 
 
 def cell_of(p):
@@ -1350,6 +1339,11 @@ class Walled(Game):
     """A map of square cells with walls; cell: the side of one in the game's units."""
     cell = 1
 
+    def draw_cells(self):
+        """An empty square map, and `blocks` of its cells at random."""
+        inner = range(1, self.size - 1)
+        return walled(self.size, self.size), self.plan.sample([*itertools.product(inner, inner)], self.blocks)
+
     def enter(self, grid):
         """Take a map; the distances to a cell of it are found once."""
         self.grid, self.rows = grid, grid.tolist()                           # lists are faster by the cell
@@ -1376,8 +1370,9 @@ class Walled(Game):
         """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
         thing.at = self.move(thing.at, far * unit(place - thing), r)
 
-    def sees(self, p, q):
-        """Is the straight line between two places free of walls?"""
+    def sees(self, q, p=None):
+        """Is the straight line between two places, one of them the player's by default, free of walls?"""
+        p = self.at if p is None else p
         n = int(abs(q - p) / self.cell * 4) + 1
         return not any(self.blocked(p + (q - p) * i / n) for i in range(n + 1))
 
@@ -1404,8 +1399,8 @@ class FirstPerson(Walled):
 
     def begin(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
-        grid, inner = walled(self.size, self.size), [*itertools.product(range(1, self.size - 1), repeat=2)]
-        for x, y in self.plan.sample(inner, int(self.density * len(inner))):
+        grid, cells = self.draw_cells()
+        for x, y in cells:
             grid[y, x] = True
             free = free_cells(grid)
             grid[y, x] = len(distances(grid, free[0])) == len(free)
@@ -1414,8 +1409,9 @@ class FirstPerson(Walled):
         self.bring()
 
     def play(self):
-        self.face = wrap(self.face + self.right.real * 0.085)
-        self.go(self.left * 1j * self.speed * rect(1, self.face), 0.22)
+        self.face += self.right.real * 0.085
+        speed = self.slow if "LEFT_TRIGGER" in self.held else self.speed
+        self.go(self.left * 1j * speed * rect(1, self.face), 0.22)
         goal = self.goal
         if not goal.near:
             self.fight(goal, self.distance(goal))
@@ -1476,7 +1472,7 @@ class FirstPerson(Walled):
     def target(self):
         """Where to go now: the goal itself where the way there is wide enough."""
         side = 0.2j * unit(self.goal - self)
-        clear = all(self.sees(self.at + s, self.goal.at + s) for s in (side, -side))
+        clear = all(self.sees(self.goal.at + s, self.at + s) for s in (side, -side))
         return self.goal.at if clear else self.on_the_way(self.goes_to, self.at)
 
     def steer(self, target, near):
@@ -1497,16 +1493,11 @@ class Crypt(FirstPerson):
     """A dark maze. An arrow shows the way; ghouls turn red before they strike: hold the shield then, hit them
     when they are green."""
 
-    def play(self):
-        self.speed = 0.05 if "LEFT_TRIGGER" in self.held else 0.09
-        super().play()
-
     def fight(self, ghoul, reach):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
         self.goes_to = ghoul.at
         if reach > 0.8:
-            to = self.on_the_way(self.at, ghoul.at) if reach > 1.5 else self.at
-            self.send(ghoul, to, 0.025, 0.2)
+            self.send(ghoul, self.on_the_way(self.at, ghoul.at) if reach > 1.5 else self, 0.025, 0.2)
         off, shield = abs(self.angle(ghoul)), "LEFT_TRIGGER" in self.held
         if ghoul.wind:
             ghoul.wind -= 1
@@ -1530,9 +1521,8 @@ class Crypt(FirstPerson):
         return frame
 
     def wish_to_fight(self, ghoul, reach):
-        close = reach < 1.6 and self.sees(self.at, ghoul.at)
-        left, right = self.steer(ghoul.at, 0.95) if close else self.steer(self.target(), self.stop)
-        if ghoul.wind and reach < 1.6:
+        left, right = self.steer(ghoul.at, 0.95) if reach < 1.6 else self.steer(self.target(), self.stop)
+        if ghoul.wind:
             return 0j, right, "LEFT_TRIGGER"
         return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(ghoul)) < 0.35 else ""
 
@@ -1551,14 +1541,13 @@ class Siege(FirstPerson):
 
     def fight(self, drone, reach):
         """The drone drifts and shoots where it sees the player; so does the player."""
-        moved = self.move(drone.at, self.drift, 0.3)
-        if moved == drone.at or self.ready("turn", 40):
+        drone.at = self.move(drone.at, self.drift, 0.3)
+        if self.ready("turn", 40):
             self.drift = self.around(0.02, 0.035)
-        drone.at = moved
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
-            drone.hp -= abs(self.angle(drone)) < 0.3 / reach and self.sees(self.at, drone.at)
-        if self.t > 30 and self.ready("drone", 80) and self.sees(self.at, drone.at):
+            drone.hp -= abs(self.angle(drone)) < 0.3 / reach and self.sees(drone.at)
+        if self.t > 30 and self.ready("drone", 80) and self.sees(drone.at):
             self.shots.append(Thing("mine", drone.at, v=0.07 * unit(self - drone), lift=0.35, size=0.2))
         self.fly(self.shots, lambda shot: self.wounds(shot, self.at, 0.3) or self.blocked(shot.at))
 
@@ -1572,7 +1561,7 @@ class Siege(FirstPerson):
         return frame
 
     def wish_to_fight(self, drone, reach):
-        clear = self.sees(self.at, drone.at)
+        clear = self.sees(drone.at)
         left, right = self.steer(self.target(), 2.5 if clear else self.stop)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
@@ -1603,39 +1592,39 @@ class Rally(Game):
 
     def build(self, path):
         """The road, the trees beside it, its gates and the other cars."""
-        for places, ink, thick in ((path, "ebebeb", 112), (path, "54545c", 100),
-                                   *((path[i:i + 2], "fadc5a", 5) for i in range(0, 256, 4))):
-            cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
+        road = whole(path)
+        dashes = [*road.reshape(-1, 4, 2)[:, :2]]
+        for lines, ink, thick in ([road], "ebebeb", 112), ([road], "54545c", 100), (dashes, "fadc5a", 5):
+            cv2.polylines(self.ground, lines, True, colour(ink), thick)
         self.at, self.face = self.path[0], phase(self.path[2] - self.path[0])
         pairs = lambda kind, first, step, aside: [
             Thing(kind, self.beside(i, side)) for i in range(first, 255, step) for side in (-aside, aside)]
         self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
-        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.either_way(), passed=False)
+        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.choice(SIDES), passed=False)
                      for i in range(self.cars)]
         self.race()
 
     def beside(self, place, far):
         """So many pixels to the right of a place on the path, in points of it from its start."""
-        a, b = self.path[int(place) % 256], self.path[int(place + 1) % 256]
+        a, b = self.path[int(place)], self.path[int(place + 1)]
         return a + (b - a) * (place % 1) + far * 1j * unit(b - a)
 
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
-        turn = self.either_way() * self.uniform(0.2, 0.9)
+        turn = self.choice(SIDES) * self.uniform(0.2, 0.9)
         self.bay = fence(self.at + rect(self.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
         self.things = [Thing("bay", self.bay)]
 
     def race(self):
-        """Where on the path the car is: the nearest of the next few points. Rivals drive on; those that are
-        passed do not count as hit."""
+        """Where on the path the car is: the nearest of the next few points. Rivals drive on."""
         self.index = min(range(self.index, self.index + 6), key=lambda i: abs(self.path[i] - self.at))
         for rival in self.foes:
             rival.along += 0.22
             rival.at = self.beside(rival.along, rival.side)
             rival.passed |= rival.along < self.index - 1
-            if self.distance(rival) < 24 and not rival.passed:
+            if self.distance(rival) < 24:
                 self.speed *= 0.3
                 self.hurt()
         self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
@@ -1644,10 +1633,10 @@ class Rally(Game):
         on_road = self.park or abs(self.path[self.index] - self.at) < 58
         gas, brake = "RIGHT_TRIGGER" in self.held, "LEFT_TRIGGER" in self.held
         slower = 0.3 if self.speed > 0 else 0.1                        # in reverse the brake is a weak engine
-        self.speed = max(-2, (self.speed + 0.28 * gas - slower * brake) * (0.972 if on_road else 0.88))
+        self.speed = (self.speed + 0.28 * gas - slower * brake) * (0.972 if on_road else 0.88)
         self.speed *= 1 if gas or brake else 0.97
-        self.face = wrap(self.face + self.left.real * 0.05 * span(self.speed / 2))
-        self.at = fence(self.at + self.speed * rect(1, self.face), 40, 984)
+        self.face += self.left.real * 0.05 * span(self.speed / 2)
+        self.at += self.speed * rect(1, self.face)
         if not self.park:
             self.race()
         elif abs(self.bay - self.at) < 34 and abs(self.speed) < 0.7:
@@ -1679,21 +1668,17 @@ class Rally(Game):
 
     def wish(self):
         if self.park:
-            rel = self.relative(self.bay)
-            angle, far = phase(rel), abs(rel)
-            if abs(angle) > 1.9 and far < 130:
-                return -copysign(1, rel.imag), 0j, "LEFT_TRIGGER"
-            turn, over = 2.5 * angle, 0.4
-            fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
+            angle, over = self.angle(self.bay), 0.4
+            turn = 2.5 * angle
+            fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * abs(self.bay - self.at), 0.35))
         else:
             target = self.path[self.index + 9]
             close = [r for r in self.foes if 0 < r.along - self.index < 13]
             if close:                                                      # pass the first on its other side
                 target = self.beside(self.index + 7, -close[0].side)
-            turn, over = 2.6 * self.angle(target), 1
-            fast = 3 if abs(turn) > 1.56 else 4.4
+            turn, over, fast = 2.6 * self.angle(target), 1, 4.4
         brake = "LEFT_TRIGGER" if self.speed > fast + over else ""
-        return span(turn), 0j, "RIGHT_TRIGGER" if self.speed < fast else brake
+        return span(turn), "RIGHT_TRIGGER" if self.speed < fast else brake
 
 
 # ---- top-down
@@ -1766,14 +1751,11 @@ class Swarm(TopDown):
 
     def play(self):
         self.aim = pointed(self.right, pointed(self.left, self.aim))
-        if abs(self.left) > 0.3:
-            self.pressed("LEFT_TRIGGER", 50)
+        self.pressed("LEFT_TRIGGER", 50)
         self.go(self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
         self.fire(self.at, self.foes)
-        for f in list(self.foes):
-            if f.hp <= 0:
-                self.take(self.foes, f)
-            elif self.distance(f) < self.reach:
+        for f in self.foes:
+            if self.distance(f) < self.reach:
                 self.hurt()
                 self.send(f, self, -70)
             way = unit(self - f)
@@ -1781,7 +1763,7 @@ class Swarm(TopDown):
                 self.send(f, self, 1.7)
             elif f.dash:                                   # the brute comes in a spiral, winds up and charges
                 f.dash -= 1
-                f.at = self.move(f.at, 7 * f.way, 20)
+                f.at = self.move(f.at, 7 * f.way)
             elif f.wind:
                 f.wind, f.kind = f.wind - 1, "brute!"
                 f.dash = 0 if f.wind else 22
@@ -1789,9 +1771,9 @@ class Swarm(TopDown):
                 f.wind, f.way = 18, way
             else:
                 f.kind = "brute"
-                f.at = self.move(f.at, 1.6 * way * rect(1, 0.8), 20)
-            if self.foe == "brute":
-                self.score = self.hp - f.hp
+                f.at = self.move(f.at, 1.6 * way * rect(1, 0.8))
+        if self.foe == "brute":
+            self.score = self.hp - sum(f.hp for f in self.foes)
         for mine in filter(self.reached, self.things):
             self.hurt()
             self.go(36 * unit(self - mine))
@@ -1837,7 +1819,7 @@ class Swarm(TopDown):
         way = unit(self.gem - self)
         for mine in self.things:
             d = ahead_and_right(mine - self, way)
-            if -10 < d.real < 90 and abs(d.imag) < 44:
+            if 0 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
         clear = self.distance(self.nearest([*self.things, self.gem])) > 110
         return way, way, "LEFT_TRIGGER" if clear else ""
@@ -1855,8 +1837,8 @@ class Vault(TopDown):
         """A room with blocks; the way in is where the player stands."""
         here, far = cell_of(self.at / 32), {}
         while len(far) < 24 or sum(steps > 4 for steps in far.values()) < 2:   # two things have to be far off
-            grid = walled(8, 8)
-            for x, y in self.plan.sample([*itertools.product(range(1, 7), repeat=2)], self.blocks):
+            grid, cells = self.draw_cells()
+            for x, y in cells:
                 grid[y, x] = complex(x, y) != here
             far = distances(grid, here)
         self.lay(grid)
@@ -1874,7 +1856,7 @@ class Vault(TopDown):
         strike = self.pressed("WEST", 24)
         if self.t % 4 == 0:
             self.goes_to = self.at
-        for s in list(self.foes):                                          # they come on around the blocks
+        for s in self.foes:                                                # they come on around the blocks
             d = s - self
             far = abs(d)
             struck = strike and far < 50 and between(d, self.face) < 0.7
@@ -1884,8 +1866,7 @@ class Vault(TopDown):
                 if not struck:
                     self.hurt()
             self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self, 1.1, 11)
-            if s.hp <= 0:
-                self.take(self.foes, s)
+        self.reap(self.foes)
         for thing in filter(self.reached, self.things[:1]):
             if thing.kind == "key":
                 self.things.remove(thing)
@@ -1897,8 +1878,8 @@ class Vault(TopDown):
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
         way, p = [], self.at
-        for goal in self.things[:1] * 12:
-            if abs(p - goal.at) > 20:
+        for goal in self.things[:1]:
+            while abs(p - goal.at) > 20:
                 p = self.on_the_way(goal.at, (cell_of(p / 32) + MIDDLE) * 32)
                 way.append(p)
         self.trail(frame, way, self.at, "4682ff")
@@ -1920,11 +1901,11 @@ class Vault(TopDown):
         to = self.on_the_way(goal.at, self.at) if far > self.close else goal.at
         way = unit(to - self.at)
         if not self.foes:
-            return way, 0j, goal.button if far < 40 else "RIGHT_TRIGGER" if far > 80 else ""
+            return way, goal.button if far < 40 else "RIGHT_TRIGGER" if far > 80 else ""
         if far < 48 and self.rests("WEST"):
-            return -unit(d), 0j, ""
+            return -unit(d), ""
         strike = far < 48 and between(d, self.face) < 0.5
-        return way * (0.5 if far < 50 else 1), 0j, "WEST" if strike else ""
+        return way * (0.5 if far < 50 else 1), "WEST" if strike else ""
 
 
 class Shade(TopDown):
@@ -1957,7 +1938,7 @@ class Shade(TopDown):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
         d = p - guard.at
         inside = abs(d) < self.light() + more and between(d, phase(guard.way)) < 0.55 + wide
-        return inside and self.sees(guard.at, p)
+        return inside and self.sees(p, guard.at)
 
     def play(self):
         self.go(self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
@@ -1968,9 +1949,9 @@ class Shade(TopDown):
             strikes = self.distance(g) < self.blade and not self.lit(self.at, g)
             if strikes and self.pressed("EAST", 12):
                 self.take(self.foes, g)
-        seen = any(self.lit(self.at, g) or self.distance(g) < 20 for g in self.foes)
+        seen = any(self.lit(self.at, g) for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
-        self.health = int(self.alarm < 1)
+        self.health = self.alarm < 1
         for thing in filter(self.reached, list(self.things)):
             self.take(self.things, thing)
 
@@ -1999,7 +1980,7 @@ class Shade(TopDown):
         if self.blocked(target):
             target = goal.at
         way = target - pos
-        if abs(way) >= 60 or not self.sees(pos, target):
+        if abs(way) >= 60:
             way = self.on_the_way(target, pos) - pos
         if self.knife and self.distance(goal) < 110 and self.lit(pos, goal, 60, 0.9):
             side = 1j * goal.way                                         # around the light, on our side of it
@@ -2014,7 +1995,7 @@ class Shade(TopDown):
                 best, most = d, gain
         near = min(map(self.distance, self.foes))
         strike = "EAST" if near < self.blade - 2 else ""
-        return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
+        return best * (1 if abs(way) > 20 else 0.6), strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
 
 
 # ---- side-scrolling
@@ -2048,11 +2029,11 @@ class Cliffs(Side):
     sprints."""
 
     def begin(self):
-        s, at, uniform, choice = self.either_way(), 0j, self.plan.uniform, self.plan.choice
+        s, at, uniform, choice = self.choice(SIDES), 0j, self.plan.uniform, self.plan.choice
         islands = [(0j, 90)] if self.tower else []
         for _ in range(self.steps):
             if self.tower:
-                at += choice((-1, 1)) * s * uniform(60, 88) - 58j
+                at += choice(SIDES) * s * uniform(60, 88) - 58j
                 islands.append((at, 34))
             else:
                 half = uniform(80, 150) / 2
@@ -2097,9 +2078,8 @@ class Cliffs(Side):
         if to == self.on:
             d = goal - self
             leap = (goal - self.islands[to]).imag < -40 and abs(d.real) < 30 and self.ground
-            return span(d.real / 20), 0j, "SOUTH" if leap else ""
-        x, run = self.cross(self.on + (1 if to > self.on else -1))
-        return x, 0j, run
+            return span(d.real / 20), "SOUTH" if leap else ""
+        return self.cross(self.on + (1 if to > self.on else -1))
 
     def cross(self, to):
         """The stick's x and the buttons that bring the runner to the next island on the way; distances count
@@ -2128,7 +2108,7 @@ class Commando(Side):
         self.stand(200j)
         self.aim = self.choice((0, pi))
         if not self.foe:
-            s, x = self.either_way(), 60.0
+            s, x = self.choice(SIDES), 60.0
             for _ in range(7):
                 x += self.plan.uniform(90, 150)
                 self.things.append(Thing("wire", s * x + 186j))
@@ -2148,14 +2128,12 @@ class Commando(Side):
         heart = self.at - 22j
         self.fire(heart, self.foes)
         self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
-        for f in list(self.foes):                          # they keep near and shoot now and then
+        for f in self.foes:                                # they keep near and shoot now and then
             f.wait -= 1
             d = heart - f
             if abs(d.real) > 112:
                 f.at += copysign(2.6, d.real)
-            if f.hp <= 0:
-                self.take(self.foes, f)
-            elif f.wait <= 0:
+            if f.wait <= 0:
                 f.wait, d = 75, heart - f
                 way = copysign(1, d.real) if f.at.imag >= 170 else unit(d)          # on the ground along it
                 self.shots.append(Thing("mine", f.at, v=2.6 * way))
@@ -2195,19 +2173,16 @@ class Commando(Side):
             ahead = [(wire - self).real * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
-        heart, leap, run = self.at - 22j, "", 0.0
+        heart, run = self.at - 22j, 0.0
         foe = min(self.foes, key=lambda f: between(f - heart, self.aim))    # whom the gun points at most
         d = foe - heart
         coming = [s for s in self.shots
                   if abs(s - heart) < 80 and ahead_and_right(heart - s, s.v).real > 0]
         for s in coming[:1]:
-            if abs(s.v.imag) >= 0.6:
-                run = -copysign(1, s.v.real)                            # run under it, to where it comes from
-            elif abs((s - heart).real) < 58:
-                leap = " SOUTH"
-        if not coming and not 70 < abs(d.real) < 115:
-            run = copysign(1, d.real) * (0.8 if abs(d.real) > 115 else -0.6)
-        return run, unit(d), ("RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else "") + leap
+            run = -copysign(1, s.v.real)                                # run under it, to where it comes from
+        if not coming and abs(d.real) < 70:
+            run = -copysign(0.6, d.real)
+        return run, unit(d), "RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else ""
 
 
 class Glider(Side):
@@ -2234,7 +2209,7 @@ class Glider(Side):
             if self.ammo and self.pressed("SOUTH", 20):
                 self.ammo -= 1
                 self.bolts.append(Thing("bomb", self.at + 10j, v=self.speed() + 1j))
-            self.fly(self.bolts, self.falls, 999)
+            self.fly(self.bolts, self.falls)
         else:
             self.fire(self.at, self.things)
         for thing in list(self.things):
@@ -2287,14 +2262,14 @@ class Glider(Side):
                 sprite(frame, "bomb", bolt - corner, 28, pi / 2)
             else:
                 bar(frame, bolt - corner - 9 - 3j, 18 + 6j, "78ffff")
-        sprite(frame, "plane", self.at - corner, 56, round(2 * self.left.imag) * tau / 32)
+        sprite(frame, "plane", self.at - corner, 56, self.left.imag * pi / 8)
         return frame
 
     def wish(self):
         rise = lambda height: span((height - self.at.imag) / 60)
         d = next((thing - self for thing in self.things if (thing - self).real > 0), None)
         if d is None:
-            return complex(0.3, rise(self.cruise)), 0j, ""
+            return complex(0.3, rise(self.cruise)), ""
         if self.tank:
             gap = d.real - self.mark()
             stick, aimed = complex(span(gap / 60), rise(80)), abs(gap) < 16
@@ -2303,7 +2278,7 @@ class Glider(Side):
             stick = complex(foe if self.want == "foe" else ring, span(d.imag / 28))
             aimed = abs(d.imag) < 12 and d.real < 150
         ready = not self.bolts and not self.rests(self.trigger)
-        return stick, 0j, self.trigger if aimed and ready else ""
+        return stick, self.trigger if aimed and ready else ""
 
 
 class Dojo(Game):
@@ -2311,17 +2286,16 @@ class Dojo(Game):
     guard high (kick low); boards to break. Who fights stands on a line: places are numbers."""
 
     def begin(self):
-        self.way = self.either_way()
+        self.way = self.choice(SIDES)
         self.floor = pattern("planks", "630", "a62", 256, 256).copy()
         self.floor[:170] = pattern("grid", "fec", "c96", 170, 256)
         disc(self.floor, 128 + 70j, 40, "e63c32")
-        sides = [-1, 1] if self.rivals == 2 else [self.either_way() for _ in range(self.rivals)]
+        sides = SIDES if self.rivals == 2 else [self.choice(SIDES) for _ in range(self.rivals)]
         self.foes = [Thing("idle", 128.0 + 90 * side, wait=20 + 40 * i) for i, side in enumerate(sides)]
 
     def play(self):
         stunned = self.rests("stun")
-        moves = self.held & {*self.answers.values()}
-        move = min(moves) if len(moves) == 1 and not stunned else None              # two at once are none
+        move = min(self.held) if len(self.held) == 1 and not stunned else None      # two at once are none
         if not self.rivals:
             return self.chop(move)
         x = self.left.real
@@ -2351,7 +2325,7 @@ class Dojo(Game):
         elif abs(d) < 36:
             f.at = span(f.at + copysign(2, d), 16, 240)
         if f.wait <= 0:
-            if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
+            if f.kind == "wind" and abs(d) < 60 and move != "LEFT_TRIGGER":
                 self.hurt()
             idle = all(g.kind == "idle" for g in self.foes)
             f.kind = self.choice(("open", "shut", "wind")) if idle else "idle"
@@ -2383,7 +2357,7 @@ class Dojo(Game):
                 sprite(frame, f.kind, f.at + 190j, 84, flip=f.at > self.at)
             sprite(frame, "monk", self.at + 190j, 84, flip=self.way < 0)
             if "LEFT_TRIGGER" in self.held:
-                bar(frame, round(self.at + 22 * self.way) - 4 + 150j, 8 + 70j, "78c8ff")
+                bar(frame, self.at + 22 * self.way - 4 + 150j, 8 + 70j, "78c8ff")
         else:
             disc(frame, middle, 60, "28c8ff", 4)
             if self.board:
@@ -2392,25 +2366,25 @@ class Dojo(Game):
             arrow(frame, middle + rect(34, self.aim), self.aim, 14, "ffffff")
             sprite(frame, "monk", middle, 52, flip=math.cos(self.aim) < 0)
         if self.rests("stun"):
-            disc(frame, self.at + (132j if self.rivals else 108j), 12, "ffff00", 4)
+            disc(frame, self.at + 108j, 12, "ffff00", 4)
         return frame
 
     def wish(self):
         b = self.board
         if not self.rivals:
-            return (rect(0.9, b.angle), 0j, "WEST" if 28 < b.far < 54 else "") if b else (0j, 0j, "")
+            return (rect(0.9, b.angle), "WEST" if 28 < b.far < 54 else "") if b else (0j, "")
         f = self.nearest([f for f in self.foes if f.kind != "idle"] or self.foes)
         d = f - self
         near = abs(d) < 54
-        return copysign(0.35 if near else 1, d), 0j, self.answers[f.kind] if near and d * self.way > 0 else ""
+        return copysign(0.35 if near else 1, d), self.answers[f.kind] if near and d * self.way > 0 else ""
 
 
 GAMES = {game.__name__.lower(): game
          for game in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo)}
 for game, kind in GAMES.items():
     row = ROWS_OF_GAMES[game]
-    for name, value in {"name": game, **row, **row["look"]}.items():
-        setattr(kind, name, value)                     # family, keys and all of "look"
+    for name, value in {"name": game, **row}.items():
+        setattr(kind, name, value)                     # family, keys and how it begins
     for task, fields in row["tasks"].items():
         PLAYABLE[f"{game}/{task}"] = kind
         TASKS[f"{game}/{task}"] = types.SimpleNamespace(game=kind, **fields)

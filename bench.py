@@ -258,13 +258,13 @@ def play_model(policy, tasks, n, per_chunk=8, seed=0, delay=0, envs=64, films=No
     Returns {task: float (n, 2): won, score}.
     """
     fps, ended = PLAYABLE[tasks[0]].fps, {task: [] for task in tasks}
-    jobs = deque((task, i) for i in range(n) for task in tasks)
+    jobs = [(task, i) for i in range(n) for task in tasks]
+    coming = iter(tqdm(jobs, mininterval=10, leave=False, disable=None))
     session = sample.Session(policy, seed=seed, envs=min(envs, len(jobs)))
 
     def rollout(s):
         """Game after game in environment s: yields its frame, is sent a chunk for it."""
-        while jobs:
-            task, i = jobs.popleft()
+        for task, i in coming:
             game = PLAYABLE[task](task, PLAYED + seed + i)
             session.reset(s, seed + i - s)             # environment s adds s: the same noise in any place
             player, actions = Learned(policy.config, fps, delay, per_chunk), []
@@ -276,15 +276,13 @@ def play_model(policy, tasks, n, per_chunk=8, seed=0, delay=0, envs=64, films=No
             ended[task].append((game.won, game.score))
             if films and i == 0:
                 sample.write_film(films / film_name(task), fps, replay(task, PLAYED + seed, actions))
-            progress.update()
         while True:
             yield game.render()                        # to fill the batch
 
-    with tqdm(total=len(jobs), mininterval=10, leave=False, disable=None) as progress:
-        slots = [rollout(s) for s in range(session.envs)]
-        frames = [next(slot) for slot in slots]
-        while sum(map(len, ended.values())) < progress.total:
-            frames = [slot.send(chunk) for slot, chunk in zip(slots, session.predict(np.stack(frames)))]
+    slots = [rollout(s) for s in range(session.envs)]
+    frames = [next(slot) for slot in slots]
+    while sum(map(len, ended.values())) < len(jobs):
+        frames = [slot.send(chunk) for slot, chunk in zip(slots, session.predict(np.stack(frames)))]
     return {task: np.array(rows, float) for task, rows in ended.items()}
 
 

@@ -867,7 +867,8 @@ SCRIPTS = {"aims": aims}
 # ---- what a game is
 
 class Placed:
-    """What is at a place: it subtracts like one."""
+    """What is at a place: it subtracts like one. radius: how wide it is to each side where it walks."""
+    radius = 12
 
     def __sub__(self, other):
         return self.at - other
@@ -1355,18 +1356,18 @@ class Walled(Game):
                 p += step
         return p
 
-    def go(self, d, r=12):
-        """The player moves by d, along walls."""
-        self.at = self.move(self.at, d, r)
+    def walk(self, who, d):
+        """The player or a thing moves by d, along walls."""
+        who.at = self.move(who.at, d, who.radius)
 
     def blocked(self, p):
         """Is there a wall at a place?"""
         p /= self.cell
         return self.rows[int(p.imag)][int(p.real)]
 
-    def send(self, thing, place, far, r=12):
+    def send(self, thing, place, far):
         """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
-        thing.at = self.move(thing.at, far * unit(place - thing), r)
+        self.walk(thing, far * unit(place - thing))
 
     def sees(self, q, p=None):
         """Is the straight line between two places, one of them the player's by default, free of walls?"""
@@ -1409,7 +1410,7 @@ class FirstPerson(Walled):
     def play(self):
         self.face += self.right.real * 0.085
         speed = self.slow if "LEFT_TRIGGER" in self.held else self.speed
-        self.go(self.left * 1j * speed * rect(1, self.face), 0.22)
+        self.walk(self, self.left * 1j * speed * rect(1, self.face))
         goal = self.goal
         if not goal.near:
             self.fight(goal, self.distance(goal))
@@ -1495,7 +1496,7 @@ class Crypt(FirstPerson):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
         self.goes_to = ghoul.at
         if reach > 0.8:
-            self.send(ghoul, self.on_the_way(self.at, ghoul.at) if reach > 1.5 else self, 0.025, 0.2)
+            self.send(ghoul, self.on_the_way(self.at, ghoul.at) if reach > 1.5 else self, 0.025)
         off, shield = abs(self.angle(ghoul)), "LEFT_TRIGGER" in self.held
         if ghoul.wind:
             ghoul.wind -= 1
@@ -1507,7 +1508,7 @@ class Crypt(FirstPerson):
         if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
             if reach < 1.25 and off < 0.45:
                 ghoul.hp -= 1
-                self.send(ghoul, self, -0.3, 0.2)
+                self.send(ghoul, self, -0.3)
 
     def draw(self):
         frame = super().draw()
@@ -1539,7 +1540,7 @@ class Siege(FirstPerson):
 
     def fight(self, drone, reach):
         """The drone drifts and shoots where it sees the player; so does the player."""
-        drone.at = self.move(drone.at, self.drift, 0.3)
+        self.walk(drone, self.drift)
         if self.ready("turn", 40):
             self.drift = self.around(0.02, 0.035)
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
@@ -1750,7 +1751,7 @@ class Swarm(TopDown):
     def play(self):
         self.aim = pointed(self.right, pointed(self.left, self.aim))
         self.pressed("LEFT_TRIGGER", 50)
-        self.go(self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
+        self.walk(self, self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
         self.fire(self.at, self.foes)
         for f in self.foes:
             if self.distance(f) < self.reach:
@@ -1761,7 +1762,7 @@ class Swarm(TopDown):
                 self.send(f, self, 1.7)
             elif f.dash:                                   # the brute comes in a spiral, winds up and charges
                 f.dash -= 1
-                f.at = self.move(f.at, 7 * f.way)
+                self.walk(f, 7 * f.way)
             elif f.wind:
                 f.wind, f.kind = f.wind - 1, "brute!"
                 f.dash = 0 if f.wind else 22
@@ -1769,12 +1770,12 @@ class Swarm(TopDown):
                 f.wind, f.way = 18, way
             else:
                 f.kind = "brute"
-                f.at = self.move(f.at, 1.6 * way * rect(1, 0.8))
+                self.walk(f, 1.6 * way * rect(1, 0.8))
         if self.foe == "brute":
             self.score = self.hp - sum(f.hp for f in self.foes)
         for mine in filter(self.reached, self.things):
             self.hurt()
-            self.go(36 * unit(self - mine))
+            self.walk(self, 36 * unit(self - mine))
         self.gather()
         if not self.count and self.reached(self.gem):
             self.score += 1
@@ -1844,13 +1845,14 @@ class Vault(TopDown):
         cells = [cell for cell in far if far[cell] > 4]
         places = [(cell + MIDDLE) * 32 for cell in sorted(cells, key=lambda cell: self.rng.random())]
         self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
-        self.foes, self.goes_to = [Thing("slime", at, hp=2) for at in places[:self.slimes]], self.at
+        self.foes = [Thing("slime", at, hp=2, radius=11) for at in places[:self.slimes]]
+        self.goes_to = self.at
 
     def play(self):
         done = self.score
         self.face = pointed(self.left, self.face)
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
-        self.go(self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
+        self.walk(self, self.left * (0.8 if self.rests("WEST") > 14 else run))
         strike = self.pressed("WEST", 24)
         if self.t % 4 == 0:
             self.goes_to = self.at
@@ -1860,10 +1862,10 @@ class Vault(TopDown):
             struck = strike and far < 50 and between(d, self.face) < 0.7
             s.hp -= struck
             if struck or far < 22:                                         # both push it back
-                self.send(s, self, -30, 11)
+                self.send(s, self, -30)
                 if not struck:
                     self.hurt()
-            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self, 1.1, 11)
+            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self, 1.1)
         self.reap(self.foes)
         for thing in filter(self.reached, self.things[:1]):
             if thing.kind == "key":
@@ -1939,7 +1941,7 @@ class Shade(TopDown):
         return inside and self.sees(p, guard.at)
 
     def play(self):
-        self.go(self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
+        self.walk(self, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
         for g in list(self.foes):
             if self.blocked(g.at + 26 * g.way):
                 g.way = -g.way

@@ -1452,7 +1452,7 @@ class FirstPerson(Walled):
         pixels = cv2.copyTo(texture.take(shade * 1024 + u + v * 32, 0, mode="clip"),
                             np.uint8(v == v % 32), ground.copy())
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
-        for thing in sorted(self.things, key=self.distance, reverse=True):
+        for thing in self.things:
             self.billboard(frame, thing)
         if self.things:
             arrow(frame, 128 + 40j, self.angle(self.target()) - pi / 2, 32, self.goal.ink)
@@ -1669,7 +1669,7 @@ class Rally(Game):
         if self.park:
             angle, over = self.angle(self.bay), 0.4
             turn = 2.5 * angle
-            fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * abs(self.bay - self.at), 0.35))
+            fast = min(2.8 if abs(angle) < 0.5 else 1.6, 0.03 * abs(self.bay - self.at))
         else:
             target = self.path[self.index + 9]
             close = [r for r in self.foes if 0 < r.along - self.index < 13]

@@ -1424,8 +1424,7 @@ class FirstPerson(Walled):
         for kind in self.steps[self.score:self.score + 1]:
             look, far = self.kinds[kind], self.ways_to(cell_of(self.at))
             low, high = look["away"]                                   # so many steps of walking
-            cells = free_cells(self.grid)
-            cell = self.choice([c for c in cells if low <= far[c] <= high] or cells)
+            cell = self.choice([cell for cell in free_cells(self.grid) if low <= far[cell] <= high])
             self.goal = Thing(kind, cell + MIDDLE, hp=2, **look)
             self.things, self.goes_to = [self.goal], self.goal.at
 
@@ -1461,8 +1460,8 @@ class FirstPerson(Walled):
     def billboard(self, frame, thing):
         """A flat picture that always faces the player, behind what is nearer."""
         rel = self.relative(thing)
-        if rel.real > 0.15:
-            scale = 230 / max(rel.real, 0.4)
+        if rel.real > 0.4:
+            scale = 230 / rel.real
             x = 128 + rel.imag / rel.real / 0.7 * 128
             y = 128 + scale * (0.5 - thing.lift - thing.size / 2)
             seen = np.repeat(self.depth > rel.real - 0.3, 2)

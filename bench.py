@@ -490,11 +490,10 @@ def compare(args, learners):
     and flags}, and let them play. Print and write what each completes, what the first gains over the second,
     and the scores of labels, or None, that learners() gives besides."""
     out, results = folder(args.out), []
-    for trial in itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS):
-        game, minutes, seed = trial
+    for game, minutes, seed in itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS):
         data = out / f"{game}-{minutes:g}-{seed}"
         with stage(out, data.name) as say:
-            words, labels = learners(data, say, *trial)
+            words, labels = learners(data, say, game, minutes, seed)
             train_runs(args.steps, {data / who: [*words[who], "--seed", seed] for who in words})
             rows = rows_of({who: play_model(sample.Policy(data / who, "cpu", steps=4), pick_tasks([game]),
                                             args.n, seed=seed) for who in words})
@@ -1464,7 +1463,7 @@ class FirstPerson(Walled):
             scale = 230 / rel.real
             x = 128 + rel.imag / rel.real / 0.7 * 128
             y = 128 + scale * (0.5 - thing.lift - thing.size / 2)
-            seen = np.repeat(self.depth > rel.real - 0.3, 2)
+            seen = np.repeat(self.depth > rel.real, 2)
             sprite(frame, thing.kind, complex(x, y), scale * thing.size, seen=seen)
 
     def target(self):
@@ -1688,7 +1687,7 @@ class TopDown(Walled):
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
         self.enter(grid)
-        wall = np.kron(grid, np.ones((self.cell, self.cell), bool))
+        wall = grid.repeat(self.cell, 0).repeat(self.cell, 1)
         block, floor = (pattern(*look, *wall.shape) for look in (self.block, self.floor))
         self.ground = cv2.copyMakeBorder(np.where(wall[..., None], block, floor), *[128] * 4,
                                          cv2.BORDER_CONSTANT, value=colour(self.dark))
@@ -1833,15 +1832,15 @@ class Vault(TopDown):
 
     def room(self):
         """A room with blocks; the way in is where the player stands."""
-        here, far = cell_of(self.at / 32), {}
-        while len(far) < 24 or sum(steps > 4 for steps in far.values()) < 2:   # two things have to be far off
+        here, far, cells = cell_of(self.at / 32), [], []
+        while len(far) < 24 or len(cells) < 2:                                 # two things have to be far off
             grid, cells = self.draw_cells()
             for x, y in cells:
                 grid[y, x] = complex(x, y) != here
             far = distances(grid, here)
+            cells = [cell for cell in far if far[cell] > 4]
         self.lay(grid)
         self.at = (here + MIDDLE) * 32
-        cells = [cell for cell in far if far[cell] > 4]
         places = [(cell + MIDDLE) * 32 for cell in sorted(cells, key=lambda cell: self.rng.random())]
         self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
         self.foes = [Thing("slime", at, hp=2, radius=11) for at in places[:self.slimes]]
@@ -1889,7 +1888,7 @@ class Vault(TopDown):
         sprite(frame, "knight", self.at, 36, self.face)
         if resting:
             disc(frame, self.at, 20, "787882", 3)
-        if [thing.kind for thing in self.things] == ["chest"]:
+        if self.things and self.things[0].kind == "chest":
             sprite(frame, "key", 128 + 16j, 32)
         return frame
 

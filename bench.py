@@ -771,8 +771,8 @@ class Foreign:
             self.env = self.idle.pop() if self.idle else open_env(task, self.table)
             self.inside = self.env.unwrapped
             buttons = getattr(getattr(self.inside, "game", None), "get_available_buttons", list)
-            names = [button.name for button in buttons()]                  # of ViZDoom
-            self.choose = pad_to_action(self.env.action_space, self.table["controls"], names)
+            self.names = [button.name for button in buttons()]             # of ViZDoom
+            self.choose = pad_to_action(self.env.action_space, self.table["controls"], self.names)
             self.choose(neutral())
             self.look(self.env.reset(seed=number)[0])
 
@@ -855,7 +855,7 @@ def aims(game):
     soon = off + 4 * moved if abs(moved) < 60 else off                     # else it is another monster
     stick = complex(copysign(1, soon)) if abs(soon) > max(half / 2, 4) else 0j
     shoots = "RIGHT_TRIGGER" if max(abs(off), abs(soon)) < 0.7 * half + 2 else ""
-    if any(button.name == "TURN_LEFT" for button in doom.get_available_buttons()):
+    if "TURN_LEFT" in game.names:
         return 0j, stick, shoots
     return stick, 0j, shoots
 
@@ -1372,7 +1372,7 @@ class Walled(Game):
         """Is the straight line between two places, one of them the player's by default, free of walls?"""
         p = self.at if p is None else p
         n = int(abs(q - p) / self.cell * 4) + 1
-        return not any(self.blocked(p + (q - p) * i / n) for i in range(n + 1))
+        return not any(self.blocked(p + (q - p) * i / n) for i in range(n))
 
     def on_the_way(self, goal, p):
         """Where to walk next from p to get to the goal."""
@@ -1669,10 +1669,9 @@ class Rally(Game):
             turn = 2.5 * angle
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, 0.03 * abs(self.bay - self.at))
         else:
-            target = self.path[self.index + 9]
-            close = [r for r in self.foes if 0 < r.along - self.index < 13]
-            if close:                                                      # pass the first on its other side
-                target = self.beside(self.index + 7, -close[0].side)
+            close = (rival for rival in self.foes if 0 < rival.along - self.index < 13)
+            others_side = (self.beside(self.index + 7, -rival.side) for rival in close)
+            target = next(others_side, self.path[self.index + 9])          # pass the first rival there
             turn, over, fast = 2.6 * self.angle(target), 1, 4.4
         brake = "LEFT_TRIGGER" if self.speed > fast + over else ""
         return span(turn), "RIGHT_TRIGGER" if self.speed < fast else brake
@@ -2017,7 +2016,7 @@ class Side(Game):
         self.ground = False
         for i, island in enumerate(self.islands):
             over = abs((island.at - self.at).real) < island.half + 8
-            if over and before <= island.at.imag <= self.at.imag and self.v >= 0:
+            if over and before <= island.at.imag <= self.at.imag:
                 self.at, self.v = complex(self.at.real, island.at.imag), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
 
@@ -2171,15 +2170,14 @@ class Commando(Side):
             ahead = [(wire - self).real * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
-        heart, run = self.at - 22j, 0.0
+        heart = self.at - 22j
         foe = min(self.foes, key=lambda f: between(f - heart, self.aim))    # whom the gun points at most
         d = foe - heart
         coming = [s for s in self.shots
                   if abs(s - heart) < 80 and ahead_and_right(heart - s, s.v).real > 0]
-        for s in coming[:1]:
-            run = -copysign(1, s.v.real)                                # run under it, to where it comes from
-        if not coming and abs(d.real) < 70:
-            run = -copysign(0.6, d.real)
+        run = 0.0 if abs(d.real) > 70 else -copysign(0.6, d.real)
+        if coming:
+            run = -copysign(1, coming[0].v.real)                        # under it, to where it comes from
         return run, unit(d), "RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else ""
 
 
@@ -2264,13 +2262,13 @@ class Glider(Side):
         return frame
 
     def wish(self):
-        rise = lambda height: span((height - self.at.imag) / 60)
+        rise = span((self.cruise - self.at.imag) / 60)
         d = next((thing - self for thing in self.things if (thing - self).real > 0), None)
         if d is None:
-            return complex(0.3, rise(self.cruise)), ""
+            return complex(0.3, rise), ""
         if self.tank:
             gap = d.real - self.mark()
-            stick, aimed = complex(span(gap / 60), rise(80)), abs(gap) < 16
+            stick, aimed = complex(span(gap / 60), rise), abs(gap) < 16
         else:
             foe, ring = 0.2 if d.real > 70 else -0.6, 0.6 if abs(d.imag) < 20 else -0.4
             stick = complex(foe if self.want == "foe" else ring, span(d.imag / 28))

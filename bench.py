@@ -1368,9 +1368,8 @@ class Walled(Game):
         """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
         self.walk(thing, far * unit(place - thing))
 
-    def sees(self, q, p=None):
-        """Is the straight line between two places, one of them the player's by default, free of walls?"""
-        p = self.at if p is None else p
+    def sees(self, p, q):
+        """Is the straight line between two places free of walls?"""
         n = int(abs(q - p) / self.cell * 4) + 1
         return not any(self.blocked(p + (q - p) * i / n) for i in range(n))
 
@@ -1469,7 +1468,7 @@ class FirstPerson(Walled):
     def target(self):
         """Where to go now: the goal itself where the way there is wide enough."""
         side = 0.2j * unit(self.goal - self)
-        clear = all(self.sees(self.goal.at + s, self.at + s) for s in (side, -side))
+        clear = all(self.sees(self.at + s, self.goal.at + s) for s in (side, -side))
         return self.goal.at if clear else self.on_the_way(self.goes_to, self.at)
 
     def steer(self, target, near):
@@ -1543,8 +1542,8 @@ class Siege(FirstPerson):
             self.drift = self.around(0.02, 0.035)
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
-            drone.hp -= abs(self.angle(drone)) < 0.3 / reach and self.sees(drone.at)
-        if self.t > 30 and self.ready("drone", 80) and self.sees(drone.at):
+            drone.hp -= abs(self.angle(drone)) < 0.3 / reach and self.sees(self.at, drone.at)
+        if self.t > 30 and self.ready("drone", 80) and self.sees(self.at, drone.at):
             self.shots.append(Thing("mine", drone.at, v=0.07 * unit(self - drone), lift=0.35, size=0.2))
         self.fly(self.shots, lambda shot: self.wounds(shot, self.at, 0.3) or self.blocked(shot.at))
 
@@ -1558,7 +1557,7 @@ class Siege(FirstPerson):
         return frame
 
     def wish_to_fight(self, drone, reach):
-        clear = self.sees(drone.at)
+        clear = self.sees(self.at, drone.at)
         left, right = self.steer(self.target(), 2.5 if clear else self.stop)
         shot = self.nearest(self.shots)
         if shot and self.distance(shot) < 2:
@@ -1597,7 +1596,7 @@ class Rally(Game):
         pairs = lambda kind, first, step, aside: [
             Thing(kind, self.beside(i, side)) for i in range(first, 255, step) for side in (-aside, aside)]
         self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
-        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.choice(SIDES), passed=False)
+        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.choice(SIDES))
                      for i in range(self.cars)]
         self.race()
 
@@ -1620,11 +1619,11 @@ class Rally(Game):
         for rival in self.foes:
             rival.along += 0.22
             rival.at = self.beside(rival.along, rival.side)
-            rival.passed |= rival.along < self.index - 1
             if self.distance(rival) < 24:
                 self.speed *= 0.3
                 self.hurt()
-        self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
+        passed = sum(rival.along < self.index - 1 for rival in self.foes)
+        self.score = passed if self.cars else self.index // 20
 
     def play(self):
         on_road = self.park or abs(self.path[self.index] - self.at) < 58
@@ -1935,7 +1934,7 @@ class Shade(TopDown):
         """Does a guard's light reach p? more, wide: a margin in pixels and radians."""
         d = p - guard.at
         inside = abs(d) < self.light() + more and between(d, phase(guard.way)) < 0.55 + wide
-        return inside and self.sees(p, guard.at)
+        return inside and self.sees(guard.at, p)
 
     def play(self):
         self.walk(self, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))

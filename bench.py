@@ -52,12 +52,10 @@ from extract import (BUTTON, BUTTONS, STICKS, UserError, cores, neutral, read_cl
                      video_writer, write_json, write_npy)
 
 HERE = Path(__file__).parent
-ICONS, ROWS_OF_GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
-                                for name in ("icons", "games", "others"))
-PATTERNS = ROWS_OF_GAMES.pop("patterns")
+ICONS, GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
+                        for name in ("icons", "games", "others"))
 FPS, BEGAN = 30, time.monotonic()                  # steps a second of game time; when this process began
 PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
-DEMO = ["crypt/exit", "swarm/brute", "glider/rings"]  # what a small model begins to master within minutes
 
 
 # A task: reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty:
@@ -1215,7 +1213,7 @@ def whole(places):
 def pattern(kind, dark, light, h, w):
     """A texture of two colours with some noise, uint8 (h, w, 3)."""
     y, x = np.mgrid[:h, :w]
-    (high, wide, shift), *shares = PATTERNS[kind]              # of the joints; of each layer
+    (high, wide, shift), *shares = ICONS["patterns"][kind]     # of the joints; of each layer
     joints = (y % high < 2) | ((x + y // high * shift) % wide < 2)
     odd = (y // 32 + x // 32) % 2
     waves, dots = np.sin(x / 9 + 2 * np.sin(y / 13)), (y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10
@@ -2374,15 +2372,13 @@ class Dojo(Game):
         return copysign(0.35 if near else 1, d), self.answers[f.kind] if near and d * self.way > 0 else ""
 
 
-GAMES = {game.__name__.lower(): game
-         for game in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo)}
-for game, kind in GAMES.items():
-    row = ROWS_OF_GAMES[game]
-    for name, value in {"name": game, **row}.items():
-        setattr(kind, name, value)                     # family, keys and how it begins
-    for task, fields in row["tasks"].items():
-        PLAYABLE[f"{game}/{task}"] = kind
-        TASKS[f"{game}/{task}"] = types.SimpleNamespace(game=kind, **fields)
+for game in Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo:
+    game.name = game.__name__.lower()
+    for attribute, value in GAMES[game.name].items():
+        setattr(game, attribute, value)                # family, keys, tasks and how it begins
+    for task, fields in game.tasks.items():
+        PLAYABLE[f"{game.name}/{task}"] = game
+        TASKS[f"{game.name}/{task}"] = types.SimpleNamespace(game=game, **fields)
 
 
 if play.gymnasium:
@@ -2460,7 +2456,8 @@ def main(argv=None):
     command(suite, "--ckpt --tasks --env --table -n --actions-per-chunk --delay --out --video "
             "--euler --device --seed --workers", n=50, euler=extract.PLAY_STEPS)
     command(demo, "--out --tasks --minutes --videos --steps -n --seed",
-            minutes=2, steps=1200, n=100, tasks=DEMO)
+            minutes=2, steps=1200, n=100,        # tasks that a small model begins to master within minutes
+            tasks=["crypt/exit", "swarm/brute", "glider/rings"])
     held_out = {"games": ["crypt", "swarm", "glider"], "steps": 480, "n": 20}
     command(transfer, "--out --games --minutes --steps -n --workers", minutes=[1], **held_out)
     command(inverse, "--out --games --minutes --steps -n --workers", minutes=[1, 4], **held_out)

@@ -458,21 +458,18 @@ def transfer(args):
     For each held-out game: post-train on so many minutes of it, against a fresh model with the same minutes
     and steps.
     """
-    games = list(by_game(pick_tasks(args.games)))
-    if len(games) == len(GAMES):
+    if len(by_game(pick_tasks(args.games))) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
     out = folder(args.out)
     with stage(out, "record the games to pre-train on"):
         for game in GAMES:
             record_here(args, out / "data" / game, game, OTHERS_MINUTES, 0)
-    for game in games:
-        with stage(out, f"{game}: pre-train on the others"):
-            others = [out / "data" / name for name in GAMES if name != game]
-            train_runs(PRETRAINING, {out / f"pre-{game}": [*others, "--preset", "toy", "--balance"]})
 
     def learners(data, say, game, minutes, seed):
+        pre, others = out / f"pre-{game}", [out / "data" / name for name in GAMES if name != game]
+        train_runs(PRETRAINING, {pre: [*others, "--preset", "toy", "--balance"]})       # for the first trial
         record_here(args, data / "few", game, minutes, 1000 + seed)
-        return {"post-trained": [data / "few", "--ckpt", out / f"pre-{game}"],
+        return {"post-trained": [data / "few", "--ckpt", pre],
                 "scratch": [data / "few", "--preset", "toy"]}, None
     compare(args, learners)
 
@@ -630,7 +627,7 @@ class Scripted:
     askew, and slips now and then."""
     slip = 0
 
-    def __init__(self, game, seed=0):
+    def __init__(self, game, seed):
         self.game, rng = game, random.Random(f"player {seed}")
         self.late = deque([(0j, "")] * rng.randint(2, 4))
         self.askew, self.reach = rng.gauss(0, 0.05), rng.uniform(0.93, 1.0)
@@ -667,7 +664,7 @@ class Blind:
     16 steps."""
     left = 0
 
-    def __init__(self, game, seed=0):
+    def __init__(self, game, seed):
         self.rng, self.keys = random.Random(f"random {seed}"), game.keys
 
     def act(self):
@@ -759,7 +756,7 @@ class Foreign:
     table, environments at rest, and wish() where there is a scripted player."""
     t, score, won, over = 0, 0.0, False, False
 
-    def __init__(self, task, seed=0):
+    def __init__(self, task, seed):
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
         with (extract.reading(f"--env {task}", "a game that can be made (pip install gymnasium "
                               f"{self.table.get('pip', 'and its package')}), whose {self.table['frame']!r} "
@@ -936,9 +933,9 @@ class Game(Placed):
         """Steps until `what` is ready."""
         return max(self.due.get(what, 0) - self.t, 0)
 
-    def hurt(self, rest=25):
-        """Lose one health, at most once in so many steps."""
-        if self.ready("hurt", rest):
+    def hurt(self):
+        """Lose one health, at most once in 25 steps."""
+        if self.ready("hurt", 25):
             self.health -= 1
 
     def around(self, low, high):
@@ -1069,7 +1066,7 @@ def machine():
             f"opencv {cv2.__version__}")
 
 
-def paste_pad(ground, skin, action, opacity=1.0):
+def paste_pad(ground, skin, action, opacity):
     """Draw the pad over a region (h, w, 3) of a picture, in place."""
     rgba = cv2.resize(extract.draw(skin, action), ground.shape[1::-1], interpolation=cv2.INTER_AREA)
     ground[:] = extract.over(ground, rgba, opacity)
@@ -1130,7 +1127,7 @@ def colour(code):
 
 
 @functools.lru_cache(2048)
-def icon(name, size, turn=0, flip=False):
+def icon(name, size, turn, flip):
     """A picture of ICONS at `size` pixels, turned clockwise by turn / 32 of a circle, with a dark rim.
 
     Returns uint8 (size, size, 3) and its mask (size, size). Shapes lie on a grid of 256 x 256; actors look
@@ -2132,7 +2129,7 @@ class Commando(Side):
                 way = copysign(1, d.real) if f.at.imag >= 170 else unit(d)          # on the ground along it
                 self.shots.append(Thing("mine", f.at, v=2.6 * way))
         if self.at.imag > 178 and any(abs((wire - self).real) < 20 for wire in self.things):
-            self.hurt(20)
+            self.hurt()
         if not self.foe and abs((self.copter - self).real) < 24:
             self.score = 1
         self.recruit()

@@ -1260,14 +1260,9 @@ def unit(v):
     return v / abs(v) if v else 0j
 
 
-def wrap(angle):
-    """An angle in [-pi, pi)."""
-    return (angle + pi) % tau - pi
-
-
 def between(v, angle):
     """The angle between a vector and a direction, in radians, 0 to pi."""
-    return abs(wrap(phase(v) - angle))
+    return abs(phase(v * rect(1, -angle)))
 
 
 def ahead_and_right(v, way):
@@ -2332,7 +2327,7 @@ class Dojo(Game):
         b = self.board = self.board or Thing("board", 0j, angle=self.uniform(0, tau), far=112.0)
         b.far -= 2.6
         if move == "WEST" and self.ready("blow", 8):
-            if 26 < b.far < 60 and abs(wrap(self.aim - b.angle)) < 0.6:
+            if 26 < b.far < 60 and between(rect(1, b.angle), self.aim) < 0.6:
                 self.score, self.board = self.score + 1, None
             else:
                 self.fumble()

@@ -1492,10 +1492,10 @@ class Crypt(FirstPerson):
         elif reach < 1.2 and self.ready("wind", 45):
             ghoul.wind = 15
         ghoul.kind = "ghoul!" if ghoul.wind else "ghoul"
-        if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
-            if reach < 1.25 and off < 0.45:
-                ghoul.hp -= 1
-                self.send(ghoul, self, -0.3)
+        strikes = not shield and self.pressed("RIGHT_TRIGGER", 24)
+        if strikes and not ghoul.wind and reach < 1.25 and off < 0.45:
+            ghoul.hp -= 1
+            self.send(ghoul, self, -0.3)
 
     def draw(self):
         frame = super().draw()
@@ -1806,7 +1806,7 @@ class Swarm(TopDown):
             d = ahead_and_right(mine - self, way)
             if 0 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
-        clear = self.distance(self.nearest([*self.things, self.gem])) > 110
+        clear = min(map(self.distance, [*self.things, self.gem])) > 110
         return way, way, "LEFT_TRIGGER" if clear else ""
 
 
@@ -2227,7 +2227,7 @@ class Glider(Side):
     def draw(self):
         corner = self.at - 70 - 1j * self.above
         x, ground = int(self.at.real), round(232 - corner.imag)
-        frame = self.back(x, min(round(corner.imag) + 96, 432 - 256), 432)
+        frame = self.back(x, min(round(corner.imag) + 96, 176), 432)
         fields = pattern("checker", "313", "636", 256, 512)
         frame[ground:] = fields[:max(256 - ground, 0), x % 256:x % 256 + 256]
         if self.tank:

@@ -225,8 +225,8 @@ def suite(args):
 def write_results(args, **results):
     """OUT/COMMAND.json: what was asked for, on what machine it ran, for how long, and what came of it."""
     command = args.run.__name__
-    said = {"run": command, "machine": machine(), "seconds": round(time.monotonic() - BEGAN)}
-    write_json(folder(args.out) / f"{command}.json", vars(args) | said | results)
+    results |= {"run": command, "machine": machine(), "seconds": round(time.monotonic() - BEGAN)}
+    write_json(folder(args.out) / f"{command}.json", vars(args) | results)
 
 
 def completion(tasks, players, n, seed, workers):
@@ -509,8 +509,8 @@ def gains_of(results):
     rates = {}
     for result in results:
         for name, row in result["rows"].items():
-            trials_of = rates.setdefault(f"{result['minutes']:g} min, {name}", [])
-            trials_of.append([cell["rate"] for cell in row.values()])
+            trial = [cell["rate"] for cell in row.values()]
+            rates.setdefault(f"{result['minutes']:g} min, {name}", []).append(trial)
     return {name: gain(np.array(rows)) for name, rows in rates.items()}
 
 
@@ -2025,7 +2025,7 @@ class Cliffs(Side):
                 half = uniform(80, 150) / 2
                 islands.append((at + s * half, half))
                 at += complex(s * (2 * half + uniform(50, 68)), choice((-20, 0, 20)))
-        self.islands = [Thing("island", at, half=half) for at, half in islands]
+        self.islands = [Thing("island", middle, half=half) for middle, half in islands]
         self.stand(self.islands[self.on].at)
         for island in (self.islands[i] for i in self.coins):
             aside = self.uniform(15 - island.half, island.half - 15)

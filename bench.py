@@ -232,8 +232,7 @@ def write_results(args, **results):
 def completion(tasks, players, n, seed, workers):
     """n rollouts of each task by each player that is no model -> {player: {task: float (n, 2): won,
     score}}."""
-    jobs = [(task, who, n, seed) for who in players for task in tasks]
-    ended = in_processes(rollouts, jobs, workers)
+    ended = in_processes(rollouts, [(task, who, n, seed) for who in players for task in tasks], workers)
     return {who: dict(zip(tasks, ended)) for who in players}
 
 
@@ -2016,16 +2015,16 @@ class Cliffs(Side):
 
     def begin(self):
         s, at, uniform, choice = self.choice(SIDES), 0j, self.plan.uniform, self.plan.choice
-        islands = [(0j, 90)] if self.tower else []
+        self.islands = [Thing("island", at, half=90)] if self.tower else []
         for _ in range(self.steps):
             if self.tower:
                 at += choice(SIDES) * s * uniform(60, 88) - 58j
-                islands.append((at, 34))
+                middle, half = at, 34
             else:
                 half = uniform(80, 150) / 2
-                islands.append((at + s * half, half))
+                middle = at + s * half
                 at += complex(s * (2 * half + uniform(50, 68)), choice((-20, 0, 20)))
-        self.islands = [Thing("island", middle, half=half) for middle, half in islands]
+            self.islands.append(Thing("island", middle, half=half))
         self.stand(self.islands[self.on].at)
         for island in (self.islands[i] for i in self.coins):
             aside = self.uniform(15 - island.half, island.half - 15)

@@ -2169,7 +2169,7 @@ class Commando(Side):
         return run, unit(d), "RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else ""
 
 
-class Glider(Side):
+class Glider(Game):
     """Flight over hills from left to right: rings to pass through, foes to shoot, tanks to bomb where the
     mark on the ground shows."""
 

@@ -828,12 +828,12 @@ def pad_to_action(space, controls, names=()):
 
 
 def read_pad(action, name):
-    """What the pad says: a button 0..1, a stick along one of its axes or to a side of it (left.up) -1..1."""
+    """What the pad says: a button or a side of a stick (left.up) 0..1, an axis (left.x) -1..1."""
     if name in BUTTON:
         return action[BUTTON[name]]
     stick, side = name.split(".")
     x, y = action[STICKS[stick]]
-    return {"x": x, "right": x, "left": -x, "y": y, "down": y, "up": -y}[side]
+    return {"x": x, "y": y, "right": max(x, 0), "left": max(-x, 0), "down": max(y, 0), "up": max(-y, 0)}[side]
 
 
 def aims(game):
@@ -1411,7 +1411,8 @@ class FirstPerson(Walled):
         for kind in self.steps[self.score:self.score + 1]:
             look, far = self.kinds[kind], self.ways_to(cell_of(self.at))
             low, high = look["away"]                                   # so many steps of walking
-            cell = self.choice([cell for cell in free_cells(self.grid) if low <= far[cell] <= high])
+            cells = free_cells(self.grid)
+            cell = self.choice([c for c in cells if low <= far[c] <= high] or cells)
             self.goal = Thing(kind, cell + MIDDLE, hp=2, **look)
             self.things, self.goes_to = [self.goal], self.goal.at
 
@@ -1438,7 +1439,7 @@ class FirstPerson(Walled):
         pixels = cv2.copyTo(texture.take(shade * 1024 + u + v * 32, 0, mode="clip"),
                             np.uint8(v == v % 32), ground.copy())
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
-        for thing in self.things:
+        for thing in sorted(self.things, key=self.distance, reverse=True):
             self.billboard(frame, thing)
         if self.things:
             arrow(frame, 128 + 40j, self.angle(self.target()) - pi / 2, 32, self.goal.ink)
@@ -1451,7 +1452,7 @@ class FirstPerson(Walled):
             scale = 230 / rel.real
             x = 128 + rel.imag / rel.real / 0.7 * 128
             y = 128 + scale * (0.5 - thing.lift - thing.size / 2)
-            seen = np.repeat(self.depth > rel.real, 2)
+            seen = np.repeat(self.depth > rel.real - 0.3, 2)
             sprite(frame, thing.kind, complex(x, y), scale * thing.size, seen=seen)
 
     def target(self):
@@ -1618,10 +1619,10 @@ class Rally(Game):
         on_road = self.park or abs(self.path[self.index] - self.at) < 58
         gas, brake = "RIGHT_TRIGGER" in self.held, "LEFT_TRIGGER" in self.held
         slower = 0.3 if self.speed > 0 else 0.1                        # in reverse the brake is a weak engine
-        self.speed = (self.speed + 0.28 * gas - slower * brake) * (0.972 if on_road else 0.88)
+        self.speed = max(-2, (self.speed + 0.28 * gas - slower * brake) * (0.972 if on_road else 0.88))
         self.speed *= 1 if gas or brake else 0.97
         self.face += self.left.real * 0.05 * span(self.speed / 2)
-        self.at += self.speed * rect(1, self.face)
+        self.at = fence(self.at + self.speed * rect(1, self.face), 40, 984)
         if not self.park:
             self.race()
         elif abs(self.bay - self.at) < 34 and abs(self.speed) < 0.7:
@@ -1863,8 +1864,8 @@ class Vault(TopDown):
     def draw(self):
         frame = self.ground[128:384, 128:384].copy()
         way, p = [], self.at
-        for goal in self.things[:1]:
-            while abs(p - goal.at) > 20:
+        for goal in self.things[:1] * 12:
+            if abs(p - goal.at) > 20:
                 p = self.on_the_way(goal.at, (cell_of(p / 32) + MIDDLE) * 32)
                 way.append(p)
         self.trail(frame, way, self.at, "4682ff")
@@ -1934,9 +1935,9 @@ class Shade(TopDown):
             strikes = self.distance(g) < self.blade and not self.lit(self.at, g)
             if strikes and self.pressed("EAST", 12):
                 self.take(self.foes, g)
-        seen = any(self.lit(self.at, g) for g in self.foes)
+        seen = any(self.lit(self.at, g) or self.distance(g) < 20 for g in self.foes)
         self.alarm = max(self.alarm + (1 / 26 if seen else -1 / 40), 0)
-        self.health = self.alarm < 1
+        self.health = int(self.alarm < 1)
         for thing in filter(self.reached, list(self.things)):
             self.take(self.things, thing)
 
@@ -2279,7 +2280,8 @@ class Dojo(Game):
 
     def play(self):
         stunned = self.rests("stun")
-        move = min(self.held) if len(self.held) == 1 and not stunned else None      # two at once are none
+        moves = self.held & {*self.answers.values()}
+        move = min(moves) if len(moves) == 1 and not stunned else None              # two at once are none
         if not self.rivals:
             return self.chop(move)
         x = self.left.real
@@ -2309,7 +2311,7 @@ class Dojo(Game):
         elif abs(d) < 36:
             f.at = span(f.at + copysign(2, d), 16, 240)
         if f.wait <= 0:
-            if f.kind == "wind" and abs(d) < 60 and move != "LEFT_TRIGGER":
+            if f.kind == "wind" and abs(d) < 60 and not (move == "LEFT_TRIGGER" and d * self.way > 0):
                 self.hurt()
             idle = all(g.kind == "idle" for g in self.foes)
             f.kind = self.choice(("open", "shut", "wind")) if idle else "idle"

@@ -52,12 +52,10 @@ from extract import (BUTTON, BUTTONS, STICKS, UserError, cores, neutral, read_cl
                      video_writer, write_json, write_npy)
 
 HERE = Path(__file__).parent
-ICONS, ROWS_OF_GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
-                                for name in ("icons", "games", "others"))
-PATTERNS = ROWS_OF_GAMES.pop("patterns")
+ICONS, GAMES, OTHERS = (read_json(HERE / f"weights/{name}.json", dict)
+                        for name in ("icons", "games", "others"))
 FPS, BEGAN = 30, time.monotonic()                  # steps a second of game time; when this process began
 PLAYED = 1 << 40                                  # recordings take seeds below this, evaluations from here on
-DEMO = ["crypt/exit", "swarm/brute", "glider/rings"]  # what a small model begins to master within minutes
 
 
 # A task: reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty:
@@ -85,6 +83,7 @@ def by_game(tasks):
 def chosen(args, names):
     """The tasks that --games or --tasks name, or the one of --env."""
     if args.env and not names:
+        args.workers = 1                               # other processes do not know it
         return [foreign_task(args)]
     if args.env or args.table:
         raise UserError("expected --table with --env ID, --env without --games or --tasks: leave one out")
@@ -103,7 +102,7 @@ def record(args):
         raise UserError("--ckpt and --video: a video cannot say where the model played: give one of them")
     jobs = recordings(args.out, tasks, args.minutes, args.seed, args.clip)
     work = record_video if args.video else functools.partial(record_folder, ckpt=args.ckpt, euler=args.euler)
-    for i, line in enumerate(in_processes(work, jobs, 1 if args.env else args.workers), 1):
+    for i, line in enumerate(in_processes(work, jobs, args.workers), 1):
         print(f"clip {i}/{len(jobs)} | {line}", flush=True)
 
 
@@ -214,7 +213,7 @@ def suite(args):
         table["model"] = play_model(policy, tasks, args.n, args.actions_per_chunk, args.seed, args.delay,
                                     8 if args.env else 64, folder(args.out) if args.video else None)
     players = ["random", "scripted"] if hasattr(PLAYABLE[tasks[0]], "wish") else ["random"]
-    rows = rows_of(completion(tasks, players, args.n, args.seed, 1 if args.env else args.workers) | table)
+    rows = rows_of(completion(tasks, players, args.n, args.seed, args.workers) | table)
     show_rows(rows)
     if args.env:
         for who, row in rows["all"].items():
@@ -226,15 +225,14 @@ def suite(args):
 def write_results(args, **results):
     """OUT/COMMAND.json: what was asked for, on what machine it ran, for how long, and what came of it."""
     command = args.run.__name__
-    said = {"run": command, "machine": machine(), "seconds": round(time.monotonic() - BEGAN)}
-    write_json(folder(args.out) / f"{command}.json", vars(args) | said | results)
+    results |= {"run": command, "machine": machine(), "seconds": round(time.monotonic() - BEGAN)}
+    write_json(folder(args.out) / f"{command}.json", vars(args) | results)
 
 
 def completion(tasks, players, n, seed, workers):
     """n rollouts of each task by each player that is no model -> {player: {task: float (n, 2): won,
     score}}."""
-    jobs = [(task, who, n, seed) for who in players for task in tasks]
-    ended = in_processes(rollouts, jobs, workers)
+    ended = in_processes(rollouts, [(task, who, n, seed) for who in players for task in tasks], workers)
     return {who: dict(zip(tasks, ended)) for who in players}
 
 
@@ -257,13 +255,13 @@ def play_model(policy, tasks, n, per_chunk=8, seed=0, delay=0, envs=64, films=No
     Returns {task: float (n, 2): won, score}.
     """
     fps, ended = PLAYABLE[tasks[0]].fps, {task: [] for task in tasks}
-    jobs = deque((task, i) for i in range(n) for task in tasks)
+    jobs = [(task, i) for i in range(n) for task in tasks]
+    coming = iter(tqdm(jobs, mininterval=10, leave=False, disable=None))
     session = sample.Session(policy, seed=seed, envs=min(envs, len(jobs)))
 
     def rollout(s):
         """Game after game in environment s: yields its frame, is sent a chunk for it."""
-        while jobs:
-            task, i = jobs.popleft()
+        for task, i in coming:
             game = PLAYABLE[task](task, PLAYED + seed + i)
             session.reset(s, seed + i - s)             # environment s adds s: the same noise in any place
             player, actions = Learned(policy.config, fps, delay, per_chunk), []
@@ -275,15 +273,13 @@ def play_model(policy, tasks, n, per_chunk=8, seed=0, delay=0, envs=64, films=No
             ended[task].append((game.won, game.score))
             if films and i == 0:
                 sample.write_film(films / film_name(task), fps, replay(task, PLAYED + seed, actions))
-            progress.update()
         while True:
             yield game.render()                        # to fill the batch
 
-    with tqdm(total=len(jobs), mininterval=10, leave=False, disable=None) as progress:
-        slots = [rollout(s) for s in range(session.envs)]
-        frames = [next(slot) for slot in slots]
-        while sum(map(len, ended.values())) < progress.total:
-            frames = [slot.send(chunk) for slot, chunk in zip(slots, session.predict(np.stack(frames)))]
+    slots = [rollout(s) for s in range(session.envs)]
+    frames = [next(slot) for slot in slots]
+    while sum(map(len, ended.values())) < len(jobs):
+        frames = [slot.send(chunk) for slot, chunk in zip(slots, session.predict(np.stack(frames)))]
     return {task: np.array(rows, float) for task, rows in ended.items()}
 
 
@@ -302,13 +298,10 @@ def replay(task, seed, actions):
 
 def rows_of(table):
     """Rollouts {player: {task: float (n, 2)}} -> {task, type, family or "all": {player: share()}}."""
-    tasks, groups = next(iter(table.values())), {}
     kinds = {task: (f"type: {row.kind}", f"family: {row.game.family}") for task, row in TASKS.items()}
-    for column in zip(*((task, *kinds.get(task, ()), "all") for task in tasks)):
-        for task, group in zip(tasks, column):
-            groups.setdefault(group, []).append(task)
-    return {name: {who: share(np.concatenate([ended[task] for task in group]))
-                   for who, ended in table.items()} for name, group in groups.items()}
+    groups = {task: (task, *kinds.get(task, ()), "all") for task in next(iter(table.values()))}
+    return {name: {who: share(np.concatenate([ended[task] for task in groups if name in groups[task]]))
+                   for who, ended in table.items()} for name in itertools.chain(*zip(*groups.values()))}
 
 
 def share(ended):
@@ -464,32 +457,20 @@ def transfer(args):
     For each held-out game: post-train on so many minutes of it, against a fresh model with the same minutes
     and steps.
     """
-    games = list(by_game(pick_tasks(args.games)))
-    if len(games) == len(GAMES):
+    if len(by_game(pick_tasks(args.games))) == len(GAMES):
         raise UserError("--games: expected some games to hold out, found all ten: give fewer")
-    out, results = folder(args.out), []
+    out = folder(args.out)
     with stage(out, "record the games to pre-train on"):
         for game in GAMES:
             record_here(args, out / "data" / game, game, OTHERS_MINUTES, 0)
-    for game in games:
-        with stage(out, f"{game}: pre-train on the others"):
-            others = [out / "data" / name for name in GAMES if name != game]
-            train_runs(PRETRAINING, {out / f"pre-{game}": [*others, "--preset", "toy", "--balance"]})
-    for name, trial in trials(args).items():
-        game, minutes, seed = trial
-        with stage(out, name) as say:
-            data = out / "few" / name
-            record_here(args, data, game, minutes, 1000 + seed)
-            runs = {"post-trained": (out / f"post-trained-{name}", data, "--ckpt", out / f"pre-{game}"),
-                    "scratch": (out / f"scratch-{name}", data, "--preset", "toy")}
-            results.append(train_and_play(args, trial, runs, say))
-    compare(args, results)
 
-
-def trials(args):
-    """{name: (game, minutes, seed)} of all trials."""
-    every = itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS)
-    return {"{}-{:g}-{}".format(*trial): trial for trial in every}
+    def learners(data, say, game, minutes, seed):
+        pre, others = out / f"pre-{game}", [out / "data" / name for name in GAMES if name != game]
+        train_runs(PRETRAINING, {pre: [*others, "--preset", "toy", "--balance"]})       # for the first trial
+        record_here(args, data / "few", game, minutes, 1000 + seed)
+        return {"post-trained": [data / "few", "--ckpt", pre],
+                "scratch": [data / "few", "--preset", "toy"]}, None
+    compare(args, learners)
 
 
 def record_here(args, path, game, minutes, seed):
@@ -498,19 +479,21 @@ def record_here(args, path, game, minutes, seed):
           sep="\n")
 
 
-def train_and_play(args, trial, runs, say, **more):
-    """Train models {name: (run, data and flags)} on the data of a trial -> its result: what they complete."""
-    game, minutes, seed = trial
-    train_runs(args.steps, {run: [*words, "--seed", seed] for run, *words in runs.values()})
-    rows = rows_of({who: play_model(sample.Policy(run, "cpu", steps=4), pick_tasks([game]), args.n, seed=seed)
-                    for who, (run, *_) in runs.items()})
-    say(in_words(rows))
-    return {"game": game, "minutes": minutes, "seed": seed, "rows": rows, **more}
-
-
-def compare(args, results):
-    """Print and write what each kind of model completes, and what the first gains over the second."""
-    first, second, *_ = names = [*results[0]["rows"]["all"]]
+def compare(args, learners):
+    """Trial after trial, each of a game, minutes and a seed: train the learners of its folder, {name: data
+    and flags}, and let them play. Print and write what each completes, what the first gains over the second,
+    and the scores of labels, or None, that learners() gives besides."""
+    out, results = folder(args.out), []
+    for game, minutes, seed in itertools.product(by_game(pick_tasks(args.games)), args.minutes, SEEDS):
+        data = out / f"{game}-{minutes:g}-{seed}"
+        with stage(out, data.name) as say:
+            words, labels = learners(data, say, game, minutes, seed)
+            train_runs(args.steps, {data / who: [*words[who], "--seed", seed] for who in words})
+            rows = rows_of({who: play_model(sample.Policy(data / who, "cpu", steps=4), pick_tasks([game]),
+                                            args.n, seed=seed) for who in words})
+            say(in_words(rows))
+        results.append({"game": game, "minutes": minutes, "seed": seed, "labels": labels, "rows": rows})
+    first, second, *_ = names = [*words]
     gains = gains_of(results)
     for name, row in gains.items():
         points, gained = ("{:+.1%} [{:+.1%}, {:+.1%}]".format(*row[key]) if row[key] else
@@ -525,8 +508,8 @@ def gains_of(results):
     rates = {}
     for result in results:
         for name, row in result["rows"].items():
-            trials_of = rates.setdefault(f"{result['minutes']:g} min, {name}", [])
-            trials_of.append([cell["rate"] for cell in row.values()])
+            trial = [cell["rate"] for cell in row.values()]
+            rates.setdefault(f"{result['minutes']:g} min, {name}", []).append(trial)
     return {name: gain(np.array(rows)) for name, rows in rates.items()}
 
 
@@ -555,25 +538,21 @@ def inverse(args):
     that an inverse model of theirs has labelled, and of as many with true labels. Of its labels stick R2,
     button F1 and onset F1.
     """
-    out, results = folder(args.out), []
-    for name, trial in trials(args).items():
-        data, (game, minutes, seed) = out / name, trial
+    def learners(data, say, game, minutes, seed):
         few, more, bare, model = (data / part for part in ("few", "more", "bare", "inverse"))
-        with stage(out, name) as say:
-            for path, many in (few, minutes), (more, 10 * minutes):
-                record_here(args, path, game, many, f"{2000 + seed} {path.name}")
-            if not bare.is_dir():
-                labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
-                shutil.copytree(more, bare, ignore=labels)
-            train_runs(args.steps, {model: [few, "--inverse", "--preset", "toy", "--seed", seed]})
-            run_scripts(["sample.py", "label", bare, "--ckpt", model])
-            read = np.mean([sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
-                            for actions, truth in map(actions_and_truth, extract.clips_in(bare))], 0)
-            say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}".format(*read))
-            learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
-            runs = {who: (data / who, *clips, "--preset", "toy") for who, clips in learns.items()}
-            results.append(train_and_play(args, trial, runs, say, labels=read.tolist()))
-    compare(args, results)
+        for path, many in (few, minutes), (more, 10 * minutes):
+            record_here(args, path, game, many, f"{2000 + seed} {path.name}")
+        if not bare.is_dir():
+            labels = shutil.ignore_patterns("actions.npy", "confidence.npy", "keep.npy")
+            shutil.copytree(more, bare, ignore=labels)
+        train_runs(args.steps, {model: [few, "--inverse", "--preset", "toy", "--seed", seed]})
+        run_scripts(["sample.py", "label", bare, "--ckpt", model])
+        read = np.mean([sample.score_chunks(actions[None], truth[None], np.ones((1, len(truth)), bool))
+                        for actions, truth in map(actions_and_truth, extract.clips_in(bare))], 0)
+        say("labels: R2 {:.2f}, F1 {:.2f}, onset F1 {:.2f}".format(*read))
+        learns = {"labelled": [few, bare], "few": [few], "true": [few, more]}
+        return {who: [*clips, "--preset", "toy"] for who, clips in learns.items()}, read.tolist()
+    compare(args, learners)
 
 
 # ---- speed
@@ -647,9 +626,9 @@ class Scripted:
     askew, and slips now and then."""
     slip = 0
 
-    def __init__(self, game, seed=0):
+    def __init__(self, game, seed):
         self.game, rng = game, random.Random(f"player {seed}")
-        self.late = deque([(0j, 0j, "")] * rng.randint(2, 4))
+        self.late = deque([(0j, "")] * rng.randint(2, 4))
         self.askew, self.reach = rng.gauss(0, 0.05), rng.uniform(0.93, 1.0)
         self.quick, self.careless, self.rng = rng.uniform(0.4, 0.7), rng.uniform(0.002, 0.007), rng
         self.sticks = [0j, 0j]
@@ -671,7 +650,7 @@ class Scripted:
             if rng.random() >= self.careless:
                 return wanted, keys
             self.slip, self.how = rng.randint(5, 11), rng.choice(("veer", "veer", "rest", "button"))
-            self.veer = rect(1, rng.choice((-1, 1)) * rng.uniform(0.6, 2))
+            self.veer = rect(1, rng.choice(SIDES) * rng.uniform(0.6, 2))
             self.extra = rng.choice(sorted(self.game.keys))
         self.slip -= 1
         if self.how == "veer":
@@ -684,7 +663,7 @@ class Blind:
     16 steps."""
     left = 0
 
-    def __init__(self, game, seed=0):
+    def __init__(self, game, seed):
         self.rng, self.keys = random.Random(f"random {seed}"), game.keys
 
     def act(self):
@@ -776,7 +755,7 @@ class Foreign:
     table, environments at rest, and wish() where there is a scripted player."""
     t, score, won, over = 0, 0.0, False, False
 
-    def __init__(self, task, seed=0):
+    def __init__(self, task, seed):
         number = seed // PLAYED << 30 | seed % (1 << 30)                   # 31 bits; evaluation stays apart
         with (extract.reading(f"--env {task}", "a game that can be made (pip install gymnasium "
                               f"{self.table.get('pip', 'and its package')}), whose {self.table['frame']!r} "
@@ -786,8 +765,8 @@ class Foreign:
             self.env = self.idle.pop() if self.idle else open_env(task, self.table)
             self.inside = self.env.unwrapped
             buttons = getattr(getattr(self.inside, "game", None), "get_available_buttons", list)
-            names = [button.name for button in buttons()]                  # of ViZDoom
-            self.choose = pad_to_action(self.env.action_space, self.table["controls"], names)
+            self.names = [button.name for button in buttons()]             # of ViZDoom
+            self.choose = pad_to_action(self.env.action_space, self.table["controls"], self.names)
             self.choose(neutral())
             self.look(self.env.reset(seed=number)[0])
 
@@ -870,7 +849,7 @@ def aims(game):
     soon = off + 4 * moved if abs(moved) < 60 else off                     # else it is another monster
     stick = complex(copysign(1, soon)) if abs(soon) > max(half / 2, 4) else 0j
     shoots = "RIGHT_TRIGGER" if max(abs(off), abs(soon)) < 0.7 * half + 2 else ""
-    if any(button.name == "TURN_LEFT" for button in doom.get_available_buttons()):
+    if "TURN_LEFT" in game.names:
         return 0j, stick, shoots
     return stick, 0j, shoots
 
@@ -881,7 +860,8 @@ SCRIPTS = {"aims": aims}
 # ---- what a game is
 
 class Placed:
-    """What is at a place: it subtracts like one."""
+    """What is at a place: it subtracts like one. radius: how wide it is to each side where it walks."""
+    radius = 12
 
     def __sub__(self, other):
         return self.at - other
@@ -892,9 +872,9 @@ class Placed:
 
 class Game(Placed):
     """One task of one game, the same for the same seed. A subclass has begin(), play(), draw() and wish():
-    the sticks (complex, y down) and the buttons that win. weights/games.json holds its tasks, keys (what each
-    control does), and look: health (lives), where it and the score stand (hud).
-    What "look" holds are attributes that all its tasks have or begin with, what a task's "start" holds is of
+    the left stick, the right one where the game has it (complex, y down) and the buttons that win.
+    weights/games.json holds its tasks, keys (what each control does), health (lives), where it and the score
+    stand (hud), and other attributes that all its tasks have or begin with; what a task's "start" holds is of
     this one."""
     fps = FPS
     t = score = 0
@@ -952,14 +932,10 @@ class Game(Placed):
         """Steps until `what` is ready."""
         return max(self.due.get(what, 0) - self.t, 0)
 
-    def hurt(self, rest=25):
-        """Lose one health, at most once in so many steps."""
-        if self.ready("hurt", rest):
+    def hurt(self):
+        """Lose one health, at most once in 25 steps."""
+        if self.ready("hurt", 25):
             self.health -= 1
-
-    def either_way(self):
-        """-1 or 1, at random."""
-        return self.choice((-1, 1))
 
     def around(self, low, high):
         """A vector of random length and direction."""
@@ -1016,6 +992,13 @@ class Game(Placed):
                 foe.hp -= 1
             return struck or bolt.at.imag > ground
         self.fly(self.bolts, hits, reach)
+        self.reap(foes)
+
+    def reap(self, things):
+        """Those without hp are gone."""
+        for thing in list(things):
+            if thing.hp <= 0:
+                self.take(things, thing)
 
     def wounds(self, shot, at, width):
         """Does a shot hit the player, who is at `at`? That hurts."""
@@ -1062,13 +1045,11 @@ def run_scripts(*commands):
     """Run scripts of ours side by side, each with its share of the cores, of the videos or of the clips.
     Inside of a stage: what they print goes to its log."""
     sys.stdout.flush()
-    running = []
-    for rank, (script, *words) in enumerate(commands):
-        running.append(subprocess.Popen(
-            [sys.executable, str(HERE / script), *map(str, words)], stdout=sys.stdout,
-            stderr=subprocess.STDOUT, env=os.environ | {
-                "OMP_NUM_THREADS": f"{max(cores() // len(commands), 1)}", "RANK": f"{rank}",
-                "WORLD_SIZE": f"{len(commands)}"}))
+    n = len(commands)
+    settings = os.environ | {"OMP_NUM_THREADS": f"{max(cores() // n, 1)}", "WORLD_SIZE": f"{n}"}
+    running = [subprocess.Popen([sys.executable, str(HERE / script), *map(str, words)], stdout=sys.stdout,
+                                stderr=subprocess.STDOUT, env=settings | {"RANK": f"{rank}"})
+               for rank, (script, *words) in enumerate(commands)]
     try:
         failed = [p.args[1] for p in running if p.wait()]
     finally:
@@ -1084,7 +1065,7 @@ def machine():
             f"opencv {cv2.__version__}")
 
 
-def paste_pad(ground, skin, action, opacity=1.0):
+def paste_pad(ground, skin, action, opacity):
     """Draw the pad over a region (h, w, 3) of a picture, in place."""
     rgba = cv2.resize(extract.draw(skin, action), ground.shape[1::-1], interpolation=cv2.INTER_AREA)
     ground[:] = extract.over(ground, rgba, opacity)
@@ -1145,7 +1126,7 @@ def colour(code):
 
 
 @functools.lru_cache(2048)
-def icon(name, size, turn=0, flip=False):
+def icon(name, size, turn, flip):
     """A picture of ICONS at `size` pixels, turned clockwise by turn / 32 of a circle, with a dark rim.
 
     Returns uint8 (size, size, 3) and its mask (size, size). Shapes lie on a grid of 256 x 256; actors look
@@ -1228,7 +1209,7 @@ def whole(places):
 def pattern(kind, dark, light, h, w):
     """A texture of two colours with some noise, uint8 (h, w, 3)."""
     y, x = np.mgrid[:h, :w]
-    (high, wide, shift), *shares = PATTERNS[kind]              # of the joints; of each layer
+    (high, wide, shift), *shares = ICONS["patterns"][kind]     # of the joints; of each layer
     joints = (y % high < 2) | ((x + y // high * shift) % wide < 2)
     odd = (y // 32 + x // 32) % 2
     waves, dots = np.sin(x / 9 + 2 * np.sin(y / 13)), (y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 10
@@ -1278,14 +1259,9 @@ def unit(v):
     return v / abs(v) if v else 0j
 
 
-def wrap(angle):
-    """An angle in [-pi, pi)."""
-    return (angle + pi) % tau - pi
-
-
 def between(v, angle):
     """The angle between a vector and a direction, in radians, 0 to pi."""
-    return abs(wrap(phase(v) - angle))
+    return abs(phase(v * rect(1, -angle)))
 
 
 def ahead_and_right(v, way):
@@ -1301,7 +1277,7 @@ def walled(w, h):
 
 CENTRE = 128 + 128j                                # of the frame
 MIDDLE = 0.5 + 0.5j                                # of a cell, from its corner
-WAYS = 1, -1, 1j, -1j                              # from a cell to the next ones
+WAYS, SIDES = (1, -1, 1j, -1j), (-1, 1)            # from a cell to the next ones; left and right
 
 
 def cell_of(p):
@@ -1350,6 +1326,11 @@ class Walled(Game):
     """A map of square cells with walls; cell: the side of one in the game's units."""
     cell = 1
 
+    def draw_cells(self):
+        """An empty square map, and `blocks` of its cells at random."""
+        inner = range(1, self.size - 1)
+        return walled(self.size, self.size), self.plan.sample([*itertools.product(inner, inner)], self.blocks)
+
     def enter(self, grid):
         """Take a map; the distances to a cell of it are found once."""
         self.grid, self.rows = grid, grid.tolist()                           # lists are faster by the cell
@@ -1363,23 +1344,23 @@ class Walled(Game):
                 p += step
         return p
 
-    def go(self, d, r=12):
-        """The player moves by d, along walls."""
-        self.at = self.move(self.at, d, r)
+    def walk(self, who, d):
+        """The player or a thing moves by d, along walls."""
+        who.at = self.move(who.at, d, who.radius)
 
     def blocked(self, p):
         """Is there a wall at a place?"""
         p /= self.cell
         return self.rows[int(p.imag)][int(p.real)]
 
-    def send(self, thing, place, far, r=12):
+    def send(self, thing, place, far):
         """Move a thing so far towards a place, along walls; away from it where `far` is negative."""
-        thing.at = self.move(thing.at, far * unit(place - thing), r)
+        self.walk(thing, far * unit(place - thing))
 
     def sees(self, p, q):
         """Is the straight line between two places free of walls?"""
         n = int(abs(q - p) / self.cell * 4) + 1
-        return not any(self.blocked(p + (q - p) * i / n) for i in range(n + 1))
+        return not any(self.blocked(p + (q - p) * i / n) for i in range(n))
 
     def on_the_way(self, goal, p):
         """Where to walk next from p to get to the goal."""
@@ -1404,8 +1385,8 @@ class FirstPerson(Walled):
 
     def begin(self):
         """Walls around and, as far as all free cells stay connected, inside; the player in a free cell."""
-        grid, inner = walled(self.size, self.size), [*itertools.product(range(1, self.size - 1), repeat=2)]
-        for x, y in self.plan.sample(inner, int(self.density * len(inner))):
+        grid, cells = self.draw_cells()
+        for x, y in cells:
             grid[y, x] = True
             free = free_cells(grid)
             grid[y, x] = len(distances(grid, free[0])) == len(free)
@@ -1414,8 +1395,9 @@ class FirstPerson(Walled):
         self.bring()
 
     def play(self):
-        self.face = wrap(self.face + self.right.real * 0.085)
-        self.go(self.left * 1j * self.speed * rect(1, self.face), 0.22)
+        self.face += self.right.real * 0.085
+        speed = self.slow if "LEFT_TRIGGER" in self.held else self.speed
+        self.walk(self, self.left * 1j * speed * rect(1, self.face))
         goal = self.goal
         if not goal.near:
             self.fight(goal, self.distance(goal))
@@ -1466,8 +1448,8 @@ class FirstPerson(Walled):
     def billboard(self, frame, thing):
         """A flat picture that always faces the player, behind what is nearer."""
         rel = self.relative(thing)
-        if rel.real > 0.15:
-            scale = 230 / max(rel.real, 0.4)
+        if rel.real > 0.4:
+            scale = 230 / rel.real
             x = 128 + rel.imag / rel.real / 0.7 * 128
             y = 128 + scale * (0.5 - thing.lift - thing.size / 2)
             seen = np.repeat(self.depth > rel.real - 0.3, 2)
@@ -1497,16 +1479,11 @@ class Crypt(FirstPerson):
     """A dark maze. An arrow shows the way; ghouls turn red before they strike: hold the shield then, hit them
     when they are green."""
 
-    def play(self):
-        self.speed = 0.05 if "LEFT_TRIGGER" in self.held else 0.09
-        super().play()
-
     def fight(self, ghoul, reach):
         """The ghoul comes near, winds up and strikes; the player's sword pushes it back."""
         self.goes_to = ghoul.at
         if reach > 0.8:
-            to = self.on_the_way(self.at, ghoul.at) if reach > 1.5 else self.at
-            self.send(ghoul, to, 0.025, 0.2)
+            self.send(ghoul, self.on_the_way(self.at, ghoul.at) if reach > 1.5 else self, 0.025)
         off, shield = abs(self.angle(ghoul)), "LEFT_TRIGGER" in self.held
         if ghoul.wind:
             ghoul.wind -= 1
@@ -1515,10 +1492,10 @@ class Crypt(FirstPerson):
         elif reach < 1.2 and self.ready("wind", 45):
             ghoul.wind = 15
         ghoul.kind = "ghoul!" if ghoul.wind else "ghoul"
-        if not shield and self.pressed("RIGHT_TRIGGER", 24) and not ghoul.wind:
-            if reach < 1.25 and off < 0.45:
-                ghoul.hp -= 1
-                self.send(ghoul, self, -0.3, 0.2)
+        strikes = not shield and self.pressed("RIGHT_TRIGGER", 24)
+        if strikes and not ghoul.wind and reach < 1.25 and off < 0.45:
+            ghoul.hp -= 1
+            self.send(ghoul, self, -0.3)
 
     def draw(self):
         frame = super().draw()
@@ -1530,9 +1507,8 @@ class Crypt(FirstPerson):
         return frame
 
     def wish_to_fight(self, ghoul, reach):
-        close = reach < 1.6 and self.sees(self.at, ghoul.at)
-        left, right = self.steer(ghoul.at, 0.95) if close else self.steer(self.target(), self.stop)
-        if ghoul.wind and reach < 1.6:
+        left, right = self.steer(ghoul.at, 0.95) if reach < 1.6 else self.steer(self.target(), self.stop)
+        if ghoul.wind:
             return 0j, right, "LEFT_TRIGGER"
         return left, right, "RIGHT_TRIGGER" if reach < 1.25 and abs(self.angle(ghoul)) < 0.35 else ""
 
@@ -1551,10 +1527,9 @@ class Siege(FirstPerson):
 
     def fight(self, drone, reach):
         """The drone drifts and shoots where it sees the player; so does the player."""
-        moved = self.move(drone.at, self.drift, 0.3)
-        if moved == drone.at or self.ready("turn", 40):
+        self.walk(drone, self.drift)
+        if self.ready("turn", 40):
             self.drift = self.around(0.02, 0.035)
-        drone.at = moved
         if self.ammo and self.pressed("RIGHT_TRIGGER", 12):
             self.ammo -= 1
             drone.hp -= abs(self.angle(drone)) < 0.3 / reach and self.sees(self.at, drone.at)
@@ -1603,42 +1578,42 @@ class Rally(Game):
 
     def build(self, path):
         """The road, the trees beside it, its gates and the other cars."""
-        for places, ink, thick in ((path, "ebebeb", 112), (path, "54545c", 100),
-                                   *((path[i:i + 2], "fadc5a", 5) for i in range(0, 256, 4))):
-            cv2.polylines(self.ground, [whole(places)], True, colour(ink), thick)
+        road = whole(path)
+        dashes = [*road.reshape(-1, 4, 2)[:, :2]]
+        for lines, ink, thick in ([road], "ebebeb", 112), ([road], "54545c", 100), (dashes, "fadc5a", 5):
+            cv2.polylines(self.ground, lines, True, colour(ink), thick)
         self.at, self.face = self.path[0], phase(self.path[2] - self.path[0])
         pairs = lambda kind, first, step, aside: [
             Thing(kind, self.beside(i, side)) for i in range(first, 255, step) for side in (-aside, aside)]
         self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
-        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.either_way(), passed=False)
+        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.choice(SIDES))
                      for i in range(self.cars)]
         self.race()
 
     def beside(self, place, far):
         """So many pixels to the right of a place on the path, in points of it from its start."""
-        a, b = self.path[int(place) % 256], self.path[int(place + 1) % 256]
+        a, b = self.path[int(place)], self.path[int(place + 1)]
         return a + (b - a) * (place % 1) + far * 1j * unit(b - a)
 
     def spawn(self):
         """The next bay: painted on the ground, with a sign above it."""
-        turn = self.either_way() * self.uniform(0.2, 0.9)
+        turn = self.choice(SIDES) * self.uniform(0.2, 0.9)
         self.bay = fence(self.at + rect(self.uniform(170, 260), self.face + turn), 90, 934)
         disc(self.ground, self.bay, 34, "ffdc28", 8)
         disc(self.ground, self.bay, 30, "1e6ee6")
         self.things = [Thing("bay", self.bay)]
 
     def race(self):
-        """Where on the path the car is: the nearest of the next few points. Rivals drive on; those that are
-        passed do not count as hit."""
+        """Where on the path the car is: the nearest of the next few points. Rivals drive on."""
         self.index = min(range(self.index, self.index + 6), key=lambda i: abs(self.path[i] - self.at))
         for rival in self.foes:
             rival.along += 0.22
             rival.at = self.beside(rival.along, rival.side)
-            rival.passed |= rival.along < self.index - 1
-            if self.distance(rival) < 24 and not rival.passed:
+            if self.distance(rival) < 24:
                 self.speed *= 0.3
                 self.hurt()
-        self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
+        passed = sum(rival.along < self.index - 1 for rival in self.foes)
+        self.score = passed if self.cars else self.index // 20
 
     def play(self):
         on_road = self.park or abs(self.path[self.index] - self.at) < 58
@@ -1646,7 +1621,7 @@ class Rally(Game):
         slower = 0.3 if self.speed > 0 else 0.1                        # in reverse the brake is a weak engine
         self.speed = max(-2, (self.speed + 0.28 * gas - slower * brake) * (0.972 if on_road else 0.88))
         self.speed *= 1 if gas or brake else 0.97
-        self.face = wrap(self.face + self.left.real * 0.05 * span(self.speed / 2))
+        self.face += self.left.real * 0.05 * span(self.speed / 2)
         self.at = fence(self.at + self.speed * rect(1, self.face), 40, 984)
         if not self.park:
             self.race()
@@ -1679,21 +1654,16 @@ class Rally(Game):
 
     def wish(self):
         if self.park:
-            rel = self.relative(self.bay)
-            angle, far = phase(rel), abs(rel)
-            if abs(angle) > 1.9 and far < 130:
-                return -copysign(1, rel.imag), 0j, "LEFT_TRIGGER"
-            turn, over = 2.5 * angle, 0.4
-            fast = min(2.8 if abs(angle) < 0.5 else 1.6, max(0.03 * far, 0.35))
+            angle, over = self.angle(self.bay), 0.4
+            turn = 2.5 * angle
+            fast = min(2.8 if abs(angle) < 0.5 else 1.6, 0.03 * abs(self.bay - self.at))
         else:
-            target = self.path[self.index + 9]
-            close = [r for r in self.foes if 0 < r.along - self.index < 13]
-            if close:                                                      # pass the first on its other side
-                target = self.beside(self.index + 7, -close[0].side)
-            turn, over = 2.6 * self.angle(target), 1
-            fast = 3 if abs(turn) > 1.56 else 4.4
+            close = (rival for rival in self.foes if 0 < rival.along - self.index < 13)
+            others_side = (self.beside(self.index + 7, -rival.side) for rival in close)
+            target = next(others_side, self.path[self.index + 9])          # pass the first rival there
+            turn, over, fast = 2.6 * self.angle(target), 1, 4.4
         brake = "LEFT_TRIGGER" if self.speed > fast + over else ""
-        return span(turn), 0j, "RIGHT_TRIGGER" if self.speed < fast else brake
+        return span(turn), "RIGHT_TRIGGER" if self.speed < fast else brake
 
 
 # ---- top-down
@@ -1705,7 +1675,7 @@ class TopDown(Walled):
     def lay(self, grid):
         """Take a map of walls and draw it once, with a margin for the camera."""
         self.enter(grid)
-        wall = np.kron(grid, np.ones((self.cell, self.cell), bool))
+        wall = grid.repeat(self.cell, 0).repeat(self.cell, 1)
         block, floor = (pattern(*look, *wall.shape) for look in (self.block, self.floor))
         self.ground = cv2.copyMakeBorder(np.where(wall[..., None], block, floor), *[128] * 4,
                                          cv2.BORDER_CONSTANT, value=colour(self.dark))
@@ -1766,14 +1736,11 @@ class Swarm(TopDown):
 
     def play(self):
         self.aim = pointed(self.right, pointed(self.left, self.aim))
-        if abs(self.left) > 0.3:
-            self.pressed("LEFT_TRIGGER", 50)
-        self.go(self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
+        self.pressed("LEFT_TRIGGER", 50)
+        self.walk(self, self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
         self.fire(self.at, self.foes)
-        for f in list(self.foes):
-            if f.hp <= 0:
-                self.take(self.foes, f)
-            elif self.distance(f) < self.reach:
+        for f in self.foes:
+            if self.distance(f) < self.reach:
                 self.hurt()
                 self.send(f, self, -70)
             way = unit(self - f)
@@ -1781,7 +1748,7 @@ class Swarm(TopDown):
                 self.send(f, self, 1.7)
             elif f.dash:                                   # the brute comes in a spiral, winds up and charges
                 f.dash -= 1
-                f.at = self.move(f.at, 7 * f.way, 20)
+                self.walk(f, 7 * f.way)
             elif f.wind:
                 f.wind, f.kind = f.wind - 1, "brute!"
                 f.dash = 0 if f.wind else 22
@@ -1789,12 +1756,12 @@ class Swarm(TopDown):
                 f.wind, f.way = 18, way
             else:
                 f.kind = "brute"
-                f.at = self.move(f.at, 1.6 * way * rect(1, 0.8), 20)
-            if self.foe == "brute":
-                self.score = self.hp - f.hp
+                self.walk(f, 1.6 * way * rect(1, 0.8))
+        if self.foe == "brute":
+            self.score = self.hp - sum(f.hp for f in self.foes)
         for mine in filter(self.reached, self.things):
             self.hurt()
-            self.go(36 * unit(self - mine))
+            self.walk(self, 36 * unit(self - mine))
         self.gather()
         if not self.count and self.reached(self.gem):
             self.score += 1
@@ -1837,9 +1804,9 @@ class Swarm(TopDown):
         way = unit(self.gem - self)
         for mine in self.things:
             d = ahead_and_right(mine - self, way)
-            if -10 < d.real < 90 and abs(d.imag) < 44:
+            if 0 < d.real < 90 and abs(d.imag) < 44:
                 way = unit(way - 1j * way * copysign(1.1, d.imag) * (1 - abs(d.imag) / 90))
-        clear = self.distance(self.nearest([*self.things, self.gem])) > 110
+        clear = min(map(self.distance, [*self.things, self.gem])) > 110
         return way, way, "LEFT_TRIGGER" if clear else ""
 
 
@@ -1853,39 +1820,39 @@ class Vault(TopDown):
 
     def room(self):
         """A room with blocks; the way in is where the player stands."""
-        here, far = cell_of(self.at / 32), {}
-        while len(far) < 24 or sum(steps > 4 for steps in far.values()) < 2:   # two things have to be far off
-            grid = walled(8, 8)
-            for x, y in self.plan.sample([*itertools.product(range(1, 7), repeat=2)], self.blocks):
+        here, far, cells = cell_of(self.at / 32), [], []
+        while len(far) < 24 or len(cells) < 2:                                 # two things have to be far off
+            grid, cells = self.draw_cells()
+            for x, y in cells:
                 grid[y, x] = complex(x, y) != here
             far = distances(grid, here)
+            cells = [cell for cell in far if far[cell] > 4]
         self.lay(grid)
         self.at = (here + MIDDLE) * 32
-        cells = [cell for cell in far if far[cell] > 4]
         places = [(cell + MIDDLE) * 32 for cell in sorted(cells, key=lambda cell: self.rng.random())]
         self.things = [Thing(kind, at, **look) for (kind, look), at in zip(self.holds.items(), places)]
-        self.foes, self.goes_to = [Thing("slime", at, hp=2) for at in places[:self.slimes]], self.at
+        self.foes = [Thing("slime", at, hp=2, radius=11) for at in places[:self.slimes]]
+        self.goes_to = self.at
 
     def play(self):
         done = self.score
         self.face = pointed(self.left, self.face)
         run = 3.6 if "RIGHT_TRIGGER" in self.held else 2.4
-        self.go(self.left * (0.8 if self.rests("WEST") > 14 else run), 11)
+        self.walk(self, self.left * (0.8 if self.rests("WEST") > 14 else run))
         strike = self.pressed("WEST", 24)
         if self.t % 4 == 0:
             self.goes_to = self.at
-        for s in list(self.foes):                                          # they come on around the blocks
+        for s in self.foes:                                                # they come on around the blocks
             d = s - self
             far = abs(d)
             struck = strike and far < 50 and between(d, self.face) < 0.7
             s.hp -= struck
             if struck or far < 22:                                         # both push it back
-                self.send(s, self, -30, 11)
+                self.send(s, self, -30)
                 if not struck:
                     self.hurt()
-            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self, 1.1, 11)
-            if s.hp <= 0:
-                self.take(self.foes, s)
+            self.send(s, self.on_the_way(self.goes_to, s.at) if far > 44 else self, 1.1)
+        self.reap(self.foes)
         for thing in filter(self.reached, self.things[:1]):
             if thing.kind == "key":
                 self.things.remove(thing)
@@ -1909,7 +1876,7 @@ class Vault(TopDown):
         sprite(frame, "knight", self.at, 36, self.face)
         if resting:
             disc(frame, self.at, 20, "787882", 3)
-        if [thing.kind for thing in self.things] == ["chest"]:
+        if self.things and self.things[0].kind == "chest":
             sprite(frame, "key", 128 + 16j, 32)
         return frame
 
@@ -1920,11 +1887,11 @@ class Vault(TopDown):
         to = self.on_the_way(goal.at, self.at) if far > self.close else goal.at
         way = unit(to - self.at)
         if not self.foes:
-            return way, 0j, goal.button if far < 40 else "RIGHT_TRIGGER" if far > 80 else ""
+            return way, goal.button if far < 40 else "RIGHT_TRIGGER" if far > 80 else ""
         if far < 48 and self.rests("WEST"):
-            return -unit(d), 0j, ""
+            return -unit(d), ""
         strike = far < 48 and between(d, self.face) < 0.5
-        return way * (0.5 if far < 50 else 1), 0j, "WEST" if strike else ""
+        return way * (0.5 if far < 50 else 1), "WEST" if strike else ""
 
 
 class Shade(TopDown):
@@ -1960,7 +1927,7 @@ class Shade(TopDown):
         return inside and self.sees(guard.at, p)
 
     def play(self):
-        self.go(self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
+        self.walk(self, self.left * (1.8 if "LEFT_TRIGGER" in self.held else 3.2))
         for g in list(self.foes):
             if self.blocked(g.at + 26 * g.way):
                 g.way = -g.way
@@ -1999,7 +1966,7 @@ class Shade(TopDown):
         if self.blocked(target):
             target = goal.at
         way = target - pos
-        if abs(way) >= 60 or not self.sees(pos, target):
+        if abs(way) >= 60:
             way = self.on_the_way(target, pos) - pos
         if self.knife and self.distance(goal) < 110 and self.lit(pos, goal, 60, 0.9):
             side = 1j * goal.way                                         # around the light, on our side of it
@@ -2014,7 +1981,7 @@ class Shade(TopDown):
                 best, most = d, gain
         near = min(map(self.distance, self.foes))
         strike = "EAST" if near < self.blade - 2 else ""
-        return best * (1 if abs(way) > 20 else 0.6), 0j, strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
+        return best * (1 if abs(way) > 20 else 0.6), strike + (" LEFT_TRIGGER" if 44 < near < 120 else "")
 
 
 # ---- side-scrolling
@@ -2038,7 +2005,7 @@ class Side(Game):
         self.ground = False
         for i, island in enumerate(self.islands):
             over = abs((island.at - self.at).real) < island.half + 8
-            if over and before <= island.at.imag <= self.at.imag and self.v >= 0:
+            if over and before <= island.at.imag <= self.at.imag:
                 self.at, self.v = complex(self.at.real, island.at.imag), 0.0
                 self.ground, self.stood, self.on = True, self.t, i
 
@@ -2048,17 +2015,17 @@ class Cliffs(Side):
     sprints."""
 
     def begin(self):
-        s, at, uniform, choice = self.either_way(), 0j, self.plan.uniform, self.plan.choice
-        islands = [(0j, 90)] if self.tower else []
+        s, at, uniform, choice = self.choice(SIDES), 0j, self.plan.uniform, self.plan.choice
+        self.islands = [Thing("island", at, half=90)] if self.tower else []
         for _ in range(self.steps):
             if self.tower:
-                at += choice((-1, 1)) * s * uniform(60, 88) - 58j
-                islands.append((at, 34))
+                at += choice(SIDES) * s * uniform(60, 88) - 58j
+                middle, half = at, 34
             else:
                 half = uniform(80, 150) / 2
-                islands.append((at + s * half, half))
+                middle = at + s * half
                 at += complex(s * (2 * half + uniform(50, 68)), choice((-20, 0, 20)))
-        self.islands = [Thing("island", at, half=half) for at, half in islands]
+            self.islands.append(Thing("island", middle, half=half))
         self.stand(self.islands[self.on].at)
         for island in (self.islands[i] for i in self.coins):
             aside = self.uniform(15 - island.half, island.half - 15)
@@ -2097,9 +2064,8 @@ class Cliffs(Side):
         if to == self.on:
             d = goal - self
             leap = (goal - self.islands[to]).imag < -40 and abs(d.real) < 30 and self.ground
-            return span(d.real / 20), 0j, "SOUTH" if leap else ""
-        x, run = self.cross(self.on + (1 if to > self.on else -1))
-        return x, 0j, run
+            return span(d.real / 20), "SOUTH" if leap else ""
+        return self.cross(self.on + (1 if to > self.on else -1))
 
     def cross(self, to):
         """The stick's x and the buttons that bring the runner to the next island on the way; distances count
@@ -2128,7 +2094,7 @@ class Commando(Side):
         self.stand(200j)
         self.aim = self.choice((0, pi))
         if not self.foe:
-            s, x = self.either_way(), 60.0
+            s, x = self.choice(SIDES), 60.0
             for _ in range(7):
                 x += self.plan.uniform(90, 150)
                 self.things.append(Thing("wire", s * x + 186j))
@@ -2148,19 +2114,17 @@ class Commando(Side):
         heart = self.at - 22j
         self.fire(heart, self.foes)
         self.fly(self.shots, lambda shot: self.wounds(shot, heart, 20) or shot.at.imag > 200)
-        for f in list(self.foes):                          # they keep near and shoot now and then
+        for f in self.foes:                                # they keep near and shoot now and then
             f.wait -= 1
             d = heart - f
             if abs(d.real) > 112:
                 f.at += copysign(2.6, d.real)
-            if f.hp <= 0:
-                self.take(self.foes, f)
-            elif f.wait <= 0:
+            if f.wait <= 0:
                 f.wait, d = 75, heart - f
                 way = copysign(1, d.real) if f.at.imag >= 170 else unit(d)          # on the ground along it
                 self.shots.append(Thing("mine", f.at, v=2.6 * way))
         if self.at.imag > 178 and any(abs((wire - self).real) < 20 for wire in self.things):
-            self.hurt(20)
+            self.hurt()
         if not self.foe and abs((self.copter - self).real) < 24:
             self.score = 1
         self.recruit()
@@ -2195,22 +2159,18 @@ class Commando(Side):
             ahead = [(wire - self).real * s for wire in self.things]
             near = min((d for d in ahead if d > 0), default=999)
             return s, s, "SOUTH" if 24 < near < 56 else ""
-        heart, leap, run = self.at - 22j, "", 0.0
+        heart = self.at - 22j
         foe = min(self.foes, key=lambda f: between(f - heart, self.aim))    # whom the gun points at most
         d = foe - heart
         coming = [s for s in self.shots
                   if abs(s - heart) < 80 and ahead_and_right(heart - s, s.v).real > 0]
-        for s in coming[:1]:
-            if abs(s.v.imag) >= 0.6:
-                run = -copysign(1, s.v.real)                            # run under it, to where it comes from
-            elif abs((s - heart).real) < 58:
-                leap = " SOUTH"
-        if not coming and not 70 < abs(d.real) < 115:
-            run = copysign(1, d.real) * (0.8 if abs(d.real) > 115 else -0.6)
-        return run, unit(d), ("RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else "") + leap
+        run = 0.0 if abs(d.real) > 70 else -copysign(0.6, d.real)
+        if coming:
+            run = -copysign(1, coming[0].v.real)                        # under it, to where it comes from
+        return run, unit(d), "RIGHT_TRIGGER" if between(d, self.aim) < 0.15 else ""
 
 
-class Glider(Side):
+class Glider(Game):
     """Flight over hills from left to right: rings to pass through, foes to shoot, tanks to bomb where the
     mark on the ground shows."""
 
@@ -2234,7 +2194,7 @@ class Glider(Side):
             if self.ammo and self.pressed("SOUTH", 20):
                 self.ammo -= 1
                 self.bolts.append(Thing("bomb", self.at + 10j, v=self.speed() + 1j))
-            self.fly(self.bolts, self.falls, 999)
+            self.fly(self.bolts, self.falls)
         else:
             self.fire(self.at, self.things)
         for thing in list(self.things):
@@ -2267,7 +2227,7 @@ class Glider(Side):
     def draw(self):
         corner = self.at - 70 - 1j * self.above
         x, ground = int(self.at.real), round(232 - corner.imag)
-        frame = self.back(x, min(round(corner.imag) + 96, 432 - 256), 432)
+        frame = self.back(x, min(round(corner.imag) + 96, 176), 432)
         fields = pattern("checker", "313", "636", 256, 512)
         frame[ground:] = fields[:max(256 - ground, 0), x % 256:x % 256 + 256]
         if self.tank:
@@ -2287,23 +2247,23 @@ class Glider(Side):
                 sprite(frame, "bomb", bolt - corner, 28, pi / 2)
             else:
                 bar(frame, bolt - corner - 9 - 3j, 18 + 6j, "78ffff")
-        sprite(frame, "plane", self.at - corner, 56, round(2 * self.left.imag) * tau / 32)
+        sprite(frame, "plane", self.at - corner, 56, self.left.imag * pi / 8)
         return frame
 
     def wish(self):
-        rise = lambda height: span((height - self.at.imag) / 60)
+        rise = span((self.cruise - self.at.imag) / 60)
         d = next((thing - self for thing in self.things if (thing - self).real > 0), None)
         if d is None:
-            return complex(0.3, rise(self.cruise)), 0j, ""
+            return complex(0.3, rise), ""
         if self.tank:
             gap = d.real - self.mark()
-            stick, aimed = complex(span(gap / 60), rise(80)), abs(gap) < 16
+            stick, aimed = complex(span(gap / 60), rise), abs(gap) < 16
         else:
             foe, ring = 0.2 if d.real > 70 else -0.6, 0.6 if abs(d.imag) < 20 else -0.4
             stick = complex(foe if self.want == "foe" else ring, span(d.imag / 28))
             aimed = abs(d.imag) < 12 and d.real < 150
         ready = not self.bolts and not self.rests(self.trigger)
-        return stick, 0j, self.trigger if aimed and ready else ""
+        return stick, self.trigger if aimed and ready else ""
 
 
 class Dojo(Game):
@@ -2311,11 +2271,11 @@ class Dojo(Game):
     guard high (kick low); boards to break. Who fights stands on a line: places are numbers."""
 
     def begin(self):
-        self.way = self.either_way()
+        self.way = self.choice(SIDES)
         self.floor = pattern("planks", "630", "a62", 256, 256).copy()
         self.floor[:170] = pattern("grid", "fec", "c96", 170, 256)
         disc(self.floor, 128 + 70j, 40, "e63c32")
-        sides = [-1, 1] if self.rivals == 2 else [self.either_way() for _ in range(self.rivals)]
+        sides = SIDES if self.rivals == 2 else [self.choice(SIDES) for _ in range(self.rivals)]
         self.foes = [Thing("idle", 128.0 + 90 * side, wait=20 + 40 * i) for i, side in enumerate(sides)]
 
     def play(self):
@@ -2368,7 +2328,7 @@ class Dojo(Game):
         b = self.board = self.board or Thing("board", 0j, angle=self.uniform(0, tau), far=112.0)
         b.far -= 2.6
         if move == "WEST" and self.ready("blow", 8):
-            if 26 < b.far < 60 and abs(wrap(self.aim - b.angle)) < 0.6:
+            if 26 < b.far < 60 and between(rect(1, b.angle), self.aim) < 0.6:
                 self.score, self.board = self.score + 1, None
             else:
                 self.fumble()
@@ -2383,7 +2343,7 @@ class Dojo(Game):
                 sprite(frame, f.kind, f.at + 190j, 84, flip=f.at > self.at)
             sprite(frame, "monk", self.at + 190j, 84, flip=self.way < 0)
             if "LEFT_TRIGGER" in self.held:
-                bar(frame, round(self.at + 22 * self.way) - 4 + 150j, 8 + 70j, "78c8ff")
+                bar(frame, self.at + 22 * self.way - 4 + 150j, 8 + 70j, "78c8ff")
         else:
             disc(frame, middle, 60, "28c8ff", 4)
             if self.board:
@@ -2392,28 +2352,26 @@ class Dojo(Game):
             arrow(frame, middle + rect(34, self.aim), self.aim, 14, "ffffff")
             sprite(frame, "monk", middle, 52, flip=math.cos(self.aim) < 0)
         if self.rests("stun"):
-            disc(frame, self.at + (132j if self.rivals else 108j), 12, "ffff00", 4)
+            disc(frame, self.at + 108j, 12, "ffff00", 4)
         return frame
 
     def wish(self):
         b = self.board
         if not self.rivals:
-            return (rect(0.9, b.angle), 0j, "WEST" if 28 < b.far < 54 else "") if b else (0j, 0j, "")
+            return (rect(0.9, b.angle), "WEST" if 28 < b.far < 54 else "") if b else (0j, "")
         f = self.nearest([f for f in self.foes if f.kind != "idle"] or self.foes)
         d = f - self
         near = abs(d) < 54
-        return copysign(0.35 if near else 1, d), 0j, self.answers[f.kind] if near and d * self.way > 0 else ""
+        return copysign(0.35 if near else 1, d), self.answers[f.kind] if near and d * self.way > 0 else ""
 
 
-GAMES = {game.__name__.lower(): game
-         for game in (Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo)}
-for game, kind in GAMES.items():
-    row = ROWS_OF_GAMES[game]
-    for name, value in {"name": game, **row, **row["look"]}.items():
-        setattr(kind, name, value)                     # family, keys and all of "look"
-    for task, fields in row["tasks"].items():
-        PLAYABLE[f"{game}/{task}"] = kind
-        TASKS[f"{game}/{task}"] = types.SimpleNamespace(game=kind, **fields)
+for game in Crypt, Siege, Rally, Swarm, Vault, Shade, Cliffs, Commando, Glider, Dojo:
+    game.name = game.__name__.lower()
+    for attribute, value in GAMES[game.name].items():
+        setattr(game, attribute, value)                # family, keys, tasks and how it begins
+    for task, fields in game.tasks.items():
+        PLAYABLE[f"{game.name}/{task}"] = game
+        TASKS[f"{game.name}/{task}"] = types.SimpleNamespace(game=game, **fields)
 
 
 if play.gymnasium:
@@ -2491,7 +2449,8 @@ def main(argv=None):
     command(suite, "--ckpt --tasks --env --table -n --actions-per-chunk --delay --out --video "
             "--euler --device --seed --workers", n=50, euler=extract.PLAY_STEPS)
     command(demo, "--out --tasks --minutes --videos --steps -n --seed",
-            minutes=2, steps=1200, n=100, tasks=DEMO)
+            minutes=2, steps=1200, n=100,        # tasks that a small model begins to master within minutes
+            tasks=["crypt/exit", "swarm/brute", "glider/rings"])
     held_out = {"games": ["crypt", "swarm", "glider"], "steps": 480, "n": 20}
     command(transfer, "--out --games --minutes --steps -n --workers", minutes=[1], **held_out)
     command(inverse, "--out --games --minutes --steps -n --workers", minutes=[1, 4], **held_out)

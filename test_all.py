@@ -3954,9 +3954,9 @@ def test_transfer_compares_post_trained_with_scratch(learnt, monkeypatch, capsys
     others = " ".join(game for game in bench.GAMES if game != "dojo")
     assert learnt == {
         "pre-dojo": f"{others} --preset toy --balance",
-        "post-trained-dojo-0.04-0": "dojo-0.04-0 --ckpt pre-dojo --seed 0",
-        "scratch-dojo-0.04-0": "dojo-0.04-0 --preset toy --seed 0"}
-    assert "post-trained 24.0% | scratch 19.0% | post-trained over scratch +5.0%" in capsys.readouterr().out
+        "post-trained": "few --ckpt pre-dojo --seed 0",
+        "scratch": "few --preset toy --seed 0"}
+    assert "post-trained 12.0% | scratch 7.0% | post-trained over scratch +5.0%" in capsys.readouterr().out
 
 
 def test_inverse_labels_what_has_none_and_compares_three_models(learnt, monkeypatch, capsys):

@@ -116,16 +116,22 @@ def test_public_functions_have_docstrings_and_errors_are_named(script):
         assert node.name.startswith("_") or ast.get_docstring(node), node.name
 
 
-def start(script, *flags, sigint=signal.SIG_IGN):
+def words_of(*line):
+    """A command line -> its words: what is text is split at blanks, a path or a number is one word."""
+    return [word for part in line for word in (part.split() if isinstance(part, str) else [str(part)])]
+
+
+def start(*line, sigint=signal.SIG_IGN):
     """One of our scripts as a background job, nohup or cron starts it: with SIGINT ignored."""
-    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], text=True,
+    script, *words = words_of(*line)
+    return subprocess.Popen([sys.executable, str(HERE / script), *words], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, sigint))
 
 
 @parametrize("command", ["model.py", "bench.py games --out ."])
 def test_a_reader_that_has_read_enough_is_no_fault(command):
-    shown = start(*command.split())
+    shown = start(command)
     shown.stdout.close()                                         # as `| head -0` does
     assert shown.stderr.read() == "" and shown.wait() == 141
 
@@ -169,10 +175,11 @@ def test_repository_stays_small():
     assert sum(file.stat().st_size for file in files if file.exists()) < 60e6
 
 
-def run(main, *argv):
-    """A script's main in this process -> its exit status."""
+def run(*line):
+    """A command in this process: run("model.py info", path) -> its exit status."""
+    script, *words = words_of(*line)
     try:
-        return main([str(a) for a in argv])
+        return sys.modules[script.removesuffix(".py")].main(words)
     except SystemExit as e:                                      # argparse leaves this way
         return e.code
 
@@ -182,22 +189,25 @@ def refused(says, error=UserError):
     return pytest.raises(error, match=says)
 
 
-def works(line, *more):
-    """A command that ends well: works("sample.py label data --ckpt", path)."""
-    script, *words = line.split()
-    assert run(sys.modules[script[:-3]].main, *words, *more) == 0
+def works(*line):
+    """The command ends well -> what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert run(*line) == 0
+    return said.getvalue()
 
 
-def fails_in_one_line(capfd, main, *argv, says=""):
-    """The command ends with status 2 and one 'error:' line that holds `says`; its text is returned."""
-    capfd.readouterr()
-    assert run(main, *argv) == 2
-    err = capfd.readouterr().err.strip()
-    assert err.startswith("error: ") and "\n" not in err and says in err, err
-    return err
+@pytest.fixture
+def fails(capfd):
+    """The command ends with status 2 and one 'error:' line that holds `says`."""
+    def fails(*line, says):
+        capfd.readouterr()
+        assert run(*line) == 2
+        err = capfd.readouterr().err.strip()
+        assert err.startswith("error: ") and "\n" not in err and says in err, err
+    return fails
 
 
-COMMANDS = [tuple(line.split(".py")) for line in """extract.py
+COMMANDS = """extract.py
 extract.py templates
 parse.py run
 parse.py show
@@ -219,22 +229,22 @@ bench.py games
 bench.py transfer
 bench.py inverse
 bench.py latency
-bench.py throughput""".splitlines()]
+bench.py throughput""".splitlines()
 
 
-@parametrize("script, command", COMMANDS)
-def test_every_command_explains_its_flags_and_reads_them(script, command, capfd):
+@parametrize("command", COMMANDS)
+def test_every_command_explains_its_flags_and_reads_them(command, fails):
     """And says in one line that it has no other."""
-    main, words = sys.modules[script].main, command.split()
+    source = SOURCES[command.split(".py")[0]]
     options = argparse._ActionsContainer                         # a parser or a group
     real = options.add_argument
-    fails_in_one_line(capfd, main, *words, "--no-such-flag", says="--help tells more")
+    fails(command, "--no-such-flag", says="--help tells more")
     with mock.patch.object(options, "add_argument", autospec=True, side_effect=real) as add:
-        assert run(main, *words, "--help") == 0
+        works(command, "--help")
     for (_, flag, *_), about in add.call_args_list:
         dest = about.get("dest", flag.strip("-").replace("-", "_"))
         assert about["help"], flag
-        assert flag == "-h" or re.search(rf"\.{dest}\b|\"{dest}\"", SOURCES[script]), f"nothing reads {flag}"
+        assert flag == "-h" or re.search(rf"\.{dest}\b|\"{dest}\"", source), f"nothing reads {flag}"
 
 
 def test_readme_names_only_what_exists():
@@ -590,7 +600,7 @@ def small_templates(tmp_path_factory, ours):
 @pytest.fixture(scope="session")
 def quick(small_templates):
     """Flags with which extract.py starts in a second."""
-    return ["--matcher", "sift", "--templates", small_templates]
+    return "--matcher sift --templates", small_templates
 
 
 @pytest.fixture(scope="session")
@@ -721,12 +731,12 @@ def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def test_extract_again_cuts_what_is_missing_and_skips_what_is_done(extracted, quick, tmp_path, capfd):
+def test_extract_again_cuts_what_is_missing_and_skips_what_is_done(extracted, quick, tmp_path):
     """After a kill in the middle of a clip two processes go on at once; then the clip goes."""
     folder = extracted[0]
     whole = tree(folder / "data")
-    argv = [folder / "with.mp4", folder / "without.mp4", "--out", tmp_path, *quick]
-    killed = start("extract.py", *argv)
+    line = "extract.py", folder / "with.mp4", folder / "without.mp4", "--out", tmp_path, *quick
+    killed = start(*line)
     half = []
     while not half:                                                    # until it is in the middle of the pass
         assert killed.poll() is None
@@ -737,15 +747,14 @@ def test_extract_again_cuts_what_is_missing_and_skips_what_is_done(extracted, qu
     killed.communicate()                                                 # both have ended
     assert half[0].exists()
     assert not (tmp_path / "with").exists()
-    for process in [start("extract.py", *argv), start("extract.py", *argv)]:
+    for process in [start(*line), start(*line)]:
         _, err = process.communicate()
         assert process.returncode == 0 and err == "", err                # no progress in a log
     assert tree(tmp_path) == whole
     shutil.rmtree(tmp_path / "with")
-    for _ in range(2):
-        works("extract.py", *argv)
+    for done in False, True:
+        assert ("nothing to do: all 2" in works(*line)) == done
         assert tree(tmp_path) == whole
-    assert "nothing to do: all 2" in capfd.readouterr().out
 
 
 SRUN = [f"SLURM_PROCID={i} SLURM_NTASKS=3 " for i in range(3)]
@@ -772,13 +781,13 @@ def test_processes_share_the_work(launcher):
         share(ARRAY[1] + "SLURM_ARRAY_TASK_COUNT=3")
 
 
-def test_plain_clips_are_frames_alone_of_the_game_that_the_folder_names(capfd):
+def test_plain_clips_are_frames_alone_of_the_game_that_the_folder_names():
     os.mkdir("my game")
     video = film("my game/v.mp4")
     for words, game in ("", "my game"), ("--game pong", "pong"), ("--game pong", "pong"):
-        works(f"extract.py --out . --plain {words}", video)
+        said = works("extract.py --out . --plain", words, video)
         assert extract.read_clip("v")["game"] == game
-    assert "nothing to do: all 1" in capfd.readouterr().out
+    assert "nothing to do: all 1" in said
     assert set(os.listdir("v")) == {"clip.json", "frames.npy", "frames_index.npy"}
     assert extract.Frames("v")[2].min() > 100                            # nothing is masked
 
@@ -936,7 +945,7 @@ def test_weights_are_ours_or_the_releases():
 
 # ------------------------------------------------------------------------------------- nobody's work is lost
 @parametrize("labelled", [False, True])
-def test_only_clips_of_our_own_are_ever_replaced(tmp_path, quick, skin, capfd, labelled):
+def test_only_clips_of_our_own_are_ever_replaced(tmp_path, quick, skin, fails, labelled):
     """Videos whose clip folders are somebody's: one line each before any work, and every byte stays."""
     words = {
         "record": "another script",
@@ -956,8 +965,8 @@ def test_only_clips_of_our_own_are_ever_replaced(tmp_path, quick, skin, capfd, l
     (out / "link").rename("elsewhere")
     (out / "link").symlink_to(tmp_path / "elsewhere")
     before = tree(tmp_path)
-    flags = ["--labels", "labels"] if labelled else quick
-    fails_in_one_line(capfd, extract.main, out, "--out", out, *flags, says="4 of 4")
+    flags = ["--labels labels"] if labelled else quick
+    fails("extract.py", out, "--out", out, *flags, says="4 of 4")
     for name, word in words.items():
         reason = lines_of(out)[f"{name}.mp4"]["reason"]
         assert "move it away" in reason and word in reason, reason
@@ -1033,7 +1042,7 @@ def test_a_decoder_that_ends_its_process_is_its_videos_error():
     assert not multiprocessing.active_children()                    # no child outlives the run
 
 
-def test_one_videos_trouble_stops_no_other_video(quick, capfd):
+def test_one_videos_trouble_stops_no_other_video(quick):
     """A lock that can't be opened, a clip that another process cuts, a name as long as a name can be."""
     out = Path("d")
     os.mkdir("v")
@@ -1045,8 +1054,7 @@ def test_one_videos_trouble_stops_no_other_video(quick, capfd):
     held.unlink()
     held.mkdir()                                                         # an OSError for odd.mp4
     with extract.clip_lock(out / "busy"):
-        works("extract.py v --out", out, *quick)
-    assert "| busy |" in capfd.readouterr().out
+        assert "| busy |" in works("extract.py v --out", out, *quick)
     found = {name: (line["status"], held.name in line["reason"]) for name, line in lines_of(out).items()}
     assert found == {"odd.mp4": ("error", True), long: ("none", False)}
 
@@ -1057,9 +1065,8 @@ def test_a_run_that_ends_takes_its_child_along(how, status):
     ended."""
     extract.save_png("pad.png", noise(64, 64, 4))
     os.mkfifo("pad.json")                                               # the child reads it until we close it
-    flags = "v.mp4 --out d --matcher sift --templates .".split()
     film("v.mp4")
-    process = start("extract.py", *flags, sigint=signal.SIG_DFL)
+    process = start("extract.py v.mp4 --out d --matcher sift --templates .", sigint=signal.SIG_DFL)
     writer = None
     while writer is None:
         assert process.poll() is None, process.stderr.read()
@@ -1113,15 +1120,15 @@ def released(columns, n=30, box=(400, 200, 200, 120)):
     return chunk, film("abc123.mp4", GREY * 60)
 
 
-def test_released_labels_become_clips(capfd):
+def test_released_labels_become_clips():
     """60 rows of labels for 30 frames, and an overlay that is partly outside."""
     columns = {"south": [i >= 30 for i in range(60)], "j_left": [[0.5, -1.0]] * 60}
     chunk, video = released(columns, 60, (500, 200, 200, 120))
     for _ in range(2):                                                # the second time there is nothing to do
         works("extract.py --out . --labels labels", video)
     assert len(Path("extract.jsonl").read_text().splitlines()) == 1
-    works("extract.py --labels labels")                                # without videos: what there is
-    assert "None | abc123 | None | 1 chunks, 0.00 h, 75% kept" in capfd.readouterr().out
+    there = works("extract.py --labels labels")                                # without videos
+    assert "None | abc123 | None | 1 chunks, 0.00 h, 75% kept" in there
     clip = Path(chunk.name)
     actions = np.load(clip / "actions.npy")
     assert actions[:, BUTTON["SOUTH"]].tolist() == [0] * 15 + [1] * 15
@@ -1324,18 +1331,11 @@ def clip(tmp_path, monkeypatch, unread, weights):
     return shutil.copytree(unread, tmp_path / "data" / "a")
 
 
-def parses(capfd, words, data, *flags):
-    """parse.py ends well -> what it printed."""
-    capfd.readouterr()
-    works(f"parse.py {words}", data, *flags)
-    return capfd.readouterr().out
-
-
-def test_reads_a_pad_it_never_saw(capfd, ours):
+def test_reads_a_pad_it_never_saw(ours):
     """Round trip through a real video by the shipped weights, of a skin drawn anew; one clip is the mean of
     its family, of its band of confidence and of all."""
     folder = drawn_clip("clip", ours["xbox_one_light_flat"])
-    _, clip, every, family, band = map(str.split, parses(capfd, "eval", ".").splitlines())
+    _, clip, every, family, band = map(str.split, works("parse.py eval .").splitlines())
     left, right, _, accuracy, f1, false, confidence, good = map(float, clip[1:])
     assert min(left, right) > 0.85
     assert f1 > 0.9
@@ -1423,12 +1423,12 @@ def test_a_stick_that_seldom_rests_is_read_beside_the_template(ours):
     assert np.abs(places - truth[:, 21:23]).mean() < 0.12                # 0.17 without it
 
 
-def test_run_resumes_and_redoes_what_is_broken(clip, capfd):
+def test_run_resumes_and_redoes_what_is_broken(clip):
     """A whole clip is skipped unless --again; half a file is redone; the result is the same."""
     file = clip / "actions.npy"
 
     def read(words="run"):
-        said = parses(capfd, words, "data")
+        said = works("parse.py", words, "data")
         return file.read_bytes(), "read already" in said
     first, _ = read()
     assert read() == (first, True)
@@ -1448,24 +1448,24 @@ def test_false_presses_count_where_the_truth_never_presses():
     assert (figures["false"], figures["F1"]) == (3, 10 / 11)
 
 
-def test_what_was_read_can_be_seen_and_needs_its_pads_no_more(clip, capfd):
+def test_what_was_read_can_be_seen_and_needs_its_pads_no_more(clip, fails):
     """A film has a frame a row, a page six moments of a clip or three of each."""
-    fails_in_one_line(capfd, parse.main, "show", clip, "--out", "a.png", says="read by parse.py run")
+    fails("parse.py show", clip, "--out a.png", says="read by parse.py run")
     words = "eval", "run --drop-pads", "run --again", "eval"
-    said = [parses(capfd, command, clip) for command in words]
+    said = [works("parse.py", command, clip) for command in words]
     assert not [*clip.glob("pads*")]
     assert said[0] == said[3]
     assert "pads dropped" in said[1]
     assert "its pads were dropped: to read it anew" in said[2]
     shutil.copytree(clip, "data/b")
     for folder, size in (clip, (6 * 240, 960)), ("data", (2 * 240, 3 * 960)):
-        parses(capfd, "show", folder, "--out", "a.png")
+        works("parse.py show", folder, "--out a.png")
         assert extract.read_rgba("a.png").shape[:2] == size
-    fails_in_one_line(capfd, parse.main, "show", "data", "--out", "a.avi", says="one clip")
-    parses(capfd, "show", clip, "--out", "a.avi")
+    fails("parse.py show data --out a.avi", says="one clip")
+    works("parse.py show", clip, "--out a.avi")
     assert len([*extract.read_video("a.avi")]) == 12
     (clip / "actions.npy").unlink()
-    fails_in_one_line(capfd, parse.main, "run", clip, says="pads.npy: expected a")
+    fails("parse.py run", clip, says="pads.npy: expected a")
 
 
 def test_a_misread_button_is_red(skin):
@@ -1502,7 +1502,7 @@ BAD_FILES = [                                      # a clip's file, what becomes
 
 
 @parametrize("file, change, says", BAD_FILES)
-def test_a_spoiled_clip_is_one_line(file, change, says, clip, capfd):
+def test_a_spoiled_clip_is_one_line(file, change, says, clip, fails):
     path = clip / file
     if isinstance(change, bytes):
         path.write_bytes(change)
@@ -1510,11 +1510,10 @@ def test_a_spoiled_clip_is_one_line(file, change, says, clip, capfd):
         extract.write_json(path, extract.read_clip(clip) | change)
     else:
         np.save(path, change(np.load(path)))
-    verb = "eval" if file == "truth.npy" else "run"
-    fails_in_one_line(capfd, parse.main, verb, "data", says=says)
+    fails("parse.py", "eval" if file == "truth.npy" else "run", "data", says=says)
 
 
-def test_busy_unknown_and_recorded_pads_are_said_in_one_line(clip, capfd):
+def test_busy_unknown_and_recorded_pads_are_said_in_one_line(clip, fails):
     """A clip that another process reads and a recorder's are left alone; a template without geometry gives
     confidence 0 and nothing kept."""
     bare = {"geometry": {"size": [9, 9], "buttons": {}, "sticks": {}}}
@@ -1524,28 +1523,28 @@ def test_busy_unknown_and_recorded_pads_are_said_in_one_line(clip, capfd):
     extract.write_json("data/c/clip.json", {"video": "", "n": 10, "fps": 30})
     np.save("data/c/truth.npy", np.zeros((10, 25), np.float32))
     with extract.lock(clip / ".lock"):
-        busy, unknown, alone = parses(capfd, "run", "data").splitlines()
+        busy, unknown, alone = works("parse.py run data").splitlines()
     assert busy == "clip 1/3 | a | passed over, another process reads it"
     assert "no geometry" in unknown
     assert "no overlay" in alone
     assert not (clip / "actions.npy").exists()
     assert not np.load("data/b/confidence.npy").any()
-    fails_in_one_line(capfd, parse.main, "eval", "data/c", says="only rendered or recorded videos")
+    fails("parse.py eval data/c", says="only rendered or recorded videos")
 
 
 @pytest.fixture
 def training(monkeypatch):
-    """The words of a short training on scenes of two frames."""
+    """A short training on scenes of two frames."""
     monkeypatch.setattr(parse, "FRAMES", 2)
     monkeypatch.setattr(parse, "SAMPLED", 2)
-    return "train --steps 2 --batch 8 --pool 400 --workers 0 --out w.safetensors".split()
+    return "parse.py train --steps 2 --batch 8 --pool 400 --workers 0 --out w.safetensors"
 
 
-@parametrize("kind", ["reader", "locator"])
-def test_training_is_reproducible(training, kind):
+@parametrize("kind, flags", [("reader", ""), ("locator", "--locator")])
+def test_training_is_reproducible(training, kind, flags):
     """Twice with one seed: the same file, tensor for tensor; another seed: another."""
     def train(seed):
-        works("parse.py", *training, "--seed", seed, *["--locator"] * (kind == "locator"))
+        works(training, flags, "--seed", seed)
         state = parse.KINDS[kind].load("w.safetensors").state_dict()
         return torch.cat([p.flatten() for p in state.values()])
     first = train(1)
@@ -1566,7 +1565,7 @@ def test_a_pad_may_show_sticks_or_buttons_only(skin):
 def test_a_lost_loss_ends_the_training_before_it_is_written(training, monkeypatch, capfd):
     broken = parse.KINDS["reader"]._replace(loss=lambda *args: {"grid": torch.tensor(math.nan)})
     monkeypatch.setitem(parse.KINDS, "reader", broken)
-    assert run(parse.main, *training) == 2
+    assert run(training) == 2
     assert "error: expected a falling loss, found nan at step 1" in capfd.readouterr().err
     assert not os.listdir()
 
@@ -1576,14 +1575,14 @@ def test_a_lost_loss_ends_the_training_before_it_is_written(training, monkeypatc
     ("stick.decode_head.classifier.bias", math.nan,
      "tensor stick.decode_head.classifier.bias: expected finite weights, found NaN or infinity"),
     ("button.", 3e38, "found NaN or infinity: its weights are damaged")])        # finite, but they overflow
-def test_a_reader_of_damaged_weights_writes_nothing(clip, capfd, part, value, says):
+def test_a_reader_of_damaged_weights_writes_nothing(clip, fails, part, value, says):
     model = parse.Parser()
     for name, p in model.named_parameters():
         if name.startswith(part):
             p.data[:] = value
     parse.save_parser("bad", model)
     before = tree(clip)
-    fails_in_one_line(capfd, parse.main, "run", clip, "--ckpt", "bad", says=says)
+    fails("parse.py run", clip, "--ckpt bad", says=says)
     assert tree(clip) == before
 
 
@@ -1731,7 +1730,7 @@ def test_loss_and_gradients_equal_the_released_code(golden):
 def test_sample_image_reproduces_the_released_tensor(golden):
     path, z, model = golden
     np.save("noise.npy", z["noise"][0])
-    images = [f"frame ü {i}.png" for i in range(len(z["images_u8"]))]
+    images = [Path(f"frame ü {i}.png") for i in range(len(z["images_u8"]))]
     for image, rgb in zip(images, z["images_u8"]):
         extract.save_png(image, rgb)
     game = ["--game", z["game_ids"].item()] if model.config.games else []
@@ -1773,11 +1772,10 @@ def test_conversion_counts_its_tensors_and_takes_siglips_by_name(monkeypatch):
     assert all(torch.equal(state[name], t) for name, t in want.items() if name.startswith("vision."))
 
 
-def test_nitrogen_preset_has_the_released_tensors(capsys):
+def test_nitrogen_preset_has_the_released_tensors():
     """Without those of the pooling head."""
     assert M.count(M.sketch(M.preset("nitrogen"))) == (493_631_513 - 12_595_200, 595 - 11)
-    works("model.py")
-    assert "481,036,313" in capsys.readouterr().out
+    assert "481,036,313" in works("model.py")
 
 
 def test_actions_survive_the_way_through_the_model():
@@ -1963,8 +1961,8 @@ def test_silent_and_slow_clients_are_cut_off(served, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ train: data
-QUICK = "--steps 4 --batch 4 --val-frames 4 --every 4 --workers 1 --device cpu".split()
-SHORT = [*QUICK, "--val", "0", "--steps", "2"]
+QUICK = "--steps 4 --batch 4 --val-frames 4 --every 4 --workers 1 --device cpu"
+SHORT = QUICK + " --val 0 --steps 2"
 
 
 def make_clip(folder, n=40, fps=30, game="squares", every=1, seed=0, lag=0, **files):
@@ -1992,9 +1990,9 @@ def a_clip(config, **what):
     return sample.Clip(make_clip("clip", **what), config)
 
 
-def trained(data, out, flags="", *more):
+def trained(data, out, *flags):
     """The folder of a short run that ends well."""
-    works("train.py --out", out, data, *QUICK, *flags.split(), *more)
+    works("train.py --out", out, data, QUICK, *flags)
     return Path(out)
 
 
@@ -2188,11 +2186,11 @@ def test_scores_are_r2_f1_and_f1_of_onsets():
 
 
 def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
-        squares, ckpt, monkeypatch, capsys):
+        squares, ckpt, monkeypatch):
     shown = mock.Mock(wraps=sample.beside)
     monkeypatch.setattr(sample, "beside", shown)
-    works("sample.py score --limit 1 --video film.mp4 --ckpt", ckpt, squares)
-    assert re.search(r"\nblue +1 .*\nred +1 .*\nall +2 ", capsys.readouterr().out)
+    said = works("sample.py score --limit 1 --video film.mp4 --ckpt", ckpt, squares)
+    assert re.search(r"\nblue +1 .*\nred +1 .*\nall +2 ", said)
     assert extract.video_info("film.mp4")["n"] == shown.call_count == 16
     clip, (rgb, played, said) = sample.Clip(squares / "clip 1", TOY), shown.call_args_list[0].args
     assert (played == clip.chunk(0)[0][0]).all() and (rgb[1::3, 1::3] == clip.pictures(0)[0][0]).all()
@@ -2200,11 +2198,12 @@ def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
     assert (page[:384] == right[:384]).all() and (page[384:] != right[384:]).any()
 
 
-def test_the_shipped_clip_gives_the_figures_of_the_readme(capsys):
+def test_the_shipped_clip_gives_the_figures_of_the_readme():
     """Of the shipped policy."""
-    works("sample.py score --ckpt", HERE / "weights/policy-nano.safetensors", HERE / "weights/crypt")
+    weights = HERE / "weights"
+    said = works("sample.py score --ckpt", weights / "policy-nano.safetensors", weights / "crypt")
     figures = "crypt 74 0.65 0.77 0.50 -0.34 0.00 0.00 0.15 0.53"            # model, rest, repeat
-    assert figures in " ".join(capsys.readouterr().out.split())
+    assert figures in " ".join(said.split())
 
 
 def test_the_lag_of_labels_is_found(capsys):
@@ -2234,13 +2233,13 @@ def idm(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("idm") / "x", tiny(hz=30, frames=4, future=2, frame_spacing=6))
 
 
-def test_an_inverse_model_labels_plain_clips_and_these_train(idm, capfd):
+def test_an_inverse_model_labels_plain_clips_and_these_train(idm):
     plain, short, done = (make_clip(f"data/{n}", n) for n in (40, 5, 30))
     for clip in plain, short:
         (clip / "actions.npy").unlink()
     before = (done / "actions.npy").read_bytes()
-    works("sample.py label data --ckpt", idm)
-    assert "2 of 3 clips have no actions yet\nleft out 1 clip(s)" in capfd.readouterr().out
+    said = works("sample.py label data --ckpt", idm)
+    assert "2 of 3 clips have no actions yet\nleft out 1 clip(s)" in said
     assert (done / "actions.npy").read_bytes() == before and not (short / "actions.npy").exists()
     actions, confidence, keep = (np.load(plain / f"{name}.npy") for name in ("actions", "confidence", "keep"))
     assert confidence.min() == 0 and 0 < confidence[:28].mean() < confidence.max() <= 1
@@ -2264,16 +2263,15 @@ def test_labels_are_means_of_draws_and_sure_where_these_agree(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- train: the run
-def test_dry_run_takes_clips_of_any_rate_says_what_it_found_and_writes_nothing(capfd):
+def test_dry_run_takes_clips_of_any_rate_says_what_it_found_and_writes_nothing():
     for fps in (24, 30, 60, 144):
         make_clip(f"data/{fps}", fps=fps)
     make_clip("data/short", 2, 60)
     files = {*Path().rglob("*")}
-    works("train.py data --dry-run --action-shift 3", *QUICK)
+    said = works("train.py data --dry-run --action-shift 3", QUICK)
     assert {*Path().rglob("*")} == files
-    out = capfd.readouterr().out
-    for said in "24, 30, 60, 144 frames/s", "left out 1 clip(s)", "short: 2 rows", "most memory held: ":
-        assert said in out
+    for part in "24, 30, 60, 144 frames/s", "left out 1 clip(s)", "short: 2 rows", "most memory held: ":
+        assert part in said
 
 
 def test_resume_equals_uninterrupted(squares, monkeypatch):
@@ -2287,7 +2285,7 @@ def test_resume_equals_uninterrupted(squares, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return real(step, args)
     with mock.patch.object(train, "rate", interrupted):
-        assert run(train.main, squares, "--out", cut, *QUICK, *flags.split(), 1) == 130
+        assert run("train.py", squares, "--out cut", QUICK, flags, 1) == 130
     assert M.read_meta(cut)[0]["step"] == 4                                                # saved first
     with open(cut / "log.csv", "ab") as f:                             # lines that a killed process left
         f.write(b"5,9.9,,,,1,1,1\nx,9.9,,,,1,1,1\n2,\xff\xfe,,,,1,1,1\n3,9.9\n")
@@ -2307,20 +2305,19 @@ def test_the_best_of_a_run_is_kept_beside_the_newest(squares):
     assert [M.read_meta(path)[0]["step"] for path in (out / "best.safetensors", out)] == [2, 3]
 
 
-def two_processes(*words):
+def two_processes(*line):
     """train.py under torchrun, once it has ended."""
-    launch = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
-    line = [sys.executable, *launch, HERE / "train.py", *words]
-    return subprocess.run([*map(str, line)], capture_output=True, text=True)
+    launch = "-m torch.distributed.run --standalone --nproc-per-node=2", HERE / "train.py"
+    return subprocess.run([sys.executable, *words_of(*launch, *line)], capture_output=True, text=True)
 
 
 def test_micro_batches_and_two_processes_give_the_run_of_the_whole_batch(squares):
     """Also where activations are computed again in the backward pass."""
     flags = "--dropout 0 --val 0"
-    done = two_processes(squares, "--out", "two", *QUICK, *flags.split())
+    done = two_processes(squares, "--out two", QUICK, flags)
     assert done.returncode == 0, done.stderr
     want = losses(trained(squares, "one", flags))
-    for out in trained(squares, "parts", flags, "--micro", 1, "--checkpointing"), Path("two"):
+    for out in trained(squares, "parts", flags, "--micro 1 --checkpointing"), Path("two"):
         assert losses(out) == approx(want, abs=1e-5)
 
 
@@ -2384,7 +2381,7 @@ def test_kept_tokens_are_of_augmentations_of_a_frame_each_in_turn():
 
 @parametrize("full_at, error", [                                        # the model is written after the state
     ("state", OSError(28, "No space left")), ("model", M.SafetensorError("No space left"))])
-def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(full_at, error, ended, squares, capfd):
+def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(full_at, error, ended, squares, fails):
     old, real = shutil.copytree(ended, Path("old")), M.save_file
 
     def full(tensors, path, meta):
@@ -2394,28 +2391,28 @@ def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(full_at, error, e
         raise error
     before = {path: path.read_bytes() for path in old.glob("*.safetensors")}
     with mock.patch.object(M, "save_file", full):
-        fails_in_one_line(capfd, train.main, "--resume", old, "--steps", 3, says="No space left")
-        fails_in_one_line(capfd, train.main, squares, "--out", "new", *SHORT, says="start again")
+        fails("train.py --resume old --steps 3", says="No space left")
+        fails("train.py --out new", squares, SHORT, says="start again")
     assert {path: path.read_bytes() for path in Path().rglob("*.safetensors")} == before
     works("train.py --resume old --steps 3")
 
 
 # ----------------------------------------------------------------------------------- train: mistakes, guards
-def test_a_run_that_another_process_holds_is_left_alone(squares, ended, capfd):
+def test_a_run_that_another_process_holds_is_left_alone(squares, ended, fails):
     """By a team of two processes as by one."""
-    out, new = shutil.copytree(ended, Path("run")), ("--out", "new", *SHORT)
+    out = shutil.copytree(ended, Path("run"))
     before = {path: path.read_bytes() for path in out.iterdir()}
     with extract.lock(out / ".lock"):
-        fails_in_one_line(capfd, train.main, *"--resume run --steps 3".split(), says="the only process")
+        fails("train.py --resume run --steps 3", says="the only process")
     with extract.lock(Path("new/.lock")):
-        done = two_processes(squares, *new)
+        done = two_processes(squares, "--out new", SHORT)
     assert done.returncode and done.stderr.count("error: ") == 1, done.stderr
     assert "expected to be the only process" in done.stderr
     assert {path: path.read_bytes() for path in out.iterdir()} == before and os.listdir("new") == [".lock"]
     trained(squares, "new", "--steps 1 --val 0")                                         # who comes later may
 
 
-def test_a_run_that_began_meanwhile_is_not_written_over(squares, monkeypatch, capfd):
+def test_a_run_that_began_meanwhile_is_not_written_over(squares, monkeypatch, fails):
     """It has no file yet when the command line is checked, and all of them when the lock is had."""
     state, real = Path("run/state.safetensors"), extract.lock
 
@@ -2424,7 +2421,7 @@ def test_a_run_that_began_meanwhile_is_not_written_over(squares, monkeypatch, ca
         state.write_bytes(b"of another run")
         return real(path)
     monkeypatch.setattr(extract, "lock", late)
-    fails_in_one_line(capfd, train.main, squares, "--out", "run", *SHORT, says="found a run in it")
+    fails("train.py --out run", squares, SHORT, says="found a run in it")
     assert state.read_bytes() == b"of another run"
 
 
@@ -2457,9 +2454,9 @@ def test_gradients_are_clipped_to_norm_1_however_large_the_loss(squares, monkeyp
     (train, "cfm_loss", lambda net, **given: (next(net.parameters()).sum() * 0).sqrt(),        # a root at 0
      "with a gradient of nan")])
 def test_a_step_that_fails_is_one_line_and_never_reaches_the_weights(
-        where, name, fault, says, squares, monkeypatch, capfd, norms):
+        where, name, fault, says, squares, monkeypatch, fails, norms):
     monkeypatch.setattr(where, name, fault)
-    fails_in_one_line(capfd, train.main, squares, "--out", "run", *SHORT, says=says)
+    fails("train.py --out run", squares, SHORT, says=says)
     assert not norms and not Path("run/state.safetensors").exists()
 
 
@@ -2690,7 +2687,7 @@ def wrong(ckpt, ended, idm, tmp_path_factory):
 
 @parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(
-        mistake, wrong, squares, ended, tmp_path, monkeypatch, capfd):
+        mistake, wrong, squares, ended, tmp_path, monkeypatch, fails):
     """A word in brackets stands for a file that holds it; OpenCV ends a process over a name that is not
     UTF-8."""
     if "--vision-heads" in mistake and not GOLDEN.is_dir():
@@ -2699,16 +2696,14 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     monkeypatch.setitem(sys.modules, "vizdoom", None)                  # as if it were not installed
     monkeypatch.setattr(play, "this_desktop", Desktop)
     command, says = mistake.split(" | ")
-    script, *words = command.split()
-    if script == "train.py":
-        words = ["--out", "OUT", *QUICK, *words]
+    command = command.replace("train.py", f"train.py --out OUT {QUICK}")
+    words = command.split()
     places = {"OUT": tmp_path / "o", "DATA": squares, "RUN": ended, "GOLDEN": GOLDEN / "golden_tiny_a.pt"}
     for word in words:
         if word[0] in "[{":
             places[word] = tmp_path / "file"
             places[word].write_text(word)
-    line = [places.get(word, word) for word in words]
-    fails_in_one_line(capfd, sys.modules[script[:-3]].main, *line, says=says)
+    fails(*[places.get(word, word) for word in words], says=says)
     assert not (tmp_path / "o").is_file() and not Path("bombed").exists()
 
 
@@ -2805,8 +2800,8 @@ def display():
     """An X server without a screen, for these tests alone."""
     if not shutil.which("Xvfb"):
         pytest.skip("needs Xvfb: apt-get install xvfb libxtst6")
-    command = "Xvfb -displayfd 1 -screen 0 640x480x24 -nolisten tcp".split()
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = "Xvfb -displayfd 1 -screen 0 640x480x24 -nolisten tcp"
+    server = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     with server, mock.patch.dict(os.environ, DISPLAY=f":{server.stdout.readline().strip()}"):
         yield
         server.terminate()
@@ -3385,7 +3380,7 @@ def test_a_recording_cut_anywhere_is_picked_up_at_the_next_start(recorder, capfd
     copy = Path("copy", recorder.tmp.name)                   # as a kill leaves it, or less of it
     file = shutil.copytree(recorder.tmp, copy) / "rows.bin"
     os.truncate(file, file.stat().st_size - cut)
-    assert run(play.main, *"--human --exe none --wait 0 --record copy".split()) == 2
+    assert run("play.py --human --exe none --wait 0 --record copy") == 2
     n = int(re.match(rf"picked up {copy.with_suffix('')}: (\d+) rows", capfd.readouterr().out)[1])
     assert 25 <= n <= 40 and (n == 40) == (cut == 0)         # every row is in the file when add() returns
     check_recorded(copy.parent, held[:n])
@@ -3544,14 +3539,15 @@ def test_whatever_dies_the_pad_rests_and_the_game_runs(game, victim, pause):
         elif victim == "server":
             connection.close()
     with fake_server(itertools.repeat(answer)) as address:
-        player = ["--server", "127.0.0.1:%d" % address[1]]
+        player = f"--server 127.0.0.1:{address[1]}"
         if victim == "model":
             mpc.Client(address).close()                      # nobody else will come
             net = tiny(horizon=16)
             net.action_decoder.layer2.b.data[:] = 6.0        # everything pressed, both sticks at their ends
-            player = ["--ckpt", save_model("m", net), "--hz", 20, "--euler", 1]
-        flags = f"--exe small_game.py --pad keyboard --map keys.json --pause {pause} --record data"
-        p = start("play.py", *player, *flags.split(), "--hotkey", "none")
+            save_model("m", net)
+            player = "--ckpt m --hz 20 --euler 1"
+        p = start("play.py --exe small_game.py --pad keyboard --map keys.json --record data --hotkey none",
+                  player, "--pause", pause)
         wait_until(lambda: state()["x"] > 5)
         status, word, die, *whom = {
             "server": (2, "connection broke", ill.set),
@@ -3718,7 +3714,7 @@ def test_a_model_that_gives_nan_is_an_error_and_no_pad_at_rest(policy, served, m
 
 # ------------------------------------------------------------------------------- Ctrl-C ends a script
 def test_a_person_is_recorded_until_ctrl_c(game, tmp_path):
-    p = start("play.py", "--human", "--exe", "small_game.py", "--record", tmp_path / "data")
+    p = start("play.py --human --exe small_game.py --record data")
     wait_until(lambda: any(f.stat().st_size for f in tmp_path.glob("data/*/rows.bin")))
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=120)
@@ -3726,7 +3722,7 @@ def test_a_person_is_recorded_until_ctrl_c(game, tmp_path):
 
 
 def test_ctrl_c_ends_a_server_that_inherited_it_ignored(ckpt):
-    p = start("sample.py", "serve", "--ckpt", ckpt, "--port", 0, "--device", "cpu")
+    p = start("sample.py serve --port 0 --device cpu --ckpt", ckpt)
     while "serving" not in (line := p.stdout.readline()):
         assert line, p.stderr.read()
     p.send_signal(signal.SIGINT)
@@ -3844,7 +3840,7 @@ def test_what_was_masked_in_training_is_masked_in_play():
     assert said(frame, hole=hole) == said(black) != said(frame)
 
 
-def test_recorded_clips_are_what_train_reads(capsys):
+def test_recorded_clips_are_what_train_reads(fails):
     line = "bench.py record --out dätä --games dojo crypt/key --minutes 0.1 --clip 3 --workers 1"
     works(line)
     clips = sample.load_clips(["dätä"], TOY30)
@@ -3853,9 +3849,8 @@ def test_recorded_clips_are_what_train_reads(capsys):
     tilts = np.abs(actions[..., 21:])
     assert tilts.max() <= 1 and ((tilts > 0.15) & (tilts < 0.85)).mean() > 0.1     # analogue, not eight-way
     assert not np.array_equal(*actions[2:])
-    works(line)
-    assert capsys.readouterr().out.count("recorded already") == 4
-    fails_in_one_line(capsys, bench.main, *line.split()[1:], "--seed", 1, says="another --out")
+    assert works(line).count("recorded already") == 4
+    fails(line, "--seed 1", says="another --out")
 
 
 def test_recorded_frame_is_the_one_its_action_answers():
@@ -3922,16 +3917,15 @@ def test_gains_are_of_whole_pairs_by_type_and_none_where_scratch_completes_nothi
     assert row["gain"] is None and row["n"] == 3
 
 
-def test_the_demo_goes_from_videos_to_a_page(capfd):
+def test_the_demo_goes_from_videos_to_a_page(fails):
     line = "bench.py demo --out o --tasks dojo/boards --minutes 0.1 --videos 1 --steps 2 -n 1"
-    works(line)
-    assert "above random by an interval: 0 of 1" in capfd.readouterr().out
+    assert "above random by an interval: 0 of 1" in works(line)
     said = extract.read_json("o/demo.json", dict)
     assert said["rows"]["all"].keys() == {"random", "scripted", "model", "true labels"}
     assert min(said["iou"].values()) > 0.9
     assert extract.video_info("o/dojo-boards.mp4")["n"] > 5
     assert extract.read_rgba("o/demo.png").shape[:2] == (820, 1600)
-    fails_in_one_line(capfd, bench.main, *line.split()[1:], "--seed", 1, says="a new --out")
+    fails(line, "--seed 1", says="a new --out")
 
 
 @pytest.fixture
@@ -3948,18 +3942,18 @@ def learnt(monkeypatch):
     return runs
 
 
-def test_transfer_compares_post_trained_with_scratch(learnt, monkeypatch, capsys):
+def test_transfer_compares_post_trained_with_scratch(learnt, monkeypatch):
     monkeypatch.setattr(bench, "OTHERS_MINUTES", 0.04)
-    works("bench.py transfer --out o --games dojo --minutes 0.04 -n 1 --workers 1")
+    said = works("bench.py transfer --out o --games dojo --minutes 0.04 -n 1 --workers 1")
     others = " ".join(game for game in bench.GAMES if game != "dojo")
     assert learnt == {
         "pre-dojo": f"{others} --preset toy --balance",
         "post-trained-dojo-0.04-0": "dojo-0.04-0 --ckpt pre-dojo --seed 0",
         "scratch-dojo-0.04-0": "dojo-0.04-0 --preset toy --seed 0"}
-    assert "post-trained 24.0% | scratch 19.0% | post-trained over scratch +5.0%" in capsys.readouterr().out
+    assert "post-trained 24.0% | scratch 19.0% | post-trained over scratch +5.0%" in said
 
 
-def test_inverse_labels_what_has_none_and_compares_three_models(learnt, monkeypatch, capsys):
+def test_inverse_labels_what_has_none_and_compares_three_models(learnt, monkeypatch):
     """Here by a labeller that gives the truth."""
     def label(command):
         assert command[:2] == ["sample.py", "label"]
@@ -3967,8 +3961,7 @@ def test_inverse_labels_what_has_none_and_compares_three_models(learnt, monkeypa
             assert not {"actions.npy", "keep.npy", "confidence.npy"} & {*os.listdir(clip)}
             shutil.copy(clip / "truth.npy", clip / "actions.npy")
     monkeypatch.setattr(bench, "run_scripts", label)
-    works("bench.py inverse --out o --games dojo --minutes 0.04 -n 1 --workers 1")
-    said = capsys.readouterr().out
+    said = works("bench.py inverse --out o --games dojo --minutes 0.04 -n 1 --workers 1")
     assert "labels: R2 1.00, F1 1.00, onset F1 1.00 | labelled 8%, few 3%, true 4%" in said
     assert "labelled over few +5.0%" in said
     assert learnt == {
@@ -3978,9 +3971,8 @@ def test_inverse_labels_what_has_none_and_compares_three_models(learnt, monkeypa
         "true": "few more --preset toy --seed 0"}
 
 
-def test_latency_compares_two_ways_of_the_same_chunk(capsys):
-    works("bench.py latency --preset toy --steps 3 --device cpu")
-    said = capsys.readouterr().out
+def test_latency_compares_two_ways_of_the_same_chunk():
+    said = works("bench.py latency --preset toy --steps 3 --device cpu")
     assert float(re.search(r"x faster .*largest difference (\S+)", said)[1]) < 1e-5
 
 
@@ -4023,7 +4015,7 @@ def catch(monkeypatch):
 
     def flags(changes="{}"):
         extract.write_json(Path("catch.json"), json.loads(CATCH) | json.loads(changes))
-        return "--env Catch-v0 --table catch.json".split()
+        return "--env Catch-v0 --table catch.json"
     return flags
 
 
@@ -4053,14 +4045,14 @@ def test_ready_tables_speak_of_controls_that_exist():
     assert not words & {"BACK", "START", "GUIDE"}
 
 
-def test_a_game_by_others_is_recorded_and_evaluated(catch, toy, capsys):
-    works("bench.py record --out data --minutes 0.2 --clip 6", *catch())
+def test_a_game_by_others_is_recorded_and_evaluated(catch, toy):
+    works("bench.py record --out data --minutes 0.2 --clip 6", catch())
     clips = sample.load_clips(["data"], TOY30)
     assert [(clip.game, len(clip.frames)) for clip in clips] == [("catch_v0", 90)] * 2
     assert [round(clips[0].frames[t].mean()) for t in range(20)] == [*range(20)]
-    works("bench.py suite --actions-per-chunk 4 --device cpu --video --out o -n 10 --ckpt", toy, *catch())
+    said = works(
+        "bench.py suite --actions-per-chunk 4 --device cpu --video --out o -n 10 --ckpt", toy, catch())
     row = extract.read_json("o/suite.json", dict)["rows"]["Catch-v0"]
-    said = capsys.readouterr().out
     assert "scripted: return" in said and "\nCatch-v0  " in said          # a line of the table
     assert row["scripted"]["wins"] > row["random"]["wins"] == approx(10 * row["random"]["score"])
     assert extract.video_info("o/Catch-v0.mp4")["n"] == 20
@@ -4074,6 +4066,6 @@ BAD_TABLES = """\
 
 
 @parametrize("wrong", BAD_TABLES)
-def test_a_wrong_table_of_a_game_by_others_is_one_line(wrong, catch, capfd):
+def test_a_wrong_table_of_a_game_by_others_is_one_line(wrong, catch, fails):
     changes, says = wrong.split(" | ")
-    fails_in_one_line(capfd, bench.main, "suite", *catch(changes), "-n", 1, says=says)
+    fails("bench.py suite -n 1", catch(changes), says=says)

@@ -955,8 +955,7 @@ def test_network_equals_the_official_package():
 
 
 def test_weights_are_ours_or_the_releases():
-    state = {k: v.contiguous() for k, v in extract.xfeat_net().state_dict().items()}
-    torch.save(state | {"fine_matcher.0.weight": torch.zeros(2)}, "official.pt")
+    torch.save(extract.xfeat_net().state_dict() | {"fine_matcher.0.weight": torch.zeros(2)}, "official.pt")
     for path in ([], ["official.pt"]):                                   # ours has half precision
         assert extract.load_xfeat(*path).skip1[1].weight.dtype == torch.float32
 
@@ -1143,10 +1142,10 @@ def test_released_labels_become_clips():
     there = works("extract.py --labels labels")                                # without videos
     assert "None | abc123 | None | 1 chunks, 0.00 h, 75% kept" in there
     clip = Path(chunk.name)
-    actions = np.load(clip / "actions.npy")
+    actions, keep = parse.read_rows(clip, 30, "actions", "keep")
     assert actions[:, BUTTON["SOUTH"]].tolist() == [0] * 15 + [1] * 15
     assert actions[0, 21:23].tolist() == [0.5, -1.0]
-    assert np.load(clip / "keep.npy")[:15].all()
+    assert keep[:15].all()
     assert read_clip(clip)["box"] == [250, 100, 100, 60]
     rows = Frames(clip)[29][145:225]
     assert rows[:, 202:].max() < 30 < rows[:, :190].min()
@@ -1392,37 +1391,28 @@ def test_a_triggers_spot_is_the_one_further_out_and_up():
     assert named["LEFT_SHOULDER"] is found[0] and named["LEFT_TRIGGER"] is found[1]
 
 
-def test_a_button_that_is_mostly_held_is_read_and_confidence_falls_where_the_overlay_is_gone(ours):
-    """The median picture shows a trigger pressed; only the template knows better. This pad has no sticks."""
-    truth = at_rest(120)
-    held = BUTTON["RIGHT_TRIGGER"]
+def test_a_template_tells_what_rests_and_confidence_falls_where_the_overlay_is_gone(ours):
+    """A trigger is mostly held, a stick mostly pushed, and so the video's median picture shows them."""
+    skin, held, truth = ours["xbox_one_light_flat"], BUTTON["RIGHT_TRIGGER"], at_rest(120)
     truth[:, held] = np.arange(120) % 50 >= 5
-    clip = drawn_clip("clip", replace(ours["ps4_blue_flat"], sticks={}), truth=truth)
-    pads = Frames(clip, "pads")
+    truth[:, 21] = RNG(5).choice([0.6, 0.8], 120) * (np.arange(120) % 8 > 0)
+    clip = drawn_clip("clip", skin, truth=truth)
     writer = extract.FramesWriter(clip, "pads")
-    for i, pad in enumerate(pads):
+    for i, pad in enumerate(Frames(clip, "pads")):
         writer.add(i, pad if i < 100 else backdrop(RNG(i), *pad.shape[:2]))
     writer.close(120)
-    parse.run_clip(parse.load_parser(parse.CKPT), clip)
+    parser = parse.load_parser(parse.CKPT)
+    parse.run_clip(parser, clip)
     actions, confidence = parse.read_rows(clip, 120, "actions", "confidence")
     assert (actions == truth)[:100, held].mean() > 0.95
     assert np.median(confidence[:100]) > 0.6, confidence
     assert confidence[100:].max() < 0.3, confidence
-
-
-def test_a_stick_that_seldom_rests_is_read_beside_the_template(ours):
-    """A plane that climbs for a minute: the video's median picture shows its stick pushed, the template shows
-    it at rest."""
-    skin = ours["xbox_one_light_flat"]
-    truth = at_rest(80)
-    truth[:, 21] = RNG(5).choice([0.6, 0.8], 80)
-    truth[::8] = 0
-    clip = drawn_clip("clip", skin, truth=truth)
-    pads = Frames(clip, "pads")
-    templates = parse.read_templates(clip, read_clip(clip))
-    pad = parse.Pad(parse.load_parser(parse.CKPT), geometry_of(skin), pads, templates)
+    pads, templates = Frames(clip, "pads"), parse.read_templates(clip, read_clip(clip))
+    pad = parse.Pad(parser, geometry_of(skin), pads, templates)
     places = parse.decode(np.exp(pad.read(pads, 0, 80)[0][:, 0]))
-    assert np.abs(places - truth[:, 21:23]).mean() < 0.12                # 0.17 without it
+    assert np.abs(places - truth[:80, 21:23]).mean() < 0.12              # 0.17 without it
+    still = parse.Pad(parser, geometry_of(replace(skin, sticks={})), pads, templates)
+    assert still.read(pads, 0, 9)[0].shape == (9, 0, 11, 11)             # a pad of buttons alone is read too
 
 
 def test_run_resumes_and_redoes_what_is_broken(clip):
@@ -1872,6 +1862,10 @@ def serving(policy, **door):
     assert not thread.is_alive()
 
 
+def client_of(server, **how):
+    return play.Client(*server.address, **how)
+
+
 @pytest.fixture
 def served(policy):
     with serving(policy) as server:
@@ -1889,7 +1883,7 @@ def test_a_client_is_a_session_of_its_own(ckpt, device):
     policy, frames = sample.Policy(ckpt, device), noise(3, 2, 480, 640, 3)
     sessions = [sample.Session(policy) for _ in frames]
     with serving(policy) as server, ThreadPoolExecutor() as pool:
-        clients = [play.Client(*server.address) for _ in frames]
+        clients = [client_of(server) for _ in frames]
         for _ in range(2):
             together = pool.map(chunks, clients, frames)
             assert all("config" in client.info() for client in clients * 20)
@@ -1914,7 +1908,7 @@ ABUSES = [struct.pack("!i", 1 << 30), struct.pack("!iQ", -1, 1 << 60), struct.pa
 
 
 def test_the_server_outlives_hundreds_of_bad_requests(policy, served):
-    good, session, frames = play.Client(*served.address), sample.Session(policy), pictures(5)
+    good, session, frames = client_of(served), sample.Session(policy), pictures(5)
 
     def abuse(message):
         """Cut short, then whole -> the server's answer."""
@@ -1936,7 +1930,7 @@ def test_silent_and_slow_clients_are_cut_off(served, monkeypatch):
     silent = [socket.create_connection(served.address, 20) for _ in range(25)]
     for s in silent[:5]:
         s.sendall(struct.pack("!i", 1000) + b"x" * 10)
-    client = play.Client(*served.address)
+    client = client_of(served)
     assert [s.recv(1) for s in silent] == [b""] * 25
     client.info()                                          # others play on
 
@@ -1978,8 +1972,8 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def squares(tmp_path_factory):
-    """Six short clips of two games under a name with a space and an umlaut."""
+def two_games(tmp_path_factory):
+    """Six short clips under a name with a space and an umlaut."""
     data = tmp_path_factory.mktemp("train") / "clips ä b"
     for i in range(6):
         make_clip(data / f"clip {i}", 30, game=("red", "blue")[i % 2], seed=i)
@@ -1987,9 +1981,9 @@ def squares(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ended(squares, tmp_path_factory):
+def ended(two_games, tmp_path_factory):
     """A run of one step."""
-    return trained(squares, tmp_path_factory.mktemp("ended") / "run", "--steps 1 --val 0 --lr 0.001")
+    return trained(two_games, tmp_path_factory.mktemp("ended") / "run", "--steps 1 --val 0 --lr 0.001")
 
 
 @parametrize("fps, shift, lag", [(24, 0, 0), (30, 3, 0), (60, 3, 2), (120, 0, 2)])
@@ -2163,13 +2157,13 @@ def test_scores_are_r2_f1_and_f1_of_onsets():
 
 
 def test_score_tells_of_each_game_and_films_what_was_played_and_predicted(
-        squares, ckpt, monkeypatch):
+        two_games, ckpt, monkeypatch):
     shown = Mock(wraps=sample.beside)
     monkeypatch.setattr(sample, "beside", shown)
-    said = works("sample.py score --limit 1 --video film.mp4 --ckpt", ckpt, squares)
+    said = works("sample.py score --limit 1 --video film.mp4 --ckpt", ckpt, two_games)
     assert re.search(r"\nblue +1 .*\nred +1 .*\nall +2 ", said)
     assert extract.video_info("film.mp4")["n"] == shown.call_count == 16
-    clip, (rgb, played, said) = sample.Clip(squares / "clip 1", TOY), shown.call_args_list[0].args
+    clip, (rgb, played, said) = sample.Clip(two_games / "clip 1", TOY), shown.call_args_list[0].args
     assert (played == clip.chunk(0)[0][0]).all() and (rgb[1::3, 1::3] == clip.pictures(0)[0][0]).all()
     page, right = (sample.beside(rgb, played, below) for below in (said, played))
     assert (page[:384] == right[:384]).all() and (page[384:] != right[384:]).any()
@@ -2185,7 +2179,7 @@ def test_the_shipped_clip_gives_the_figures_of_the_readme():
 
 def test_the_lag_of_labels_is_found(capsys):
     """Of labels that come three rows late; the chunks are the truth."""
-    truth = RNG(0).uniform(-1, 1, (60, 25)).astype(np.float32).clip(0)
+    truth = RNG(0).random((60, 25), np.float32)
     late = a_clip(replace(TOY4, hz=30.0), n=60, actions=np.roll(truth, 3, 0))
     sample.print_lags(truth.reshape(15, 4, 25), sample.one_after_another([late]))
     assert "clip | lag +3 rows: error 0.0000" in capsys.readouterr().out
@@ -2216,7 +2210,7 @@ def test_an_inverse_model_labels_plain_clips_and_these_train(idm):
         said = works("sample.py label data --ckpt", idm)
     assert "2 of 3 clips have no actions yet\nleft out 1 clip(s)" in said
     assert not (short / "actions.npy").exists()
-    actions, confidence, keep = (np.load(plain / f"{name}.npy") for name in ("actions", "confidence", "keep"))
+    actions, confidence, keep = parse.read_rows(plain, 40, "actions", "confidence", "keep")
     assert confidence.min() == 0 and 0 < confidence[:28].mean() < confidence.max() <= 1
     assert not (confidence[-1] or keep[-1] or actions[-1].any())             # its future is not known
     assert read_clip(plain)["labels"] == "inverse"
@@ -2248,18 +2242,18 @@ def test_dry_run_takes_clips_of_any_rate_says_what_it_found_and_writes_nothing()
         assert part in said
 
 
-def test_resume_equals_uninterrupted(squares, monkeypatch):
+def test_resume_equals_uninterrupted(two_games, monkeypatch):
     """Equal bytes of every file that holds numbers, whoever loads the frames; the interruption is a real
     SIGTERM in the middle."""
     flags = "--steps 7 --draws 2 --game-ids --every 3 --workers"
-    whole, cut, real = trained(squares, "whole", flags, 0), Path("cut"), train.rate
+    whole, cut, real = trained(two_games, "whole", flags, 0), Path("cut"), train.rate
 
     def interrupted(step, args):
         if step == 4:
             signal.raise_signal(signal.SIGTERM)
         return real(step, args)
     with patch.object(train, "rate", interrupted):
-        assert run("train.py", squares, "--out cut", QUICK, flags, 1) == 130
+        assert run("train.py", two_games, "--out cut", QUICK, flags, 1) == 130
     assert M.read_meta(cut)[0]["step"] == 4                                                # saved first
     with open(cut / "log.csv", "ab") as f:                             # lines that a killed process left
         f.write(b"5,9.9,,,,1,1,1\nx,9.9,,,,1,1,1\n2,\xff\xfe,,,,1,1,1\n3,9.9\n")
@@ -2272,10 +2266,10 @@ def test_resume_equals_uninterrupted(squares, monkeypatch):
     assert set(meta["metrics"]["games"]) == {"blue", "red"} and len(meta["data"]["held"]) == 2
 
 
-def test_the_best_of_a_run_is_kept_beside_the_newest(squares):
+def test_the_best_of_a_run_is_kept_beside_the_newest(two_games):
     found, real = iter([1.0, 0.5, 2.0]), train.validate
     with patch.object(train, "validate", lambda *args: real(*args) | {"loss": next(found)}):
-        out = trained(squares, "run", "--steps 3 --every 1")
+        out = trained(two_games, "run", "--steps 3 --every 1")
     assert [M.read_meta(path)[0]["step"] for path in (out / "best.safetensors", out)] == [2, 3]
 
 
@@ -2285,13 +2279,13 @@ def two_processes(*line):
     return subprocess.run([sys.executable, *words_of(*launch, *line)], capture_output=True, text=True)
 
 
-def test_micro_batches_and_two_processes_give_the_run_of_the_whole_batch(squares):
+def test_micro_batches_and_two_processes_give_the_run_of_the_whole_batch(two_games):
     """Also where activations are computed again in the backward pass."""
     flags = "--dropout 0 --val 0"
-    done = two_processes(squares, "--out two", QUICK, flags)
+    done = two_processes(two_games, "--out two", QUICK, flags)
     assert done.returncode == 0, done.stderr
-    want = losses(trained(squares, "one", flags))
-    for out in trained(squares, "parts", flags, "--micro 1 --checkpointing"), Path("two"):
+    want = losses(trained(two_games, "one", flags))
+    for out in trained(two_games, "parts", flags, "--micro 1 --checkpointing"), Path("two"):
         assert losses(out) == approx(want, abs=1e-5)
 
 
@@ -2311,12 +2305,12 @@ def test_overfits_eight_clips():
 @parametrize("freeze, still", [
     ("vision", {"vision"}), ("mixing", {"mixing"}),
     ("all-but-head", {"vision", "mixing", "dit", "time", "proj_out_1", "proj_out_2"})])
-def test_fine_tuning_leaves_the_frozen_alone_and_adds_games_and_dropout(squares, freeze, still):
+def test_fine_tuning_leaves_the_frozen_alone_and_adds_games_and_dropout(two_games, freeze, still):
     """Also to a context which, as the released one, its image tokens fill."""
     config = replace(TOY, context_tokens=TOY.image_tokens, mixing=M.Stack(1, 6, 16, 0.0))
     start = save_model("start", M.create(config, 1))
     flags = f"--freeze {freeze} --steps 2 --game-ids --hz 30 --dropout 0.3"
-    out = trained(squares, "run", flags, "--ckpt", start)
+    out = trained(two_games, "run", flags, "--ckpt", start)
     before, after = load_file(start), M.load(out)[0]
     config, changed = after.config, after.state_dict()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], changed[name])}
@@ -2326,9 +2320,9 @@ def test_fine_tuning_leaves_the_frozen_alone_and_adds_games_and_dropout(squares,
     works("train.py --steps 3 --resume", out)                        # frozen weights come from the run itself
 
 
-def test_frozen_vision_encodes_each_frame_once_and_trains_alike(squares, monkeypatch):
+def test_frozen_vision_encodes_each_frame_once_and_trains_alike(two_games, monkeypatch):
     """Tokens on the disk in place of frames: the same losses up to float16, and no look at a frame again."""
-    data = copytree(squares, "data", ignore=shutil.ignore_patterns(".tokens"))
+    data = copytree(two_games, "data", ignore=shutil.ignore_patterns(".tokens"))
     start = save_model("start", M.create(TOY, 1))
 
     def frozen(name):
@@ -2355,7 +2349,7 @@ def test_kept_tokens_are_of_augmentations_of_a_frame_each_in_turn():
 
 @parametrize("full_at, error", [                                        # the model is written after the state
     ("state", OSError(28, "No space left")), ("model", M.SafetensorError("No space left"))])
-def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(full_at, error, ended, squares, fails):
+def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(full_at, error, ended, two_games, fails):
     old, real = copytree(ended, Path("old")), M.save_file
 
     def full(tensors, path, meta):
@@ -2366,26 +2360,26 @@ def test_a_full_disk_leaves_the_old_files_or_none_and_one_line(full_at, error, e
     before = {path: path.read_bytes() for path in old.glob("*.safetensors")}
     with patch.object(M, "save_file", full):
         fails("train.py --resume old --steps 3", says="No space left")
-        fails("train.py --out new", squares, SHORT, says="start again")
+        fails("train.py --out new", two_games, SHORT, says="start again")
     assert {path: path.read_bytes() for path in Path().rglob("*.safetensors")} == before
     works("train.py --resume old --steps 3")
 
 
 # ----------------------------------------------------------------------------------- train: mistakes, guards
-def test_a_run_that_another_process_holds_is_left_alone(squares, ended, fails):
+def test_a_run_that_another_process_holds_is_left_alone(two_games, ended, fails):
     """By a team of two processes as by one."""
     out = copytree(ended, Path("run"))
     with unchanged(out), extract.lock(out / ".lock"):
         fails("train.py --resume run --steps 3", says="the only process")
     with extract.lock(Path("new/.lock")):
-        done = two_processes(squares, "--out new", SHORT)
+        done = two_processes(two_games, "--out new", SHORT)
     assert done.returncode and done.stderr.count("error: ") == 1, done.stderr
     assert "expected to be the only process" in done.stderr
     assert os.listdir("new") == [".lock"]
-    trained(squares, "new", "--steps 1 --val 0")                                         # who comes later may
+    trained(two_games, "new", "--steps 1 --val 0")                                   # who comes later may
 
 
-def test_a_run_that_began_meanwhile_is_not_written_over(squares, monkeypatch, fails):
+def test_a_run_that_began_meanwhile_is_not_written_over(two_games, monkeypatch, fails):
     """It has no file yet when the command line is checked, and all of them when the lock is had."""
     state, real = Path("run/state.safetensors"), extract.lock
 
@@ -2394,7 +2388,7 @@ def test_a_run_that_began_meanwhile_is_not_written_over(squares, monkeypatch, fa
         state.write_bytes(b"of another run")
         return real(path)
     monkeypatch.setattr(extract, "lock", late)
-    fails("train.py --out run", squares, SHORT, says="found a run in it")
+    fails("train.py --out run", two_games, SHORT, says="found a run in it")
     assert state.read_bytes() == b"of another run"
 
 
@@ -2411,11 +2405,11 @@ def norms(monkeypatch):
     return seen
 
 
-def test_gradients_are_clipped_to_norm_1_however_large_the_loss(squares, monkeypatch, norms):
+def test_gradients_are_clipped_to_norm_1_however_large_the_loss(two_games, monkeypatch, norms):
     policy, reader = train.cfm_loss, parse.parser_loss
     monkeypatch.setattr(train, "DIVERGED", inf)
     monkeypatch.setattr(train, "cfm_loss", lambda net, **given: policy(net, **given) * 1e4)
-    trained(squares, "run", "--val 0 --steps 2")
+    trained(two_games, "run", "--val 0 --steps 2")
     monkeypatch.setattr(parse, "parser_loss", lambda *args: {k: v * 1e4 for k, v in reader(*args).items()})
     works("parse.py train --out w.safetensors --steps 2 --batch 8 --pool 40 --workers 0")
     assert norms == approx([1] * 4, abs=1e-3)
@@ -2427,17 +2421,17 @@ def test_gradients_are_clipped_to_norm_1_however_large_the_loss(squares, monkeyp
     (train, "cfm_loss", lambda net, **given: (next(net.parameters()).sum() * 0).sqrt(),        # a root at 0
      "with a gradient of nan")])
 def test_a_step_that_fails_is_one_line_and_never_reaches_the_weights(
-        where, name, fault, says, squares, monkeypatch, fails, norms):
+        where, name, fault, says, two_games, monkeypatch, fails, norms):
     monkeypatch.setattr(where, name, fault)
-    fails("train.py --out run", squares, SHORT, says=says)
+    fails("train.py --out run", two_games, SHORT, says=says)
     assert not norms and not Path("run/state.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------------- mistakes: of every script
 BAD_CLIPS = {
-    "nan": {"actions": np.full((40, 25), np.nan, np.float32)},
+    "nan": {"actions": at_rest(40) + nan},
     "high": {"actions": np.eye(40, 25, -3, np.float32) * 1.5},
-    "narrow": {"actions": np.zeros((40, 24), np.float32)},
+    "narrow": {"actions": at_rest(40)[:, 1:]},
     "keep": {"keep": np.ones(7, bool)},
     "rate": {"fps": 0},
     "lag": {"lag": "x"},
@@ -2649,7 +2643,7 @@ def wrong(ckpt, ended, idm, tmp_path_factory):
         film("v.mp4")
         os.mkdir("none")
         np.save("n.npy", at_rest(4))
-        np.save("nan.npy", np.full((8, 25), np.nan, np.float32))
+        np.save("nan.npy", at_rest(8) + nan)
         np.save("objects.npy", [Bomb()])
         for kind, files in BAD_CLIPS.items():
             make_clip(f"{kind}-clips/clip x", **files)
@@ -2660,7 +2654,7 @@ def wrong(ckpt, ended, idm, tmp_path_factory):
 
 @parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(
-        mistake, wrong, squares, ended, tmp_path, monkeypatch, fails):
+        mistake, wrong, two_games, ended, tmp_path, monkeypatch, fails):
     """A word in brackets stands for a file that holds it; OpenCV ends a process over a name that is not
     UTF-8."""
     if "--vision-heads" in mistake and not GOLDEN.is_dir():
@@ -2671,7 +2665,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     command, says = mistake.split(" | ")
     command = command.replace("train.py", f"train.py --out OUT {QUICK}")
     words = command.split()
-    places = {"OUT": tmp_path / "o", "DATA": squares, "RUN": ended, "GOLDEN": GOLDEN / "golden_tiny_a.pt"}
+    places = {"OUT": tmp_path / "o", "DATA": two_games, "RUN": ended, "GOLDEN": GOLDEN / "golden_tiny_a.pt"}
     for word in words:
         if word[0] in "[{":
             places[word] = tmp_path / "file"
@@ -2698,8 +2692,8 @@ def test_a_gpu_and_half_the_bits_sample_what_a_cpu_does(ckpt, device, dtype, mos
 
 
 @needs_cuda
-def test_a_gpu_trains_as_a_cpu_does(squares):
-    train_on = lambda name, flags: trained(squares, name, f"--dropout 0 {flags}")
+def test_a_gpu_trains_as_a_cpu_does(two_games):
+    train_on = lambda name, flags: trained(two_games, name, f"--dropout 0 {flags}")
     want = losses(train_on("cpu", ""))
     half = "--dtype bfloat16 --checkpointing --ema-device cpu"
     for flags, most in ("", 2e-3), (half, 0.05):
@@ -3282,21 +3276,14 @@ def test_any_touch_takes_over_and_is_marked(env, monkeypatch, forward):
     assert log.pressed(21)[-1]                               # the model's again, after a moment
 
 
-def test_a_key_starts_and_stops_the_model(env):
+def test_a_key_starts_and_stops_the_model_whose_presses_while_away_are_recorded_as_rest(env):
     e, log, key = env(hz=200.0), Log(80), [{"f8"}] * 10
     e.desktop.held = Mock(side_effect=[set()] * 20 + key + [set()] * 30 + key + [set()] * 10)
+    e.desktop.focused = lambda window: not 35 <= len(log.rows) < 45
     play.play(e, fixed_policy(16), hotkey="f8", recorder=log)
     moves = log.pressed(21)
-    assert any(moves[20:60])
-    assert not any(moves[:20] + moves[60:])
-
-
-def test_what_is_pressed_while_the_window_is_away_is_recorded_as_rest(env):
-    e, log = env(hz=100.0), Log(60)
-    e.desktop.focused = lambda window: len(log.rows) < 30
-    play.play(e, fixed_policy(64), recorder=log)
-    moves = log.pressed(21)
-    assert any(moves[:30]) and not any(moves[30:])
+    assert any(moves[20:35]) and any(moves[45:60])
+    assert not any(moves[:20] + moves[35:45] + moves[60:])
 
 
 def test_play_presses_row_0_of_a_chunk_action_shift_ticks_after_its_frame(env, monkeypatch):
@@ -3643,7 +3630,7 @@ def test_the_client_shows_no_frame_to_a_server_without_the_key(answer):
 def test_a_key_that_nobody_asks_for_is_said(served, monkeypatch):
     monkeypatch.setattr(served, "PATIENCE", 0.2)             # after which a silent client is let go
     with refused("with the same --key"):
-        play.Client(*served.address, key="secret")
+        client_of(served, key="secret")
 
 
 def test_silent_strangers_keep_no_client_out(locked, monkeypatch):
@@ -3658,7 +3645,7 @@ def test_silent_strangers_keep_no_client_out(locked, monkeypatch):
             assert hear(silent[-1]).startswith(b"#CHALLENGE#")
         return silent
     silent = strangers(30)
-    clients = [play.Client(*locked.address, key="secret", timeout=20) for _ in range(4)]
+    clients = [client_of(locked, key="secret", timeout=20) for _ in range(4)]
     assert not any(hear(s) for s in silent[:20])             # the oldest made room
     more = strangers(10)
     assert all("config" in c.info() for c in clients)        # who has proven itself stays
@@ -3667,17 +3654,17 @@ def test_silent_strangers_keep_no_client_out(locked, monkeypatch):
 
 def test_a_full_server_says_so_to_who_has_the_key_and_to_nobody_else(locked, monkeypatch):
     monkeypatch.setattr(locked, "CLIENTS", 1)
-    client = play.Client(*locked.address, key="secret")
+    client = client_of(locked, key="secret")
     for key, says in ("secret", "full: 1 clients"), ("guess", "same --key"), (None, "asks for a key"):
         with refused(says):
-            play.Client(*locked.address, key=key)
+            client_of(locked, key=key)
     client.close()
     wait_until(lambda: not locked.places)
-    play.Client(*locked.address, key="secret").close()       # its place is free again
+    client_of(locked, key="secret").close()       # its place is free again
 
 
 def test_a_model_that_gives_nan_is_an_error_and_no_pad_at_rest(policy, served, monkeypatch):
-    client = play.Client(*served.address)
+    client = client_of(served)
     monkeypatch.setattr(sample.Policy, "chunk", lambda *_: torch.full((1, 8, 25), nan))
     for session in sample.Session(policy), client:
         with refused("the model gives NaN or infinity"):

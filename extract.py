@@ -256,20 +256,18 @@ class Matcher:
         """net: load_xfeat()'s. locator: load_locator()'s. key: of what skins and net are made of; the skins'
         features are kept in the user's cache folder under it."""
         self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
-        points, descriptors, counts = from_cache(key, self.describe_skins) if key else self.describe_skins()
-        ends = np.cumsum(counts)[:-1]                                    # of each skin, in template pixels
-        self.features = list(zip(np.split(points, ends), np.split(descriptors, ends)))
+        arrays = from_cache(key, self.describe_skins) if key else self.describe_skins()
+        self.features = list(zip(arrays[::2], arrays[1::2]))
 
     def describe_skins(self):
-        """Features of all skins, one after the other -> points (k, 2), descriptors (k, d), how many of each
-        skin (n,)."""
-        points, descriptors = [], []
+        """Features of each skin, one after the other: points (k, 2) in template pixels, descriptors (k, d),
+        points .."""
+        arrays = []
         for skin in self.skins:
             flat, scale = flat_template(skin)
-            found, d = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
-            points.append(found / scale)
-            descriptors.append(d)
-        return np.concatenate(points), np.concatenate(descriptors), np.array([len(p) for p in points])
+            points, descriptors = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
+            arrays += points / scale, descriptors
+        return arrays
 
     def describe(self, gray, views=VIEWS):
         """Features of a grey picture brought to each width of views -> points (k, 2) in its own pixels,
@@ -351,15 +349,12 @@ def consensus(ours, theirs, rounds, tolerance=PIXELS):
 
 
 def plausible(affine, size, shape):
-    """Would a streamer choose this pose: upright, 5-60 % of the frame's width, hardly stretched, mostly
-    inside?"""
-    (a, b, x), (c, d, y) = affine
-    sx, sy = np.hypot(a, c), np.hypot(b, d)
-    if a <= 0 or d <= 0 or max(abs(c / sx), abs(b / sy)) > np.sin(np.radians(4)):
-        return False
-    w, h = size[0] * sx, size[1] * sy
+    """Would a streamer choose this similarity: upright, 5-60 % of the frame's width, mostly inside?"""
+    (cosine, _, x), (sine, _, y) = affine                                # both times the scale
+    w, h = np.multiply(size, np.hypot(cosine, sine))
     shown = area([max(x, 0), max(y, 0), min(x + w, shape[1]), min(y + h, shape[0])])
-    return 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and 0.6 <= sx / sy <= 1.7 and shown >= 0.6 * w * h
+    upright = abs(sine) <= math.tan(math.radians(4)) * cosine
+    return upright and 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and shown >= 0.6 * w * h
 
 
 def refine(gray, find):
@@ -428,7 +423,7 @@ def recolour(find, pictures, width, skins):
     around = np.zeros(picture.shape[:2], bool)
     inside(around, near)[:] = True
     inside(around, box)[:] = False
-    ground = picture[around].mean(0) if around.any() else np.full(3, 127.0)
+    ground = picture[around].mean(0)
     seen = inside(picture, box) - ground
 
     def alike(skin):
@@ -629,9 +624,8 @@ def load_net(net, path, expected):
 
 
 def pose_box(affine, size):
-    """[x0, y0, x1, y1] in video pixels of a template's canvas of `size` under `affine`."""
-    corners = np.array([[0, 0, 1], [size[0], 0, 1], [0, size[1], 1], [*size, 1]]) @ np.array(affine).T
-    return [*corners.min(0), *corners.max(0)]
+    """[x0, y0, x1, y1] in video pixels of a template's canvas of `size` under an upright `affine`."""
+    return [*affine[:, 2], *(affine @ (*size, 1))]
 
 
 def whole_pixels(box, shape, margin):
@@ -1074,11 +1068,6 @@ class Frames:
         return len(self.numbers)
 
     def __getitem__(self, i):
-        return self.read(i)
-
-    def read(self, i, out=None):
-        """frames[i], decoded into `out`, uint8 (h, w, 3) in one piece, where that is given and of the frame's
-        size."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         bgr = decode_picture(np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]]))
@@ -1086,7 +1075,7 @@ class Frames:
         if bgr is None or bgr.shape != self.shape:
             raise UserError(f"{self.path}: expected JPEGs of one size, found frame {i} broken or of another "
                             f"size: {REDO}")
-        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=out)
+        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
 def write_npy(path, array):
@@ -1319,28 +1308,25 @@ def video_writer(path, fps, size):
     if codec is None:
         raise UserError(f"{path}: expected a name ending in .mp4, .webm or .avi: give another --out")
     writable(path)
-    tmp, n = temporary(path), 0
-    writer = cv2.VideoWriter(str(tmp), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, size)
+    n = 0
 
     def add(rgb):
         nonlocal n
         writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
         n += 1
-    try:
+    with finished(path) as tmp:
+        writer = cv2.VideoWriter(str(tmp), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, size)
         if not writer.isOpened():
             raise UserError(f"{path}: can't open a {codec} encoder for {size} at {fps} frames/s: "
                             "try a name ending in .avi")
-        yield add
-        writer.release()
+        try:
+            yield add
+        finally:
+            writer.release()
         found = sum(1 for _ in presented(cv2.VideoCapture(str(tmp), cv2.CAP_FFMPEG)))
         if found != n:
             raise UserError(f"{path}: expected {n} frames in the finished video, found {found}: "
                             "make room on its disk")
-        sync(tmp)
-        os.replace(tmp, path)
-    finally:
-        writer.release()
-        remove(tmp)
 
 
 def shrink(rgb):
@@ -1352,20 +1338,24 @@ def shrink(rgb):
 
 
 def decode_picture(data):
-    """The bytes uint8 (k,) of a PNG or JPEG -> uint8 (h, w, 3) BGR; None for anything else, and for a header
-    that asks for more than MOST_PIXELS: a few bytes could take all memory."""
-    with suppress(Exception), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
-        if picture.width * picture.height <= MOST_PIXELS:
-            return cv2.imdecode(data, cv2.IMREAD_COLOR)
+    """The bytes uint8 (k,) of a PNG or JPEG -> uint8 (h, w, 3) BGR; None for anything else."""
+    with suppress(Exception), open_picture(io.BytesIO(data)):
+        return cv2.imdecode(data, cv2.IMREAD_COLOR)
 
 
 def read_rgba(path):
     """A PNG or JPEG file as uint8 (h, w, 4) RGBA, straight alpha. UserError when it is no picture."""
-    with reading(path, f"a PNG or JPEG picture of at most {MOST_PIXELS} pixels"):
-        with Image.open(path, formats=("PNG", "JPEG")) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                raise ValueError(f"one of {picture.size}")
-            return np.array(picture.convert("RGBA"))
+    with reading(path, f"a PNG or JPEG of at most {MOST_PIXELS} pixels"), open_picture(path) as picture:
+        return np.array(picture.convert("RGBA"))
+
+
+def open_picture(file):
+    """A PNG or JPEG, of which no more than the header is read; ValueError where that asks for more than
+    MOST_PIXELS: a few bytes could take all memory."""
+    picture = Image.open(file, formats=("PNG", "JPEG"))
+    if picture.width * picture.height > MOST_PIXELS:
+        raise ValueError(f"one of {picture.size}")
+    return picture
 
 
 def save_png(path, rgba):
@@ -1665,11 +1655,11 @@ def measured(name, family, size, parts, width=None):
     """Parts -> Skin at `width`, its geometry read off the parts, on a canvas with room for the sticks' whole
     travel."""
     scale = width / size[0] if width else 1
-    size = (width, max(1, round(size[1] * scale))) if width else size
-    parts = [scaled(p, scale) for p in parts if any(s is not None for s in p.sprites)]
-    ends = [stick_reach(p) for p in parts if p.control in STICKS]
-    low = np.floor(np.min([(0, 0), *(end[0] for end in ends)], 0)).astype(int)
-    high = np.ceil(np.max([size, *(end[1] for end in ends)], 0)).astype(int)
+    parts = [scaled(part, scale) for part in parts]
+    corners = [(0, 0), np.round(np.multiply(size, scale)).clip(1)]
+    for part in parts:
+        corners += stick_reach(part) if part.control in STICKS else []
+    low, high = np.floor(np.min(corners, 0)).astype(int), np.ceil(np.max(corners, 0)).astype(int)
     parts = [replace(part, at=tuple((part.at - low).tolist())) for part in parts]
     skin = Skin(name, family, tuple((high - low).tolist()), parts)
     for part in filter(lambda part: part.control, parts):
@@ -2070,17 +2060,25 @@ def write_atomic(path, write):
     """write(tmp) makes the file under a temporary name; once it is on the disk, it is renamed: a name never
     holds half a file, not even after a power cut. It has a new file's usual rights, whatever `write` gave
     it."""
-    path = Path(path)
-    tmp = temporary(path)
     try:
-        tmp.touch()
-        rights = tmp.stat().st_mode
-        write(tmp)
-        tmp.chmod(rights)
-        sync(tmp)
-        os.replace(tmp, path)
+        with finished(path) as tmp:
+            tmp.touch()
+            rights = tmp.stat().st_mode
+            write(tmp)
+            tmp.chmod(rights)
     except OSError as e:
         raise UserError(f"can't write {path}: {e.strerror or e}: give another --out or make room") from None
+
+
+@contextmanager
+def finished(path):
+    """A temporary name to write a file under; when the block ends well and the file is on the disk, it is
+    `path`."""
+    tmp = temporary(path)
+    try:
+        yield tmp
+        sync(tmp)
+        os.replace(tmp, path)
     finally:
         remove(tmp)
 

@@ -631,9 +631,11 @@ def pose_box(affine, size):
 def whole_pixels(box, shape, margin):
     """The pixels x0, y0, x1, y1 of a picture of shape (h, w, ..) that a box and a margin around it touch; of
     a box beyond its edge those of the edge."""
-    (h, w), (x0, y0, x1, y1) = shape[:2], (int(v) for v in box)
-    x0, y0 = np.clip((x0 - margin, y0 - margin), 0, (w - 1, h - 1)).tolist()
-    return x0, y0, max(min(x1 + 1 + margin, w), x0 + 1), max(min(y1 + 1 + margin, h), y0 + 1)
+    low, high = np.reshape(box, (2, 2)).astype(int)
+    size = np.array(shape[1::-1])
+    low = (low - margin).clip(0, size - 1)
+    high = (high + 1 + margin).clip(low + 1, size)
+    return [*low.tolist(), *high.tolist()]
 
 
 def inside(picture, box):
@@ -777,10 +779,9 @@ def dense(actions, confidence=None):
     sure = np.ones(len(actions), bool) if confidence is None else confidence >= SURE
     tilt = np.hypot(actions[:, 21:25:2], actions[:, 22:25:2])            # (n, 2): of both sticks
     acts = (actions[:, :21] > 0.5).any(1) | (tilt > DEAD_ZONE).any(1)
-    total = np.concatenate([[0], np.cumsum(acts & sure)])
-    keep, whole = np.zeros(len(actions), bool), max(len(actions) - HORIZON + 1, 0)
-    keep[:whole] = 2 * (total[len(total) - whole:] - total[:whole]) >= HORIZON
-    return keep & sure
+    acting = np.convolve(np.pad(acts & sure, (0, HORIZON)), np.ones(HORIZON), "valid")[:-1]     # of a chunk
+    whole = np.arange(len(actions)) <= len(actions) - HORIZON
+    return sure & whole & (2 * acting >= HORIZON)
 
 
 # ---- the released labels (CC BY-NC 4.0)
@@ -837,12 +838,10 @@ def cut_labelled(folder, meta, video, out, every, key):
     with reading(folder / "metadata.json", "original_video, chunk_size and bbox_controller_overlay"):
         source, chunk = meta["original_video"], int(meta["chunk_size"])
         times = np.array([float(source[when]) for when in ("start_time", "end_time")])
-        height, width = source["resolution"]
-        limit = np.array([width, height])
+        limit = np.reshape(source["resolution"], 2)[::-1]                                # (w, h)
         low, span = np.reshape(meta["bbox_controller_overlay"], (2, 2))
-        whole = {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}         # in shares of the frame
-        area = meta.get("bbox_game_area") or whole
-        edges = np.reshape([area[edge] for edge in whole], (2, 2))
+        game = meta.get("bbox_game_area") or {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}    # shares of the frame
+        edges = np.array([[game["xtl"], game["ytl"]], [game["xbr"], game["ybr"]]])
         window = np.clip(np.round(edges * size), 0, size)
         seen = (1 <= span) & (span <= limit) & (abs(low + span / 2 - limit / 2) <= limit / 2)
         if not seen.all() or not (window[0] < window[1]).all():                             # NaN is not
@@ -1345,7 +1344,8 @@ def decode_picture(data):
 
 def read_rgba(path):
     """A PNG or JPEG file as uint8 (h, w, 4) RGBA, straight alpha. UserError when it is no picture."""
-    with reading(path, f"a PNG or JPEG of at most {MOST_PIXELS} pixels"), open_picture(path) as picture:
+    expected = f"a PNG or JPEG picture of at most {MOST_PIXELS} pixels"
+    with reading(path, expected), open_picture(path) as picture:
         return np.array(picture.convert("RGBA"))
 
 
@@ -1613,8 +1613,8 @@ def preset_part(element, atlas):
 
     Its type: 0 picture, 2 button, 5 stick, 6 trigger, 7 guide button (a sprite for each player), 8 d-pad.
     """
-    x, y, w, h = (int(v) for v in element["mapping"])
-    left, top = (int(v) for v in element["pos"][:2])
+    x, y, w, h = map(int, element["mapping"])
+    left, top = map(int, element["pos"][:2])
     at = left, top
     kind, side = element["type"], element.get("side", 0)
 

@@ -215,24 +215,24 @@ def sample_frames(path, n=SAMPLES):
     if 100 * n < total < 1e9:                      # a seek costs the decoding of some 100 frames
         for number in np.linspace(0, total - 1, n + 2)[1:-1]:
             capture.set(cv2.CAP_PROP_POS_FRAMES, int(number))
-            kept.append(grey_and_small(*capture.read()))
-    if len(kept) - kept.count(None) < n // 2:      # a short video, or one without an index: read it through
+            kept += grey_and_small(*capture.read())
+    if len(kept) < n // 2:                         # a short video, or one without an index: read it through
         total, capture = sum(1 for _ in presented(open_video(path))), open_video(path)
         wanted = set(np.linspace(0, total - 1, n).astype(int))
-        kept = [grey_and_small(*capture.retrieve())
-                for number, _ in enumerate(presented(capture)) if number in wanted]
-    kept = list(filter(None, kept))
+        kept = [pictures for number, _ in enumerate(presented(capture)) if number in wanted
+                for pictures in grey_and_small(*capture.retrieve())]
     if not kept:
         raise UserError(f"{path}: expected a video with frames, found none that decode: download it again")
     return list(zip(*kept))
 
 
 def grey_and_small(ok, bgr):
-    """A frame as localise() wants it, and in colour for recolour() and locate(); None where it is not ok."""
+    """Yields a frame as localise() wants it, and in colour for recolour() and locate(); nothing where it is
+    not ok."""
     if ok:
         scale = min(1280 / bgr.shape[1], 1)
         small = cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
+        yield cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
 
 
 def median_image(frames):
@@ -255,7 +255,7 @@ class Matcher:
     def __init__(self, skins, net=None, locator=None, key=None):
         """net: load_xfeat()'s. locator: load_locator()'s. key: of what skins and net are made of; the skins'
         features are kept in the user's cache folder under it."""
-        self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
+        self.skins, self.net, self.locator = skins, net, locator
         arrays = from_cache(key, self.describe_skins) if key else self.describe_skins()
         self.features = list(zip(arrays[::2], arrays[1::2]))
 
@@ -312,7 +312,7 @@ class Matcher:
         affine, inside = consensus(ours, theirs, 3000, tolerance)
         if affine is None or not plausible(affine, size, shape):
             return None
-        return Find(self.skins[i], affine, int(inside.sum()), by=self.kind)
+        return Find(self.skins[i], affine, int(inside.sum()), by="xfeat" if self.net else "sift")
 
 
 @functools.lru_cache(64)
@@ -360,7 +360,7 @@ def plausible(affine, size, shape):
 def refine(gray, find):
     """Sub-pixel pose: hill-climb edge agreement over shift, then scale of both axes, in steps down to 1/8
     pixel at the pad's edge -> Find."""
-    affine, (w, h) = np.array(find.affine, np.float64), find.skin.size
+    affine, (w, h) = find.affine.copy(), find.skin.size
     affine[0, 1] = affine[1, 0] = 0                                      # overlays stand upright
     best = edge_agreement(gray, find.skin, affine)
     for step in (1.0, 0.5, 0.25, 0.125):
@@ -385,16 +385,15 @@ def edge_agreement(gray, skin, affine):
     by the template's gradient: 1 = all parallel (either polarity: backgrounds and colour variants may invert
     it), 0 = chance.
 
-    gray uint8 (h, w), affine template pixels -> the picture's.
+    gray uint8 (h, w), affine template pixels -> the picture's, upright.
     """
     flat, scale = flat_template(skin)
     x0, y0, x1, y1 = whole_pixels(pose_box(affine, skin.size), gray.shape, 2)
     if x1 - x0 < 16 or y1 - y0 < 16:
         return 0.0
-    to_video = np.array(affine, np.float64) @ np.diag([1 / scale, 1 / scale, 1])
+    to_video = affine @ np.diag([1 / scale, 1 / scale, 1])
     to_video[:, 2] -= x0, y0
-    shrunk = max(np.hypot(to_video[0, 0], to_video[1, 0]), 0.05)
-    blur = max(0.45 / shrunk - 0.45, 0.01)                               # as shrinking so far would
+    blur = max(0.45 / max(to_video[0, 0], 0.05) - 0.45, 0.01)            # as shrinking so far would
     soft = cv2.GaussianBlur(flat.astype(np.float32), (0, 0), blur)
     template = cv2.warpAffine(soft, to_video, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderValue=127)
     seen = cv2.GaussianBlur(inside(gray, (x0, y0, x1, y1)).astype(np.float32), (0, 0), 0.7)
@@ -460,7 +459,8 @@ def locate(net, frames, pictures):
     skin, corner = located_skin(picture[..., :3], places, sure, frames[0].shape[1] / w)
     find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1)
     edges = np.array([edge_agreement(f, find.skin, find.affine) for f in frames])
-    return replace(find, edges=float(np.median(edges)), there=edges > np.median(edges) / 2)
+    middle = float(np.median(edges))
+    return replace(find, edges=middle, there=edges > middle / 2)
 
 
 def located_skin(picture, places, sure, scale):
@@ -889,7 +889,7 @@ def label_actions(folder):
         import pyarrow.parquet
         table = pyarrow.parquet.read_table(path).to_pydict()
         actions = np.zeros((len(table["j_left"]), A), np.float32)
-        for name in (b for b in BUTTONS if b not in LEGACY):
+        for name in BUTTON.keys() - LEGACY:
             actions[:, BUTTON[name]] = table[name.lower()]
         for side in STICKS:
             actions[:, STICKS[side]] = table["j_" + side]

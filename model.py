@@ -6,9 +6,9 @@ them through cross-attention; the network answers with a velocity, and following
 t = 1 gives the next T actions [§3.4]. Nothing but the T action tokens depends on t: `encode` does vision,
 mixing and the cross-attention's keys and values once a chunk, `velocity` the rest, k times a chunk.
 
-    frames (B, F, 256, 256, 3) uint8 ── see ──> image tokens ── assemble ──> [padding, game, frames] } encode
-                                                                   ── mix ──> context                }
-    noisy actions (B, T, A), t (B,), context ── action encoder, DiT, decoder ──> velocity            } velocity
+    frames (B, F, 256, 256, 3) uint8 ── see ──> image tokens ── assemble ──> [padding, game, frames]} encode
+                                                                   ── mix ──> context               }
+    noisy actions (B, T, A), t (B,), context ── action encoder, DiT, decoder ──> velocity           } velocity
 
 Letters: B batch, F context frames (oldest first), N image tokens of a frame, L context tokens, T actions of a
 chunk, A action dims, D width of the DiT, V width of the vision encoder, w width of a head, k Euler steps. The
@@ -203,7 +203,7 @@ class NitroGen(nn.Module):
     def see(self, frames):
         """uint8 RGB (B, F, 256, 256, 3), or floats of the same range, -> image tokens (B, F, N, V)."""
         x = (frames.permute(0, 1, 4, 2, 3) / 127.5).sub_(1)                           # (B, F, 3, 256, 256)
-        if self.config.future:                     # an inverse model also sees what moved since the frame before
+        if self.config.future:                     # an inverse model sees what moved, too
             x = torch.cat([x, x.diff(dim=1, prepend=x[:, :1])], dim=2)                # (B, F, 6, 256, 256)
         x = self.vision.patch_embedding(x.flatten(0, 1).to(self.proj_out_2.weight.dtype))
         x = x.flatten(2).transpose(1, 2).unflatten(0, frames.shape[:2])               # (B, F, N, V)
@@ -242,8 +242,8 @@ class NitroGen(nn.Module):
         return torch.stack([tensor for block in self.dit[::2] for tensor in block.attn.kv(x)], dim=1)
 
     def velocity(self, a, t, context):
-        """Noisy actions a (B, T, A) at times t (B,), context -> velocity (B, T, A), an estimate of what noise
-        is from action: action - noise [Eq. 3, §3.4]."""
+        """Noisy actions a (B, T, A) at times t (B,), context -> velocity (B, T, A), an estimate of action
+        minus noise [Eq. 3, §3.4]."""
         return self.step(a, self.times(t), context)
 
     def times(self, t):

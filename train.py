@@ -500,8 +500,8 @@ VARIANTS = 4             # so many variants of a frame are kept as tokens: itsel
 def keep_tokens(model, clips, variants, args, team):
     """Where vision is frozen, a frame's tokens are always the same: encode every kept frame once, in so many
     variants -> the path of a file for each clip, float16 (variants, m, N, V), in the folder .tokens beside
-    the clip, named after a hash of all that the tokens depend on; None where vision trains or a model sees
-    more than one frame."""
+    the clip, named after a hash of all that the tokens depend on; None in a dry run, where vision trains
+    or where the model sees more than one frame."""
     if any(p.requires_grad for p in model.vision.parameters()) or model.config.frames > 1 or args.dry_run:
         return None
     paths, weights = [], extract.fingerprint(*(p.cpu().numpy() for p in model.vision.parameters()))

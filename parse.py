@@ -516,7 +516,7 @@ class Closeups:
         self.sticks = [s for s in STICKS if s in sticks]
         self.buttons = [b for b in BUTTONS if b in boxes and b not in LEGACY]
         self.clicks = {}                                       # number of a stick -> of the button on its cap
-        self.maps = [], []                                     # of sticks, of buttons: close-up's pixels to crop's
+        self.maps = [], []                                     # of sticks, of buttons: close-up to crop
         for i, side in enumerate(self.sticks):
             stick = sticks[side]
             if box := boxes.get(THUMB[side]):

@@ -5,6 +5,7 @@
     python bench.py suite --ckpt F [--tasks T..]       completion of tasks, beside random and scripted players
     python bench.py suite --env ID [--table T.json]    a game by others, by its Gymnasium id; also: record
     python bench.py transfer --out DIR [--games G..]   pre-training on other games against none
+    python bench.py inverse --out DIR [--games G..]    labels of an inverse model against true ones
     python bench.py latency [--preset nitrogen]        one chunk, against the released way of sampling
     python bench.py throughput                         a step of each game, and of each stage of the chain
     python bench.py games --out DIR                    a picture of the ten games
@@ -61,7 +62,7 @@ PLAYED = 1 << 40                                  # recordings take seeds below 
 # A task: reach `goal` points within `seconds` of game time and alive. weights/games.json has the thirty:
 #   kind      combat, navigation, specific
 #   start     attributes that its game has in this task
-#   fixed     the level is the same for all seeds, the start mostly is not
+#   fixed     the level is the same for all seeds; the start differs, mostly
 TASKS = {}                 # name -> its row and its game, a class; filled at the end of this file
 PLAYABLE = {}              # the class of each task's game, and of the games by others that were asked for
 
@@ -128,7 +129,7 @@ def film(tasks, seed, n, policy=None):
             env = PLAYABLE[task](task, number)
             script = Scripted(env, number)
             turn, scripted = 0, True
-        frame, action = env.render(), script.act()                 # it sees every step, to be as late as ever
+        frame, action = env.render(), script.act()                 # in the model's turns too: it reacts late
         if policy and turn == 0:
             scripted, turn = not scripted, rng.randint(env.fps, 3 * env.fps)
             model, session = Learned(policy.config, env.fps), sample.Session(policy, seed=number)
@@ -144,7 +145,8 @@ def film(tasks, seed, n, policy=None):
 def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
     """A clip folder of n steps of one game, as play.py's recorder leaves it -> a line to print.
 
-    ckpt: a model that takes turns with the script; human.npy says where the script played, only that is kept.
+    ckpt: a model that takes turns with the script. human.npy is true where the script, as the human, played;
+    only those rows are kept.
     """
     game = PLAYABLE[tasks[0]]
     clip = {"video": "", "game": game.name, "fps": game.fps, "n": n, "size": [extract.SIDE] * 2,
@@ -166,7 +168,7 @@ def record_folder(path, tasks, seed, n, ckpt=None, euler=None):
         actions, begins, scripted = map(np.array, zip(*rows))
         arrays = {"actions": actions, "truth": actions, "confidence": np.ones(n, np.float32),
                   "keep": extract.dense(actions) & scripted,     # what the model did is nothing to learn from
-                  "cuts": begins | (~scripted & np.roll(scripted, 1))}     # no chunk goes on past these
+                  "cuts": begins | (~scripted & np.roll(scripted, 1))}   # the model takes over
         if policy:
             arrays["human"] = scripted
         for file, array in arrays.items():
@@ -2413,7 +2415,7 @@ FLAGS = {                            # type or choices (bool: a switch), default
     "--ckpt": (str, None, "a .safetensors or a run folder (record: it plays in turns with the script)"),
     "--euler": (MANY, None, "its Euler steps (default: suite 2, record its own)"),
     "--video": (bool, False, "record: mp4 with a pad over it; suite: a film of each task"),
-    "--minutes": (extract.number(float, 1 / 30), None, 
+    "--minutes": (extract.number(float, 1 / 30), None,
                   "game time of each game, the held-out or labelled one (default %(default)s)"),
     "--clip": (extract.number(float, 1.1), 30, "seconds of a clip (default 30)"),
     "--videos": (MANY, 4, "files of these minutes, each with another pad (default 4)"),

@@ -3,24 +3,24 @@ torch. Paper §3.3, arXiv 2601.02427.
 
 One 256 x 256 frame becomes N image tokens; the noisy actions of a chunk become T action tokens that look at
 them through cross-attention; the network answers with a velocity, and following it from noise (t = 0) to
-t = 1 gives the next T actions [§3.4]. Nothing but the T action tokens depends on t, so `encode` does vision,
-mixing and the cross-attention's keys and values once, and `velocity` is all a step costs.
+t = 1 gives the next T actions [§3.4]. Nothing but the T action tokens depends on t: `encode` does vision,
+mixing and the cross-attention's keys and values once a chunk, `velocity` the rest, k times a chunk.
 
-    frames (B, F, 256, 256, 3) uint8 ── see ──> image tokens ── assemble ──> [pads, game, frames]  } encode
-                                                                   ── mix ──> context              }
-    noisy actions (B, T, A), t (B,), context ── action encoder, DiT, decoder ──> velocity          } velocity
+    frames (B, F, 256, 256, 3) uint8 ── see ──> image tokens ── assemble ──> [padding, game, frames]} encode
+                                                                   ── mix ──> context               }
+    noisy actions (B, T, A), t (B,), context ── action encoder, DiT, decoder ──> velocity           } velocity
 
 Letters: B batch, F context frames (oldest first), N image tokens of a frame, L context tokens, T actions of a
-chunk, A action dims, D width of the DiT, V width of the vision encoder, k Euler steps. The last four of the A
-dims are sticks; inside the model a stick is (v + 1) / 2 and a button 0 or 1; `actions_in` and `actions_out`
-translate from and to files.
+chunk, A action dims, D width of the DiT, V width of the vision encoder, w width of a head, k Euler steps. The
+last four of the A dims are sticks, in files v in -1..1, inside the model (v + 1) / 2; a button is 0 or 1 in
+both; `actions_in` and `actions_out` translate.
 
 A checkpoint is one .safetensors: the (EMA) weights, and under "nitrogen" in its header one JSON string
 {config, step, args, data, metrics}.
 Comments mark who says what: [P] the paper, [R] the released code or checkpoint (ng.pt), [O] ours.
 
     python model.py                                 table of the presets
-    python model.py convert ng.pt ng.safetensors    the released checkpoint (with --preset: SigLIP2's) as ours
+    python model.py convert ng.pt ng.safetensors    released -> ours (--preset: Google's SigLIP2 -> ours)
     python model.py info ng.safetensors             what a checkpoint holds
 """
 import argparse
@@ -64,7 +64,8 @@ class Stack:
 
 @dataclass
 class Config:
-    """Everything that fixes the tensors, the sampler and the meaning of an action chunk."""
+    """Everything that fixes the tensors, the sampler and the meaning of an action chunk. What has no type is
+    the same for every model."""
     image = 256                               # side of a frame
     action_dim = 25                           # A = 21 buttons + 4 stick axes [R; the paper says 24]
     buckets = 1000                            # t is cut into this many time codes
@@ -80,19 +81,19 @@ class Config:
     stem: bool = False                        # patches through small convolutions, see Stem [O]
     # context
     frames: int = 1                           # F; more than one frame gained nothing [P §3.3]
-    context_tokens: int = 0                   # L; what is not used is padding; 0 = exactly what is needed
+    context_tokens: int = 0                   # L; what is not used is padding; 0 = no padding
     games: list = field(default_factory=list)          # names of the game ids 1, 2, ...; empty: no game token
     # actions
     horizon: int = 16                         # T [P: 16; R: 18]
     position_rows: int = 64                   # of the learned table of action positions [R: 1024]
     action_shift: int = 0                     # the chunk starts so many frames after the one seen [R: 3]
     frame_spacing: int = 16                   # actions between two context frames
-    future: int = 0                           # how many of them come after the frame seen: inverse dynamics
+    future: int = 0                           # context frames after the one seen: an inverse model [O]
     hz: float = 60.0                          # actions a second
     # flow matching
     steps: int = 16                           # k [P, R]
     beta: list = field(default_factory=lambda: [1.6, 0.8])       # t = (1 - Beta) * s [R]
-    noise_s: float = 0.999
+    noise_s: float = 0.999                    # s, the largest t [R]
 
     @property
     def width(self):                          # D
@@ -115,8 +116,8 @@ class Config:
         return self.frames * self.image_tokens + bool(self.games)
 
     def check(self):
-        """Refuse in one line what can't be built, or is too large for any machine. What a file's tensors must
-        agree with is seen when they are loaded."""
+        """Refuse in one line what can't be built, or is too large for any machine. Whether a
+        file's tensors agree with it is seen when they are loaded."""
         for part in self, self.mixing, self.dit:
             for f in fields(part):
                 value, (low, high) = getattr(part, f.name), RANGES.get(f.name, (1, MOST))
@@ -133,13 +134,13 @@ class Config:
         return self
 
 
-MOST = 8192                                   # the largest number in a configuration; the least is 1; but:
+MOST = 8192                                   # a number of a configuration is in 1 .. MOST, except for these
 RANGES = {"layers": (0, 256), "context_tokens": (0, MOST), "action_shift": (0, MOST), "future": (0, MOST),
           "dropout": (0, 0.99), "noise_s": (0, 1)}
 
 
 # toy and nano look at 32-pixel patches, through a stem: 64 image tokens, a quarter of the cost. small takes
-# Google's SigLIP2-B/16-256, nitrogen SigLIP2-L/16-256. First: patch, vision width, layers, heads, ffn.
+# Google's SigLIP2-B/16-256, nitrogen SigLIP2-L/16-256. The first five numbers are patch and vision_*.
 PRESETS = {
     "toy": Config(32, 96, 4, 6, 384, mixing=Stack(1, 6, 16, 0.1), dit=Stack(3, 6, 16), stem=True),
     "nano": Config(32, 192, 6, 6, 768, mixing=Stack(2, 6, 32, 0.1), dit=Stack(6, 6, 32), stem=True),
@@ -158,8 +159,8 @@ def preset(name, **changes):
 
 class NitroGen(nn.Module):
     """The policy: encode(frames) -> context, velocity(a, t, context), forward = both. A context is all that a
-    chunk knows of the world: keys and values for the even DiT blocks, one after another, (B, 2 for each of
-    them, heads, L, w)."""
+    chunk knows of the world: keys and values of DiT block 0, of block 2, ... of each even one, stacked: (B, 2
+    x even blocks, heads, L, w)."""
 
     def __init__(self, config):
         super().__init__()
@@ -202,7 +203,7 @@ class NitroGen(nn.Module):
     def see(self, frames):
         """uint8 RGB (B, F, 256, 256, 3), or floats of the same range, -> image tokens (B, F, N, V)."""
         x = (frames.permute(0, 1, 4, 2, 3) / 127.5).sub_(1)                           # (B, F, 3, 256, 256)
-        if self.config.future:                     # what moved since the frame before, and which frame it is
+        if self.config.future:                     # an inverse model sees what moved, too
             x = torch.cat([x, x.diff(dim=1, prepend=x[:, :1])], dim=2)                # (B, F, 6, 256, 256)
         x = self.vision.patch_embedding(x.flatten(0, 1).to(self.proj_out_2.weight.dtype))
         x = x.flatten(2).transpose(1, 2).unflatten(0, frames.shape[:2])               # (B, F, N, V)
@@ -213,19 +214,19 @@ class NitroGen(nn.Module):
         return self.vision.norm(x).unflatten(0, frames.shape[:2])                     # (B, F, N, V)
 
     def assemble(self, seen, games=None, keep=None):
-        """Image tokens -> the context before mixing: [padding zeros, game token if the model has games,
-        frames].
+        """Image tokens (B, F, N, V) -> the context before mixing (B, L, V): [padding zeros, game token if the
+        model has games, frames].
 
-        games (B,) ids, 0 or None = no game. keep (B, F) bool: a dropped frame leaves no token, its room
-        becomes padding [R]. Fewer frames than the model has room for are the newest ones.
+        games (B,) ids, 0 or None = no game. keep (B, F) bool: a frame that is not kept leaves no token, its
+        room becomes padding [R]. Fewer frames than the model has room for are taken for the newest ones.
         """
-        c, (B, n, N) = self.config, seen.shape[:3]
-        x = seen.flatten(1, 2)                                                        # (B, F N, V)
+        c, (B, n, N) = self.config, seen.shape[:3]                                    # n of F frames
+        x = seen.flatten(1, 2)                                                        # (B, n N, V)
         if c.games:
             games = torch.zeros(B, dtype=torch.long, device=x.device) if games is None else games
-            x = torch.cat([self.game_embedding(games)[:, None], x], dim=1)            # (B, 1 + F N, V)
+            x = torch.cat([self.game_embedding(games)[:, None], x], dim=1)            # (B, 1 + n N, V)
         if keep is not None:
-            kept = keep.repeat_interleave(N, dim=1)                                   # (B, F N)
+            kept = keep.repeat_interleave(N, dim=1)                                   # (B, n N)
             kept = F.pad(kept, (int(bool(c.games)), 0), value=True)                   # the game token stays
             order = kept.to(torch.uint8).argsort(dim=1, stable=True)                  # dropped ones first
             x = (x * kept[..., None]).take_along_dim(order[..., None], dim=1)
@@ -234,22 +235,25 @@ class NitroGen(nn.Module):
         return F.pad(x, (0, 0, c.length - x.shape[1], 0))                             # (B, L, V)
 
     def mix(self, x):
-        """Self-attention over (B, L, V) -> the context; no mask: padding takes part in it, and in
-        cross-attention [R]."""
+        """Self-attention over (B, L, V), then the keys and values of the even DiT blocks -> the context. No
+        mask: padding takes part in both kinds of attention [R]."""
         for block in self.mixing:
             x = self.run(block, x)                                                    # (B, L, V)
         return torch.stack([tensor for block in self.dit[::2] for tensor in block.attn.kv(x)], dim=1)
 
     def velocity(self, a, t, context):
-        """Noisy actions a (B, T, A) at times t (B,), context -> velocity (B, T, A), an estimate of action -
-        noise [Eq. 3, §3.4]."""
+        """Noisy actions a (B, T, A) at times t (B,), context -> velocity (B, T, A), an estimate of action
+        minus noise [Eq. 3, §3.4]."""
         return self.step(a, self.times(t), context)
 
     def times(self, t):
-        """Time t (B,) in [0, 1), or integers = bucket numbers -> all that depends on it alone, (B, 1 + 2 (DiT
-        blocks + 1), 1, D): the time code's share of the action encoder, scale and shift of each norm1, shift
-        and scale (in this order [R]) of the last norm. Two time codes, each of the truncated bucket number
-        and with its own order of operations [R]: an exponent rounded otherwise is 3e-5 in the velocity."""
+        """Time t (B,) in [0, 1), or integers = bucket numbers -> all that depends on the time alone, stacked,
+        (B, 1 + 2 (DiT blocks + 1), 1, D): its share of the action encoder, scale and shift of each block's
+        norm1, shift and scale (in this order [R]) of the last norm.
+
+        The time has two codes, cosines and sines of its bucket number: one for the norms, `tau` for the
+        action encoder. Each computes its frequencies in its own order, as in the release: another rounding is
+        3e-5 in the velocity."""
         dtype, half = self.proj_out_2.weight.dtype, self.config.width // 2
         bucket = ((t * self.config.buckets).long() if t.is_floating_point() else t)[:, None]
         angle = bucket * torch.exp(SLOWEST * torch.arange(128, device=t.device) / 127)
@@ -260,15 +264,15 @@ class NitroGen(nn.Module):
         layers = *(block.ada for block in self.dit), self.proj_out_1
         norms = [part for layer in layers for part in layer(x).chunk(2, dim=-1)]      # (B, 1, D) each
         W2 = self.action_encoder.W2
-        code = tau @ W2.W[0, tau.shape[-1]:] + W2.b[0]                                # (B, 1, D)
+        code = tau @ W2.W[0, tau.shape[-1]:] + W2.b[0]             # (B, 1, D): tau meets W2's lower half
         return torch.stack([code, *norms], dim=1)
 
     def step(self, a, times, context):
-        """One evaluation of the DiT: noisy actions (B, T, A) -> velocity (B, T, A)."""
+        """velocity() with the answer of times(): noisy actions (B, T, A) -> velocity (B, T, A)."""
         kv, (code, *norms, shift, scale) = context.unbind(1), times.unbind(1)
         x = self.action_encoder(a.to(self.proj_out_2.weight.dtype), code)             # (B, T, D)
         x = x + self.position_embedding.weight[:a.shape[1]]
-        for i, block in enumerate(self.dit):       # even ones look at the context, odd ones at x [P §3.3]
+        for i, block in enumerate(self.dit):       # even ones attend to the context, odd ones to x [P §3.3]
             x = self.run(block, x, norms[2 * i:2 * i + 2], kv[i:i + 2] if i % 2 == 0 else None)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
         x = F.relu(self.action_decoder.layer1(self.proj_out_2(x)))
@@ -299,29 +303,29 @@ class NitroGen(nn.Module):
                     p[0] = 0
             elif name.endswith((".bias", ".b")):
                 p.zero_()
-            elif p.ndim == 1:                      # of a norm
+            elif p.ndim == 1:                      # a norm's weights
                 p.fill_(1)
             else:                                  # Glorot's bound keeps the variance of what passes through
                 w = p[0] if name.endswith(".W") else p
                 bound = math.sqrt(6 / (len(w) + w[0].numel()))
                 p.uniform_(-bound, bound, generator=g)
         for stack in self.vision.blocks, self.mixing, self.dit:
-            for block in stack:                    # a stack adds as much as it is given (GPT-2, §2.3)
+            for block in stack:                    # deep stacks add no more than shallow ones (GPT-2, §2.3)
                 for layer in block.attn.out, block.ff.down:
                     layer.weight.mul_((2 * len(stack)) ** -0.5)
-        self.action_encoder.W1.W.mul_(3)           # an action is a larger part of its token than the time is
+        self.action_encoder.W1.W.mul_(3)           # so an action has more weight in its token than the time
         for layer in (*(block.ada for block in self.dit), self.proj_out_1):
-            layer.weight.zero_()                   # every step starts out alike, as in DiT (2212.09748 §3.2)
-        self.action_decoder.layer2.W.zero_()       # and the first velocity is 0
+            layer.weight.zero_()                   # at first all times are alike, as in DiT (2212.09748 §3.2)
+        self.action_decoder.layer2.W.zero_()       # and every velocity is 0
         return self
 
 
 class Stem(nn.Sequential):
-    """A patch embedding of small strided convolutions, 4 x 4 then 3 x 3 at half the size each (2106.14881). A
-    linear map of a 32 x 32 patch sees an object anew at each place in it: in a test on three games, as many
-    frames taught this stem sticks of R2 0.85 and that map none [O]."""
+    """A patch embedding of small strided convolutions: 4 x 4 with stride 4, then 3 x 3, each of which halves
+    the picture (2106.14881). A linear map of a 32 x 32 patch has to learn an object anew for each place in
+    it: from the same frames of three games this stem learned sticks with R2 0.85, that map none [O]."""
     def __init__(self, colours, width, patch):
-        halvings = patch.bit_length() - 3                              # after the first layer's 4
+        halvings = patch.bit_length() - 3                              # log2(patch / 4): the first layer's 4
         widths = [*(min(16 << n, width) for n in range(halvings)), width]
         layers = [nn.Conv2d(colours, widths[0], 4, 4)]
         for a, b in zip(widths, widths[1:]):
@@ -333,9 +337,9 @@ class Block(nn.Module):
     """One transformer block for all three stacks: attention and feed-forward, each after a norm and added to
     its input.
 
-    Vision: affine norms, self-attention, no dropout. Mixing: the same with eps 1e-5 and dropouts. DiT
-    (timed): norm1 is AdaLN, scaled and shifted by the time code; norm2 has neither weights nor modulation,
-    and there are no gates, unlike DiT's own AdaLN-Zero (2212.09748) [R].
+    Vision: norms with weights, self-attention, no dropout. Mixing: the same with eps 1e-5 and dropouts. DiT
+    (timed): norm1 is AdaLN, scaled and shifted by what the time says; norm2 has neither weights nor scale and
+    shift, and there are no gates, unlike DiT's own AdaLN-Zero (2212.09748) [R].
     """
     def __init__(self, width, heads, inner, dropout=0.0, source=None, timed=False, eps=1e-5):
         super().__init__()
@@ -360,7 +364,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over tokens of width `source`, whose keys and values can be computed once."""
+    """Multi-head attention of tokens of `width` to tokens of width `source`, whose keys and values can be
+    computed once."""
 
     def __init__(self, width, heads, source):
         super().__init__()
@@ -385,18 +390,19 @@ class Attention(nn.Module):
 
 
 class ActionEncoder(nn.Module):
-    """swish(W2 [W1 a; tau]) W3: a noisy action and the time code tau become an action token."""
+    """swish([a W1, tau] W2) W3: a noisy action a and the time code tau become an action token. `code`: what
+    tau adds to the product with W2, the same for all actions, so times() has it at hand."""
     def __init__(self, A, D):
         super().__init__()
         self.W1, self.W2, self.W3 = ActionLinear(A, D), ActionLinear(2 * D, D), ActionLinear(D, D)
 
-    def forward(self, a, time):
-        x = self.W1(a) @ self.W2.W[0, :time.shape[-1]] + time                         # (B, T, D)
+    def forward(self, a, code):
+        x = self.W1(a) @ self.W2.W[0, :code.shape[-1]] + code                         # (B, T, D)
         return self.W3(F.silu(x))
 
 
 class ActionLinear(nn.Module):
-    """x W + b. Stored (1, in, out): the release has room for a layer for each kind of robot, and uses one
+    """x W + b. W is stored as (1, in, out): the release has room for one for each kind of robot, and uses one
     [R]."""
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -415,12 +421,12 @@ class Linear(nn.Linear):
 
 
 def linear(x, weight, bias):
-    """x weight^T + bias, through oneDNN where that pays in float32 on a CPU. torch's own product, of MKL,
-    takes its AVX2 way on AMD: with AVX-512 oneDNN is up to 1.9 times faster. Without it only the T rows of a
-    denoising step with large weights are, up to 1.6 times (Zen 3)."""
+    """F.linear(), in float32 on a CPU through oneDNN where that is faster. torch's own product is MKL's,
+    which uses no AVX-512 on AMD: there oneDNN is up to 1.9 times faster. On a CPU without AVX-512 it is
+    faster only for the T rows of a denoising step and large weights, up to 1.6 times (Zen 3)."""
     rows = x.numel() // x.shape[-1]
     few = rows <= 64 and weight.numel() >= 1 << 18 and not torch.is_grad_enabled()
-    pays = rows * weight.numel() >= 1 << 20 if AVX512 else few         # a call costs some microseconds
+    pays = rows * weight.numel() >= 1 << 20 if AVX512 else few         # its call costs some microseconds more
     if (pays and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()):
         return Product.apply(x, weight, bias)
@@ -634,7 +640,7 @@ def convert_released(path, vision_heads=None, games=None):
         return state, config, {"step": int(ckpt["step"]), "tensors": n, "unused": n - len(state)}
 
 
-# What its tensors do not tell, and is the same in every released checkpoint.
+# Settings that tensors do not show, as every released checkpoint has them: another value is refused.
 RELEASED = {"activation_fn": "gelu-approximate", "positional_embeddings": None, "norm_eps": 1e-5,
             "final_dropout": True, "interleave_self_attention": True, "num_timestep_buckets": 1000,
             "old_layout": False}

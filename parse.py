@@ -121,7 +121,8 @@ class Pad:
     without it."""
 
     def __init__(self, model, geometry, pads, templates=()):
-        """templates: read_templates()'s of the clip."""
+        """templates: read_templates()'s of the clip. In turn: sampled frames; is the template the very skin
+        of the video; the pad at rest; how it looks pressed; where the sticks are, and how surely."""
         self.model, self.geometry = model, geometry
         at = np.unique(np.linspace(0, len(pads) - 1, SAMPLES).astype(int))
         crops = [pads[i] for i in at]
@@ -147,27 +148,14 @@ class Pad:
         if self.known:
             self.rest[0] = drawn[0]                            # its caps rest; those in the video may never
         if pressed:                                            # what the video shows, changed as the skin is
-            changes = [p.astype(int) - d for p, d in zip(*pressed, drawn)]
-            looks = [(rest + change).clip(0, 255).astype(np.uint8)
-                     for rest, change in zip(self.rest, changes)]
-            self.pressed = [self.surer(*(cuts[0][::2] for cuts in sampled), looks[0]), looks[1]]
+            self.pressed = [(rest + (down.astype(int) - up)).clip(0, 255).astype(np.uint8)
+                            for rest, up, down in zip(self.rest, drawn, *pressed)]
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
-        self.spread = mean_spread(grids, len(at))
+        _, spread = expect(np.exp(grids))
+        self.spread = spread.reshape(len(at), -1).mean(0)
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
-
-    def surer(self, before, now, pressed):
-        """Sticks' pictures pressed (k, S, S, 3), but "not known" for those of which the net is surer without
-        it in the sampled frames, (samples, k, S, S, 3): a skin's pressed cap may look like a tilted one."""
-        spreads = []
-        no_buttons = np.zeros((0, PANELS, BUTTON_SIDE, BUTTON_SIDE, 3), np.uint8)
-        for look in self.pressed[0], pressed:
-            sticks = montages(before, now, self.rest[0], look)
-            grids, *_ = net_reads(self.model, [sticks, no_buttons])
-            spreads.append(mean_spread(grids, len(now)))
-        without, beside = spreads
-        return np.where((beside < without)[:, None, None, None], pressed, self.pressed[0])
 
     def likeness(self, crop):
         """Of the crop's edges to those of the pad at rest: falls towards 0 where the overlay is gone or
@@ -233,7 +221,7 @@ class Pad:
             before = [np.concatenate([b, c[:-1]]) for b, c in zip(last, now)]
             last = [c[-1:] for c in now]
             sticks, buttons = map(montages, before, now, self.rest, self.pressed)
-            same = as_before(before[1], now[1])
+            same = as_before(before[1], now[1])                # what looks as before is not read again
             new = same == np.arange(len(crops))[:, None]
             grids, clicks, logits = net_reads(self.model, [sticks, buttons[new.ravel()]])
             spots = np.cumsum(new).reshape(new.shape) - 1      # of each new read among them
@@ -417,12 +405,6 @@ def expect(p):
     return mean.astype(np.float32), np.sqrt(np.maximum(variance, 0))
 
 
-def mean_spread(grids, n):
-    """Log grids (n k, 11, 11) of k sticks in n frames -> how unsure the net is of each, float (k,)."""
-    _, spread = expect(np.exp(grids))
-    return spread.reshape(n, -1).mean(0)
-
-
 def smooth(e, transition, prior, trust, own):
     """Forward-backward: log likelihoods e (n, m, states) of m controls -> posterior (n, m, states) given all
     n frames.
@@ -470,9 +452,9 @@ def smooth_buttons(logits, press=0.2, release=0.4, trust=0.8):
 
 
 def level(logits):
-    """Logits (n, m) -> the same with each button's own threshold at 0: where a video's logits fall into two
-    groups far apart, the upper of which the net half takes for pressed and which comes more than once, as a
-    bright scene behind a see-through pad does not, their middle is a better one than the net's."""
+    """Logits (n, m) -> the same with each button's own threshold at 0. Where a video's logits fall into two
+    groups far apart, it is their middle; but only if the net takes the upper group for nearly pressed and it
+    comes more than once (a bright scene behind a see-through pad does not)."""
     out = logits.copy()
     for j, x in enumerate(logits.T if len(logits) >= 8 else ()):           # fewer hold no two presses
         low, high = two_groups(x)
@@ -534,7 +516,7 @@ class Closeups:
         self.sticks = [s for s in STICKS if s in sticks]
         self.buttons = [b for b in BUTTONS if b in boxes and b not in LEGACY]
         self.clicks = {}                                       # number of a stick -> of the button on its cap
-        self.maps = [], []                                     # of the sticks and the buttons: pixels to crop
+        self.maps = [], []                                     # of sticks, of buttons: close-up to crop
         for i, side in enumerate(self.sticks):
             stick = sticks[side]
             if box := boxes.get(THUMB[side]):
@@ -948,8 +930,10 @@ def scene(rng, skin, backdrops):
     rest = [*map(extract.median_image, rests)]
     down = np.uint8([0, 0])
     if known:
-        [crop] = overlay.crops([overlay.over(extract.median_image(views), None)])
-        down = closeups(cv2.convertScaleAbs(crop, None, *light(rng)))          # drawn, not seen: a little off
+        behind, level = extract.median_image(views), light(rng)                # drawn, not seen: a little off
+        drawn = overlay.crops([overlay.over(behind, state) for state in (extract.neutral(), None)])
+        still, down = (closeups(cv2.convertScaleAbs(crop, None, *level)) for crop in drawn)
+        rest[0] = still[0]                                     # of sticks, as the reader has it
     sticks, buttons = map(montages, before, now, rest, down)
     values = np.zeros((FRAMES, len(closeups.sticks), 2), np.float32)
     clicks = np.full((FRAMES, len(closeups.sticks)), np.nan, np.float32)
@@ -1067,7 +1051,7 @@ def tilt(rng, idle):
 # ------------------------------------------------------------------------------ what a drawn video is made of
 def restyle(rng, skin):
     """A skin as another author might have made it: other colours, a thinner body, other pressed looks; caps
-    that are darker or smaller, go further, tilt, or change as they move."""
+    that are darker or smaller, go further, tilt, change as they move, or rest aside in their wells."""
     order, gain = range(3), rng.uniform(0.6, 1.1)
     if rng.random() < 0.5:
         order, gain = rng.permutation(3), rng.uniform(0.5, 1.2, 3)
@@ -1078,6 +1062,7 @@ def restyle(rng, skin):
     size = rng.uniform(0.5, 1.1) if rng.random() < 0.5 else 1  # of the caps
     longer = rng.uniform(0.6, 1.4) if rng.random() < 0.5 else 1
     tilt = rng.uniform(0.15, 0.5) if rng.random() < 0.3 else 0
+    aside = rng.uniform(-0.8, 0.8, 2) * (rng.random() < 0.5)   # of the caps in their wells, in travels
 
     def paint(sprite, share, opacity):
         rgb, alpha = np.split(sprite.astype(np.float32), [3], 2)
@@ -1094,11 +1079,13 @@ def restyle(rng, skin):
         if p.control in STICKS:
             moved = [relight(rng, sprites[0])] if rng.random() < 0.2 else []
             sprites = [zoomed(s, size) for s in sprites + moved]
+            p = replace(p, at=p.at + np.multiply(p.travel, longer) * aside)
         parts.append(replace(p, sprites=sprites, travel=np.multiply(p.travel, longer), tilt=tilt))
     sticks = {}
     for side, stick in skin.sticks.items():
         travel = np.multiply(stick["travel"], longer)
-        sticks[side] = {**stick, "travel": travel, "radius": stick["radius"] * size}
+        sticks[side] = {**stick, "center": stick["center"] + travel * aside, "travel": travel,
+                        "radius": stick["radius"] * size}
     return replace(skin, parts=parts, sticks=sticks)
 
 

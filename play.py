@@ -61,10 +61,10 @@ except ImportError:
     gymnasium = None
 
 WINDOWS = sys.platform == "win32"
-# Neither our Ctrl-C (a group of its own) nor the end of our terminal (no window of it) is a child's.
+# A child outlives our Ctrl-C (it has a group of its own) and the end of our terminal (it needs none).
 APART = {"creationflags": 0x08000200} if WINDOWS else {"start_new_session": True}
 MENU_BUTTONS = ("BACK", "START", "GUIDE")          # never pressed without --allow-menu: they end a game
-STANDS = 5.0                       # seconds a game stands for a prediction, plus 3 x the first's
+STANDS = 5.0                       # seconds a game may stand for a prediction, beside 3 x the first's
 MARKED = 0.1                       # seconds after a touch that still count as a person's play
 
 # The names of buttons and keys in each API; "mapping" is what --pad keyboard presses. KEYS: X keysym,
@@ -73,7 +73,7 @@ MARKED = 0.1                       # seconds after a touch that still count as a
 TABLES = extract.read_json(Path(__file__).with_name("weights") / "keys.json", dict)
 KEYS, MOUSE = TABLES["keys"], TABLES["mouse"]
 LOWEST = np.float32([0] * len(BUTTONS) + [-1] * 4)        # of an action; its highest is 1
-TILT, REST = 0.5, 0.35                             # a stick presses its key at TILT and holds it until REST
+TILT, REST = 0.5, 0.35                       # a stick presses its key over TILT and holds it down to REST
 SIDES = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}      # axis and sign; y is down
 
 
@@ -81,7 +81,7 @@ SIDES = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}      #
 def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback=1.0, hotkey=None,
          recorder=None, view=None):
     """Play until the game ends, `seconds` have passed or Ctrl-C -> Score. Without a policy a person plays,
-    and nothing is pressed.
+    with inputs that the game gets by itself, and nothing is pressed.
 
     In real time the next chunk is computed from the newest frame while this one plays: it is asked for
     after `per_chunk` actions (default: half a chunk), or later where the answer before it is late. With a
@@ -89,7 +89,7 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
     played of each chunk.
 
     A touched pad of `people` takes over at once, until none was touched for `handback` seconds. With a
-    `hotkey` the model waits for its press, and the next press stops it: meanwhile people play."""
+    `hotkey` the model plays from its first press to the next, and so on: meanwhile people play."""
     thinker = Thinker(policy, env, per_chunk) if policy else None
     switch = Switch(env.desktop, hotkey)
     beat = Beat(env.hz)
@@ -101,10 +101,10 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
 
             # 1. Plan: what the model wants at this tick.
             plays = thinker and switch.is_on()
-            seen = thinker.think(tick, score) if plays else None
+            captured = thinker.think(tick, score) if plays else None
             action = playable(thinker.plan.at(tick), env.allow_menu) if plays else neutral()
 
-            # 2. Press: the model's action, unless a person plays.
+            # 2. Press: the model's action or, where a person takes over, theirs, if it needs passing on.
             person, theirs = hands_on(people)
             if person:
                 touched = now
@@ -113,10 +113,10 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
             if by_hand:
                 action, pressed = theirs, theirs if thinker and person and person.forward else neutral()
             env.pad.press(pressed)
-            if seen:
-                score.press_ms.append((time.perf_counter() - seen) * 1e3)
+            if captured:
+                score.press_ms.append((time.perf_counter() - captured) * 1e3)
 
-            # 3. Look, where the picture is used: for the next prediction, the recording, the person.
+            # 3. Look, where the picture is used: for the next prediction, the recording, --show and --video.
             draws = view and tick % view.every == 0
             if plays and thinker.is_due(tick):
                 thinker.ask(tick)
@@ -144,7 +144,7 @@ def play(env, policy=None, seconds=math.inf, per_chunk=None, people=(), handback
 
 
 class Switch:
-    """Whether the model plays: `key` turns it on and off, whatever window has the keyboard; without a key it
+    """Whether the model plays: `key` turns it on and off, whichever window has the keyboard; without a key it
     is on."""
 
     def __init__(self, desktop, key):
@@ -154,7 +154,7 @@ class Switch:
             print(f"press {key} to let the model play, and again to stop it", flush=True)
 
     def is_on(self):
-        """To be asked once a tick."""
+        """Does the model play now? To be asked once a tick."""
         before, self.down = self.down, self.key in self.desktop.held()
         self.on ^= self.down and not before
         return self.on
@@ -162,7 +162,8 @@ class Switch:
 
 class Thinker:
     """The policy in a thread of its own, so that a late prediction never stalls the pad, and the plan that
-    its chunks make. `answer`: the prediction that is under way, one at a time."""
+    its chunks make. `answer`: the prediction that is under way, one at a time; `asked`: its tick; `seen`: the
+    time of its frame. `stops`: whether the game stands meanwhile."""
 
     def __init__(self, policy, env, per_chunk=None):
         config = policy.info()["config"]
@@ -171,8 +172,8 @@ class Thinker:
         self.per_chunk = min(per_chunk or (horizon if self.stops else horizon // 2), horizon)
         self.policy, self.env, self.plan = policy, env, Plan(env.hz / 4)
         self.thread, self.answer = ThreadPool(1), None
-        self.asked = -horizon                              # the tick of the last question
-        # The first prediction takes longest: not while the pad waits.
+        self.asked = -horizon                              # so that the first tick asks
+        # The first prediction takes longest: it is made here, before anything waits for it.
         self.patience = STANDS + 3 * self._predict(env.look())[1]
         policy.reset()
 
@@ -187,8 +188,8 @@ class Thinker:
         return self.policy.predict(frame), time.perf_counter() - began
 
     def think(self, tick, score):
-        """Bring the plan up to date -> the time at which a new chunk's frame was seen, None without a
-        chunk. Raises what the policy raised."""
+        """Lay a chunk that has come over the plan -> the time at which its frame was seen; None where none
+        has come, or too late. Raises what the policy raised."""
         if self.stops and tick - self.asked >= self.per_chunk:
             self._ask_while_it_stands(tick, score.beat)
         if not (self.answer and self.answer.ready()):
@@ -210,7 +211,7 @@ class Thinker:
                             "see what holds the model up")
         self.plan.rows = {}                                # the game has not moved on: nothing is committed
         self.env.pause.go()
-        beat.start += time.perf_counter() - began          # this time does not count
+        beat.start += time.perf_counter() - began          # the clock of the actions stood too
 
     def is_due(self, tick):
         """In real time: is the next chunk to be asked for?"""
@@ -218,8 +219,8 @@ class Thinker:
 
 
 class Plan:
-    """What is pressed at each tick: chunks laid over each other. hold: ticks for which the last action is
-    held."""
+    """What is pressed at each tick: chunks laid over each other. rows: {tick: action (25,)}. hold: ticks for
+    which the last action is held where no row is left."""
 
     def __init__(self, hold):
         self.rows, self.last, self.hold = {}, (-1, neutral()), hold
@@ -230,10 +231,10 @@ class Plan:
 
         Its first d = now - start rows are history: others were pressed while it was computed. Over the rest
         of the older plan it is faded in with the soft mask of real-time chunking (arXiv 2506.07339, Eq. 5):
-        the older plan weighs c (e^c - 1) / (e - 1), c falling from 1 after the d committed rows to 0 where
-        the older plan ends."""
+        the older plan weighs c (e^c - 1) / (e - 1), where c falls in a straight line from almost 1 at the
+        first row to come, i = d, to 0 at i = `end`, where the older plan ends."""
         d = max(now - start, 0)
-        end = max(self.rows, default=now - 1) + 1 - start  # the first row that the older plan does not reach
+        end = max(self.rows, default=now - 1) + 1 - start  # the chunk's first row beyond the older plan
         rows = {}
         for i in range(d, len(chunk)):
             old, row = self.rows.get(start + i), chunk[i]
@@ -247,15 +248,16 @@ class Plan:
         return len(rows)
 
     def at(self, tick):
-        """The action of a tick. Where predictions are late the last one is held for a moment, then the pad
-        rests."""
+        """The action of a tick, float (25,). Where predictions are late the last action is held for a moment,
+        then the pad rests."""
         if tick in self.rows:
             self.last = tick, self.rows[tick]
         return self.last[1] if tick - self.last[0] <= self.hold else neutral()
 
 
 class Beat:
-    """The action clock: hz ticks a second. A tick that has passed is skipped, never made up for."""
+    """The action clock: hz ticks a second from `start` on. A tick that has passed is skipped, never made up
+    for. late_ms: by how many milliseconds wait() woke up too late."""
 
     def __init__(self, hz):
         self.period, self.start, self.tick = 1 / hz, time.perf_counter(), -1
@@ -275,7 +277,8 @@ class Beat:
 
 
 class Score:
-    """What is worth knowing of a session, and the progress line that says it."""
+    """What is worth knowing of a session, and the progress line that says it. ticks: all, human: of them
+    those by hand; late: chunks of which no row came in time."""
 
     def __init__(self, beat):
         self.beat, self.told = beat, ""
@@ -285,8 +288,8 @@ class Score:
         self.bar = tqdm(bar_format="{desc}", disable=None, leave=False, dynamic_ncols=True, file=sys.stdout)
 
     def line(self, env):
-        """One line: rate, time of a prediction, latency from capture to press, jitter of the clock, cost of
-        looking."""
+        """One line: rate, time of a prediction, latency from capture to press, how late the clock is, time
+        that looking takes."""
         def ms(values):
             return f"{np.median(values):.1f} ms (p95 {np.percentile(values, 95):.1f})" if values else "-"
         seconds = time.perf_counter() - self.began
@@ -297,7 +300,7 @@ class Score:
                 f"by hand {self.human / max(self.ticks, 1):.0%}")
 
     def tell(self, env):
-        """Once a second: the line and, each time it changes, what is wrong with the picture or the pace."""
+        """Once a second: show the line and, when it is new, what is wrong with the picture or the pace."""
         if time.perf_counter() - self.checked < 1:
             return
         self.checked = time.perf_counter()
@@ -326,9 +329,9 @@ class GameEnv(gymnasium.Env if gymnasium else object):
     if gymnasium:
         observation_space = gymnasium.spaces.Box(0, 255, (SIDE, SIDE, 3), np.uint8)
         action_space = gymnasium.spaces.Box(LOWEST, np.ones(A, np.float32))
-    still = launched = clock = None
-    seen = still_since = 0.0
-    frame = np.zeros((SIDE, SIDE, 3), np.uint8)
+    launched = clock = still = None        # start_game()'s two; the last picture that was a change
+    seen = still_since = 0.0               # seconds: when `frame` was taken; since when it is `still`
+    frame = np.zeros((SIDE, SIDE, 3), np.uint8)            # the last picture
 
     def __init__(self, exe=None, window=None, launch=None, wait=60.0, pad="vgamepad", mapping=None,
                  pause="none", hz=60.0, allow_menu=False, render_mode=None):
@@ -339,11 +342,11 @@ class GameEnv(gymnasium.Env if gymnasium else object):
             raise UserError("expected --exe, --window or --launch, found none: --list shows what runs here")
         self.hz, self.allow_menu, self.render_mode = hz, allow_menu, render_mode
         self.metadata, self.look_ms = self.metadata | {"render_fps": hz}, deque(maxlen=36000)
-        with ExitStack() as undo:               # where anything below fails, else in close()
+        with ExitStack() as undo:               # run where anything below fails, else by close()
             self.desktop, (self.bindings, self.mice) = this_desktop(), load_mapping(mapping)
             self.keys = {key for *_, key in self.bindings}
-            self.real_pads = real_pads()                   # before our own, which would look like one of them
-            guard = undo.enter_context(ExitStack())        # it is dismissed when all the following is undone
+            self.real_pads = real_pads()                   # before our own is made, which would be among them
+            guard = undo.enter_context(ExitStack())        # first in, last out: dismissed when all is undone
             self.pad = {"none": NoPad, "keyboard": KeyboardPad}.get(pad, VirtualPad)(self)
             undo.callback(self.pad.close)                  # before the game: some look for pads only then
             self.capture = Capture()
@@ -412,7 +415,7 @@ class GameEnv(gymnasium.Env if gymnasium else object):
         return self.window.box
 
     def problem(self):
-        """Why the picture may not be the game's, "" where nothing speaks for it. To be asked about once a
+        """Why the picture may not be the game's; "" where there is no reason to think so. To be asked once a
         second."""
         if said := self.desktop.problem(self.window.id):
             return f"the window of {self.name} {said}: bring it to the front"
@@ -441,8 +444,8 @@ if gymnasium:
 
 # -------------------------------------------------------------------------- actions and keys
 def playable(action, allow_menu=False):
-    """What of a prediction, float (25,), may be pressed: buttons 0 or 1, legacy ones 0, the menu's 0 unless
-    allowed, sticks within [-1, 1]."""
+    """What of a prediction, float (25,), may be pressed -> float32 (25,): buttons 0 or 1, legacy ones 0, the
+    menu's 0 unless allowed, sticks within [-1, 1]."""
     out = np.nan_to_num(np.float32(action)).clip(LOWEST, 1)
     out[:21] = out[:21] > 0.5
     out[[BUTTON[b] for b in LEGACY + (() if allow_menu else MENU_BUTTONS)]] = 0
@@ -450,8 +453,8 @@ def playable(action, allow_menu=False):
 
 
 def load_mapping(path=None):
-    """A mapping file, or the usual one -> its keys, [(place in an action, sign, key)], and its mice,
-    {stick: pixels a second at full tilt}. UserError names the first control that is wrong in it."""
+    """A mapping file, or the usual one -> its keys, [(place in an action, sign, key)], sign 1 for a button,
+    and its mice, {stick: pixels a second at full tilt}. UserError names the first wrong control."""
     keys, mice = [], {}
     for control, key in (extract.read_json(path, dict) if path else TABLES["mapping"]).items():
         with reading(f"{path}: {control}: {key}", 'a control and its key, or a stick with its keys and mouse '
@@ -469,8 +472,8 @@ def load_mapping(path=None):
 
 
 def keys_of(bindings, action, down=frozenset()):
-    """The keys that an action holds; `down`: those held before it, which sticks let go later than they
-    pressed them."""
+    """The set of keys that an action holds. `down`: the keys held before it, since a stick holds its key
+    down to REST, but presses it only over TILT."""
     keys = set()
     for place, sign, key in bindings:
         held = key in down and place >= len(BUTTONS)
@@ -480,8 +483,8 @@ def keys_of(bindings, action, down=frozenset()):
 
 
 def action_of(bindings, keys):
-    """The other way round, for a person at the keyboard: keys -> float32 (25,). A key that several controls
-    name counts for the first of them."""
+    """keys_of() the other way round, for a person at the keyboard: keys -> float32 (25,). A key of several
+    controls counts for the first of them."""
     action, keys = neutral(), set(keys)
     for place, sign, key in bindings:
         if key in keys:
@@ -934,7 +937,7 @@ class KeyboardPad(NoPad):
 
     def __init__(self, env):
         self.env, self.keys = env, env.keys
-        self.rest = np.zeros(2)                            # parts of a pixel that the mouse has still to go
+        self.rest = np.zeros(2)                            # parts of a pixel that the mouse has yet to go
         env.desktop.prepare_keys(self.keys)
 
     def press(self, action):
@@ -1027,9 +1030,8 @@ class XInput(Person):
 
 
 class Keys(Person):
-    """A person at the keyboard and mouse of a game (a GameEnv) that is played by them: what is down and not
-    held by us, and how the mouse moves while we don't move it, as long as the game's window has the
-    keyboard: what is typed elsewhere is no play."""
+    """A person who plays with keyboard and mouse: the keys that are down and not held by us, and how the
+    mouse moves while we don't move it. Both count only while the game's window has the keyboard."""
     forward, touch = False, 0.0                            # the game has seen it already
 
     def __init__(self, env):
@@ -1316,8 +1318,8 @@ class View:
 
 
 def free_room(box, screen, size):
-    """Where a window of `size` fits beside a game's box, over which it would be captured -> (left, top, how
-    much of its size fits); 40 pixels are for its frame."""
+    """Where a window of `size` fits beside a game's box, not over it, where it would be captured -> (left,
+    top, how much of its size fits); 40 pixels are for its frame."""
     (left, _, width, _), (x, y, wide, _) = box, screen
     right = left + width + 40
     room, at = max((left - x, x), (x + wide - right, right))
@@ -1327,7 +1329,7 @@ def free_room(box, screen, size):
 
 
 # ----------------------------------------------------------------------- the model elsewhere
-CONFIG = {"hz": (1, 1000), "horizon": (1, 65535), "action_shift": (0, 65535)}  # what play needs: its limits
+CONFIG = {"hz": (1, 1000), "horizon": (1, 65535), "action_shift": (0, 65535)}  # what play needs, its limits
 
 
 class Refused(UserError):

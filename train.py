@@ -12,16 +12,17 @@ In: DATA/CLIP/ with clip.json, frames.npy, frames_index.npy, actions.npy float32
     cuts.npy bool (n,)     here something else begins, such as another episode: no chunk counts beyond it
     truth.npy              for --truth
 Out, under RUN:
-    model.safetensors      the average of the weights (EMA) and what is frozen: for sample.py, play.py, --ckpt
+    model.safetensors      averaged weights (EMA), and those that are frozen: for sample.py, play.py, --ckpt
     best.safetensors       the same at the step whose loss on the held-out clips is least, if any are held out
-    state.safetensors      raw weights, average, AdamW's moments, step: what --resume needs beside it
+    state.safetensors      raw weights, average, AdamW's moments, step: with model.safetensors all of --resume
     log.csv, curve.png     a line a step, written at each save; the curves drawn
 
 Every random number is a function of the seed and of the sample's or the step's global number, so a resumed
 run, another number of processes or another size of micro-batch draws the same frames, noises, times and
 augmentations.
-Letters as in model.py: B batch, F frames, T actions of a chunk, A values of an action; r draws are r pairs of
-noise and time for each encoded frame; n rows of a clip, m frames of it.
+Letters as in model.py: B batch, F frames, N tokens of a frame, V their width, T actions of a chunk, A values
+of an action; r draws: pairs of noise and time for each encoded frame; n rows of a clip, one for each frame of
+its video, and m those of its pictures that may start a chunk ("kept").
 """
 import contextlib
 import csv
@@ -57,49 +58,13 @@ BETAS, CLIP = (0.9, 0.99), 1.0       # AdamW's, and the largest gradient norm [O
 ROTATION = 5.0                       # degrees each way [P]
 COLOUR, HUE = 0.1, 0.02       # brightness, contrast, saturation 1 +- COLOUR; turns of hue [O: no ranges in P]
 CROP = 0.95                          # least side of a crop [O]
-DIVERGED = 4.0                       # a velocity of zero costs 1 + E[a^2], at most 2
-
-
-# --------------------------------------------------------------------------------------------------- the loss
-def draw_times(rng, n, config):
-    """n times t = (1 - Beta(1.6, 0.8)) s: 64 % of them below 0.4, where noise has to become a plan [§3.4;
-    R]."""
-    return ((1 - rng.beta(*config.beta, n)) * config.noise_s).astype(np.float32)
-
-
-def cfm_loss(model, frames, actions, mask=None, games=None, keep=None, noise=None, t=None, total=None):
-    """Conditional flow matching [§3.4]: how far the network's velocity at a point between noise and action is
-    from action - noise. -> a scalar.
-
-    frames (B, F, 256, 256, 3), actions (B, T, A) in the model's convention, mask (B, T) or (B, T, A): which
-    of them count, games (B,) ids, keep (B, F). noise (r B, T, A) and t (r B,): sample i owns the rows i r to
-    i r + r - 1; drawn anew, r = 1, where not given. total: how many action values to divide by where this is
-    a part of a larger batch (default: those of the mask).
-    """
-    config = getattr(model, "module", model).config            # DDP keeps the model under .module
-    if noise is None:
-        noise = torch.randn_like(actions)                                                      # (r B, T, A)
-    if t is None:
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        t = torch.from_numpy(draw_times(rng, len(noise), config)).to(noise)                    # (r B,)
-    if mask is None:
-        mask = torch.ones_like(actions)
-    elif mask.ndim == 2:
-        mask = mask[..., None]
-    draws = len(noise) // len(actions)
-    a = actions.repeat_interleave(draws, 0)                                                    # (r B, T, A)
-    w = mask.expand_as(actions).to(actions.dtype).repeat_interleave(draws, 0)                  # (r B, T, A)
-    at = t[:, None, None]
-    x = (1 - at) * noise + at * a                              # the line from noise (t = 0) to action (t = 1)
-    v = model(x, t, frames, games, keep)                       # what the network takes for dx/dt
-    square = (v.float() - (a - noise)) ** 2                    # dx/dt is a - noise everywhere on that line
-    return (square * w).sum() / ((w.sum() if total is None else total) + 1e-6)              # [R: masked mean]
+DIVERGED = 4.0                       # a running loss; a velocity of zero costs 1 + E[a^2], at most 2
 
 
 # ---------------------------------------------------------------------------------------------------- the run
 def train(args, state, team):
-    """Train; every process of a team runs this on its share of each batch. state: of the run that is
-    resumed."""
+    """Train; every process of a team runs this on its share of each batch. state: read_state()'s, of the run
+    that is resumed."""
     say = print if team.rank == 0 else lambda text: None
     model, training, held = prepare(args, team, say)
     training_mode(model.to(team.device))
@@ -114,24 +79,25 @@ def train(args, state, team):
                             "done: give more --steps")
     net = torch.compile(model) if args.compile else model
     if team.world > 1:
-        own = [team.device] if team.device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=own, gradient_as_bucket_view=True)
-    draw = functools.partial(Sampler, config=model.config)
-    kept = functools.partial(keep_tokens, model, args=args, team=team)
-    sampler = draw(training, batch=args.batch, draws=args.draws, seed=args.seed, balance=args.balance,
-                   augment=not args.no_augment, drop_games=args.game_dropout,
-                   tokens=kept(training, 1 if args.no_augment else VARIANTS))
+        devices = [team.device] if team.device.type == "cuda" else None
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+    new_sampler = functools.partial(Sampler, config=model.config)
+    tokens_of = functools.partial(keep_tokens, model, args=args, team=team)
+    sampler = new_sampler(training, batch=args.batch, draws=args.draws, seed=args.seed, balance=args.balance,
+                          augment=not args.no_augment, drop_games=args.game_dropout,
+                          tokens=tokens_of(training, 1 if args.no_augment else VARIANTS))
     batch = min(args.val_frames, sum(len(c.rows) for c in held))
-    check = draw(held, batch=batch, draws=4, balance=True, augment=False,
-                 tokens=kept(held, 1)) if held else None
+    held_sampler = new_sampler(held, batch=batch, draws=4, balance=True, augment=False,
+                               tokens=tokens_of(held, 1)) if held else None
     means, data = sample.mean_actions(training), described(training, held)
-    last = start + 2 if args.dry_run else args.steps     # step 2 is the first to hold all that training holds
-    out = None if args.dry_run or team.rank else Path(args.out)
+    last = start + 2 if args.dry_run else args.steps     # step 2 is the first with AdamW's moments in memory
+    out = None if args.dry_run or team.rank else Path(args.out)            # the team's first process writes
     rows = read_log(out / "log.csv", start) if out else []
-    before = float(rows[-1]["seconds"]) if rows else 0.0
+    earlier = float(rows[-1]["seconds"]) if rows else 0.0
     bar = tqdm(range(start + 1, last + 1), initial=start, total=last, disable=team.rank > 0, file=sys.stdout,
                mininterval=0.5 if sys.stdout.isatty() else 10)
-    batches, smooth = feed(sampler, start + 1, last, args, team), None
+    batches = feed(sampler, start + 1, last, args, team)
+    smooth = None                                              # the loss, averaged over some ten steps
     began = time.perf_counter()                                # monotonic() stands still for 15 ms on Windows
     with interrupts() as asked, contextlib.closing(batches), contextlib.closing(bar):
         for step in bar:
@@ -145,12 +111,12 @@ def train(args, state, team):
                 raise UserError(f"diverged at step {step}: expected a loss below {DIVERGED:g} (a velocity of "
                                 f"0 has less than 2), found {loss:.3g} with a gradient of {norm:.3g}: "
                                 f"lower --lr {args.lr:g}")
-            seconds = before + time.perf_counter() - began
+            seconds = earlier + time.perf_counter() - began
             row = {"step": step, "loss": loss, "lr": lr, "norm": norm, "seconds": seconds}
             bar.set_postfix_str(f"loss {loss:.4f} | lr {lr:.1e}", refresh=False)
-            if out and check and (step % args.every == 0 or step == last):
+            if out and held_sampler and (step % args.every == 0 or step == last):
                 with average.in_place():
-                    metrics = validate(model, check, means, team.device, args)
+                    metrics = validate(model, held_sampler, means, team.device, args)
                 r2, f1, _ = metrics["policies"]["model"]
                 row |= {"val": metrics["loss"], "r2": r2, "f1": f1}
                 bar.write(f"step {step}/{last} | loss {loss:.4f} | val {row['val']:.4f} | R2 {r2:.3f} "
@@ -176,18 +142,18 @@ def train(args, state, team):
 
 
 def take_step(step, net, batches, optimizer, average, total, args, team):
-    """One step on this process's share of the batch, in parts -> its share of the loss, the gradient's
-    norm."""
+    """One step on this process's share of the batch, in parts of --micro frames -> its share of the loss, the
+    norm of the whole gradient. total: Sampler.total() of the step."""
     parts, loss = args.batch // (args.micro * team.world), 0.0
     # --- one step: everything else is book-keeping
     for part in range(parts):
         batch = to_device(next(batches), team.device)
         torch.manual_seed(zlib.crc32(f"{args.seed} {step} {part} {team.rank}".encode()))       # of dropout
-        later = team.world > 1 and part < parts - 1            # gradients meet once a step
-        with net.no_sync() if later else contextlib.nullcontext():
+        wait = team.world > 1 and part < parts - 1             # DDP sums the gradients in the last part
+        with net.no_sync() if wait else contextlib.nullcontext():
             with autocast(team.device, args):
                 share = cfm_loss(net, **batch, total=total)
-            (share * team.world).backward()                    # DDP takes the mean over processes
+            (share * team.world).backward()                    # x world: DDP takes the mean of gradients
         loss += share.detach()
     norm = torch.nn.utils.clip_grad_norm_(average.params, CLIP).item()
     if math.isfinite(norm):                                    # else it would spoil the weights
@@ -196,6 +162,41 @@ def take_step(step, net, batches, optimizer, average, total, args, team):
     optimizer.zero_grad(set_to_none=True)
     # ---
     return loss.item(), norm
+
+
+def cfm_loss(model, frames, actions, mask=None, games=None, keep=None, noise=None, t=None, total=None):
+    """Conditional flow matching [§3.4]: how far the network's velocity at a point between noise and action is
+    from action - noise, mean square over what counts -> a scalar.
+
+    frames (B, F, 256, 256, 3), or their tokens (B, F, N, V), actions (B, T, A) in the model's convention,
+    mask (B, T) or (B, T, A): which of them count, games (B,) ids, keep (B, F): which frames there are. noise
+    (r B, T, A) and t (r B,): those of sample i are the rows i r to i r + r - 1; drawn anew, r = 1, where not
+    given. total: how many action values count in the whole batch, where this is a part of one.
+    """
+    config = getattr(model, "module", model).config            # DDP keeps the model under .module
+    if noise is None:
+        noise = torch.randn_like(actions)                                                      # (r B, T, A)
+    if t is None:
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        t = torch.from_numpy(draw_times(rng, len(noise), config)).to(noise)                    # (r B,)
+    if mask is None:
+        mask = torch.ones_like(actions)
+    elif mask.ndim == 2:
+        mask = mask[..., None]
+    draws = len(noise) // len(actions)
+    a = actions.repeat_interleave(draws, 0)                                                    # (r B, T, A)
+    w = mask.expand_as(actions).to(actions.dtype).repeat_interleave(draws, 0)                  # (r B, T, A)
+    at = t[:, None, None]                                                                      # (r B, 1, 1)
+    x = (1 - at) * noise + at * a                              # the line from noise (t = 0) to action (t = 1)
+    v = model(x, t, frames, games, keep)                       # what the network takes for dx/dt
+    square = (v.float() - (a - noise)) ** 2                    # dx/dt is a - noise all along that line
+    return (square * w).sum() / ((w.sum() if total is None else total) + 1e-6)              # [R: masked mean]
+
+
+def draw_times(rng, n, config):
+    """n times t = (1 - Beta(1.6, 0.8)) s -> float32 (n,): 64 % of them below 0.4, where noise has to become a
+    plan [§3.4; R]."""
+    return ((1 - rng.beta(*config.beta, n)) * config.noise_s).astype(np.float32)
 
 
 def autocast(device, args):
@@ -216,8 +217,8 @@ def rate(step, args):
 
 
 class Average:
-    """EMA of the weights [P: 0.9999]. Early on it spans about the last tenth of the steps so far, or a short
-    run would stay at its start."""
+    """EMA of the weights [P: 0.9999]. Early on it spans about the last tenth of the steps so far: with 0.9999
+    from the first step, a short run's average would still be its random start."""
 
     def __init__(self, params, device, decay=EMA):
         self.params, self.decay = list(params), decay
@@ -232,7 +233,7 @@ class Average:
 
     @contextlib.contextmanager
     def in_place(self):
-        """The model holds the average within."""
+        """Within, the model's weights are the average."""
         self.swap()
         try:
             yield
@@ -249,7 +250,7 @@ class Average:
 
 
 def groups(model):
-    """What trains, as AdamW's groups: matrices decay, norms, biases and embeddings do not."""
+    """What trains, as AdamW's groups: matrices have weight decay; norms, biases and embeddings have none."""
     decay, free = [], []
     for name, p in named(model).items():
         table = name.endswith(("position_embedding.weight", "game_embedding.weight"))
@@ -258,11 +259,49 @@ def groups(model):
     return [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
 
 
-# -------------------------------------------------------------------------------------------------- the clips
+# ------------------------------------------------------------------------------------- the data and the model
+def prepare(args, team, say):
+    """-> (model, training clips, held-out clips). Also fills in those of lr, warmup, decay, micro and workers
+    that the command line leaves open."""
+    games = set()
+    if args.game_ids and not args.resume:
+        paths = [path for folder in args.data for path in extract.clips_in(folder)]
+        games = {str(extract.read_clip(path).get("game") or "unknown") for path in paths}
+    model = build(args, sorted(games))
+    c = model.config
+    file = "truth.npy" if args.truth else "actions.npy"
+    clips = load_clips(args.data, c, file, args.human_weight, say)
+    if args.lr is None:
+        # [P: 1e-4 at D 1024]; narrower nets take more [O: at D 96 twice as much learns less]
+        args.lr = float(f"{1e-4 * max(1.0, 1024 / c.width):.1e}")
+    args.warmup = min(500, args.steps // 20 + 1) if args.warmup is None else args.warmup
+    args.decay = args.steps // 5 if args.decay is None else args.decay
+    args.micro = min(args.micro or args.batch, args.batch // team.world or 1)
+    if args.batch % (args.micro * team.world):
+        raise UserError(f"--batch {args.batch}: expected a multiple of {team.world} process(es) x "
+                        f"--micro {args.micro}, found none: change one of them")
+    if args.workers is None:
+        share = extract.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))                # of this machine
+        # more than 4 only where a process starts fast and a GPU waits for its batches
+        most = 16 if team.device.type == "cuda" and sys.platform == "linux" else 4
+        args.workers = min(most, max(share - (team.device.type == "cuda"), 1))
+    training, held = split(clips, args.val)
+    rates = ", ".join(f"{r:g}" for r in sorted({clip.fps for clip in clips}))
+    hours = sum(clip.n / clip.fps for clip in clips) / 3600
+    why = "" if held else " (the only clip of each game is too short to part)" if args.val else " (--val 0)"
+    say(f"{len(clips)} clips of {len({clip.game for clip in clips})} game(s), {hours:.2f} h at {rates} "
+        f"frames/s, actions at {c.hz:g} Hz | {sum(len(clip.rows) for clip in clips):,} frames to start from "
+        f"| {len(held)} clips held out{why}")
+    say(f"{M.count(model)[0]:,} parameters, {sum(p.numel() for p in named(model).values()):,} train | "
+        f"{team.device} ({team.reason}), {team.world} process(es) | "
+        f"batch {args.batch} in parts of {args.micro}, {args.draws} draws | lr {args.lr:g}")
+    return model, training, held
+
+
 def split(clips, share):
     """Clips -> (training, held out), by a hash of each clip's name: stable when clips are added. A game of
-    two or more clips has at least one on each side; of its only clip the last rows are held out, where both
-    parts then have chunks."""
+    two or more clips has at least one on each side. Of a game's only clip the last rows are held out, if
+    then both parts have chunks."""
     place = lambda clip: zlib.crc32(clip.folder.name.encode()) / 2**32
     held, parts = set(), {}
     for mine in sample.per_game(clips).values() if share else ():
@@ -278,211 +317,6 @@ def split(clips, share):
     return training, [c for c in clips if c in held] + [last for _, last in parts.values()]
 
 
-# ------------------------------------------------------------------------------------------------ the sampler
-def stream(seed, number, kind=0):
-    """A generator of its own for sample or step `number`: counter-based (Philox), so nothing is drawn before
-    it."""
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, number], counter=[0, 0, 0, kind]))
-
-
-class Sampler:
-    """Chunks drawn uniformly over all kept frames, or each game alike (`balance`). A batch of B takes one
-    frame from each of B equal shares of the (weighted) frames in a row, so it holds every clip and game in
-    proportion, with less noise than independent draws and at no cost [O]. For DataLoader: sampler[step,
-    begin, end] -> a batch, or the text of a UserError, which crosses processes in one line."""
-
-    def __init__(self, clips, config, batch, draws=1, seed=0, balance=False, augment=True, drop_games=0.0,
-                 tokens=None):
-        """tokens: of each clip, the file of keep_tokens() that stands for its frames."""
-        self.clips, self.tokens = clips, tokens
-        self.config = config
-        self.batch = batch
-        self.draws = draws
-        self.seed = seed
-        self.augment, self.drop_games = augment, drop_games
-        weights = np.array([c.weight for c in clips])
-        if balance:
-            _, game = np.unique([c.game for c in clips], return_inverse=True)
-            weights = weights / np.maximum(np.bincount(game, weights), 1e-300)[game]
-        if not weights.sum() > 0:
-            raise UserError("expected frames of weight above 0, found none: give another --human-weight")
-        self.edges = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
-
-    def picks(self, step):
-        """The batch of a step: (number of the clip, which of its kept frames), int64 (B,) each."""
-        u = np.arange(self.batch) + stream(self.seed, step, 1).random(self.batch)          # one in each share
-        u /= self.batch
-        clip = np.clip(np.searchsorted(self.edges, u, "right") - 1, 0, len(self.clips) - 1)
-        inside = (u - self.edges[clip]) / np.maximum(np.diff(self.edges)[clip], 1e-300)        # (B,) in 0..1
-        inside = np.clip(inside, 0, 1 - 1e-12)
-        return clip, np.array([self.clips[k].pick(x) for k, x in zip(clip, inside)], np.int64)
-
-    def total(self, step):
-        """How many action values count in the whole batch of a step, all processes' shares together."""
-        actions = sum(int(self.clips[k].lengths[j]) for k, j in zip(*self.picks(step)))
-        return actions * self.draws * self.config.action_dim
-
-    def load(self, step, begin=0, end=None):
-        """Samples begin .. end of a step's batch -> a dict of tensors, as cfm_loss takes them."""
-        numbers = range(begin, self.batch if end is None else end)
-        clips, kept = self.picks(step)
-        batch = default_collate([self.sample(step * self.batch + i, clips[i], kept[i]) for i in numbers])
-        batch["actions"] = M.actions_in(batch["actions"])
-        return batch | {name: batch[name].flatten(0, 1) for name in ("noise", "t")}
-
-    def __getitem__(self, job):
-        try:
-            return self.load(*job)
-        except UserError as e:
-            return str(e)
-
-    def sample(self, number, k, j):
-        """Everything of the sample with this global number, kept frame j of clip k."""
-        rng, clip, c = stream(self.seed, number), self.clips[k], self.config
-        row = clip.rows[j]
-        actions, mask = clip.chunk(row)
-        noise = rng.standard_normal((self.draws, c.horizon, c.action_dim), np.float32)
-        t = draw_times(rng, self.draws, c)
-        told = rng.random() >= self.drop_games            # without its game now and then: guidance needs both
-        if self.tokens:
-            variants, keep = open_tokens(self.tokens[k]), np.ones(1, bool)
-            frames = np.float32(variants[rng.integers(len(variants)), [j]])                    # (1, N, V)
-        else:
-            frames, keep = clip.pictures(row)
-            if self.augment:
-                frames = augmented(frames, rng)
-        return {"frames": frames, "actions": actions, "mask": mask, "games": told * clip.game_id,
-                "keep": keep, "noise": noise, "t": t}
-
-
-def augmented(frames, rng):
-    """uint8 (F, h, w, 3), all augmented alike, in place."""
-    colour, warp = augmentation(rng, frames.shape[1])
-    for frame in frames:
-        frame[:] = augment(frame, colour, warp)
-    return frames
-
-
-def augmentation(rng, side):
-    """One sample's augmentation: colour float32 (3, 4), RGB -> matrix, then offset; warp float32 (2, 3),
-    pixel of the result -> pixel of the frame. The paper names them without ranges, but for the rotation."""
-    brightness, contrast, saturation = rng.uniform(1 - COLOUR, 1 + COLOUR, 3)
-    turn = rng.uniform(-HUE, HUE) * 2 * math.pi
-    grey, one = np.full((3, 3), 1 / 3), np.eye(3)
-    axis = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)     # hue: a turn about the grey axis
-    colour = grey + math.cos(turn) * (one - grey) + math.sin(turn) * axis
-    colour = contrast * brightness * (saturation * one + (1 - saturation) * grey) @ colour
-    offset = np.full((3, 1), (1 - contrast) * 127.5)
-    angle = math.radians(rng.uniform(-ROTATION, ROTATION))
-    size = rng.uniform(CROP, 1)
-    turned = size * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    middle = np.full(2, (side - 1) / 2)
-    corner = middle + rng.uniform(-1, 1, 2) * (1 - size) * side / 2 - turned @ middle
-    warp = np.hstack([turned, corner[:, None]])
-    return np.hstack([colour, offset]).astype(np.float32), warp.astype(np.float32)
-
-
-def augment(frame, colour, warp):
-    """uint8 (h, w, 3) -> the same, augmented."""
-    frame = cv2.warpAffine(frame, warp, frame.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                           borderMode=cv2.BORDER_REPLICATE)
-    return cv2.transform(frame, colour)
-
-
-VARIANTS = 4                     # of a frame's augmentation that are kept as tokens; the first has none [O]
-
-
-@torch.no_grad()
-def keep_tokens(model, clips, variants, args, team):
-    """Where vision is frozen, a frame's tokens are always the same: encode every kept frame once, in so many
-    augmentations -> a file for each clip, float16 (variants, kept frames, N, V), beside it in .tokens under a
-    name that tells vision and frames; None where vision trains or sees more than a frame."""
-    if any(p.requires_grad for p in model.vision.parameters()) or model.config.frames > 1 or args.dry_run:
-        return None
-    paths, weights = [], extract.fingerprint(*(p.cpu().numpy() for p in model.vision.parameters()))
-    for i, clip in enumerate(clips):
-        stored = (clip.folder / "frames.npy").stat()
-        key = extract.fingerprint(weights, clip.rows, variants, args.seed, args.dtype, stored.st_size,
-                                  stored.st_mtime_ns)
-        paths.append(clip.folder.parent / ".tokens" / f"{clip.folder.name}-{key}.npy")
-        if i % team.world == team.rank and not paths[-1].is_file():
-            paths[-1].parent.mkdir(exist_ok=True)
-            write = functools.partial(write_tokens, model, clip, variants, args, team)
-            extract.write_atomic(paths[-1], write)
-    team.sum(0.0)                                              # until all have written their share
-    return paths
-
-
-def write_tokens(model, clip, variants, args, team, path):
-    """The tokens of a clip's kept frames -> a .npy, a few frames at a time: a full disk is an error of it."""
-    m, c = len(clip.rows), model.config
-    with open(path, "wb") as f:
-        shape = variants, m, c.image_tokens, c.vision_width
-        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        for variant in range(variants):
-            for some in np.array_split(np.arange(m), math.ceil(m / 32)):
-                frames = [clip.pictures(clip.rows[j])[0] for j in some]
-                if variant:
-                    frames = [augmented(x, stream(args.seed, j, 1 + variant)) for j, x in zip(some, frames)]
-                with autocast(team.device, args):
-                    tokens = model.see(torch.from_numpy(np.stack(frames)).to(team.device))
-                f.write(tokens.half().cpu().numpy().tobytes())
-
-
-@functools.lru_cache(sample.OPEN_CLIPS)
-def open_tokens(path):
-    """A file of keep_tokens(), memory-mapped."""
-    return extract.read_npy(path, np.float16, (None,) * 4)
-
-
-def feed(sampler, first, last, args, team):
-    """The batches of the steps first .. last for one process of a team, made ahead of time by --workers
-    processes."""
-    cv2.setNumThreads(1)                                     # a fork would wait for OpenCV's threads for ever
-    begins = range(team.rank * args.micro, args.batch, team.world * args.micro)
-    jobs = [(step, begin, begin + args.micro) for step in range(first, last + 1) for begin in begins]
-    loader = DataLoader(sampler, batch_size=None, sampler=jobs, num_workers=args.workers,
-                        worker_init_fn=begin_worker, pin_memory=team.device.type == "cuda")
-    try:
-        for batch in loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            yield batch
-    except RuntimeError as e:
-        if "DataLoader" not in str(e):
-            raise
-        raise UserError(f"a loader's process ended ({str(e).splitlines()[0]}): expected room for its batches "
-                        "in memory and /dev/shm, found too little: give --workers 0, or fewer") from None
-
-
-def begin_worker(_):
-    """In each process of the loader: OpenCV with one thread; Ctrl-C is for the parent alone, which stops
-    it."""
-    cv2.setNumThreads(1)                                       # where it is spawned, not forked
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-# ------------------------------------------------------------------------------------------------- validation
-@torch.no_grad()
-def validate(model, sampler, means, device, args):
-    """On held-out clips, from fixed noise and times: {"loss"} and the scores() of its chunks."""
-    model.eval()
-    loss, counted, parts = 0.0, 0, []
-    for begin in range(0, sampler.batch, args.micro):
-        batch = sampler.load(0, begin, min(begin + args.micro, sampler.batch))
-        b, count = to_device(batch, device), batch["mask"].sum().item()
-        with autocast(device, args):
-            loss += cfm_loss(model, **b).item() * count
-            context = model.encode(b["frames"], b["games"], b["keep"])
-            parts.append(sample.euler(model, context, b["noise"][::sampler.draws]).float().cpu())
-        counted += count
-    training_mode(model)
-    starts = [(sampler.clips[k], sampler.clips[k].rows[j]) for k, j in zip(*sampler.picks(0))]
-    return {"loss": loss / counted} | sample.scores(M.actions_out(torch.cat(parts)).numpy(), starts, means)
-
-
-# -------------------------------------------------------------------------------------------------- the model
 # An inverse model sees from 4 actions before a chunk of 16 to 9 after it, 150 ms: later ones tell little [O].
 INVERSE = {"frames": 8, "future": 6, "frame_spacing": 4, "context_tokens": 0,
            "horizon": 16, "action_shift": 0}
@@ -490,11 +324,12 @@ FREEZE = {"vision": ["vision"], "mixing": ["mixing"], "all-but-head": ["vision",
 
 
 def build(args, games):
-    """The model to train, on the CPU: a fresh preset or --ckpt, with what the command line changes in it."""
+    """The model to train, on the CPU: of the run that is resumed, of --ckpt or fresh, of a preset; with what
+    the command line changes in it. games: names, to be in its game table."""
     names = ("hz", "horizon", "action_shift")
     changes = INVERSE if args.inverse else {}
     changes = changes | {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.resume:                                            # as it was settled when the run began
+    if args.resume:                                            # its settings are those of the run
         model, _ = M.load(args.resume)
     elif args.ckpt:
         model, _ = M.load(args.ckpt)
@@ -522,7 +357,7 @@ def add_games(model, games, seed):
     if not new:
         return
     c.games = c.games + new
-    if c.context_tokens:                             # a context that its frames fill has no room for the game
+    if c.context_tokens:                             # where the frames fill the context: one more token
         c.context_tokens = max(c.context_tokens, c.needed)
     model.game_embedding = M.table(len(c.games) + 1, c.vision_width, padding_idx=0, scale_grad_by_freq=True)
     with torch.no_grad():
@@ -533,7 +368,7 @@ def add_games(model, games, seed):
 
 
 def training_mode(model):
-    """train() for what trains: a frozen part answers as it will when it plays, without dropout."""
+    """model.train(), but without dropout in the frozen parts: they answer as they will in play."""
     model.train()
     for part in (model.vision, model.mixing, model.dit):
         part.train(any(p.requires_grad for p in part.parameters()))
@@ -544,42 +379,213 @@ def named(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def prepare(args, team, say):
-    """(model, training clips, held-out clips). Fills in what depends on them: lr, warm-up, decay,
-    micro-batch."""
-    games = set()
-    if args.game_ids and not args.resume:
-        paths = [path for folder in args.data for path in extract.clips_in(folder)]
-        games = {str(extract.read_clip(path).get("game") or "unknown") for path in paths}
-    model = build(args, sorted(games))
-    c = model.config
-    file = "truth.npy" if args.truth else "actions.npy"
-    clips = load_clips(args.data, c, file, args.human_weight, say)
-    if args.lr is None:
-        # [P: 1e-4 at D 1024]; narrower nets take more [O: at D 96 twice as much learns less]
-        args.lr = float(f"{1e-4 * max(1.0, 1024 / c.width):.1e}")
-    args.warmup = min(500, args.steps // 20 + 1) if args.warmup is None else args.warmup
-    args.decay = args.steps // 5 if args.decay is None else args.decay
-    args.micro = min(args.micro or args.batch, args.batch // team.world or 1)
-    if args.batch % (args.micro * team.world):
-        raise UserError(f"--batch {args.batch}: expected a multiple of {team.world} process(es) x "
-                        f"--micro {args.micro}, found none: change one of them")
-    if args.workers is None:
-        share = extract.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))                # of this machine
-        # many only where a process starts fast
-        most = 16 if team.device.type == "cuda" and sys.platform == "linux" else 4
-        args.workers = min(most, max(share - (team.device.type == "cuda"), 1))
-    training, held = split(clips, args.val)
-    rates = ", ".join(f"{r:g}" for r in sorted({clip.fps for clip in clips}))
-    hours = sum(clip.n / clip.fps for clip in clips) / 3600
-    why = "" if held else " (the only clip of each game is too short to part)" if args.val else " (--val 0)"
-    say(f"{len(clips)} clips of {len({clip.game for clip in clips})} game(s), {hours:.2f} h at {rates} "
-        f"frames/s, actions at {c.hz:g} Hz | {sum(len(clip.rows) for clip in clips):,} frames to start from "
-        f"| {len(held)} clips held out{why}")
-    say(f"{M.count(model)[0]:,} parameters, {sum(p.numel() for p in named(model).values()):,} train | "
-        f"{team.device} ({team.reason}), {team.world} process(es) | "
-        f"batch {args.batch} in parts of {args.micro}, {args.draws} draws | lr {args.lr:g}")
-    return model, training, held
+# ------------------------------------------------------------------------------------------------ the sampler
+class Sampler:
+    """Chunks drawn uniformly over all kept frames, or each game alike (`balance`). All (weighted) frames lie
+    in a row, clip after clip; the row is cut into B equal shares, and a batch takes one frame of each: it
+    holds every clip and game in proportion, with less noise than independent draws and at no cost [O]. For
+    DataLoader: sampler[step, begin, end] -> a part of that step's batch, or the text of a UserError, which
+    crosses processes in one line."""
+
+    def __init__(self, clips, config, batch, draws=1, seed=0, balance=False, augment=True, drop_games=0.0,
+                 tokens=None):
+        """tokens: of each clip, the file of keep_tokens() that stands for its frames. drop_games: the share
+        of samples that are not told their game."""
+        self.clips, self.tokens = clips, tokens
+        self.config = config
+        self.batch = batch
+        self.draws = draws
+        self.seed = seed
+        self.augment, self.drop_games = augment, drop_games
+        weights = np.array([c.weight for c in clips])
+        if balance:
+            _, game = np.unique([c.game for c in clips], return_inverse=True)
+            weights = weights / np.maximum(np.bincount(game, weights), 1e-300)[game]
+        if not weights.sum() > 0:
+            raise UserError("expected frames of weight above 0, found none: give another --human-weight")
+        self.edges = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])   # of the clips in 0..1
+
+    def picks(self, step):
+        """The batch of a step: (clip numbers, which of its kept frames it is), int64 (B,) each."""
+        u = np.arange(self.batch) + stream(self.seed, step, 1).random(self.batch)          # one in each share
+        u /= self.batch
+        clip = np.clip(np.searchsorted(self.edges, u, "right") - 1, 0, len(self.clips) - 1)
+        inside = (u - self.edges[clip]) / np.maximum(np.diff(self.edges)[clip], 1e-300)        # (B,) in 0..1
+        inside = np.clip(inside, 0, 1 - 1e-12)
+        return clip, np.array([self.clips[k].pick(x) for k, x in zip(clip, inside)], np.int64)
+
+    def total(self, step):
+        """How many action values count in the whole batch of a step, all processes' shares together."""
+        actions = sum(int(self.clips[k].lengths[j]) for k, j in zip(*self.picks(step)))
+        return actions * self.draws * self.config.action_dim
+
+    def load(self, step, begin=0, end=None):
+        """Samples begin .. end of a step's batch -> a dict of tensors, as cfm_loss() takes them."""
+        numbers = range(begin, self.batch if end is None else end)
+        clips, kept = self.picks(step)
+        batch = default_collate([self.sample(step * self.batch + i, clips[i], kept[i]) for i in numbers])
+        batch["actions"] = M.actions_in(batch["actions"])
+        return batch | {name: batch[name].flatten(0, 1) for name in ("noise", "t")}            # (r B, ...)
+
+    def __getitem__(self, job):
+        try:
+            return self.load(*job)
+        except UserError as e:
+            return str(e)
+
+    def sample(self, number, k, j):
+        """Everything of the sample with this global number, which is kept frame j of clip k."""
+        rng, clip, c = stream(self.seed, number), self.clips[k], self.config
+        row = clip.rows[j]
+        actions, mask = clip.chunk(row)                                                # (T, A), (T,)
+        noise = rng.standard_normal((self.draws, c.horizon, c.action_dim), np.float32)         # (r, T, A)
+        t = draw_times(rng, self.draws, c)                                                     # (r,)
+        told = rng.random() >= self.drop_games            # without its game now and then: guidance needs both
+        if self.tokens:
+            variants, keep = open_tokens(self.tokens[k]), np.ones(1, bool)
+            frames = np.float32(variants[rng.integers(len(variants)), [j]])                    # (1, N, V)
+        else:
+            frames, keep = clip.pictures(row)                          # (F, 256, 256, 3), (F,)
+            if self.augment:
+                frames = augmented(frames, rng)
+        return {"frames": frames, "actions": actions, "mask": mask, "games": told * clip.game_id,
+                "keep": keep, "noise": noise, "t": t}
+
+
+def stream(seed, number, kind=0):
+    """A random generator of its own for the sample or step `number`. Philox counts, so that none of the
+    numbers before has to be drawn; `kind` tells apart streams of the same number."""
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, number], counter=[0, 0, 0, kind]))
+
+
+def augmented(frames, rng):
+    """Frames of one sample, uint8 (F, h, w, 3), all augmented alike, in place -> the same array."""
+    colour, warp = augmentation(rng, frames.shape[1])
+    for frame in frames:
+        frame[:] = augment(frame, colour, warp)
+    return frames
+
+
+def augmentation(rng, side):
+    """One sample's augmentation: colour float32 (3, 4), a matrix for RGB and an offset beside it; warp
+    float32 (2, 3), pixel of the result -> pixel of the frame. The paper names brightness, contrast,
+    saturation, hue, rotation and crop, with a range for the rotation only."""
+    brightness, contrast, saturation = rng.uniform(1 - COLOUR, 1 + COLOUR, 3)
+    turn = rng.uniform(-HUE, HUE) * 2 * math.pi
+    grey, one = np.full((3, 3), 1 / 3), np.eye(3)
+    axis = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)     # hue: a turn about the grey axis
+    colour = grey + math.cos(turn) * (one - grey) + math.sin(turn) * axis
+    colour = contrast * brightness * (saturation * one + (1 - saturation) * grey) @ colour
+    offset = np.full((3, 1), (1 - contrast) * 127.5)
+    angle = math.radians(rng.uniform(-ROTATION, ROTATION))
+    size = rng.uniform(CROP, 1)
+    turned = size * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    middle = np.full(2, (side - 1) / 2)
+    corner = middle + rng.uniform(-1, 1, 2) * (1 - size) * side / 2 - turned @ middle
+    warp = np.hstack([turned, corner[:, None]])
+    return np.hstack([colour, offset]).astype(np.float32), warp.astype(np.float32)
+
+
+def augment(frame, colour, warp):
+    """uint8 (h, w, 3) -> a new one, turned, cropped and in other colours."""
+    frame = cv2.warpAffine(frame, warp, frame.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                           borderMode=cv2.BORDER_REPLICATE)
+    return cv2.transform(frame, colour)
+
+
+VARIANTS = 4             # so many variants of a frame are kept as tokens: itself, then augmented ones [O]
+
+
+@torch.no_grad()
+def keep_tokens(model, clips, variants, args, team):
+    """Where vision is frozen, a frame's tokens are always the same: encode every kept frame once, in so many
+    variants -> the path of a file for each clip, float16 (variants, m, N, V), in the folder .tokens beside
+    the clip, named after a hash of all that the tokens depend on; None in a dry run, where vision trains
+    or where the model sees more than one frame."""
+    if any(p.requires_grad for p in model.vision.parameters()) or model.config.frames > 1 or args.dry_run:
+        return None
+    paths, weights = [], extract.fingerprint(*(p.cpu().numpy() for p in model.vision.parameters()))
+    for i, clip in enumerate(clips):
+        stored = (clip.folder / "frames.npy").stat()
+        key = extract.fingerprint(weights, clip.rows, variants, args.seed, args.dtype, stored.st_size,
+                                  stored.st_mtime_ns)
+        paths.append(clip.folder.parent / ".tokens" / f"{clip.folder.name}-{key}.npy")
+        if i % team.world == team.rank and not paths[-1].is_file():
+            paths[-1].parent.mkdir(exist_ok=True)
+            write = functools.partial(write_tokens, model, clip, variants, args, team)
+            extract.write_atomic(paths[-1], write)
+    team.sum(0.0)                                              # waits until all processes have written
+    return paths
+
+
+def write_tokens(model, clip, variants, args, team, path):
+    """The tokens of a clip's kept frames -> a .npy, a few frames at a time. It is written like any file: on
+    a full disk a memory map would end the process without a word."""
+    m, c = len(clip.rows), model.config
+    with open(path, "wb") as f:
+        shape = variants, m, c.image_tokens, c.vision_width
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        for variant in range(variants):
+            for some in np.array_split(np.arange(m), math.ceil(m / 32)):
+                frames = [clip.pictures(clip.rows[j])[0] for j in some]
+                if variant:
+                    frames = [augmented(x, stream(args.seed, j, 1 + variant)) for j, x in zip(some, frames)]
+                with autocast(team.device, args):
+                    tokens = model.see(torch.from_numpy(np.stack(frames)).to(team.device))
+                f.write(tokens.half().cpu().numpy().tobytes())
+
+
+@functools.lru_cache(sample.OPEN_CLIPS)
+def open_tokens(path):
+    """A file of keep_tokens(), memory-mapped."""
+    return extract.read_npy(path, np.float16, (None,) * 4)
+
+
+def feed(sampler, first, last, args, team):
+    """Yields the parts of the batches of steps first .. last that one process of a team trains on, made
+    ahead of time by --workers processes."""
+    cv2.setNumThreads(1)                                     # a forked process would wait for them for ever
+    begins = range(team.rank * args.micro, args.batch, team.world * args.micro)
+    jobs = [(step, begin, begin + args.micro) for step in range(first, last + 1) for begin in begins]
+    loader = DataLoader(sampler, batch_size=None, sampler=jobs, num_workers=args.workers,
+                        worker_init_fn=begin_worker, pin_memory=team.device.type == "cuda")
+    try:
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
+    except RuntimeError as e:
+        if "DataLoader" not in str(e):
+            raise
+        raise UserError(f"a loader's process ended ({str(e).splitlines()[0]}): expected room for its batches "
+                        "in memory and /dev/shm, found too little: give --workers 0, or fewer") from None
+
+
+def begin_worker(_):
+    """In each process of the loader: OpenCV with one thread; Ctrl-C is for the parent alone, which stops
+    it."""
+    cv2.setNumThreads(1)                                       # again: a spawned process starts afresh
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ------------------------------------------------------------------------------------------------- validation
+@torch.no_grad()
+def validate(model, sampler, means, device, args):
+    """On held-out clips, the same noise and times each time -> {"loss"} and sample.scores() of chunks."""
+    model.eval()
+    loss, counted, parts = 0.0, 0, []
+    for begin in range(0, sampler.batch, args.micro):
+        batch = to_device(sampler.load(0, begin, min(begin + args.micro, sampler.batch)), device)
+        count = batch["mask"].sum().item()
+        with autocast(device, args):
+            loss += cfm_loss(model, **batch).item() * count
+            context = model.encode(batch["frames"], batch["games"], batch["keep"])
+            parts.append(sample.euler(model, context, batch["noise"][::sampler.draws]).float().cpu())
+        counted += count
+    training_mode(model)
+    starts = [(sampler.clips[k], sampler.clips[k].rows[j]) for k, j in zip(*sampler.picks(0))]
+    return {"loss": loss / counted} | sample.scores(M.actions_out(torch.cat(parts)).numpy(), starts, means)
 
 
 # -------------------------------------------------------------------------------------------------- machinery
@@ -673,7 +679,8 @@ def plot(curves, size=(600, 400)):
 
 
 STATE = {"first": "exp_avg", "second": "exp_avg_sq"}    # AdamW's moments, by their names in state.safetensors
-OWN = {"out", "resume", "run", "dry_run", "device", "workers"}             # may differ between two equal runs
+OWN = {"out", "resume", "run", "dry_run", "device", "workers"}      # not kept: may differ in an equal run
+# What --resume may change.
 FREE_AT_RESUME = {"data", "steps", "decay", "every", "micro", "ema_device", "compile", "checkpointing"}
 
 

@@ -294,14 +294,12 @@ class Matcher:
         best. One by one, so that the products stay in the processor's cache."""
         if len(points) < 4:
             return []
-        theirs, scores = np.ascontiguousarray(descriptors.T), []
-        cosines = np.empty((COARSE_FEATURES, len(points)), np.float32)
+        scores = []
         for ours, few in self.features:
-            ours, few = ours[:COARSE_FEATURES], few[:COARSE_FEATURES]
-            cosine = np.matmul(few, theirs, out=cosines[:len(few)])
-            nearest = cosine.argmax(1)
-            near = cosine[np.arange(len(few)), nearest] > MIN_COSINE
-            scores.append(consensus(ours[near], points[nearest[near]], 500)[1].sum())
+            cosine = few[:COARSE_FEATURES] @ descriptors.T
+            near = cosine.max(1) > MIN_COSINE
+            pairs = ours[:COARSE_FEATURES][near], points[cosine.argmax(1)[near]]
+            scores.append(consensus(*pairs, 500)[1].sum())
         return np.argsort(scores, kind="stable")[::-1][:FINALISTS]
 
     def pose(self, shape, points, descriptors, i):
@@ -328,7 +326,7 @@ def flat_template(skin):
 def mutual(ours, theirs):
     """Rows of two sets of unit descriptors (k, d), (m, d) that are each other's nearest, and near enough ->
     (i, j)."""
-    if not len(ours) or not len(theirs):
+    if not len(ours):                              # of a template without features
         return np.zeros((2, 0), int)
     cosine = ours @ theirs.T                                             # (k, m)
     i, j = np.arange(len(ours)), cosine.argmax(1)
@@ -1962,12 +1960,12 @@ def contact_sheet(path, videos, out):
     """One picture of every video's find for a person to check: a frame with the box, the template, the crop
     beside it."""
     lines = journal(out)
-    shown = [(video, out / name, lines[str(video)]) for video, name in videos if str(video) in lines]
+    shown = [(out / name, lines[str(video)]) for video, name in videos if str(video) in lines]
     page = Image.new("RGB", (1280, (len(shown) + 1) // 2 * 200), "#202020")
-    for i, (video, folder, line) in enumerate(shown):
+    for i, (folder, line) in enumerate(shown):
         left, top, pictures = i % 2 * 640, i // 2 * 200, []
         if line["status"] != "error":
-            pictures = [sample_frames(video, 2)[1][-1]]
+            pictures = [sample_frames(line["video"], 2)[1][-1]]
         if line["status"] == "found":
             scale = pictures[0].shape[1] / read_clip(folder)["size"][0]
             cv2.rectangle(pictures[0], [round(v * scale) for v in line["box"]], (0, 255, 0), 4)

@@ -896,7 +896,7 @@ def label_actions(folder):
 
 
 # ---- features: XFeat (arXiv 2404.19174) by hand, and SIFT
-def xfeat(net, image, top_k=4096):
+def xfeat(net, image, top_k):
     """Features of a grey image uint8 (h, w) -> keypoints float32 (k, 2) x, y in its pixels, descriptors (k,
     64) of length 1; the best k <= top_k first, by keypoint probability x reliability (Sec. 3.2)."""
     import torch
@@ -924,10 +924,10 @@ def keypoint_scores(logits):
     return F.pixel_shuffle(logits.softmax(1)[:, :64], 8)
 
 
-def peaks(scores, threshold=0.05):
-    """Local maxima of scores, float32 (H, W), in 5 x 5 windows, above the release's threshold: int64 (k, 2)
-    x, y."""
-    best = (scores == cv2.dilate(scores, np.ones((5, 5), np.uint8))) & (scores > threshold)
+def peaks(scores):
+    """Local maxima of scores, float32 (H, W), in 5 x 5 windows, above 0.05, the release's threshold: int64
+    (k, 2) x, y."""
+    best = (scores == cv2.dilate(scores, np.ones((5, 5), np.uint8))) & (scores > 0.05)
     return np.argwhere(best)[:, ::-1].copy()
 
 
@@ -1799,9 +1799,10 @@ def find_videos(paths):
     its folder's where two would share clips or the name is too long."""
     videos = []
     for path in map(Path, paths):
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
-        videos += [path] if path.is_file() else found
-        if not found and not path.is_file():
+        found = [path] if path.is_file() else sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
+        videos += found
+        if not found:
             raise UserError(f"{path}: expected a video or a folder with some ({' '.join(VIDEO_ENDINGS)}), "
                             "found none: check the path")
     videos = list(dict.fromkeys(unicode(p).absolute() for p in videos))

@@ -348,7 +348,7 @@ def consensus(ours, theirs, rounds, tolerance=PIXELS):
 
 def plausible(affine, size, shape):
     """Would a streamer choose this similarity: upright, 5-60 % of the frame's width, mostly inside?"""
-    (cosine, _, x), (sine, _, y) = affine                                # both times the scale
+    (cosine, _, x), (sine, _, y) = affine                                # of its angle, times its scale
     w, h = np.multiply(size, np.hypot(cosine, sine))
     shown = area([max(x, 0), max(y, 0), min(x + w, shape[1]), min(y + h, shape[0])])
     upright = abs(sine) <= math.tan(math.radians(4)) * cosine
@@ -420,7 +420,7 @@ def recolour(find, pictures, width, skins):
     around = np.zeros(picture.shape[:2], bool)
     inside(around, near)[:] = True
     inside(around, box)[:] = False
-    ground = picture[around].mean(0)
+    ground = picture[around].mean(0) if around.any() else np.full(3, 127.0)
     seen = inside(picture, box) - ground
 
     def alike(skin):
@@ -838,8 +838,8 @@ def cut_labelled(folder, meta, video, out, every, key):
         times = np.array([float(source[when]) for when in ("start_time", "end_time")])
         limit = np.reshape(source["resolution"], 2)[::-1]                                # (w, h)
         low, span = np.reshape(meta["bbox_controller_overlay"], (2, 2))
-        game = meta.get("bbox_game_area") or {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}    # shares of the frame
-        edges = np.array([[game["xtl"], game["ytl"]], [game["xbr"], game["ybr"]]])
+        view = meta.get("bbox_game_area") or {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}    # shares of the frame
+        edges = np.array([[view["xtl"], view["ytl"]], [view["xbr"], view["ybr"]]])
         window = np.clip(np.round(edges * size), 0, size)
         seen = (1 <= span) & (span <= limit) & (abs(low + span / 2 - limit / 2) <= limit / 2)
         if not seen.all() or not (window[0] < window[1]).all():                             # NaN is not
@@ -887,7 +887,7 @@ def label_actions(folder):
         import pyarrow.parquet
         table = pyarrow.parquet.read_table(path).to_pydict()
         actions = np.zeros((len(table["j_left"]), A), np.float32)
-        for name in BUTTON.keys() - LEGACY:
+        for name in (b for b in BUTTONS if b not in LEGACY):
             actions[:, BUTTON[name]] = table[name.lower()]
         for side in STICKS:
             actions[:, STICKS[side]] = table["j_" + side]

@@ -215,24 +215,24 @@ def sample_frames(path, n=SAMPLES):
     if 100 * n < total < 1e9:                      # a seek costs the decoding of some 100 frames
         for number in np.linspace(0, total - 1, n + 2)[1:-1]:
             capture.set(cv2.CAP_PROP_POS_FRAMES, int(number))
-            kept.append(grey_and_small(*capture.read()))
-    if len(kept) - kept.count(None) < n // 2:      # a short video, or one without an index: read it through
+            kept += grey_and_small(*capture.read())
+    if len(kept) < n // 2:                         # a short video, or one without an index: read it through
         total, capture = sum(1 for _ in presented(open_video(path))), open_video(path)
         wanted = set(np.linspace(0, total - 1, n).astype(int))
-        kept = [grey_and_small(*capture.retrieve())
-                for number, _ in enumerate(presented(capture)) if number in wanted]
-    kept = list(filter(None, kept))
+        kept = [pictures for number, _ in enumerate(presented(capture)) if number in wanted
+                for pictures in grey_and_small(*capture.retrieve())]
     if not kept:
         raise UserError(f"{path}: expected a video with frames, found none that decode: download it again")
     return list(zip(*kept))
 
 
 def grey_and_small(ok, bgr):
-    """A frame as localise() wants it, and in colour for recolour() and locate(); None where it is not ok."""
+    """Yields a frame as localise() wants it, and in colour for recolour() and locate(); nothing where it is
+    not ok."""
     if ok:
         scale = min(1280 / bgr.shape[1], 1)
         small = cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
+        yield cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
 
 
 def median_image(frames):
@@ -255,21 +255,19 @@ class Matcher:
     def __init__(self, skins, net=None, locator=None, key=None):
         """net: load_xfeat()'s. locator: load_locator()'s. key: of what skins and net are made of; the skins'
         features are kept in the user's cache folder under it."""
-        self.skins, self.net, self.kind, self.locator = skins, net, "xfeat" if net else "sift", locator
-        points, descriptors, counts = from_cache(key, self.describe_skins) if key else self.describe_skins()
-        ends = np.cumsum(counts)[:-1]                                    # of each skin, in template pixels
-        self.features = list(zip(np.split(points, ends), np.split(descriptors, ends)))
+        self.skins, self.net, self.locator = skins, net, locator
+        arrays = from_cache(key, self.describe_skins) if key else self.describe_skins()
+        self.features = list(zip(arrays[::2], arrays[1::2]))
 
     def describe_skins(self):
-        """Features of all skins, one after the other -> points (k, 2), descriptors (k, d), how many of each
-        skin (n,)."""
-        points, descriptors = [], []
+        """Features of each skin, one after the other: points (k, 2) in template pixels, descriptors (k, d),
+        points .."""
+        arrays = []
         for skin in self.skins:
             flat, scale = flat_template(skin)
-            found, d = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
-            points.append(found / scale)
-            descriptors.append(d)
-        return np.concatenate(points), np.concatenate(descriptors), np.array([len(p) for p in points])
+            points, descriptors = self.describe(flat, ((TEMPLATE_WIDTH, TEMPLATE_FEATURES),))
+            arrays += points / scale, descriptors
+        return arrays
 
     def describe(self, gray, views=VIEWS):
         """Features of a grey picture brought to each width of views -> points (k, 2) in its own pixels,
@@ -296,14 +294,12 @@ class Matcher:
         best. One by one, so that the products stay in the processor's cache."""
         if len(points) < 4:
             return []
-        theirs, scores = np.ascontiguousarray(descriptors.T), []
-        cosines = np.empty((COARSE_FEATURES, len(points)), np.float32)
+        scores = []
         for ours, few in self.features:
-            ours, few = ours[:COARSE_FEATURES], few[:COARSE_FEATURES]
-            cosine = np.matmul(few, theirs, out=cosines[:len(few)])
-            nearest = cosine.argmax(1)
-            near = cosine[np.arange(len(few)), nearest] > MIN_COSINE
-            scores.append(consensus(ours[near], points[nearest[near]], 500)[1].sum())
+            cosine = few[:COARSE_FEATURES] @ descriptors.T
+            near = cosine.max(1) > MIN_COSINE
+            pairs = ours[:COARSE_FEATURES][near], points[cosine.argmax(1)[near]]
+            scores.append(consensus(*pairs, 500)[1].sum())
         return np.argsort(scores, kind="stable")[::-1][:FINALISTS]
 
     def pose(self, shape, points, descriptors, i):
@@ -314,7 +310,7 @@ class Matcher:
         affine, inside = consensus(ours, theirs, 3000, tolerance)
         if affine is None or not plausible(affine, size, shape):
             return None
-        return Find(self.skins[i], affine, int(inside.sum()), by=self.kind)
+        return Find(self.skins[i], affine, int(inside.sum()), by="xfeat" if self.net else "sift")
 
 
 @functools.lru_cache(64)
@@ -330,7 +326,7 @@ def flat_template(skin):
 def mutual(ours, theirs):
     """Rows of two sets of unit descriptors (k, d), (m, d) that are each other's nearest, and near enough ->
     (i, j)."""
-    if not len(ours) or not len(theirs):
+    if not len(ours):                              # of a template without features
         return np.zeros((2, 0), int)
     cosine = ours @ theirs.T                                             # (k, m)
     i, j = np.arange(len(ours)), cosine.argmax(1)
@@ -351,21 +347,18 @@ def consensus(ours, theirs, rounds, tolerance=PIXELS):
 
 
 def plausible(affine, size, shape):
-    """Would a streamer choose this pose: upright, 5-60 % of the frame's width, hardly stretched, mostly
-    inside?"""
-    (a, b, x), (c, d, y) = affine
-    sx, sy = np.hypot(a, c), np.hypot(b, d)
-    if a <= 0 or d <= 0 or max(abs(c / sx), abs(b / sy)) > np.sin(np.radians(4)):
-        return False
-    w, h = size[0] * sx, size[1] * sy
+    """Would a streamer choose this similarity: upright, 5-60 % of the frame's width, mostly inside?"""
+    (cosine, _, x), (sine, _, y) = affine                                # of its angle, times its scale
+    w, h = np.multiply(size, np.hypot(cosine, sine))
     shown = area([max(x, 0), max(y, 0), min(x + w, shape[1]), min(y + h, shape[0])])
-    return 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and 0.6 <= sx / sy <= 1.7 and shown >= 0.6 * w * h
+    upright = abs(sine) <= math.tan(math.radians(4)) * cosine
+    return upright and 0.05 * shape[1] <= w <= 0.6 * max(shape[:2]) and shown >= 0.6 * w * h
 
 
 def refine(gray, find):
     """Sub-pixel pose: hill-climb edge agreement over shift, then scale of both axes, in steps down to 1/8
     pixel at the pad's edge -> Find."""
-    affine, (w, h) = np.array(find.affine, np.float64), find.skin.size
+    affine, (w, h) = find.affine.copy(), find.skin.size
     affine[0, 1] = affine[1, 0] = 0                                      # overlays stand upright
     best = edge_agreement(gray, find.skin, affine)
     for step in (1.0, 0.5, 0.25, 0.125):
@@ -390,16 +383,15 @@ def edge_agreement(gray, skin, affine):
     by the template's gradient: 1 = all parallel (either polarity: backgrounds and colour variants may invert
     it), 0 = chance.
 
-    gray uint8 (h, w), affine template pixels -> the picture's.
+    gray uint8 (h, w), affine template pixels -> the picture's, upright.
     """
     flat, scale = flat_template(skin)
     x0, y0, x1, y1 = whole_pixels(pose_box(affine, skin.size), gray.shape, 2)
     if x1 - x0 < 16 or y1 - y0 < 16:
         return 0.0
-    to_video = np.array(affine, np.float64) @ np.diag([1 / scale, 1 / scale, 1])
+    to_video = affine @ np.diag([1 / scale, 1 / scale, 1])
     to_video[:, 2] -= x0, y0
-    shrunk = max(np.hypot(to_video[0, 0], to_video[1, 0]), 0.05)
-    blur = max(0.45 / shrunk - 0.45, 0.01)                               # as shrinking so far would
+    blur = max(0.45 / max(to_video[0, 0], 0.05) - 0.45, 0.01)            # as shrinking so far would
     soft = cv2.GaussianBlur(flat.astype(np.float32), (0, 0), blur)
     template = cv2.warpAffine(soft, to_video, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderValue=127)
     seen = cv2.GaussianBlur(inside(gray, (x0, y0, x1, y1)).astype(np.float32), (0, 0), 0.7)
@@ -465,7 +457,8 @@ def locate(net, frames, pictures):
     skin, corner = located_skin(picture[..., :3], places, sure, frames[0].shape[1] / w)
     find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1)
     edges = np.array([edge_agreement(f, find.skin, find.affine) for f in frames])
-    return replace(find, edges=float(np.median(edges)), there=edges > np.median(edges) / 2)
+    middle = float(np.median(edges))
+    return replace(find, edges=middle, there=edges > middle / 2)
 
 
 def located_skin(picture, places, sure, scale):
@@ -629,17 +622,18 @@ def load_net(net, path, expected):
 
 
 def pose_box(affine, size):
-    """[x0, y0, x1, y1] in video pixels of a template's canvas of `size` under `affine`."""
-    corners = np.array([[0, 0, 1], [size[0], 0, 1], [0, size[1], 1], [*size, 1]]) @ np.array(affine).T
-    return [*corners.min(0), *corners.max(0)]
+    """[x0, y0, x1, y1] in video pixels of a template's canvas of `size` under an upright `affine`."""
+    return [*affine[:, 2], *(affine @ (*size, 1))]
 
 
 def whole_pixels(box, shape, margin):
     """The pixels x0, y0, x1, y1 of a picture of shape (h, w, ..) that a box and a margin around it touch; of
     a box beyond its edge those of the edge."""
-    (h, w), (x0, y0, x1, y1) = shape[:2], (int(v) for v in box)
-    x0, y0 = np.clip((x0 - margin, y0 - margin), 0, (w - 1, h - 1)).tolist()
-    return x0, y0, max(min(x1 + 1 + margin, w), x0 + 1), max(min(y1 + 1 + margin, h), y0 + 1)
+    low, high = np.reshape(box, (2, 2)).astype(int)
+    size = np.array(shape[1::-1])
+    low = (low - margin).clip(0, size - 1)
+    high = (high + 1 + margin).clip(low + 1, size)
+    return [*low.tolist(), *high.tolist()]
 
 
 def inside(picture, box):
@@ -783,10 +777,9 @@ def dense(actions, confidence=None):
     sure = np.ones(len(actions), bool) if confidence is None else confidence >= SURE
     tilt = np.hypot(actions[:, 21:25:2], actions[:, 22:25:2])            # (n, 2): of both sticks
     acts = (actions[:, :21] > 0.5).any(1) | (tilt > DEAD_ZONE).any(1)
-    total = np.concatenate([[0], np.cumsum(acts & sure)])
-    keep, whole = np.zeros(len(actions), bool), max(len(actions) - HORIZON + 1, 0)
-    keep[:whole] = 2 * (total[len(total) - whole:] - total[:whole]) >= HORIZON
-    return keep & sure
+    acting = np.convolve(np.pad(acts & sure, (0, HORIZON)), np.ones(HORIZON), "valid")[:-1]     # of a chunk
+    whole = np.arange(len(actions)) <= len(actions) - HORIZON
+    return sure & whole & (2 * acting >= HORIZON)
 
 
 # ---- the released labels (CC BY-NC 4.0)
@@ -843,12 +836,10 @@ def cut_labelled(folder, meta, video, out, every, key):
     with reading(folder / "metadata.json", "original_video, chunk_size and bbox_controller_overlay"):
         source, chunk = meta["original_video"], int(meta["chunk_size"])
         times = np.array([float(source[when]) for when in ("start_time", "end_time")])
-        height, width = source["resolution"]
-        limit = np.array([width, height])
+        limit = np.reshape(source["resolution"], 2)[::-1]                                # (w, h)
         low, span = np.reshape(meta["bbox_controller_overlay"], (2, 2))
-        whole = {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}         # in shares of the frame
-        area = meta.get("bbox_game_area") or whole
-        edges = np.reshape([area[edge] for edge in whole], (2, 2))
+        view = meta.get("bbox_game_area") or {"xtl": 0, "ytl": 0, "xbr": 1, "ybr": 1}    # shares of the frame
+        edges = np.array([[view["xtl"], view["ytl"]], [view["xbr"], view["ybr"]]])
         window = np.clip(np.round(edges * size), 0, size)
         seen = (1 <= span) & (span <= limit) & (abs(low + span / 2 - limit / 2) <= limit / 2)
         if not seen.all() or not (window[0] < window[1]).all():                             # NaN is not
@@ -905,7 +896,7 @@ def label_actions(folder):
 
 
 # ---- features: XFeat (arXiv 2404.19174) by hand, and SIFT
-def xfeat(net, image, top_k=4096):
+def xfeat(net, image, top_k):
     """Features of a grey image uint8 (h, w) -> keypoints float32 (k, 2) x, y in its pixels, descriptors (k,
     64) of length 1; the best k <= top_k first, by keypoint probability x reliability (Sec. 3.2)."""
     import torch
@@ -933,10 +924,10 @@ def keypoint_scores(logits):
     return F.pixel_shuffle(logits.softmax(1)[:, :64], 8)
 
 
-def peaks(scores, threshold=0.05):
-    """Local maxima of scores, float32 (H, W), in 5 x 5 windows, above the release's threshold: int64 (k, 2)
-    x, y."""
-    best = (scores == cv2.dilate(scores, np.ones((5, 5), np.uint8))) & (scores > threshold)
+def peaks(scores):
+    """Local maxima of scores, float32 (H, W), in 5 x 5 windows, above 0.05, the release's threshold: int64
+    (k, 2) x, y."""
+    best = (scores == cv2.dilate(scores, np.ones((5, 5), np.uint8))) & (scores > 0.05)
     return np.argwhere(best)[:, ::-1].copy()
 
 
@@ -1074,11 +1065,6 @@ class Frames:
         return len(self.numbers)
 
     def __getitem__(self, i):
-        return self.read(i)
-
-    def read(self, i, out=None):
-        """frames[i], decoded into `out`, uint8 (h, w, 3) in one piece, where that is given and of the frame's
-        size."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         bgr = decode_picture(np.asarray(self.data[self.offsets[i]:self.offsets[i + 1]]))
@@ -1086,7 +1072,7 @@ class Frames:
         if bgr is None or bgr.shape != self.shape:
             raise UserError(f"{self.path}: expected JPEGs of one size, found frame {i} broken or of another "
                             f"size: {REDO}")
-        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=out)
+        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
 def write_npy(path, array):
@@ -1319,28 +1305,25 @@ def video_writer(path, fps, size):
     if codec is None:
         raise UserError(f"{path}: expected a name ending in .mp4, .webm or .avi: give another --out")
     writable(path)
-    tmp, n = temporary(path), 0
-    writer = cv2.VideoWriter(str(tmp), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, size)
+    n = 0
 
     def add(rgb):
         nonlocal n
         writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
         n += 1
-    try:
+    with finished(path) as tmp:
+        writer = cv2.VideoWriter(str(tmp), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, size)
         if not writer.isOpened():
             raise UserError(f"{path}: can't open a {codec} encoder for {size} at {fps} frames/s: "
                             "try a name ending in .avi")
-        yield add
-        writer.release()
+        try:
+            yield add
+        finally:
+            writer.release()
         found = sum(1 for _ in presented(cv2.VideoCapture(str(tmp), cv2.CAP_FFMPEG)))
         if found != n:
             raise UserError(f"{path}: expected {n} frames in the finished video, found {found}: "
                             "make room on its disk")
-        sync(tmp)
-        os.replace(tmp, path)
-    finally:
-        writer.release()
-        remove(tmp)
 
 
 def shrink(rgb):
@@ -1352,20 +1335,25 @@ def shrink(rgb):
 
 
 def decode_picture(data):
-    """The bytes uint8 (k,) of a PNG or JPEG -> uint8 (h, w, 3) BGR; None for anything else, and for a header
-    that asks for more than MOST_PIXELS: a few bytes could take all memory."""
-    with suppress(Exception), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
-        if picture.width * picture.height <= MOST_PIXELS:
-            return cv2.imdecode(data, cv2.IMREAD_COLOR)
+    """The bytes uint8 (k,) of a PNG or JPEG -> uint8 (h, w, 3) BGR; None for anything else."""
+    with suppress(Exception), open_picture(io.BytesIO(data)):
+        return cv2.imdecode(data, cv2.IMREAD_COLOR)
 
 
 def read_rgba(path):
     """A PNG or JPEG file as uint8 (h, w, 4) RGBA, straight alpha. UserError when it is no picture."""
-    with reading(path, f"a PNG or JPEG picture of at most {MOST_PIXELS} pixels"):
-        with Image.open(path, formats=("PNG", "JPEG")) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                raise ValueError(f"one of {picture.size}")
-            return np.array(picture.convert("RGBA"))
+    expected = f"a PNG or JPEG picture of at most {MOST_PIXELS} pixels"
+    with reading(path, expected), open_picture(path) as picture:
+        return np.array(picture.convert("RGBA"))
+
+
+def open_picture(file):
+    """A PNG or JPEG, of which no more than the header is read; ValueError where that asks for more than
+    MOST_PIXELS: a few bytes could take all memory."""
+    picture = Image.open(file, formats=("PNG", "JPEG"))
+    if picture.width * picture.height > MOST_PIXELS:
+        raise ValueError(f"one of {picture.size}")
+    return picture
 
 
 def save_png(path, rgba):
@@ -1623,8 +1611,8 @@ def preset_part(element, atlas):
 
     Its type: 0 picture, 2 button, 5 stick, 6 trigger, 7 guide button (a sprite for each player), 8 d-pad.
     """
-    x, y, w, h = (int(v) for v in element["mapping"])
-    left, top = (int(v) for v in element["pos"][:2])
+    x, y, w, h = map(int, element["mapping"])
+    left, top = map(int, element["pos"][:2])
     at = left, top
     kind, side = element["type"], element.get("side", 0)
 
@@ -1665,11 +1653,11 @@ def measured(name, family, size, parts, width=None):
     """Parts -> Skin at `width`, its geometry read off the parts, on a canvas with room for the sticks' whole
     travel."""
     scale = width / size[0] if width else 1
-    size = (width, max(1, round(size[1] * scale))) if width else size
-    parts = [scaled(p, scale) for p in parts if any(s is not None for s in p.sprites)]
-    ends = [stick_reach(p) for p in parts if p.control in STICKS]
-    low = np.floor(np.min([(0, 0), *(end[0] for end in ends)], 0)).astype(int)
-    high = np.ceil(np.max([size, *(end[1] for end in ends)], 0)).astype(int)
+    parts = [scaled(part, scale) for part in parts]
+    corners = [(0, 0), np.round(np.multiply(size, scale)).clip(1)]
+    for part in parts:
+        corners += stick_reach(part) if part.control in STICKS else []
+    low, high = np.floor(np.min(corners, 0)).astype(int), np.ceil(np.max(corners, 0)).astype(int)
     parts = [replace(part, at=tuple((part.at - low).tolist())) for part in parts]
     skin = Skin(name, family, tuple((high - low).tolist()), parts)
     for part in filter(lambda part: part.control, parts):
@@ -1811,9 +1799,10 @@ def find_videos(paths):
     its folder's where two would share clips or the name is too long."""
     videos = []
     for path in map(Path, paths):
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
-        videos += [path] if path.is_file() else found
-        if not found and not path.is_file():
+        found = [path] if path.is_file() else sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
+        videos += found
+        if not found:
             raise UserError(f"{path}: expected a video or a folder with some ({' '.join(VIDEO_ENDINGS)}), "
                             "found none: check the path")
     videos = list(dict.fromkeys(unicode(p).absolute() for p in videos))
@@ -1972,12 +1961,12 @@ def contact_sheet(path, videos, out):
     """One picture of every video's find for a person to check: a frame with the box, the template, the crop
     beside it."""
     lines = journal(out)
-    shown = [(video, out / name, lines[str(video)]) for video, name in videos if str(video) in lines]
+    shown = [(out / name, lines[str(video)]) for video, name in videos if str(video) in lines]
     page = Image.new("RGB", (1280, (len(shown) + 1) // 2 * 200), "#202020")
-    for i, (video, folder, line) in enumerate(shown):
+    for i, (folder, line) in enumerate(shown):
         left, top, pictures = i % 2 * 640, i // 2 * 200, []
         if line["status"] != "error":
-            pictures = [sample_frames(video, 2)[1][-1]]
+            pictures = [sample_frames(line["video"], 2)[1][-1]]
         if line["status"] == "found":
             scale = pictures[0].shape[1] / read_clip(folder)["size"][0]
             cv2.rectangle(pictures[0], [round(v * scale) for v in line["box"]], (0, 255, 0), 4)
@@ -2070,17 +2059,25 @@ def write_atomic(path, write):
     """write(tmp) makes the file under a temporary name; once it is on the disk, it is renamed: a name never
     holds half a file, not even after a power cut. It has a new file's usual rights, whatever `write` gave
     it."""
-    path = Path(path)
-    tmp = temporary(path)
     try:
-        tmp.touch()
-        rights = tmp.stat().st_mode
-        write(tmp)
-        tmp.chmod(rights)
-        sync(tmp)
-        os.replace(tmp, path)
+        with finished(path) as tmp:
+            tmp.touch()
+            rights = tmp.stat().st_mode
+            write(tmp)
+            tmp.chmod(rights)
     except OSError as e:
         raise UserError(f"can't write {path}: {e.strerror or e}: give another --out or make room") from None
+
+
+@contextmanager
+def finished(path):
+    """A temporary name to write a file under; when the block ends well and the file is on the disk, it is
+    `path`."""
+    tmp = temporary(path)
+    try:
+        yield tmp
+        sync(tmp)
+        os.replace(tmp, path)
     finally:
         remove(tmp)
 

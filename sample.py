@@ -284,10 +284,6 @@ class Clip:
         out[:, :-4] = [rows[a:max(b, a + 1), :-4].max(0) for a, b in zip(begin, edges[1:])]
         return out, self.mask(row)
 
-    def before(self, row):
-        """The action before a frame, float32 (25,)."""
-        return self.actions[max(row - 1 + self.lag, 0)]
-
     def pictures(self, row):
         """Row of a frame -> it and its context, uint8 (F, 256, 256, 3), oldest first, and bool (F,): which of
         them the clip has, with no cut between."""
@@ -381,7 +377,7 @@ def scores(chunks, starts, means):
     truth, mask = map(np.stack, zip(*(clip.chunk(row) for clip, row in starts)))
     played, rest = [clip.game for clip, _ in starts], extract.neutral()
     policies = {"model": chunks, "rest": rest,
-                "repeat": np.stack([clip.before(row) for clip, row in starts])[:, None],
+                "repeat": np.stack([c.actions[max(row - 1 + c.lag, 0)] for c, row in starts])[:, None],
                 "mean": np.stack([means.get(game, rest) for game in played])[:, None]}
     policies = {name: np.broadcast_to(chunk, truth.shape) for name, chunk in policies.items()}
     games = {}

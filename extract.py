@@ -79,11 +79,11 @@ DEAD_ZONE, SURE = 0.15, 0.5             # a stick nearer to its centre does not 
 SAMPLES, MIN_INLIERS = 25, 20                      # [P]: 25 frames a video, accept from 20 inliers on
 MIN_PLACE = 5                             # sampled frames without the overlay that make a second place likely
 TEMPLATE_WIDTH, TEMPLATE_FEATURES = 400, 600       # templates are described at this width by so many features
-VIEWS = ((2560, 4096), (1280, 2048))               # the picture too: (width, strongest features kept), twice
+VIEWS = ((2560, 4096), (1280, 2048))               # a picture, at two widths, each by its strongest features
 COARSE_FEATURES, FINALISTS = 96, 10                # many templates: few features first, then all
 MIN_COSINE, PIXELS = 0.7, 3.0           # of matched features; RANSAC's tolerance in pixels of the larger view
 MIN_EDGES, SAME_SKIN = 0.30, 0.65     # edge agreement: of other pads up to 0.6, of the very skin from 0.65 on
-THIN_SKIN, MANY = 0.5, 150        # or from 0.5 on where there are more inliers than others have: thin lines
+THIN_SKIN, MANY = 0.5, 150        # thin lines agree from 0.5 on: with more inliers than another pad has
 PAD_WIDTH = 320                                 # of the crops: as fine as the overlay is in most 1080p videos
 PAUSE, BACK = 2000, 100       # a clock that leaps or runs back by so many milliseconds breaks: a cut
 AHEAD = 8                                   # frames decoded ahead of the threads that shrink, warp and encode
@@ -144,8 +144,8 @@ def localise_all(frames, pictures, matcher):
     of any pose).
 
     Localise, then again in the frames where it was absent. frames, pictures: sample_frames()'s. A video
-    without an overlay in most of its frames still has one place. What is no template's very skin has to be
-    seen by the locator too, and has its geometry.
+    without an overlay in most of its frames still has one place. A find that is not surely a template's own
+    skin must be seen by the locator too, and takes its controls.
     """
     places, most, numbers = [], 0, np.arange(len(frames))
     while len(places) < 3 and len(numbers) >= (MIN_PLACE if places else 1):
@@ -160,7 +160,7 @@ def localise_all(frames, pictures, matcher):
             located = locate(matcher.locator, grey, colour)
             if not known:
                 find = located
-            elif located and overlap(find.box, located.box) >= 0.5:      # a bare picture, in its own place
+            elif located and overlap(find.box, located.box) >= 0.5:      # the template is a mere picture
                 k = np.diag(find.affine)
                 seen = moved(located.skin, (find.affine - located.affine)[:, 2], 1 / k)
                 find = replace(find, skin=replace(find.skin, buttons=seen.buttons, sticks=seen.sticks))
@@ -237,8 +237,8 @@ def grey_and_small(ok, bgr):
 
 def median_image(frames):
     """Per-pixel median over time: what stands still (the overlay) stays, what moves (the game) blurs. uint8
-    as the frames, of which there are 255 at most. Bit by bit, the highest first: set where no more than half
-    of the frames are darker."""
+    as the frames, of which there are 255 at most. Built bit by bit from the highest: a bit is set where at
+    most half of the frames are darker than with it."""
     stack, out = np.stack(frames), np.zeros_like(frames[0])
     for top in range(0, len(out), 32):             # in parts that fit the cache
         rows, median = stack[:, top:top + 32], out[top:top + 32]
@@ -431,7 +431,7 @@ def recolour(find, pictures, width, skins):
 
 
 # ---- the locator: where a pad that no template knows has its controls [ours]
-PLACES = (*(b for b in BUTTONS if b not in LEGACY), *STICKS, "pad")      # 20 things that it looks for
+TARGETS = (*(b for b in BUTTONS if b not in LEGACY), *STICKS, "pad")      # 20 things that it looks for
 WINDOW, CELL = 192, 4             # pixels a side of the windows that it sees and of a cell of its heat maps
 MIN_CONTROLS, MIN_PRESENCE = 8, 0.9        # for a find: of 19, and how surely they are there on average
 NEARER = ((1.3, 0, 0), (1.7, 0, 0))       # times the pad's size, moved by shares of that: the next windows
@@ -446,33 +446,33 @@ def locate(net, frames, pictures):
     h, w = picture.shape[:2]
     windows = windows_over(w, h)
     for closest, looks in ((4, NEARER), (4, NEARER), (1, LAST_WINDOWS)):
-        there, places = see_windows(net, picture, windows)
+        there, controls = see_windows(net, picture, windows)
         best = np.argsort(-there[:, -1] * there[:, :-1].sum(1))[:closest]
-        windows = [(x + (dx - 0.5) * side, y + (dy - 0.5) * side, side) for x, y, *size in places[best, -1]
+        windows = [(x + (dx - 0.5) * side, y + (dy - 0.5) * side, side) for x, y, *size in controls[best, -1]
                    for zoom, dx, dy in looks for side in [zoom * max(size)]]
-    there, places = (np.median(part, 0) for part in see_windows(net, picture, windows))
+    there, controls = (np.median(part, 0) for part in see_windows(net, picture, windows))
     sure = there > 0.5
     if not sure[-1] or sure.sum() - 1 < MIN_CONTROLS or there[sure].mean() < MIN_PRESENCE:
         return None
-    skin, corner = located_skin(picture[..., :3], places, sure, frames[0].shape[1] / w)
+    skin, corner = located_skin(picture[..., :3], controls, sure, frames[0].shape[1] / w)
     find = Find(skin, np.c_[np.eye(2), corner], int(sure.sum()) - 1)
     edges = np.array([edge_agreement(f, find.skin, find.affine) for f in frames])
     middle = float(np.median(edges))
     return replace(find, edges=middle, there=edges > middle / 2)
 
 
-def located_skin(picture, places, sure, scale):
+def located_skin(picture, controls, sure, scale):
     """What locate() saw in its median picture uint8 (h, w, 3), the video's but for this scale -> Skin at the
     video's size, its corner (x, y) in video pixels. Around the controls a margin is left for the reader."""
-    boxes = np.hstack([places[:, :2] - places[:, 2:] / 2, places[:, :2] + places[:, 2:] / 2])
+    boxes = np.hstack([controls[:, :2] - controls[:, 2:] / 2, controls[:, :2] + controls[:, 2:] / 2])
     bounds = [*boxes[sure, :2].min(0), *boxes[sure, 2:].max(0)]          # what shows a control is part of it
-    x0, y0, x1, y1 = whole_pixels(bounds, picture.shape, round(0.06 * places[-1, 2]))
+    x0, y0, x1, y1 = whole_pixels(bounds, picture.shape, round(0.06 * controls[-1, 2]))
     size = round((x1 - x0) * scale), round((y1 - y0) * scale)
     rgb = cv2.resize(inside(picture, (x0, y0, x1, y1)), size, interpolation=cv2.INTER_LINEAR)
     part = Part("", (0, 0), [cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA)])
-    seen = {name: i for i, name in enumerate(PLACES) if sure[i]}
+    seen = {name: i for i, name in enumerate(TARGETS) if sure[i]}
     buttons = {name: boxes[i] for name, i in seen.items() if name in BUTTON}
-    sticks = {side: {"center": places[i, :2], "travel": places[i, [2, 2]], "radius": places[i, 3]}
+    sticks = {side: {"center": controls[i, :2], "travel": controls[i, [2, 2]], "radius": controls[i, 3]}
               for side, i in seen.items() if side in STICKS}
     skin = Skin("located", "generic", size, [part], {**buttons, "pad": bounds}, sticks)
     skin = moved(skin, (x0, y0), scale)
@@ -551,7 +551,7 @@ def conv(i, o, kernel=3, stride=1, affine=True):
 
 def locator_net():
     """The locator, 733 k parameters: convolutions down to stride 32 and up again to a heat map of 48 x 48
-    cells for each of PLACES; untrained."""
+    cells for each of TARGETS; untrained."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -559,7 +559,7 @@ def locator_net():
     class Locator(nn.Module):
         def __init__(self):
             super().__init__()
-            n, down = len(PLACES), functools.partial(conv, stride=2)
+            n, down = len(TARGETS), functools.partial(conv, stride=2)
             self.down = nn.ModuleList([nn.Sequential(down(5, 16), down(16, 32), conv(32, 32)),
                                        nn.Sequential(down(32, 64), conv(64, 64)),
                                        nn.Sequential(down(64, 96), conv(96, 96)),

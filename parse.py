@@ -952,7 +952,7 @@ def located_scene(rng, skin, backdrops):
     film = Film(rng, backdrops, (extract.WINDOW, extract.WINDOW))
     move = film.cut if rng.random() < 0.4 else film.step       # sampled so far apart that nothing stays
     frames = [move() for _ in range(SAMPLED)]
-    places = np.full((1, len(extract.PLACES), 4), np.nan, np.float32)
+    places = np.full((1, len(extract.TARGETS), 4), np.nan, np.float32)
     for _ in range(rng.choice([0, 0, 0, 1, 2, 4])):
         distract(rng, frames, film.cut())
     overlay = Overlay(rng, skin, 50, 180)
@@ -973,11 +973,11 @@ def located_scene(rng, skin, backdrops):
 
 
 def places_of(skin, scale, corner):
-    """Where a skin drawn at this scale and corner has extract.PLACES in a window, float32 (20, 4): x, y and
+    """Where a skin drawn at this scale and corner has extract.TARGETS in a window, float32 (20, 4): x, y and
     two sizes; nan where it does not show them."""
     boxes = {**skin.buttons, "pad": extract.visible_box(skin)}
-    places = np.full((len(extract.PLACES), 4), np.nan)
-    for place, name in zip(places, extract.PLACES):
+    places = np.full((len(extract.TARGETS), 4), np.nan)
+    for place, name in zip(places, extract.TARGETS):
         if name in boxes:
             low, high = np.reshape(boxes[name], (2, 2))
             place[:] = [*((low + high) / 2), *(high - low)]

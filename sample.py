@@ -151,7 +151,7 @@ class Policy:
         if str(game) not in known:
             raise UserError(f"game {game!r} is not known to {self.name}: "
                             f"its games are {', '.join(names[1:21]) or 'none'}")
-        return known.index(str(game)) % len(names)
+        return known.index(str(game)) % len(names)                     # names, then ids: in the same order
 
 
 @torch.inference_mode()
@@ -211,12 +211,12 @@ class Clip:
         self.game = str(meta.get("game") or "unknown")
         self.game_id = config.games.index(self.game) + 1 if self.game in config.games else 0
         with reading(self.folder / "clip.json", 'a whole number of rows as "lag"'):
-            self.lag = int(meta.get("lag") or 0)
+            self.lag = int(meta.get("lag") or 0)                              # rows that the labels come late
         self.ratio = self.fps / config.hz                                    # rows of the clip for one action
         end = self.n if end is None else end
         self.cuts = np.union1d(np.flatnonzero(self.flags("cuts.npy", False)), [begin, end])
         rows = self.frames.numbers
-        keep = self.flags(file and "keep.npy", True)       # without actions: of a `label` that was stopped
+        keep = self.flags(file and "keep.npy", True)       # no actions: of a `label` that was stopped
         rows = rows[keep[rows] & (begin <= rows) & (rows < end)].astype(np.int32)
         mask = self.mask(rows)                                                                     # (m, T)
         good = mask[:, 0] & (rows + config.offsets[-1] * self.ratio + 1e-6 < self.end(rows))
@@ -344,7 +344,7 @@ def run_score(args):
 
 
 def one_after_another(clips, step=1.0):
-    """[(clip, row of a frame)]: the first in each `step` horizons of each clip."""
+    """[(clip, row)]: the first frame that may start a chunk in each window of `step` horizons."""
     starts = []
     for clip in clips:
         windows = clip.rows // max(step * clip.config.horizon * clip.ratio, 1)

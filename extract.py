@@ -307,10 +307,10 @@ class Matcher:
         ours, theirs = mutual(self.features[i][1], descriptors)
         ours, theirs = self.features[i][0][ours], points[theirs]
         tolerance, size = PIXELS * shape[1] / VIEWS[1][0], self.skins[i].size
-        affine, inside = consensus(ours, theirs, 3000, tolerance)
+        affine, fits = consensus(ours, theirs, 3000, tolerance)
         if affine is None or not plausible(affine, size, shape):
             return None
-        return Find(self.skins[i], affine, int(inside.sum()), by="xfeat" if self.net else "sift")
+        return Find(self.skins[i], affine, int(fits.sum()), by="xfeat" if self.net else "sift")
 
 
 @functools.lru_cache(64)
@@ -340,10 +340,10 @@ def consensus(ours, theirs, rounds, tolerance=PIXELS):
     affine, nobody = None, np.zeros(len(ours), bool)
     if len(ours) >= 4:
         cv2.setRNGSeed(0)
-        affine, inside = cv2.estimateAffinePartial2D(
+        affine, fits = cv2.estimateAffinePartial2D(
             ours, theirs, method=cv2.RANSAC, ransacReprojThreshold=tolerance, maxIters=rounds,
             confidence=0.999)
-    return affine, nobody if affine is None else inside[:, 0].astype(bool)
+    return affine, nobody if affine is None else fits[:, 0].astype(bool)
 
 
 def plausible(affine, size, shape):
@@ -692,8 +692,8 @@ class Cutter:
         """every: each Kth row gets a policy frame. box [x0, y0, x1, y1]: hidden from the policy; window,
         alike: the part of the frame that is the game. affine: template -> video pixels of the skin that is
         cut out, None: no crops."""
-        self.every, self.window, self.pad = every, window or [0, 0, *size], None
-        low, high = np.reshape(self.window, (2, 2))
+        self.every, self.game_area, self.pad = every, window or [0, 0, *size], None
+        low, high = np.reshape(self.game_area, (2, 2))
         low, high = (np.reshape(box, (2, 2)) - low) / (high - low) * SIDE
         self.hole = np.clip([*np.floor(low), *np.ceil(high)], 0, SIDE).astype(int).tolist()
         if skin:
@@ -706,7 +706,7 @@ class Cutter:
 
     def policy(self, frame):
         """uint8 (256, 256, 3): what a model sees, the overlay's box black [P]."""
-        small = np.array(shrink(inside(frame, self.window)))          # a copy: crop() still needs the overlay
+        small = np.array(shrink(inside(frame, self.game_area)))          # a copy: crop() needs the overlay
         inside(small, self.hole)[:] = 0
         return small
 
@@ -908,11 +908,11 @@ def xfeat(net, image, top_k):
         descriptors, logits, reliability = net(x)
         heat = keypoint_scores(logits)
         points = torch.from_numpy(peaks(heat[0, 0].numpy()))
-        scores = sample(heat, points, (h, w), "nearest") * sample(reliability, points, (h, w), "bilinear")
+        scores = sampled(heat, points, (h, w), "nearest") * sampled(reliability, points, (h, w), "bilinear")
         scores = scores[:, 0]
         order = scores.argsort(descending=True, stable=True)[:top_k]
         order = order[scores[order] > 0]
-        found = F.normalize(sample(descriptors, points[order], (h, w), "bicubic"), dim=1)
+        found = F.normalize(sampled(descriptors, points[order], (h, w), "bicubic"), dim=1)
     scale = np.float32([image.shape[1] / w, image.shape[0] / h])
     return points[order].float().numpy() * scale, found.numpy()
 
@@ -931,7 +931,7 @@ def peaks(scores):
     return np.argwhere(best)[:, ::-1].copy()
 
 
-def sample(maps, points, size, mode):
+def sampled(maps, points, size, mode):
     """maps (1, C, h, w) at points (k, 2) in pixels of an image of size (H, W) -> (k, C). Normalised by W - 1
     but without align_corners, as in the release."""
     import torch

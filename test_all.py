@@ -928,7 +928,7 @@ def test_sample_reads_a_linear_ramp_where_the_release_does():
     points = torch.tensor([[16, 16], [40, 30], [77, 50]])
     expected = points[:, :1] / 95 * 12 - 0.5
     for mode, want in (("bilinear", expected), ("nearest", expected.round())):
-        assert torch.allclose(extract.sample(ramp, points, (64, 96), mode), want, atol=1e-5)
+        assert torch.allclose(extract.sampled(ramp, points, (64, 96), mode), want, atol=1e-5)
 
 
 def test_network_equals_the_official_package():

@@ -91,7 +91,7 @@ def settle(pad, reads):
     actions = np.zeros((len(reads.likeness), extract.A), np.float32)
     sure = [1.6 - 3 * spread for spread in reads.spread.T]
     for i, side in enumerate(closeups.sticks):
-        actions[:, STICKS[side]] = normalise(reads.places[:, i], pad.placed)
+        actions[:, STICKS[side]] = normalise(reads.places[:, i], pad.homes[i])
     if closeups.buttons:
         logits = reads.buttons.copy()
         for i, j in closeups.clicks.items():                   # the stick's net follows the moving cap
@@ -150,6 +150,10 @@ class Pad:
         if pressed:                                            # what the video shows, changed as the skin is
             self.pressed = [(rest + (down.astype(int) - up)).clip(0, 255).astype(np.uint8)
                             for rest, up, down in zip(self.rest, drawn, *pressed)]
+        still = [cuts[None] for cuts in self.rest]
+        grids, *_ = net_reads(model, map(montages, still, still, self.rest, self.pressed))
+        homes, _ = expect(np.exp(grids))                       # where it reads sticks that rest, (k, 2)
+        self.homes = homes if templates else [None] * len(homes)
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
         self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
         _, spread = expect(np.exp(grids))
@@ -170,7 +174,7 @@ class Pad:
         sticks = dict(self.geometry["sticks"])
         for i, side in enumerate(self.closeups.sticks):
             values = self.sampled[:, i]
-            rest = resting_place(values, placed=False)
+            rest = resting_place(values)
             if rest is None or self.spread[i] > 0.4:                           # a blurred read tells nothing
                 continue
             center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
@@ -477,11 +481,11 @@ def two_groups(x):
     return np.split(ranked, [1 + (k * k[::-1] * gap ** 2).argmax()])
 
 
-def normalise(values, placed=False):
+def normalise(values, home=None):
     """Per video [paper: centre at rest, 99th percentile as scale], guarded: values float32 (n, 2) of one
     stick -> the same, in [-1, 1]. One scale for both axes (an axis that is never used must not be blown up);
     a stick that hardly moves keeps its scale, one that never rests its centre too."""
-    rest = resting_place(values, placed)
+    rest = resting_place(values, home)
     if rest is None:
         return values
     values = values - rest
@@ -489,15 +493,16 @@ def normalise(values, placed=False):
     return np.clip(values / reach if reach > 0.3 else values, -1, 1).astype(np.float32)
 
 
-def resting_place(values, placed):
-    """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only), within half of
-    its travel of the centre that a template gives, or else where places near the middle of where it goes
-    count more, as a game may be played with a stick held to one side; None where it is too seldom there."""
+def resting_place(values, home=None):
+    """Where a stick (n, 2) rests: its mode (a mean is wrong when it is pushed one way only). With a template,
+    near its centre or near `home`, where the net reads the template's own stick at rest: it may lie aside in
+    its well. Else places near the middle of where it goes count more, as a game may be played with a stick
+    held to one side. None where it is too seldom there."""
     bins = np.linspace(-1, 1, 21)                              # their middles
     counts = np.histogram2d(*values.T, bins=21, range=[[-1.05, 1.05]] * 2)[0]
-    middle = np.zeros(2) if placed else np.percentile(values, (2, 98), 0).mean(0)
-    away = np.hypot(bins[:, None] - middle[0], bins - middle[1])
-    counts *= away < 0.5 if placed else np.exp(-0.5 * (away / 0.3) ** 2)
+    middles = [np.percentile(values, (2, 98), 0).mean(0)] if home is None else [(0, 0), home]
+    away = np.min([np.hypot(bins[:, None] - x, bins - y) for x, y in middles], 0)
+    counts *= np.exp(-0.5 * (away / 0.3) ** 2) if home is None else away < 0.15
     mode = bins[list(np.unravel_index(counts.argmax(), counts.shape))]
     near = np.abs(values - mode).max(1) < 0.1
     often = len(values) >= 30 and near.mean() >= 0.05 and counts.any()

@@ -835,7 +835,8 @@ def read_pad(action, name):
         return action[BUTTON[name]]
     stick, side = name.split(".")
     x, y = action[STICKS[stick]]
-    return {"x": x, "y": y, "right": max(x, 0), "left": max(-x, 0), "down": max(y, 0), "up": max(-y, 0)}[side]
+    value = {"x": x, "y": y, "right": x, "left": -x, "down": y, "up": -y}[side]
+    return value if side in "xy" else max(value, 0)
 
 
 def aims(game):
@@ -1362,7 +1363,7 @@ class Walled(Game):
     def sees(self, p, q):
         """Is the straight line between two places free of walls?"""
         n = int(abs(q - p) / self.cell * 4) + 1
-        return not any(self.blocked(p + (q - p) * i / n) for i in range(n))
+        return not any(self.blocked(p + (q - p) * i / n) for i in range(n + 1))
 
     def on_the_way(self, goal, p):
         """Where to walk next from p to get to the goal."""
@@ -1441,7 +1442,7 @@ class FirstPerson(Walled):
         pixels = cv2.copyTo(texture.take(shade * 1024 + u + v * 32, 0, mode="clip"),
                             np.uint8(v == v % 32), ground.copy())
         frame = cv2.resize(pixels, (256, 256), interpolation=cv2.INTER_NEAREST)
-        for thing in sorted(self.things, key=self.distance, reverse=True):
+        for thing in self.things:                      # shots last, which come from what they hide
             self.billboard(frame, thing)
         if self.things:
             arrow(frame, 128 + 40j, self.angle(self.target()) - pi / 2, 32, self.goal.ink)
@@ -1450,8 +1451,8 @@ class FirstPerson(Walled):
     def billboard(self, frame, thing):
         """A flat picture that always faces the player, behind what is nearer."""
         rel = self.relative(thing)
-        if rel.real > 0.4:
-            scale = 230 / rel.real
+        if rel.real > 0.15:
+            scale = 230 / max(rel.real, 0.4)
             x = 128 + rel.imag / rel.real / 0.7 * 128
             y = 128 + scale * (0.5 - thing.lift - thing.size / 2)
             seen = np.repeat(self.depth > rel.real - 0.3, 2)
@@ -1588,7 +1589,7 @@ class Rally(Game):
         pairs = lambda kind, first, step, aside: [
             Thing(kind, self.beside(i, side)) for i in range(first, 255, step) for side in (-aside, aside)]
         self.things, self.gates = pairs("tree", 0, 16, 95), pairs("post", 20, 20, 54)
-        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.choice(SIDES))
+        self.foes = [Thing("rival", 0j, along=14.0 + 16 * i, side=22 * self.choice(SIDES), passed=False)
                      for i in range(self.cars)]
         self.race()
 
@@ -1606,16 +1607,17 @@ class Rally(Game):
         self.things = [Thing("bay", self.bay)]
 
     def race(self):
-        """Where on the path the car is: the nearest of the next few points. Rivals drive on."""
+        """Where on the path the car is: the nearest of the next few points. Rivals drive on; those that are
+        passed do not count as hit."""
         self.index = min(range(self.index, self.index + 6), key=lambda i: abs(self.path[i] - self.at))
         for rival in self.foes:
             rival.along += 0.22
             rival.at = self.beside(rival.along, rival.side)
-            if self.distance(rival) < 24:
+            rival.passed |= rival.along < self.index - 1
+            if self.distance(rival) < 24 and not rival.passed:
                 self.speed *= 0.3
                 self.hurt()
-        passed = sum(rival.along < self.index - 1 for rival in self.foes)
-        self.score = passed if self.cars else self.index // 20
+        self.score = sum(rival.passed for rival in self.foes) if self.cars else self.index // 20
 
     def play(self):
         on_road = self.park or abs(self.path[self.index] - self.at) < 58
@@ -1660,8 +1662,8 @@ class Rally(Game):
             turn = 2.5 * angle
             fast = min(2.8 if abs(angle) < 0.5 else 1.6, 0.03 * abs(self.bay - self.at))
         else:
-            close = (rival for rival in self.foes if 0 < rival.along - self.index < 13)
-            others_side = (self.beside(self.index + 7, -rival.side) for rival in close)
+            others_side = (self.beside(self.index + 7, -rival.side) for rival in self.foes
+                           if 0 < rival.along - self.index < 13)
             target = next(others_side, self.path[self.index + 9])          # pass the first rival there
             turn, over, fast = 2.6 * self.angle(target), 1, 4.4
         brake = "LEFT_TRIGGER" if self.speed > fast + over else ""
@@ -1738,7 +1740,8 @@ class Swarm(TopDown):
 
     def play(self):
         self.aim = pointed(self.right, pointed(self.left, self.aim))
-        self.pressed("LEFT_TRIGGER", 50)
+        if abs(self.left) > 0.3:
+            self.pressed("LEFT_TRIGGER", 50)
         self.walk(self, self.left * (8 if self.rests("LEFT_TRIGGER") > 43 else 3.2))
         self.fire(self.at, self.foes)
         for f in self.foes:
@@ -1824,8 +1827,8 @@ class Vault(TopDown):
         """A room with blocks; the way in is where the player stands."""
         here, far, cells = cell_of(self.at / 32), [], []
         while len(far) < 24 or len(cells) < 2:                                 # two things have to be far off
-            grid, cells = self.draw_cells()
-            for x, y in cells:
+            grid, blocks = self.draw_cells()
+            for x, y in blocks:
                 grid[y, x] = complex(x, y) != here
             far = distances(grid, here)
             cells = [cell for cell in far if far[cell] > 4]
@@ -1951,8 +1954,8 @@ class Shade(TopDown):
             polygon(frame, [p, *fan], "f0dc5a")
             sprite(frame, g.kind, p, 40, angle)
         sprites(frame, self.things, 40, corner)
-        if self.goal():
-            self.pointer(frame, self.goal().at, "5affa0")
+        if goal := self.goal():
+            self.pointer(frame, goal.at, "5affa0")
         sprite(frame, "thief", CENTRE, 32 if "LEFT_TRIGGER" in self.held else 40, phase(self.left))
         bar(frame, 60 + 240j, round(136 * self.alarm) + 11j, "ff2828")
         bar(frame, 60 + 240j, 136 + 11j, "ffffff", 1)
@@ -2196,7 +2199,7 @@ class Glider(Game):
             if self.ammo and self.pressed("SOUTH", 20):
                 self.ammo -= 1
                 self.bolts.append(Thing("bomb", self.at + 10j, v=self.speed() + 1j))
-            self.fly(self.bolts, self.falls)
+            self.fly(self.bolts, self.falls, 999)
         else:
             self.fire(self.at, self.things)
         for thing in list(self.things):

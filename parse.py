@@ -1084,8 +1084,8 @@ def restyle(rng, skin):
         if p.control in STICKS:
             moved = [relight(rng, sprites[0])] if rng.random() < 0.2 else []
             sprites = [zoomed(s, size) for s in sprites + moved]
-            p = replace(p, at=p.at + np.multiply(p.travel, longer) * aside)
-        parts.append(replace(p, sprites=sprites, travel=np.multiply(p.travel, longer), tilt=tilt))
+        p = replace(p, sprites=sprites, travel=np.multiply(p.travel, longer), tilt=tilt)
+        parts.append(replace(p, at=p.at + p.travel * aside) if p.control in STICKS else p)
     sticks = {}
     for side, stick in skin.sticks.items():
         travel = np.multiply(stick["travel"], longer)

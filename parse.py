@@ -618,16 +618,16 @@ class Parser(nn.Module):
 def montage(panels):
     """Panels uint8 (B, 4, S, S, 3) -> float (B, 12, S, S): contrast is stretched over all panels together,
     so the same picture elements meet in the first convolution at one scale; what is not known stays 0."""
-    known = panels.flatten(2).any(2)[:, None, None, :, None].float()           # (B, 1, 1, 4, 1)
-    weight = known / known.sum(3, keepdim=True).clamp(min=1)
-    x = panels.permute(0, 2, 3, 1, 4).contiguous()                             # (B, S, S, 4, 3)
-    fewer = x[:, ::2, ::2].float()
-    center = fewer.mean((1, 2), keepdim=True)
-    center = (center * weight).sum(3, keepdim=True)        # each colour's mean over the panels that are there
-    var = (fewer - center).square().mean((1, 2), keepdim=True)
-    var = (var * weight).sum(3, keepdim=True).mean(-1, keepdim=True)
+    known = panels.flatten(2).any(2)[:, :, None, None, None].float()           # (B, 4, 1, 1, 1)
+    weight = known / known.sum(1, keepdim=True).clamp(min=1)
+    x = panels.permute(0, 1, 4, 2, 3).float()                                  # (B, 4, 3, S, S)
+    fewer = x[..., ::2, ::2]
+    center = fewer.mean((3, 4), keepdim=True)
+    center = (center * weight).sum(1, keepdim=True)        # each colour's mean over the panels that are there
+    var = (fewer - center).square().mean((3, 4), keepdim=True)
+    var = (var * weight).sum(1, keepdim=True).mean(2, keepdim=True)
     x = (x - center) * (known / (var.sqrt() + 6))              # 6 grey levels: noise is not blown up
-    return x.flatten(3).permute(0, 3, 1, 2)
+    return x.flatten(1, 2)
 
 
 class SegFormer(nn.Module):

@@ -167,22 +167,17 @@ class Pad:
         return likeness(edges(crop), self.outline)
 
     def better_geometry(self):
-        """The geometry of a pad without a template, with each stick where it rests in the sampled frames
-        and a travel as long as it goes; None where it is so already."""
+        """The geometry of a pad without a template, with each stick where it rests in the sampled frames;
+        None where it is so already."""
         if self.placed:
             return None
         sticks = dict(self.geometry["sticks"])
         for i, side in enumerate(self.closeups.sticks):
-            values = self.sampled[:, i]
-            rest = resting_place(values)
-            if rest is None or self.spread[i] > 0.4:                           # a blurred read tells nothing
-                continue
-            center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
-            reach = np.percentile(np.hypot(*(values - rest).T), 97)
-            longer = reach / 0.9 if reach > 1.05 or 0.3 < reach < 0.6 else 1
-            if np.hypot(*rest) > 0.25 or longer != 1:
-                sticks[side] = {**sticks[side], "center": [*(center + rest * travel)],
-                                "travel": [*(travel * longer)]}
+            rest = resting_place(self.sampled[:, i])
+            sharp = self.spread[i] < 0.4                       # a blurred read tells nothing
+            if sharp and rest is not None and np.hypot(*rest) > 0.25:
+                center = sticks[side]["center"] + rest * sticks[side]["travel"]
+                sticks[side] = {**sticks[side], "center": [*center]}
         return None if sticks == self.geometry["sticks"] else {**self.geometry, "sticks": sticks}
 
     def watch(self, pads):
@@ -572,13 +567,19 @@ def net_reads(model, panels, batch=256):
     click logits (k,), button logits (m,), float32. UserError where one is no number."""
     device = next(model.parameters()).device
     sticks, buttons = (torch.from_numpy(p).split(batch) for p in panels)
-    grids, clicks = zip(*(model.sticks(t.to(device)) for t in sticks))
+    grids, clicks = zip(*(both_ways(model, t.to(device)) for t in sticks))
     logits = [model.buttons(t.to(device)) for t in buttons]
     reads = [torch.cat(part).float().cpu().numpy() for part in (grids, clicks, logits)]
     if not all(np.isfinite(read).all() for read in reads):
         raise UserError("expected numbers from the reader, found NaN or infinity: "
                         "its weights are damaged, give another --ckpt")
     return reads
+
+
+def both_ways(model, panels):
+    """What Parser.sticks() says of panels and of their mirror images, on average."""
+    (grid, click), (other, again) = model.sticks(panels), model.sticks(panels.flip(3))
+    return torch.logaddexp(grid, other.flip(2)) - math.log(2), (click + again) / 2
 
 
 # ------------------------------------------------------------------------------------ the net: two SegFormers

@@ -47,7 +47,7 @@ STRIDE, SUB = 4, 3                       # a token of the finest map covers 4 x 
 STICK_SIDE, BUTTON_SIDE = 57, 33   # pixels of a close-up: 4 k + 1, so the middle token is on the middle pixel
 TRAVEL = (GRID - 1) / 2 * STRIDE / SUB     # pixels from rest to full tilt in a stick's close-up
 BOX = 20                                   # pixels of a button's box in its close-up, both ways
-LABEL_WIDTH = 0.12                        # sd of the grid's label: about half a cell (0.1 - 0.15 decode best)
+LABEL_WIDTH = 0.12                        # sd of the grid's label: about half a cell (0.1 - 0.15 read best)
 SAMPLES = 128                              # frames that the pad at rest is made from
 PIECE, OVERLAP = 8192, 128            # frames smoothed at once, and frames looked at on both sides of them
 ONE_SKIN = 0.85                         # median likeness of template and video above which they show one skin
@@ -155,8 +155,8 @@ class Pad:
         homes, _ = expect(np.exp(grids))                       # where it reads sticks that rest, (k, 2)
         self.homes = homes if templates else [None] * len(homes)
         grids, *_ = net_reads(model, map(montages, *sampled, self.rest, self.pressed))
-        self.sampled = decode(np.exp(grids)).reshape(len(at), -1, 2)           # sticks of the sampled frames
-        _, spread = expect(np.exp(grids))
+        places, spread = expect(np.exp(grids))
+        self.sampled = places.reshape(len(at), -1, 2)          # sticks of the sampled frames
         self.spread = spread.reshape(len(at), -1).mean(0)
         self.outline = edges(picture)
         self.usual = np.median([self.likeness(c) for c in crops])          # of crops that mostly show the pad
@@ -260,7 +260,8 @@ def at_rest(model, before, now, rest):
     """
     n, k = now[0].shape[:2]
     grids, clicks, logits = net_reads(model, map(montages, before, now, rest))
-    still = (np.hypot(*decode(np.exp(grids)).T) < 0.2) & (clicks < 0)
+    places, _ = expect(np.exp(grids))
+    still = (np.hypot(*places.T) < 0.2) & (clicks < 0)
     quiets = still.reshape(n, k), logits.reshape(n, -1) < -0.5
     rest = [r.copy() for r in rest]
     for picture, closeups, quiet in zip(rest, now, quiets):
@@ -380,22 +381,9 @@ def named_spots(found, geometry):
 
 
 # --------------------------------------------------------------------------------------------------- decoding
-def decode(p):
-    """Grids of probability (n, 11, 11) -> sticks (n, 2): the mean place over the 3 x 3 cells around the peak.
-    Better than argmax (steps of 0.2) and than the mean over all cells (drawn to 0 by diffuse mass)."""
-    y, x = np.divmod(p.reshape(len(p), GRID ** 2).argmax(1), GRID)             # the peak
-    cells = np.arange(GRID)
-    rows = abs(cells - y[:, None]) <= 1
-    columns = abs(cells - x[:, None]) <= 1
-    w = (p + 1e-9) * rows[:, :, None] * columns[:, None, :]                # zero beyond the peak's neighbours
-    values, _ = expect(w / w.sum((1, 2), keepdims=True))
-    return values
-
-
 def expect(p):
-    """Grids of probability (..., 11, 11) -> the mean over all cells, values (..., 2): the least squared error
-    where there are several peaks and no diffuse mass, as in what smooth_grids leaves; and their spread (...),
-    1 standard deviation."""
+    """Grids of probability (..., 11, 11) -> their mean, values (..., 2), which has the least squared error
+    and is finer than a cell, and its spread (...), 1 standard deviation."""
     cells = np.linspace(-1, 1, GRID)
     x = p.sum(-2)
     y = p.sum(-1)                                              # (..., 11) each
@@ -1066,6 +1054,7 @@ def restyle(rng, skin):
     body = rng.uniform(0.15, 0.8) if rng.random() < 0.3 else 1
     cap = rng.uniform(0.2, 0.6) if rng.random() < 0.15 else 1
     size = rng.uniform(0.5, 1.1) if rng.random() < 0.5 else 1  # of the caps
+    body_size = rng.uniform(0.8, 1.1) if rng.random() < 0.3 else 1
     longer = rng.uniform(0.6, 1.4) if rng.random() < 0.5 else 1
     tilt = rng.uniform(0.15, 0.5) if rng.random() < 0.3 else 0
     aside = rng.uniform(-0.8, 0.8, 2) * (rng.random() < 0.5)   # of the caps in their wells, in travels
@@ -1082,6 +1071,8 @@ def restyle(rng, skin):
         sprites = [s if s is None else paint(s, *look) for s in p.sprites]
         if len(sprites) == 2 and sprites[0] is not None and rng.random() < relit:
             sprites[-1] = relight(rng, sprites[0])             # pressed
+        if not p.control:
+            sprites = [zoomed(sprites[0], body_size)]
         if p.control in STICKS:
             moved = [relight(rng, sprites[0])] if rng.random() < 0.2 else []
             sprites = [zoomed(s, size) for s in sprites + moved]
@@ -1197,7 +1188,8 @@ class Overlay:
         """widths: the least and the largest in the video."""
         self.rng = rng
         self.skin = skin
-        shape = np.divide(skin.size, skin.size[0])
+        stretched = rng.choice([1, rng.uniform(0.75, 1.25)])
+        shape = np.divide(skin.size, skin.size[0]) * [1, stretched]
         width = np.exp(rng.uniform(*np.log(widths)))
         sizes = np.maximum([shape * width, shape * 320], 16).astype(int)
         self.size, self.pad = sizes.tolist()                   # in the video; of the crop

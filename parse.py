@@ -173,11 +173,15 @@ class Pad:
             return None
         sticks = dict(self.geometry["sticks"])
         for i, side in enumerate(self.closeups.sticks):
-            rest = resting_place(self.sampled[:, i])
+            values = self.sampled[:, i]
+            rest = resting_place(values)
             sharp = self.spread[i] < 0.4                       # a blurred read tells nothing
-            if sharp and rest is not None and np.hypot(*rest) > 0.25:
-                center = sticks[side]["center"] + rest * sticks[side]["travel"]
-                sticks[side] = {**sticks[side], "center": [*center]}
+            center, travel = (np.array(sticks[side][k]) for k in ("center", "travel"))
+            reach = np.percentile(np.hypot(*values.T), 97)
+            if reach > 1.1:                                    # it goes out of its close-up
+                sticks[side] = {**sticks[side], "travel": [*(1.3 * travel)]}
+            elif sharp and rest is not None and np.hypot(*rest) > 0.25:
+                sticks[side] = {**sticks[side], "center": [*(center + rest * travel)]}
         return None if sticks == self.geometry["sticks"] else {**self.geometry, "sticks": sticks}
 
     def watch(self, pads):

@@ -167,8 +167,8 @@ class Pad:
         return likeness(edges(crop), self.outline)
 
     def better_geometry(self):
-        """The geometry of a pad without a template, with each stick where it rests in the sampled frames and a
-        travel that holds its reads; None where it is so already."""
+        """The geometry of a pad without a template, with each stick where it rests in the sampled frames, and
+        with a travel that holds its reads; None where it is so already."""
         if self.placed:
             return None
         sticks = dict(self.geometry["sticks"])

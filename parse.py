@@ -1077,7 +1077,7 @@ def restyle(rng, skin):
             sprites[-1] = relight(rng, sprites[0])             # pressed
         if not p.control:
             sprites = [zoomed(sprites[0], body_size)]
-        if p.control in STICKS:
+        elif p.control in STICKS:
             moved = [relight(rng, sprites[0])] if rng.random() < 0.2 else []
             sprites = [zoomed(s, size) for s in sprites + moved]
         p = replace(p, sprites=sprites, travel=np.multiply(p.travel, longer), tilt=tilt)
